@@ -1,0 +1,46 @@
+# Every target sets up what it needs: `make test` on a fresh clone is enough.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-all lint format demo clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP) ## Set up .venv with everything development needs
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned development set needs Python 3.11 or newer: make install PYTHON=python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# One thread for each worker: two OpenMP pools on the same cores mostly wait for each other.
+test: $(STAMP) ## Quick tests, with coverage
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not slow' --cov --cov-report=term $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## Every test, the slow ones too
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## Let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: $(STAMP) ## Compare the methods on the shipped network (results/)
+	$(PY) -m benchmarks.compare $(DEMO_ARGS)
+
+clean: ## Remove .venv, caches and results
+	rm -rf $(VENV) build dist results *.egg-info .coverage .coverage.* coverage.xml
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The models, the data and the measurements behind `python -m benchmarks.compare`."""

@@ -1,0 +1,277 @@
+"""Compare decompositions of one model side by side.
+
+Without options: the digits network that ships with the repository. The table goes to standard
+output; the same numbers, with every layer's, go to a JSON file, and a picture of them to a PNG
+file, both in --out.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.comparison import Comparison, Protocol, compare
+from benchmarks.data import Dataset, digits, image_folder
+from benchmarks.figure import draw_comparison
+from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.models import DEFAULT, TORCHVISION, InputFormat, input_format, load_model
+from benchmarks.settings import RANK_SYNTAX, Setting, parse_rank
+from benchmarks.table import format_table
+from tdecomp.decomposers import registered
+
+DEFAULT_MODEL = "digits_vgg"
+DEFAULT_METHODS = ("cp", "cp-separable", "tucker2", "lowrank")
+DEFAULT_RANK = "0.5"
+DEFAULT_FINETUNE = 200
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the options stand for, read and checked."""
+
+    model: nn.Module
+    images: InputFormat
+    data: Dataset | None
+    settings: list[Setting]
+    protocol: Protocol
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m benchmarks.compare` with these command-line arguments."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        job = prepare(options)
+    except ValueError as error:
+        parser.error(str(error))
+    comparison = run(job)
+    if len(comparison.measurements) == 1:
+        parser.error("nothing to compare\n" + "\n".join(_refusals(comparison)))
+    print(f"{title(options, job)}\n")
+    print(format_table(comparison.measurements, finetune=job.protocol.finetune))
+    print()
+    for note in (*_notes(job, comparison), *_refusals(comparison)):
+        print(f"* {note}")
+    for path in write(options, job, comparison):
+        print(f"written: {path}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; what depends on the model or the data is checked by `prepare`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"digits_vgg (the default), resnet20, vgg11_bn or {TORCHVISION}NAME",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar=f"FILE|{DEFAULT}",
+        help=f"a state dict (safetensors or torch.save), or {DEFAULT} for those that come with the "
+        "model; random ones otherwise, except for digits_vgg",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="images as FOLDER/train/<class>/* and FOLDER/val/<class>/*; without it there are no "
+        "accuracies, except for digits_vgg, which brings its own",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="for the convolutions, each with svd on Linear layers "
+        f"(default: {' '.join(DEFAULT_METHODS)})",
+    )
+    parser.add_argument(
+        "--rank",
+        nargs="+",
+        metavar="RANK",
+        help=f"{RANK_SYNTAX}; several make one line each "
+        f"(default: {DEFAULT_RANK}, and vbmf for tucker2)",
+    )
+    parser.add_argument(
+        "--finetune",
+        type=_count,
+        metavar="STEPS",
+        help="fine-tuning steps for every network; 0 for none "
+        f"(default: {DEFAULT_FINETUNE} where there is data)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=64,
+        help="of the fine-tuning and of the latency (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val-images",
+        type=_positive,
+        metavar="N",
+        help="judge by N images drawn from FOLDER/val instead of by all of them",
+    )
+    parser.add_argument("--rounds", type=_positive, default=15, help="of latency measurements")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Read the model and the data; a ValueError says which option is wrong, and why."""
+    settings = choose_settings(options.methods, options.rank)
+    images = input_format(options.model)
+    own_data = options.model == DEFAULT_MODEL
+    if own_data and options.data is not None:
+        raise ValueError(f"{options.model} takes 8×8 digits and brings them; leave out --data")
+    if not own_data and options.data is None and options.finetune:
+        raise ValueError("--finetune needs --data FOLDER")
+    model = load_model(options.model, options.weights, seed=options.seed)
+    steps = DEFAULT_FINETUNE if options.finetune is None else options.finetune
+    data = digits() if own_data else None
+    if options.data is not None:
+        data = image_folder(
+            options.data,
+            images,
+            train_images=steps * options.batch_size,
+            val_images=options.val_images,
+            seed=options.seed,
+        )
+        _check_classes(model, images, data, options)
+    protocol = Protocol(
+        finetune=steps if data is not None else 0,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        rounds=options.rounds,
+    )
+    return Job(model, images, data, settings, protocol)
+
+
+def choose_settings(methods: Sequence[str] | None, ranks: Sequence[str] | None) -> list[Setting]:
+    """Every method at every rank; by default also Tucker-2 with the ranks that VBMF finds."""
+    for method in methods or ():
+        if method not in registered():
+            raise ValueError(f"unknown method {method!r}; there are {', '.join(registered())}")
+    for rank in ranks or ():
+        parse_rank(rank)
+    settings = [
+        Setting(method, rank)
+        for rank, method in itertools.product(ranks or (DEFAULT_RANK,), methods or DEFAULT_METHODS)
+    ]
+    if ranks is None and any(setting.method == "tucker2" for setting in settings):
+        settings.append(Setting("tucker2", "vbmf"))
+    return list(dict.fromkeys(settings))
+
+
+def run(job: Job) -> Comparison:
+    """Measure; the batch is one of the data's where there is data, noise elsewhere."""
+    batch_size = job.protocol.batch_size
+    if job.data is not None:
+        batch, _ = job.data.val.at(torch.arange(batch_size) % len(job.data.val))
+    else:
+        generator = torch.Generator().manual_seed(job.protocol.seed)
+        shape = (batch_size, job.images.channels, job.images.side, job.images.side)
+        batch = torch.randn(shape, generator=generator)
+    return compare(job.model, job.settings, batch[:1], batch, job.data, job.protocol)
+
+
+def title(options: argparse.Namespace, job: Job) -> str:
+    """What was compared on what."""
+    if job.data is None:
+        return f"{options.model} on random images"
+    return f"{options.model} on {job.data.title} ({len(job.data.val)} images to judge by)"
+
+
+def write(options: argparse.Namespace, job: Job, comparison: Comparison) -> tuple[Path, Path]:
+    """Write the JSON and the PNG file; returns their paths."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"compare-{options.model.replace(':', '-')}"
+    table, picture = options.out / f"{stem}.json", options.out / f"{stem}.png"
+    content = {
+        "title": title(options, job),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "arguments": {name: _plain(value) for name, value in vars(options).items()},
+        "settings": [setting.label for setting in job.settings],
+        "protocol": vars(job.protocol),
+        "notes": list(_notes(job, comparison)),
+        "refused": comparison.refused,
+        "measurements": [m.to_dict() for m in comparison.measurements],
+    }
+    table.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw_comparison(
+        comparison.measurements,
+        picture,
+        title=title(options, job),
+        finetune=job.protocol.finetune,
+    )
+    return table, picture
+
+
+def _notes(job: Job, comparison: Comparison) -> list[str]:
+    machine = describe_machine()
+    spread = max(
+        (m.latency.quartiles[1] - m.latency.quartiles[0]) / m.latency.median
+        for m in comparison.measurements
+        if m.latency is not None
+    )
+    protocol = job.protocol
+    notes = [
+        "params and MACs are the whole model's, MACs those of one image; × is of the original",
+        f"latency: batches of {protocol.batch_size}, median of {protocol.rounds} rounds in which "
+        f"all networks take turns, on {machine['torch_threads']} threads of {machine['cpu']}; "
+        f"quartiles at most {spread:.0%} of the median apart",
+        "weight error: ‖W − W̃‖ / ‖W‖, the mean over the changed layers",
+    ]
+    if job.data is not None and protocol.finetune:
+        notes.append(
+            "every network, the original too, is fine-tuned with labels for the same "
+            f"{protocol.finetune} steps on the same batches of {protocol.batch_size}"
+        )
+    return notes
+
+
+def _refusals(comparison: Comparison) -> list[str]:
+    return [f"{label} left out: {reason}" for label, reason in comparison.refused.items()]
+
+
+def _check_classes(
+    model: nn.Module, images: InputFormat, data: Dataset, options: argparse.Namespace
+) -> None:
+    with torch.inference_mode():
+        outputs = model(torch.zeros(1, images.channels, images.side, images.side)).shape[1]
+    if outputs != data.classes:
+        raise ValueError(
+            f"{options.model} tells {outputs} classes apart, but {options.data} has "
+            f"{data.classes} class folders"
+        )
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

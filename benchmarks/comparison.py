@@ -1,0 +1,197 @@
+"""Decompose one model in several ways and measure what each way costs and keeps."""
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import tdecomp
+from benchmarks.data import Dataset
+from benchmarks.settings import Setting, parse_rank
+from benchmarks.timing import Latency, interleaved_latencies
+from benchmarks.training import accuracy, fine_tune
+
+ORIGINAL = "original"
+LAYER_FIELDS = (
+    "name",
+    "method",
+    "reason",
+    "rank",
+    "params_before",
+    "params_after",
+    "macs_before",
+    "macs_after",
+    "weight_error",
+    "fit_seconds",
+)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How each network is measured, the same for all of them."""
+
+    finetune: int
+    batch_size: int
+    seed: int
+    rounds: int
+    progress: bool = True
+
+
+@dataclass
+class Measurement:
+    """One line of the table; accuracies are None without data, the rest where it does not apply."""
+
+    label: str
+    method: str | None
+    rank: str | None
+    params: int
+    macs: int
+    params_ratio: float = 1.0
+    macs_ratio: float = 1.0
+    latency: Latency | None = None
+    layers_changed: int | None = None
+    layers_total: int | None = None
+    ranks: str = ""
+    linear_ranks: str = ""
+    decompose_seconds: float | None = None
+    weight_error: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The original, the decomposed networks, and the settings that did not apply, with reasons."""
+
+    measurements: list[Measurement]
+    refused: dict[str, str]
+
+
+def compare(
+    model: nn.Module,
+    settings: Iterable[Setting],
+    example: Tensor,
+    batch: Tensor,
+    data: Dataset | None,
+    protocol: Protocol,
+) -> Comparison:
+    """Measure the model and what each setting makes of it.
+
+    `example` is the input whose MACs are counted, `batch` the one whose latency is measured. The
+    given model is not changed: its fine-tuning, too, happens on a copy.
+    """
+    params, macs = count_params(model), count_macs(model, example)
+    measurements = {ORIGINAL: Measurement(ORIGINAL, None, None, params, macs)}
+    networks = {ORIGINAL: copy.deepcopy(model)}
+    refused = {}
+    for setting in tqdm(list(settings), "decomposing", leave=False, disable=not protocol.progress):
+        try:
+            network, measurement = _decompose(model, setting, example)
+        except ValueError as error:  # such as VBMF on CP; the other settings still stand
+            refused[setting.label] = str(error)
+            continue
+        measurement.params_ratio = measurement.params / params
+        measurement.macs_ratio = measurement.macs / macs
+        networks[setting.label], measurements[setting.label] = network, measurement
+    latencies = interleaved_latencies(
+        networks, batch, rounds=protocol.rounds, progress=protocol.progress
+    )
+    for label, network in networks.items():
+        measurements[label].latency = latencies[label]
+        if data is not None:
+            _measure_accuracy(network, measurements[label], data, protocol)
+    return Comparison(list(measurements.values()), refused)
+
+
+def _decompose(
+    model: nn.Module, setting: Setting, example: Tensor
+) -> tuple[nn.Module, Measurement]:
+    start = time.perf_counter()
+    result = tdecomp.decompose(
+        model,
+        setting.methods,
+        rank=parse_rank(setting.rank),
+        example_inputs=example,
+        progress=False,
+    )
+    seconds = time.perf_counter() - start
+    rows = list(result.report)
+    changed = [row for row in rows if row.method is not None]
+    errors = [row.weight_error for row in changed]
+    return result.model, Measurement(
+        setting.label,
+        setting.method,
+        setting.rank,
+        params=count_params(result.model),
+        macs=count_macs(result.model, example),
+        layers_changed=len(changed),
+        layers_total=len(rows),
+        ranks=summarise_ranks([row.rank for row in changed if row.method == setting.method]),
+        linear_ranks=summarise_ranks([row.rank for row in changed if row.method != setting.method]),
+        decompose_seconds=seconds,
+        weight_error=sum(errors) / len(errors) if errors else None,
+        layers=[_layer(row) for row in rows],
+    )
+
+
+def _layer(row: Any) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in LAYER_FIELDS}
+
+
+def _measure_accuracy(
+    network: nn.Module, measurement: Measurement, data: Dataset, protocol: Protocol
+) -> None:
+    measurement.accuracy_before = accuracy(network, data.val)
+    if protocol.finetune:
+        fine_tune(
+            network,
+            data.train,
+            steps=protocol.finetune,
+            batch_size=protocol.batch_size,
+            seed=protocol.seed,
+            title=f"fine-tuning {measurement.label}",
+            progress=protocol.progress,
+        )
+        measurement.accuracy_after = accuracy(network, data.val)
+
+
+def count_params(model: nn.Module) -> int:
+    """Every parameter once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, x: Tensor) -> int:
+    """MACs of one forward pass in eval mode: half of torch's FLOPs."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention hides from the counter
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return int(counter.get_total_flops()) // 2
+
+
+def summarise_ranks(ranks: Sequence[int | tuple[int, ...]]) -> str:
+    """Up to three ranks in the order of the layers; of more, the smallest and the largest."""
+    if len(ranks) <= 3:
+        return ", ".join(_join([rank] if isinstance(rank, int) else rank) for rank in ranks)
+    columns = list(
+        zip(*((rank,) if isinstance(rank, int) else rank for rank in ranks), strict=True)
+    )
+    lows, highs = [min(column) for column in columns], [max(column) for column in columns]
+    return _join(lows) if lows == highs else f"{_join(lows)}–{_join(highs)}"
+
+
+def _join(rank: Sequence[int]) -> str:
+    return "/".join(map(str, rank))

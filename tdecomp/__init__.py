@@ -1,0 +1,58 @@
+"""tdecomp: decompose the layers of a trained PyTorch model.
+
+>>> import tdecomp
+>>> from torch import nn
+>>> result = tdecomp.decompose(nn.Linear(64, 64), "svd", rank=8, progress=False)
+>>> result.report[""].params_after
+1088
+"""
+
+from importlib.metadata import version as _version
+
+from tdecomp.chain import Chain
+from tdecomp.decomposers import (
+    CP,
+    SVD,
+    CPSeparable,
+    Decomposer,
+    Factors,
+    LowRank,
+    Spatial,
+    Tucker2,
+    register,
+    registered,
+)
+from tdecomp.engine import Decomposition, apply, decompose
+from tdecomp.layer import LayerSpec
+from tdecomp.planning import Plan, plan
+from tdecomp.ranks import VBMF, BreakEven, Energy, RankSelector, Ratio
+from tdecomp.report import Report, Row
+
+__version__ = _version("tdecomp")
+
+__all__ = [
+    "CP",
+    "SVD",
+    "VBMF",
+    "BreakEven",
+    "CPSeparable",
+    "Chain",
+    "Decomposer",
+    "Decomposition",
+    "Energy",
+    "Factors",
+    "LayerSpec",
+    "LowRank",
+    "Plan",
+    "RankSelector",
+    "Ratio",
+    "Report",
+    "Row",
+    "Spatial",
+    "Tucker2",
+    "apply",
+    "decompose",
+    "plan",
+    "register",
+    "registered",
+]

@@ -1,0 +1,258 @@
+"""The contract of a decomposer, and the registry of those that have a name.
+
+A method's file holds its maths at the top, on one dense kernel (out, in, *kernel): tensors in, a
+frozen dataclass of factors out. Below it stands the class that says which layers the method takes
+and which chain it makes. Groups, transposed layouts, dtypes and scales are dealt with here, once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from tdecomp.chain import Chain, Rank
+from tdecomp.layer import LayerSpec
+from tdecomp.linalg import Spectrum, spectrum
+
+
+class Factors(ABC):
+    """The factors of one dense kernel: a frozen dataclass of tensors."""
+
+    @abstractmethod
+    def to_kernel(self) -> Tensor:
+        """Multiply the factors back to a kernel of shape (out, in, *kernel)."""
+
+    @abstractmethod
+    def stage_weights(self) -> tuple[Tensor, ...]:
+        """One weight (out, in / groups, *kernel) for each stage of the chain."""
+
+    @abstractmethod
+    def scaled(self, scale: float) -> Self:
+        """The factors of `scale` times the kernel."""
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Every tensor in `dtype`."""
+        assert is_dataclass(self)
+        return replace(self, **{f.name: _cast(getattr(self, f.name), dtype) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """The factors of a whole layer, group by group."""
+
+    spec: LayerSpec
+    groups: tuple[Factors, ...]
+
+    def to_kernel(self) -> Tensor:
+        """The kernel that the factors stand for, in the layer's own layout."""
+        kernel = torch.cat([factors.to_kernel() for factors in self.groups])
+        return self.spec.from_forward_layout(kernel)
+
+    def stage_weights(self) -> tuple[Tensor, ...]:
+        """One weight (out, in / groups, *kernel) for each stage, all groups together."""
+        per_group = (factors.stage_weights() for factors in self.groups)
+        return tuple(torch.cat(weights) for weights in zip(*per_group, strict=True))
+
+    def to(self, dtype: torch.dtype) -> "Factorization":
+        return replace(self, groups=tuple(factors.to(dtype) for factors in self.groups))
+
+
+class Decomposer(ABC):
+    """One method: which layers it takes, its ranks, its chain and how to fit it.
+
+    A subclass is usually a frozen dataclass whose fields are the options of the fit. It has a
+    `name`, a `source` (the paper), and defines the five abstract methods; where a rank has a
+    meaning for the spectrum of some unfoldings of the kernel, `unfoldings` too.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    # Normal equations square a condition number: methods that solve them fit in float64.
+    fits_in_float64: ClassVar[bool] = False
+
+    @abstractmethod
+    def refusal(self, spec: LayerSpec) -> str | None:
+        """Why this method cannot take such a layer; None if it can."""
+
+    @abstractmethod
+    def max_rank(self, spec: LayerSpec) -> Rank:
+        """The largest useful rank: per group, and a tuple for methods of several ranks."""
+
+    @abstractmethod
+    def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        """The layers of the chain, first to last; the last one has the bias."""
+
+    @abstractmethod
+    def fit(self, kernel: Tensor, rank: Rank) -> Factors:
+        """Fit the factors to one group's kernel (out, in, *kernel), scaled to at most 1."""
+
+    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...] | None:
+        """One matrix per rank whose singular values tell how much that rank keeps, or None."""
+        return None
+
+    # -- what every method has from here -----------------------------------------------------
+
+    def check_rank(self, rank: Rank, spec: LayerSpec) -> None:
+        """Raise a ValueError unless `rank` is one that this method can use on this layer."""
+        largest = self.max_rank(spec)
+        ranks, limits = _as_tuple(rank), _as_tuple(largest)
+        if len(ranks) != len(limits) or isinstance(rank, int) != isinstance(largest, int):
+            wanted = "one rank" if isinstance(largest, int) else f"{len(limits)} ranks"
+            raise ValueError(f"{self.name} takes {wanted}, got {rank!r}")
+        if any(not 1 <= r <= limit for r, limit in zip(ranks, limits, strict=True)):
+            raise ValueError(
+                f"rank {rank} is not in the range of {self.name} on {spec}: expected at least 1 "
+                f"and at most {largest}, its largest useful rank"
+            )
+
+    def factorize(self, weight: Tensor, spec: LayerSpec, rank: Rank) -> Factorization:
+        """Fit the factors to a layer's weight, given in the layer's own layout.
+
+        Half precision is fitted in float32; the factors come back in the weight's dtype.
+        """
+        self.check_rank(rank, spec)
+        dtype = self._fit_dtype(weight)
+        kernels = self._group_kernels(weight.detach().to(dtype), spec)
+        return Factorization(spec, tuple(self._fit_scaled(k, rank) for k in kernels)).to(
+            weight.dtype
+        )
+
+    def spectra(self, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
+        """The spectrum behind each rank, or None if this method's rank has none."""
+        per_group = [self.unfoldings(k) for k in self._group_kernels(weight.detach(), spec)]
+        if per_group[0] is None:
+            return None
+        return tuple(spectrum(matrices) for matrices in zip(*per_group, strict=True))
+
+    def build(
+        self,
+        spec: LayerSpec,
+        rank: Rank,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Chain:
+        """The chain for a layer and a rank, with uninitialised weights."""
+        layers = [stage.build(device, dtype) for stage in self.stages(spec, rank)]
+        return Chain.from_stages(layers, self.name, rank, spec)
+
+    def assemble(self, layer: nn.Module, factorization: Factorization, rank: Rank) -> Chain:
+        """The chain that holds the factors and the layer's bias, like the layer in all else."""
+        spec, weight, bias = factorization.spec, _parameter(layer.weight), layer.bias
+        chain = self.build(spec, rank, weight.device, weight.dtype)
+        with torch.no_grad():
+            for stage, part, values in zip(
+                self.stages(spec, rank), chain, factorization.stage_weights(), strict=True
+            ):
+                _parameter(part.weight).copy_(stage.from_forward_layout(values))
+                _parameter(part.weight).requires_grad_(weight.requires_grad)
+            if isinstance(bias, nn.Parameter):
+                last = _parameter(chain[-1].bias)
+                last.copy_(bias)
+                last.requires_grad_(bias.requires_grad)
+        for memory_format in (torch.channels_last, torch.channels_last_3d):
+            if _has_format(weight, memory_format):
+                chain.to(memory_format=memory_format)  # type: ignore[call-overload]
+        return chain.train(layer.training)
+
+    def _fit_dtype(self, weight: Tensor) -> torch.dtype:
+        wide = self.fits_in_float64 or weight.dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    def _group_kernels(self, weight: Tensor, spec: LayerSpec) -> Sequence[Tensor]:
+        return spec.to_forward_layout(weight).chunk(spec.groups)
+
+    def _fit_scaled(self, kernel: Tensor, rank: Rank) -> Factors:
+        # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
+        scale = float(kernel.abs().max()) or 1.0
+        return self.fit(kernel / scale, rank).scaled(scale)
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> float:
+    """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
+    weight, approximation = weight.detach().double(), approximation.detach().double()
+    scale = float(weight.abs().max()) or 1.0
+    norm = float((weight / scale).norm())
+    return float(((weight - approximation) / scale).norm()) / (norm or 1.0)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def _as_tuple(rank: Rank) -> tuple[int, ...]:
+    return (rank,) if isinstance(rank, int) else tuple(rank)
+
+
+def _parameter(value: Any) -> nn.Parameter:
+    assert isinstance(value, nn.Parameter)
+    return value
+
+
+def _has_format(weight: Tensor, memory_format: torch.memory_format) -> bool:
+    # A kernel of size 1 is contiguous in every format; only an unambiguous answer counts.
+    rank_of_format = {torch.channels_last: 4, torch.channels_last_3d: 5}
+    if weight.dim() != rank_of_format[memory_format] or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=memory_format)
+
+
+_REGISTRY: dict[str, Decomposer] = {}
+
+
+def register(decomposer: Any) -> Any:
+    """Give a decomposer its name for use in `plan` and `decompose`; works as a class decorator.
+
+    >>> from tdecomp.decomposers.svd import SVD
+    >>> class Mine(SVD):
+    ...     name = "mine"
+    >>> register(Mine) is Mine
+    True
+
+    Parameters
+    ----------
+    decomposer : Decomposer or type
+        An instance with its options set, or a class that can be made without arguments.
+
+    Raises
+    ------
+    TypeError
+        If it is not a decomposer.
+    ValueError
+        If its name is empty or another decomposer's.
+    """
+    instance = decomposer() if isinstance(decomposer, type) else decomposer
+    if not isinstance(instance, Decomposer):
+        raise TypeError(f"register: expected a Decomposer, got {type(instance).__name__}")
+    name = getattr(instance, "name", "")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"register: {type(instance).__name__} needs a name, got {name!r}")
+    known = _REGISTRY.get(name)
+    if known is not None and type(known) is not type(instance):
+        raise ValueError(
+            f"register: {name!r} is the name of {type(known).__name__} already; choose another"
+        )
+    _REGISTRY[name] = instance
+    return decomposer
+
+
+def registered() -> tuple[str, ...]:
+    """The names of all registered decomposers."""
+    return tuple(_REGISTRY)
+
+
+def get_decomposer(method: str | Decomposer) -> Decomposer:
+    """The decomposer of this name; a decomposer is taken as it is."""
+    if isinstance(method, Decomposer):
+        return method
+    if method not in _REGISTRY:
+        known = ", ".join(map(repr, registered()))
+        raise ValueError(
+            f"unknown method {method!r}: expected one of {known}, or a Decomposer "
+            "(tdecomp.register makes your own known by name)"
+        )
+    return _REGISTRY[method]

@@ -1,0 +1,265 @@
+"""CP: a sum of separable kernels, run as pointwise, depthwise and pointwise layers.
+
+Lebedev et al. 2015, "Speeding-up Convolutional Neural Networks Using Fine-tuned
+CP-Decomposition", equations 4 to 8; the joint form keeps the spatial modes together.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import tensorly
+import torch
+from tensorly.cp_tensor import CPTensor
+from tensorly.decomposition import parafac
+from torch import Tensor
+
+from tdecomp.chain import Rank
+from tdecomp.decomposers.base import Decomposer, Factors
+from tdecomp.layer import LayerSpec
+from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
+
+# Sweeps that each start gets before the better one goes on alone.
+_TRIAL_SWEEPS = 20
+
+
+@dataclass(frozen=True)
+class CPFactors(Factors):
+    """A kernel as a sum over r of outer products of the factors' columns.
+
+    Attributes
+    ----------
+    factors : tuple of Tensor
+        (out, R), (in, R), then one (k, R) per spatial mode, or a single one for all of them.
+    kernel_size : tuple of int
+    """
+
+    factors: tuple[Tensor, ...]
+    kernel_size: tuple[int, ...]
+
+    def to_kernel(self) -> Tensor:
+        with torch_backend():
+            kernel: Tensor = tensorly.cp_to_tensor((None, list(self.factors)))
+        return kernel.reshape(*kernel.shape[:2], *self.kernel_size)
+
+    def stage_weights(self) -> tuple[Tensor, ...]:
+        out, into, *spatial = self.factors
+        ones = [1] * len(self.kernel_size)
+        depthwise = [
+            factor.T.reshape(-1, 1, *shape)  # (R, 1, *kernel)
+            for factor, shape in zip(spatial, self._spatial_shapes(), strict=True)
+        ]
+        return (
+            into.T.reshape(*into.T.shape, *ones),  # (R, in, 1, 1)
+            *depthwise,
+            out.reshape(*out.shape, *ones),  # (out, R, 1, 1)
+        )
+
+    def scaled(self, scale: float) -> "CPFactors":
+        share = scale ** (1 / len(self.factors))
+        return replace(self, factors=tuple(factor * share for factor in self.factors))
+
+    def balanced(self) -> "CPFactors":
+        """The same kernel, each component's norm shared equally among its factors.
+
+        As ALS leaves them one factor holds all of the norm, and fine-tuning at ordinary learning
+        rates diverges.
+        """
+        norms = torch.stack([factor.norm(dim=0) for factor in self.factors])  # (modes, R)
+        share = norms.log().mean(dim=0).exp()
+        # A component with a zero factor is zero: all of its factors become so.
+        gains = torch.where(norms > 0, share / norms, torch.zeros_like(norms))
+        return replace(self, factors=tuple(f * g for f, g in zip(self.factors, gains, strict=True)))
+
+    def _spatial_shapes(self) -> list[tuple[int, ...]]:
+        if len(self.factors) == 3:
+            return [self.kernel_size]
+        size, ndim = self.kernel_size, len(self.kernel_size)
+        return [tuple(size[d] if d == mode else 1 for d in range(ndim)) for mode in range(ndim)]
+
+
+def fit_cp(
+    kernel: Tensor,
+    rank: int,
+    *,
+    kernel_size: tuple[int, ...],
+    n_iter_max: int,
+    tol: float,
+    random_state: int,
+) -> CPFactors:
+    """Alternating least squares (TensorLy's `parafac`) from the better of two starts.
+
+    The start from the unfoldings' singular vectors is good on trained kernels. Where the rank is
+    at most the channel counts, a second one by simultaneous diagonalisation finds kernels of
+    that very rank, which the first often misses.
+
+    Parameters
+    ----------
+    kernel : Tensor, shape (out, in, *modes)
+        With the spatial modes as they are, or joined into one.
+    rank : int
+    kernel_size : tuple of int
+        The spatial modes before they were joined.
+    """
+    sweeps = min(_TRIAL_SWEEPS, n_iter_max)
+    starts = [_singular_start(kernel, rank, random_state)]
+    if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
+        starts += _diagonalisation_start(kernel, rank)
+    trials = [_parafac(kernel, rank, start, sweeps, tol) for start in starts]
+    best, errors = min(trials, key=lambda trial: trial[1][-1])
+    if n_iter_max > sweeps and not _converged(errors, tol):
+        best, _ = _parafac(kernel, rank, best, n_iter_max - sweeps, tol)
+    return CPFactors(tuple(best), kernel_size).balanced()
+
+
+def _parafac(
+    kernel: Tensor, rank: int, start: list[Tensor], sweeps: int, tol: float
+) -> tuple[list[Tensor], list[float]]:
+    """`sweeps` of TensorLy's parafac from `start`, and the relative errors on the way."""
+    with torch_backend():
+        (weights, factors), errors = parafac(
+            kernel,
+            rank,
+            init=CPTensor((None, start)),
+            n_iter_max=sweeps,
+            tol=tol,
+            linesearch=True,
+            return_errors=True,
+        )
+    return [factors[0] * weights, *factors[1:]], [float(error) for error in errors]
+
+
+def _converged(errors: list[float], tol: float) -> bool:
+    return len(errors) > 1 and errors[-2] - errors[-1] < tol
+
+
+def _singular_start(kernel: Tensor, rank: int, random_state: int) -> list[Tensor]:
+    """The leading singular vectors of each unfolding, filled up with seeded Gaussian columns."""
+    generator = torch.Generator().manual_seed(random_state)
+    factors = []
+    for mode, size in enumerate(kernel.shape):
+        leading = left_singular_vectors(unfold(kernel, mode), rank)  # (size, at most R)
+        missing = torch.randn(size, rank - leading.shape[1], generator=generator)
+        factors.append(torch.cat([leading, missing.to(leading) / size**0.5], dim=1))
+    return factors
+
+
+def _diagonalisation_start(kernel: Tensor, rank: int) -> list[list[Tensor]]:
+    """CP by the eigenvectors of a quotient of two slice mixtures (Leurgans, Ross and Abel 1993).
+
+    Exact where the kernel has this rank; an empty list where the slices are singular.
+    """
+    out = left_singular_vectors(unfold(kernel, 0), rank)
+    into = left_singular_vectors(unfold(kernel, 1), rank)
+    slices = kernel.flatten(2)  # (out, in, kernel)
+    core = mode_products(slices, [out.T, into.T], modes=[0, 1])  # (R, R, kernel)
+    # Any two mixtures of the slices do; fixed, unequal ones keep the fit deterministic.
+    position = torch.arange(1, core.shape[2] + 1, dtype=core.dtype, device=core.device)
+    left, right = core @ position.sin(), core @ (2 * position).cos()
+    try:
+        values, vectors = torch.linalg.eig(torch.linalg.solve(right, left, left=False))
+    except torch.linalg.LinAlgError:
+        return []
+    # A complex pair spans the same plane as the real and the imaginary part of one of the two.
+    columns = torch.where(values.imag >= 0, vectors.real, vectors.imag)
+    out = out @ (columns / columns.norm(dim=0))  # (out, R)
+    rows = torch.linalg.pinv(out) @ unfold(slices, 0)  # (R, in · kernel), each row of rank one
+    into, spatial = _rank_one(rows.reshape(rank, slices.shape[1], -1))
+    modes = [spatial] if kernel.dim() == 3 else _split_modes(spatial, kernel.shape[2:])
+    factors = [out, into, *modes]
+    if not all(torch.isfinite(factor).all() for factor in factors):
+        return []
+    return [factors]
+
+
+def _split_modes(joint: Tensor, sizes: torch.Size) -> list[Tensor]:
+    """The nearest outer products to each column of a joint spatial factor (kernel, R)."""
+    factors = []
+    for size in sizes[:-1]:
+        first, joint = _rank_one(joint.T.reshape(joint.shape[1], size, -1))
+        factors.append(first)
+    return [*factors, joint]
+
+
+def _rank_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The leading singular pair of each of R matrices, as columns (m, R) and (n, R)."""
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    return (u[:, :, 0] * s[:, :1]).T, vh[:, 0].T
+
+
+@dataclass(frozen=True)
+class CP(Decomposer):
+    """Conv S→T becomes pointwise S→R, one K×K depthwise, and pointwise R→T with the bias.
+
+    >>> CP(random_state=1).max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
+    144
+
+    Parameters
+    ----------
+    n_iter_max : int
+        Sweeps of alternating least squares at most.
+    tol : float
+        Stops when the relative reconstruction error changes by less from one sweep to the next.
+    random_state : int
+        For the columns that a start lacks where the rank is above a mode's size.
+    """
+
+    name: ClassVar[str] = "cp"
+    source: ClassVar[str] = "Lebedev et al. 2015, joint spatial modes"
+    fits_in_float64: ClassVar[bool] = True
+
+    n_iter_max: int = 100
+    tol: float = 1e-5
+    random_state: int = 0
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        return None if spec.ndim else f"{self.name} takes convolutions; svd takes Linear layers"
+
+    def max_rank(self, spec: LayerSpec) -> int:
+        modes = (spec.group_out, spec.group_in, *self._spatial_modes(spec.kernel_size))
+        return math.prod(modes) // max(modes)
+
+    def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        assert isinstance(rank, int)
+        middle = rank * spec.groups
+        return (
+            spec.pointwise(spec.in_channels, middle),
+            *self._depthwise(spec, middle),
+            spec.pointwise(middle, spec.out_channels, bias=spec.bias),
+        )
+
+    def fit(self, kernel: Tensor, rank: Rank) -> CPFactors:
+        assert isinstance(rank, int)
+        kernel_size = tuple(kernel.shape[2:])
+        return fit_cp(
+            kernel.reshape(*kernel.shape[:2], *self._spatial_modes(kernel_size)),
+            rank,
+            kernel_size=kernel_size,
+            n_iter_max=self.n_iter_max,
+            tol=self.tol,
+            random_state=self.random_state,
+        )
+
+    def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(kernel_size),)
+
+    def _depthwise(self, spec: LayerSpec, channels: int) -> tuple[LayerSpec, ...]:
+        return (
+            replace(spec, in_channels=channels, out_channels=channels, groups=channels, bias=False),
+        )
+
+
+@dataclass(frozen=True)
+class CPSeparable(CP):
+    """As `CP`, with the depthwise step split into one layer per spatial dimension (four in 2-d)."""
+
+    name: ClassVar[str] = "cp-separable"
+    source: ClassVar[str] = "Lebedev et al. 2015"
+
+    def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+        return kernel_size
+
+    def _depthwise(self, spec: LayerSpec, channels: int) -> tuple[LayerSpec, ...]:
+        return tuple(
+            replace(spec.along([d], channels, channels), groups=channels) for d in range(spec.ndim)
+        )

@@ -1,0 +1,25 @@
+"""Low rank over the whole kernel: K×K with few outputs, then 1×1.
+
+Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and
+Detection", section 3.1; the structure of MosaicML Composer's Factorize.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tdecomp.decomposers.svd import SVD
+from tdecomp.layer import LayerSpec
+
+
+@dataclass(frozen=True)
+class LowRank(SVD):
+    """A convolution S→T becomes K×K S→rank without bias and 1×1 rank→T with it.
+
+    The same optimum as `SVD`, of the kernel as a matrix (T, S · K · K), on any convolution.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    source: ClassVar[str] = "Zhang et al. 2016"
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        return None if spec.ndim else "lowrank takes convolutions; svd takes Linear layers"

@@ -1,0 +1,203 @@
+"""Plan and apply: the only file that brings all the others together."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from tdecomp.chain import Chain
+from tdecomp.decomposers.base import relative_error
+from tdecomp.planning import Methods, Plan, check_weight, plan
+from tdecomp.report import Report, Row
+from tdecomp.sites import Site, find_sites
+from tdecomp.surgery import copy_with, replace_in
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The decomposed model, and what was done to each layer.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A copy, or the model that was given if it was changed in place.
+    report : Report
+    plan : Plan
+    """
+
+    model: nn.Module
+    report: Report
+    plan: Plan
+
+
+def decompose(
+    model: nn.Module,
+    methods: Methods,
+    *,
+    rank: Any,
+    example_inputs: Any = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    where: Callable[[nn.Module, str], bool] | None = None,
+    min_channels: int = 0,
+    min_features: int = 0,
+    allow_expansion: bool = False,
+    inplace: bool = False,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+    progress: bool = True,
+) -> Decomposition:
+    """Decompose a model's layers: `plan` and `apply` in one call.
+
+    >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    >>> result = decompose(model, "tucker2", rank=0.25, progress=False)
+    >>> result.report["2"].rank
+    (8, 8)
+
+    The parameters are those of `plan` and of `apply`, and so are the errors; an error leaves the
+    model as it was.
+
+    Returns
+    -------
+    Decomposition
+        With `.model` and `.report`.
+    """
+    planned = plan(
+        model,
+        methods,
+        rank=rank,
+        example_inputs=example_inputs,
+        include=include,
+        exclude=exclude,
+        where=where,
+        min_channels=min_channels,
+        min_features=min_features,
+        allow_expansion=allow_expansion,
+    )
+    return apply(model, planned, inplace=inplace, optimizers=optimizers, progress=progress)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    inplace: bool = False,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+    progress: bool = True,
+) -> Decomposition:
+    """Decompose a model's layers as a plan says.
+
+    >>> from tdecomp.planning import plan
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    >>> apply(model, plan(model, "svd", rank=4), progress=False).model[0]
+    Chain(
+      method='svd', rank=4
+      (0): Linear(in_features=64, out_features=4, bias=False)
+      (1): Linear(in_features=4, out_features=32, bias=True)
+    )
+
+    Parameters
+    ----------
+    model : nn.Module
+        The one that was planned for, or another of the same architecture.
+    plan : Plan
+    inplace : bool
+        Change `model` itself, wholly or, on an error, not at all. By default a copy is changed.
+    optimizers : Optimizer or sequence of them
+        Only with `inplace`: the new parameters take the old ones' places in their groups; the
+        state of all others is kept. A warning names replaced parameters that no optimizer has.
+    progress : bool
+        Show a bar over the layers.
+
+    Returns
+    -------
+    Decomposition
+        With `.model` and `.report`.
+
+    Raises
+    ------
+    ValueError
+        If the plan does not fit the model, or a weight cannot be factorized; names the layer.
+    """
+    listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    if listed and not inplace:
+        raise ValueError(
+            "optimizers: a copy has new parameters, which no optimizer knows; use inplace=True, "
+            "or make the optimizer for result.model"
+        )
+    sites = _match(model, plan)
+    chains: dict[nn.Module, Chain] = {}
+    rows: list[Row] = []
+    todo = sum(row.method is not None for row in plan)
+    with tqdm(total=todo, desc="decompose", unit="layer", disable=not progress) as bar:
+        for row in plan:
+            if row.method is not None:
+                site = sites[row.name]
+                bar.set_postfix_str(f"{row.method} {row.name}", refresh=True)
+                chains[site.module], row = _fit(site, row, plan)
+                bar.update()
+            rows.append(row)
+    if inplace:
+        missing = replace_in(model, chains, listed)
+        if missing:
+            warnings.warn(
+                f"no optimizer had these replaced parameters: {', '.join(missing)}", stacklevel=2
+            )
+    changed = model if inplace else copy_with(model, chains)
+    return Decomposition(changed, Report(rows, plan.everything_else), plan)
+
+
+def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
+    """The chain that takes the layer's place, and the row with its error and the time it took."""
+    assert row.method is not None and row.rank is not None and site.spec is not None
+    check_weight(site)
+    decomposer = plan.decomposers[row.method]
+    weight = site.module.weight
+    assert isinstance(weight, nn.Parameter)
+    start = time.perf_counter()
+    try:
+        factorization = decomposer.factorize(weight, site.spec, row.rank)
+    except Exception as error:
+        raise ValueError(
+            f"layer {row.name!r} ({site.spec}): {row.method} at rank {row.rank} failed with "
+            f"{type(error).__name__}: {error}. Leave the layer alone with exclude=[{row.name!r}], "
+            "or choose another method or rank for it"
+        ) from error
+    seconds = time.perf_counter() - start
+    lost = relative_error(weight, factorization.to_kernel())
+    if not math.isfinite(lost):
+        raise ValueError(
+            f"layer {row.name!r} ({site.spec}): {row.method} at rank {row.rank} gave factors that "
+            "are not finite; choose another method or rank, or leave it alone with "
+            f"exclude=[{row.name!r}]"
+        )
+    chain = decomposer.assemble(site.module, factorization, row.rank)
+    return chain, replace(row, weight_error=lost, fit_seconds=seconds)
+
+
+def _match(model: nn.Module, plan: Plan) -> dict[str, Site]:
+    """The model's sites by the names of the plan's rows, each checked to be what was planned for."""
+    found, _ = find_sites(model)
+    sites = {site.name: site for site in found}
+    for row in plan:
+        if row.method is None:
+            continue
+        site = sites.get(row.name)
+        if site is None:
+            raise ValueError(
+                f"layer {row.name!r}: the plan has it, the model has no such Linear or "
+                "convolution; expected a model of the architecture that was planned for"
+            )
+        if site.reason is not None:
+            raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
+        if site.spec != row.layer:
+            raise ValueError(
+                f"layer {row.name!r}: got {site.spec}, but the plan expects {row.layer}; plan "
+                "anew for this model"
+            )
+    return sites

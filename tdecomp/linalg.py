@@ -1,0 +1,147 @@
+"""The factorizations everything else is made of, and the one place that sets TensorLy's backend.
+
+Nothing here forms a full square factor, and no setting of TensorLy's outlives a call.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import tensorly
+import tensorly.tenalg
+import torch
+from numpy.typing import NDArray
+from tensorly.tenalg.core_tenalg import CoreTenalgBackend
+from torch import Tensor
+
+# Columns of an unfolding that are turned to float64 at a time when its Gram matrix is summed up.
+_GRAM_CHUNK = 8192
+
+
+class _ContractingTenalg(CoreTenalgBackend, backend_name="contracting"):  # type: ignore[misc,call-arg]
+    """TensorLy's tensor algebra, with a sum over one mode after the other in CP's inner product.
+
+    TensorLy's own forms the Khatri-Rao product of all other modes, which for the spatial modes of
+    a kernel of 512×512×3×3 at rank 1,000 is 6 GB; contracting the largest mode first never needs
+    more than the kernel's size over that mode's, times the rank.
+    """
+
+
+def _mttkrp(tensor: Tensor, cp_tensor: tuple[Tensor | None, list[Tensor]], mode: int) -> Tensor:
+    weights, factors = cp_tensor
+    others = [m for m in range(tensor.dim()) if m != mode]
+    first = max(others, key=lambda m: tensor.shape[m])
+    partial: Tensor = torch.tensordot(tensor, factors[first], dims=([first], [0]))  # (..., R)
+    left = [m for m in range(tensor.dim()) if m != first]
+    for other in (m for m in others if m != first):
+        position = left.index(other)
+        shape = [1] * (partial.dim() - 1) + [partial.shape[-1]]
+        shape[position] = tensor.shape[other]
+        partial = (partial * factors[other].reshape(shape)).sum(dim=position)
+        left.remove(other)
+    return partial if weights is None else partial * weights
+
+
+_ContractingTenalg.register_method("unfolding_dot_khatri_rao", _mttkrp)
+
+
+@contextmanager
+def torch_backend() -> Iterator[None]:
+    """TensorLy on torch tensors, for the length of a `with` block and this thread only."""
+    with (
+        tensorly.backend_context("pytorch", local_threadsafe=True),
+        tensorly.tenalg.backend_context(_ContractingTenalg(), local_threadsafe=True),
+    ):
+        yield
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """TensorLy's mode-`mode` unfolding: (shape[mode], everything else)."""
+    with torch_backend():
+        unfolded: Tensor = tensorly.unfold(tensor, mode)
+    return unfolded
+
+
+def mode_products(tensor: Tensor, matrices: Sequence[Tensor], modes: Sequence[int]) -> Tensor:
+    """TensorLy's `multi_mode_dot`: each of `modes` multiplied by its matrix."""
+    with torch_backend():
+        product: Tensor = tensorly.tenalg.multi_mode_dot(tensor, list(matrices), modes=list(modes))
+    return product
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` leading singular triplets of a matrix.
+
+    >>> u, s, vh = truncated_svd(torch.eye(4), 2)
+    >>> u.shape, s.shape, vh.shape
+    (torch.Size([4, 2]), torch.Size([2]), torch.Size([2, 4]))
+
+    Where torch's driver does not converge, LAPACK's slower and sturdier gesvd is asked once, in
+    float64.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        If neither driver converges.
+    """
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        arrays = scipy.linalg.svd(
+            matrix.detach().double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd"
+        )
+        u, s, vh = (torch.as_tensor(a).to(matrix) for a in arrays)
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """At most `rank` leading left singular vectors of a wide matrix, from its Gram matrix.
+
+    Good to half of the precision, which is enough for a start that is iterated on.
+    """
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    leading: Tensor = vectors.flip(1)[:, :rank]
+    return leading
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Squared singular values of an unfolding, descending, one row per group.
+
+    Attributes
+    ----------
+    squares : ndarray, shape (groups, min(shape))
+        Round-off may leave those of a rank-deficient unfolding slightly negative.
+    shape : tuple of int
+        Rows and columns of each group's unfolding.
+    """
+
+    squares: NDArray[np.float64]
+    shape: tuple[int, int]
+
+
+def spectrum(matrices: Sequence[Tensor]) -> Spectrum:
+    """The spectrum of the unfoldings of a layer's groups, which all have one shape.
+
+    Only the squares are ever used, so the Gram matrix of the smaller side in float64 gives all
+    the accuracy that a float32 kernel has, at a fraction of an SVD's cost.
+    """
+    squares = np.stack([_squared_singular_values(m) for m in matrices])
+    rows, columns = matrices[0].shape
+    return Spectrum(squares, (rows, columns))
+
+
+def _squared_singular_values(matrix: Tensor) -> NDArray[np.float64]:
+    matrix = matrix.detach()
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    # Squares of very small or large kernels leave even float64's useful range; scale them first.
+    scale = float(wide.abs().max()) or 1.0
+    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
+    for chunk in wide.split(_GRAM_CHUNK, dim=1):
+        block = chunk.double() / scale
+        gram.addmm_(block, block.T)
+    values = torch.linalg.eigvalsh(gram).flip(0)
+    result: NDArray[np.float64] = values.cpu().numpy() * scale * scale
+    return result

@@ -1,0 +1,106 @@
+"""What a rank selector sees and answers, and the walk along a method's ranks that they share.
+
+A selector never sees a module: for each layer it gets the methods that can take it, and for each
+of them the range of ranks, the cost of a rank and, when asked for, the spectra.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from tdecomp.chain import Rank
+from tdecomp.cost import Cost
+from tdecomp.linalg import Spectrum
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that can take a layer.
+
+    Attributes
+    ----------
+    layer : str
+        The layer's name, for messages.
+    method : str
+    max_rank : int or tuple of int
+        The largest useful rank, or ranks.
+    before : Cost
+        Of the layer as it is.
+    cost : callable ``rank -> Cost``
+        Of the chain, growing with each rank.
+    spectra : callable ``() -> tuple of Spectrum or None``
+        One for each rank, computed when called; None for methods whose rank has no spectrum.
+    """
+
+    layer: str
+    method: str
+    max_rank: Rank
+    before: Cost
+    cost: Callable[[Rank], Cost]
+    spectra: Callable[[], tuple[Spectrum, ...] | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a selector answers for one layer: a method and a rank, or the reason for none."""
+
+    candidate: Candidate | None = None
+    rank: Rank | None = None
+    reason: str | None = None
+    note: str | None = None
+
+
+class RankSelector(ABC):
+    """Decides how much. Local selectors look at one layer; a budget looks at all of them."""
+
+    @abstractmethod
+    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
+        """One choice per site, from its candidates in the order of the user's methods."""
+
+
+class LocalSelector(RankSelector):
+    """A selector that decides for each layer alone, with the first method that can take it."""
+
+    @abstractmethod
+    def choose(self, candidate: Candidate) -> Choice:
+        """The rank for this candidate, or the reason for none."""
+
+    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
+        return [self.choose(candidates[0]) for candidates in sites]
+
+
+def rank_at(max_rank: Rank, fraction: float | Fraction) -> Rank:
+    """That fraction of the largest useful rank, floored, at least 1; of each rank of a tuple.
+
+    >>> rank_at(100, 0.25), rank_at((64, 128), 0.1)
+    (25, (6, 12))
+    """
+    if isinstance(max_rank, tuple):
+        return tuple(max(1, int(fraction * limit)) for limit in max_rank)
+    return max(1, int(fraction * max_rank))
+
+
+def rank_ladder(max_rank: Rank) -> Sequence[Rank]:
+    """Every rank that a common fraction of the largest ones gives, ascending.
+
+    >>> rank_ladder((2, 4))
+    [(1, 1), (1, 2), (1, 3), (2, 4)]
+    """
+    if isinstance(max_rank, int):
+        return range(1, max_rank + 1)
+    fractions = {Fraction(r, limit) for limit in max_rank for r in range(1, limit + 1)}
+    return sorted({rank_at(max_rank, fraction) for fraction in fractions})
+
+
+def largest_rank(candidate: Candidate, fits: Callable[[Cost], bool]) -> Rank | None:
+    """The largest rank of the ladder whose cost `fits`, or None; costs grow along the ladder."""
+    ladder = rank_ladder(candidate.max_rank)
+    low, high = 0, len(ladder)  # every rank below `low` fits, none from `high` on
+    while low < high:
+        middle = (low + high) // 2
+        if fits(candidate.cost(ladder[middle])):
+            low = middle + 1
+        else:
+            high = middle
+    return ladder[low - 1] if low else None

@@ -1,0 +1,37 @@
+"""The largest rank that still pays."""
+
+from dataclasses import dataclass
+
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, largest_rank, rank_at
+
+
+@dataclass(frozen=True)
+class BreakEven(LocalSelector):
+    """The largest rank at which the chain needs strictly fewer MACs than the layer.
+
+    >>> BreakEven()
+    BreakEven()
+
+    Each stage is counted at its own output size as the example inputs showed it; without them
+    parameters are counted, and the row says so. At stride 1 this is, with F = fan_in and T
+    outputs: for svd and lowrank ceil(F · T / (F + T)) − 1; for cp, with S inputs and k kernel
+    entries, ceil(S · T · k / (S + k + T)) − 1, k being kh + kw in its separable form. For Tucker-2
+    it is the largest common fraction of both ranks. A search over the ranks finds the same number
+    for any method whose cost grows with its rank, a user's own included.
+    """
+
+    def choose(self, candidate: Candidate) -> Choice:
+        before = candidate.before
+        rank = largest_rank(candidate, lambda cost: cost.deciding < before.deciding)
+        if rank is None:
+            least = candidate.cost(rank_at(candidate.max_rank, 0.0)).deciding
+            return Choice(
+                reason=f"no rank saves {before.unit}: rank 1 needs {least:,}, "
+                f"the layer {before.deciding:,}"
+            )
+        return Choice(candidate, rank, note=by_parameters(candidate))
+
+
+def by_parameters(candidate: Candidate) -> str | None:
+    """What a row says whose break-even had no MACs to go by."""
+    return None if candidate.before.macs else "break-even by parameters: no MACs observed"

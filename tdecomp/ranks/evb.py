@@ -1,0 +1,271 @@
+"""The rank that empirical variational Bayes gives a matrix, from its singular values alone.
+
+The model is V = B Aᵀ + noise, with Gaussian priors on the columns of A and B, whose variances are
+learnt (so columns that do not pay are switched off), and with a noise variance that is learnt too.
+Variational Bayes usually iterates; fully observed, its global minimum is known in closed form up to
+one number, the noise variance. Names follow the papers: V has L rows and M ≥ L columns (transpose
+it otherwise), α = L/M, and γ₁ ≥ γ₂ ≥ … are its singular values.
+
+References
+----------
+.. [1] S. Nakajima, M. Sugiyama, S. D. Babacan, R. Tomioka, "Global analytic solution of
+   fully-observed variational Bayesian matrix factorization", JMLR 14 (2013): the global solution.
+.. [2] S. Nakajima, R. Tomioka, M. Sugiyama, S. D. Babacan, "Perfect dimensionality recovery by
+   variational Bayesian PCA", NIPS 25 (2012), and its long version "Condition for perfect
+   dimensionality recovery by variational Bayesian PCA", JMLR 16 (2015): the simple form used here
+   (threshold τ̲, shrinkage τ(x; α), objective Ω of the noise variance and the bounds on it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+# Squares computed in float64 are known to a few of its epsilons, relative to the largest of them
+# (1 to 2 seen as eigenvalues of Gram matrices of exact low rank, 64 × 64 to 512 × 4608).
+_ROUND_OFF = 16 * float(np.finfo(np.float64).eps)
+# A larger negative value than float32 Gram matrices give is no square of a singular value.
+_NEGATIVE_TOLERANCE = 1e-5
+# Newton's steps halve the error even at a double root, so these reach the last digit.
+_MAX_STEPS = 60
+
+
+@dataclass(frozen=True)
+class EVBEstimate:
+    """What empirical variational Bayes makes of a matrix.
+
+    Attributes
+    ----------
+    rank : int
+        Number of singular values above the threshold; may be 0.
+    noise_variance : float
+        Variance of one entry's noise, in the square of the matrix's units; 0.0 if nothing but
+        round-off is left beside the `rank` components.
+    """
+
+    rank: int
+    noise_variance: float
+
+
+def evb_rank(squared_singular_values: np.ndarray, shape: tuple[int, int]) -> EVBEstimate:
+    """Estimate rank and noise variance of a matrix by empirical variational Bayes (EVBMF).
+
+    >>> rng = np.random.default_rng(0)
+    >>> matrix = rng.normal(size=(60, 5)) @ rng.normal(size=(5, 200)) + rng.normal(size=(60, 200))
+    >>> evb_rank(np.linalg.svd(matrix, compute_uv=False) ** 2, matrix.shape).rank
+    5
+
+    Parameters
+    ----------
+    squared_singular_values : (n,) array
+        γ², in any order. Eigenvalues of the Gram matrix will do; leave the slightly negative ones
+        in, they show how large the round-off is. There are min(shape) values. If fewer are given,
+        the missing ones are taken to be zero, so a truncated spectrum is read as that of an exactly
+        low-rank matrix: give all of them.
+    shape : (int, int)
+        Rows and columns of the matrix, in either order.
+
+    Returns
+    -------
+    EVBEstimate
+        The global minimum of the free energy over the noise variance. A matrix of exact rank
+        r < L M / (L + M) gives (r, 0.0): the free energy falls without bound as the noise variance
+        goes to zero. Of a larger exact rank, part is explained as noise, as in any other matrix;
+        the rank found is always less than L M / (L + M).
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite, or negative by more than round-off, or there are too many.
+
+    Notes
+    -----
+    Exact, not a search on a grid; O(L) memory, O(L²) operations at worst. From Nakajima et al.,
+    JMLR 14 (2013), in the form of their NIPS 25 (2012); see the head of this file.
+
+    The noise is taken to be equally strong everywhere. A few dead (nearly zero) rows contradict
+    that: they alone then pass for the noise, and all the rest for signal. Drop them first.
+    """
+    short, long = _checked_shape(shape)
+    values = _checked_values(squared_singular_values, short)
+    largest = float(values.max(initial=0.0))
+    if largest == 0.0:
+        return EVBEstimate(rank=0, noise_variance=0.0)
+    # Everything below is relative to the largest value, so that no scale can over- or underflow.
+    relative = values / largest
+    # A zero eigenvalue comes out as ± round-off, so the most negative one shows how large that is.
+    round_off = max(_ROUND_OFF, -2.0 * float(relative.min()))
+    spectrum = np.zeros(short)
+    spectrum[: len(values)] = np.sort(np.maximum(relative, 0.0))[::-1]
+    rank, variance = _minimise(_FreeEnergy(spectrum, long), round_off)
+    return EVBEstimate(rank=rank, noise_variance=variance * (largest / long))
+
+
+def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = shape
+    if min(rows, columns) < 1:
+        raise ValueError(f"shape: got {shape}, expected positive numbers of rows and columns")
+    return min(rows, columns), max(rows, columns)
+
+
+def _checked_values(given: np.ndarray, short: int) -> NDArray[np.float64]:
+    values = np.asarray(given, dtype=np.float64)
+    if values.ndim != 1 or len(values) > short:
+        raise ValueError(
+            f"squared singular values: got an array of shape {values.shape}, "
+            f"expected one dimension with at most min(shape) = {short} values"
+        )
+    unusable = int(np.count_nonzero(~np.isfinite(values)))
+    if unusable:
+        raise ValueError(
+            f"squared singular values: got {unusable} of {len(values)} NaN or infinite, "
+            "expected finite numbers; look for NaN in the matrix itself"
+        )
+    lowest, highest = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+    if lowest < -_NEGATIVE_TOLERANCE * highest:
+        raise ValueError(
+            f"squared singular values: got {lowest:.3g} beside a largest of {highest:.3g}, "
+            "expected none below zero by more than round-off; are they squares?"
+        )
+    return values
+
+
+@lru_cache(maxsize=1024)
+def _threshold(alpha: float) -> float:
+    """Smallest x = γ²/(Mσ²) whose component pays: (1 + τ̲)(1 + α/τ̲), with Φ(τ̲) + Φ(τ̲/α) = 0 [2]."""
+
+    def phi(z: float) -> float:
+        return math.log1p(z) / z - 0.5
+
+    # Φ falls, is positive at 2 and negative at 3, so for α ≤ 1 the sum is > 0 at 2α and < 0 at 3.
+    tau = brentq(lambda t: phi(t) + phi(t / alpha), 2.0 * alpha, 3.0, xtol=1e-300, rtol=1e-15)
+    return (1.0 + tau) * (1.0 + alpha / tau)
+
+
+@dataclass(frozen=True)
+class _FreeEnergy:
+    """Ω of [2], the free energy minimised over all but the noise variance v, as a function of v.
+
+    Ω(v) = Σ ψ(u/v), with ψ(x) = x − log x + [x above the threshold] ψ₁(x),
+    ψ₁(x) = log(1 + τ) + α log(1 + τ/α) − τ and x = (1 + τ)(1 + α/τ), τ ≥ √α.
+
+    Here u = γ² in units of the largest and v = Mσ² in the same units. ``− log u`` is left out of
+    each term: it is constant in v, and infinite for the zeros of a rank-deficient matrix.
+
+    Each method takes the number `rank` of values that are above the threshold at v. With it fixed,
+    Ω is smooth; where a value crosses the threshold Ω is continuous and its slope jumps.
+    """
+
+    values: NDArray[np.float64]  # (L,), descending
+    long: int
+
+    @cached_property
+    def alpha(self) -> float:
+        return len(self.values) / self.long
+
+    @cached_property
+    def tails(self) -> NDArray[np.float64]:
+        # (L + 1,): sums of all but the first k, smallest added first so that none is lost.
+        return np.append(np.cumsum(self.values[::-1])[::-1], 0.0)
+
+    def _x_and_tau(
+        self, variance: float, rank: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        x = self.values[:rank] / variance
+        excess = x - (1.0 + self.alpha)
+        return x, 0.5 * (excess + np.sqrt(excess * excess - 4.0 * self.alpha))
+
+    def objective(self, variance: float, rank: int) -> float:
+        _, tau = self._x_and_tau(variance, rank)
+        # x − τ written as 1 + α + α/τ: at small v both are huge and their difference is not.
+        above = np.log1p(tau) + self.alpha * (np.log1p(tau / self.alpha) + 1.0 / tau)
+        return (
+            len(self.values) * math.log(variance)
+            + float(self.tails[rank]) / variance
+            + rank * (1.0 + self.alpha)
+            + float(above.sum())
+        )
+
+    def slope(self, variance: float, rank: int) -> float:
+        """dΩ/d(log v): minus the sum of x ψ′(x), x − 1 below the threshold and α + α/τ above it.
+
+        The latter because ψ₁′ = −τ/x, and x − 1 − τ = α + α/τ.
+        """
+        _, tau = self._x_and_tau(variance, rank)
+        below = len(self.values) - rank - float(self.tails[rank]) / variance
+        return below - self.alpha * (rank + float((1.0 / tau).sum()))
+
+    def curvature(self, variance: float, rank: int) -> float:
+        """d²Ω/d(log v)², with dτ/dx = τ²/(τ² − α)."""
+        x, tau = self._x_and_tau(variance, rank)
+        above = self.alpha * float((x / (tau * tau - self.alpha)).sum())
+        return float(self.tails[rank]) / variance - above
+
+
+def _minimise(energy: _FreeEnergy, round_off: float) -> tuple[int, float]:
+    """Rank and variance at the global minimum of Ω over the bounds of [2].
+
+    Ω may have many local minima. None is where a value crosses the threshold: as v grows, the slope
+    drops there (by τ̲). Between two such points there is at most one, which `_descend` finds.
+    """
+    values, long = energy.values, energy.long
+    short = len(values)
+    threshold = _threshold(energy.alpha)
+    # A zero slope needs k + αk < L above the threshold: k ≤ ⌈L/(1 + α)⌉ − 1, in whole numbers.
+    max_rank = (short * long - 1) // (short + long)
+    highest = float(energy.tails[0]) / short
+    lowest = max(
+        float(values[max_rank]) / threshold,
+        float(energy.tails[max_rank]) / (short - max_rank),
+        round_off,
+    )
+
+    rank = int(np.count_nonzero(values > threshold * lowest))
+    if lowest == round_off and energy.slope(lowest, rank) > 0.0:
+        # Still falling as v sinks into the round-off, where the other values cannot be told from
+        # zeros; with zeros it falls as (L − k − αk) log v does, without bound.
+        return rank, 0.0
+
+    # One interval for each rank k: from where the next value would join to where the last one did.
+    joins = values[: max_rank + 1] / threshold
+    lows = np.maximum(joins, lowest).tolist()
+    highs = np.minimum(np.append(math.inf, joins[:-1]), highest).tolist()
+    candidates: list[tuple[float, int]] = []
+    for k, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        if low < high and (slope := energy.slope(low, k)) < 0.0:
+            # The slope only grows on the way to a minimum: Ω cannot fall faster than from here.
+            bound = energy.objective(low, k) + slope * math.log(high / low)
+            candidates.append((bound, k))
+
+    best_rank, best_variance = int(np.count_nonzero(values > threshold * highest)), highest
+    best = energy.objective(best_variance, best_rank)
+    for bound, k in sorted(candidates):
+        if bound > best:
+            break
+        variance = _descend(energy, k, lows[k], highs[k])
+        if variance is not None and (objective := energy.objective(variance, k)) < best:
+            best, best_rank, best_variance = objective, k, variance
+    return best_rank, best_variance
+
+
+def _descend(energy: _FreeEnergy, rank: int, low: float, high: float) -> float | None:
+    """Variance of the local minimum of Ω between low and high, or None if there is none.
+
+    The curvature falls as v grows (both its terms do), so the slope is concave in log v. From a
+    negative slope, Newton's method then climbs to the first zero and never jumps over it.
+    """
+    variance = low
+    for _ in range(_MAX_STEPS):
+        slope, curvature = energy.slope(variance, rank), energy.curvature(variance, rank)
+        if slope >= 0.0:
+            return variance
+        # Turned down or out of the interval before the first zero: there is none inside.
+        if curvature <= 0.0 or -slope / curvature >= math.log(high / variance):
+            return None
+        variance *= math.exp(-slope / curvature)
+    return variance

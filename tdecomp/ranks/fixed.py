@@ -1,0 +1,110 @@
+"""Ranks that the user names: a number, or a number or selector for each layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tdecomp.chain import Rank
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
+from tdecomp.sites import matches, no_match
+
+
+@dataclass(frozen=True)
+class Fixed(LocalSelector):
+    """This rank for every layer that it is not too large for.
+
+    >>> Fixed(16), Fixed((16, 32))
+    (Fixed(rank=16), Fixed(rank=(16, 32)))
+
+    For Tucker-2 an int means the same rank twice; a pair is (R3, R4), in the order of the chain.
+    """
+
+    rank: Rank
+
+    def __post_init__(self) -> None:
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+            raise ValueError(
+                f"rank: expected a positive int, or a tuple of them for Tucker-2, got {self.rank!r}"
+            )
+
+    def for_candidate(self, candidate: Candidate) -> Rank:
+        """The rank in the form that the candidate's method takes.
+
+        Raises
+        ------
+        ValueError
+            If the method takes another number of ranks.
+        """
+        wanted = candidate.max_rank
+        if isinstance(wanted, tuple):
+            ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * len(wanted)
+            if len(ranks) != len(wanted):
+                raise ValueError(
+                    f"layer {candidate.layer!r}: {candidate.method} takes {len(wanted)} ranks (or "
+                    f"one int for all), got {self.rank!r}"
+                )
+            return ranks
+        if isinstance(self.rank, tuple):
+            raise ValueError(
+                f"layer {candidate.layer!r}: {candidate.method} takes one rank, got "
+                f"{self.rank!r}; a dict of layer names (or globs) to ranks gives each its own"
+            )
+        return self.rank
+
+    def choose(self, candidate: Candidate) -> Choice:
+        rank = self.for_candidate(candidate)
+        if exceeds(rank, candidate.max_rank):
+            return Choice(
+                reason=f"rank {rank} is above its largest useful one, {candidate.max_rank}"
+            )
+        return Choice(candidate, rank)
+
+    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
+        choices = super().select(sites)
+        if choices and all(choice.rank is None for choice in choices):
+            limits = (candidates[0] for candidates in sites)
+            shown = ", ".join(f"{c.layer!r} ({c.method}): {c.max_rank}" for c in limits)
+            raise ValueError(
+                f"rank {self.rank} is above the largest useful rank of every layer: expected at "
+                f"most {shown}"
+            )
+        return choices
+
+
+def exceeds(rank: Rank, max_rank: Rank) -> bool:
+    """Whether any of the ranks is above its limit."""
+    if isinstance(rank, tuple) and isinstance(max_rank, tuple):
+        return any(r > limit for r, limit in zip(rank, max_rank, strict=True))
+    return rank > max_rank  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class ByLayer(RankSelector):
+    """A selector for each layer: exact names first, then globs and containers in their order.
+
+    >>> ByLayer({"features.0": Fixed(8), "features.*": Fixed(16)}).selectors["features.0"]
+    Fixed(rank=8)
+
+    Layers that no entry names are left alone. A rank above the largest useful one of a layer
+    named exactly is an error.
+    """
+
+    selectors: Mapping[str, RankSelector] = field(default_factory=dict)
+
+    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
+        names = [candidates[0].layer for candidates in sites]
+        for pattern in self.selectors:
+            if not any(matches(name, pattern) for name in names):
+                raise no_match("rank", pattern, names)
+        choices = [Choice(reason="no rank was given for it")] * len(sites)
+        for pattern, selector in self.selectors.items():
+            mine = [i for i, name in enumerate(names) if self._pattern_of(name) == pattern]
+            chosen = selector.select([sites[i] for i in mine]) if mine else []
+            for i, choice in zip(mine, chosen, strict=True):
+                choices[i] = choice
+        return choices
+
+    def _pattern_of(self, name: str) -> str | None:
+        if name in self.selectors:
+            return name
+        return next((p for p in self.selectors if matches(name, p)), None)

@@ -1,0 +1,63 @@
+"""A share of the full rank, of the parameters or of the MACs."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tdecomp.cost import Cost
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, largest_rank, rank_at
+
+Of = Literal["rank", "params", "macs"]
+
+
+@dataclass(frozen=True)
+class Ratio(LocalSelector):
+    """This share of each layer.
+
+    >>> Ratio(0.5, of="macs")
+    Ratio(ratio=0.5, of='macs')
+
+    Parameters
+    ----------
+    ratio : float
+        Above 0 and at most 1.
+    of : {"rank", "params", "macs"}
+        "rank": the fraction of the largest useful rank, floored, at least 1 (both ranks of
+        Tucker-2 by the same factor). "params", "macs": the largest rank whose chain stays at or
+        under that share of the layer (for Tucker-2 along a common fraction of both ranks).
+
+    Raises
+    ------
+    ValueError
+        If the ratio is out of range or `of` is none of the three.
+    """
+
+    ratio: float
+    of: Of
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not 0 < self.ratio <= 1:
+            raise ValueError(f"Ratio: expected a ratio above 0 and at most 1, got {self.ratio!r}")
+        if self.of not in get_args(Of):
+            known = ", ".join(map(repr, get_args(Of)))
+            raise ValueError(f"Ratio: expected of to be one of {known}, got {self.of!r}")
+
+    def choose(self, candidate: Candidate) -> Choice:
+        if self.of == "rank":
+            return Choice(candidate, rank_at(candidate.max_rank, self.ratio))
+        # A layer without observed MACs is measured by its parameters, and its row says so.
+        by_macs = self.of == "macs" and bool(candidate.before.macs)
+        unit = "MACs" if by_macs else "parameters"
+
+        def amount(cost: Cost) -> int:
+            return (cost.macs if by_macs else cost.params) or 0
+
+        note = None if by_macs or self.of == "params" else "share of parameters: no MACs observed"
+        limit = self.ratio * amount(candidate.before)
+        rank = largest_rank(candidate, lambda cost: amount(cost) <= limit)
+        if rank is None:
+            least = amount(candidate.cost(rank_at(candidate.max_rank, 0.0)))
+            return Choice(
+                reason=f"no rank is small enough: rank 1 needs {least:,} {unit}, "
+                f"{self.ratio} of the layer's {amount(candidate.before):,} is {limit:,.0f}"
+            )
+        return Choice(candidate, rank, note=note)

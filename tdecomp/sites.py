@@ -1,0 +1,272 @@
+"""Which layers of a model can be replaced, and why the others are left alone."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from tdecomp.chain import Chain
+from tdecomp.layer import STOCK_LAYERS, Call, LayerSpec
+from tdecomp.tracing import Trace, trace
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer with every name it is reachable by, or the reason it is left alone.
+
+    Attributes
+    ----------
+    names : tuple of str
+        In the order of `named_modules`; the first one is the site's name, "" the model itself.
+    module : nn.Module
+    spec : LayerSpec or None
+        None where the layer's sizes are not known (lazy and quantized layers).
+    reason : str or None
+        Why it is left alone; None if it may be replaced.
+    calls : tuple of Call or None
+        What one pass of the example inputs asks of it; None without example inputs.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    spec: LayerSpec | None
+    reason: str | None = None
+    calls: tuple[Call, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def params(self) -> int:
+        if self.spec is not None:
+            return self.spec.params
+        # Quantized layers keep packed weights, lazy ones none yet.
+        uninitialised = nn.parameter.UninitializedParameter
+        own = self.module.parameters(recurse=False)
+        return sum(p.numel() for p in own if not isinstance(p, uninitialised))
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which layers a user wants touched.
+
+    Attributes
+    ----------
+    include, exclude : sequence of str
+        Names, globs, or the name of a container for all that it holds. No `include` means all.
+    where : callable ``(module, name) -> bool``, optional
+    min_channels : int
+        Convolutions with fewer input or output channels are left alone.
+    min_features : int
+        Linear layers with fewer input or output features are left alone.
+    """
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    where: Callable[[nn.Module, str], bool] | None = None
+    min_channels: int = 0
+    min_features: int = 0
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse patterns that match none of `names`."""
+        names = list(names)
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in names):
+                    raise no_match(option, pattern, names)
+
+    def reason(self, module: nn.Module, names: Sequence[str], spec: LayerSpec) -> str | None:
+        """Why this layer is not wanted, or None."""
+        if self.include and not any(matches(n, p) for n in names for p in self.include):
+            return "not in include"
+        for pattern in self.exclude:
+            if any(matches(name, pattern) for name in names):
+                return f"excluded by {pattern!r}"
+        if self.where is not None and not self.where(module, names[0]):
+            return "not wanted by where"
+        least, option = self.min_features, "min_features"
+        if spec.ndim:
+            least, option = self.min_channels, "min_channels"
+        narrow = min(spec.in_channels, spec.out_channels)
+        if narrow < least:
+            return f"{option}={least}, and its narrower side has {narrow}"
+        return None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` is this name, a glob that fits it, or a container that holds it."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+
+def no_match(option: str, pattern: str, names: Iterable[str]) -> ValueError:
+    """The error for a pattern that matches no layer."""
+    names = list(names)
+    near = difflib.get_close_matches(pattern, names, n=3) or names[:3]
+    return ValueError(
+        f"{option}: {pattern!r} matches no Linear or convolution of the model. Expected a layer's "
+        f"name, a container's name or a glob, e.g. {', '.join(map(repr, near))}"
+    )
+
+
+def find_sites(
+    model: nn.Module, filters: Filters | None = None, example_inputs: Any = None
+) -> tuple[list[Site], Trace | None]:
+    """Every Linear and convolution of `model`, once each, and what `example_inputs` showed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model is wrapped, has no layer to decompose, rejects the inputs, or a filter
+        matches nothing.
+    """
+    _refuse_wrapped(model)
+    filters = filters or Filters()
+    names = _layer_names(model)
+    if not names:
+        raise ValueError(
+            f"the model ({type(model).__name__}) has no Linear or convolution to decompose"
+        )
+    filters.check(name for all_names in names.values() for name in all_names)
+    specs = {m: LayerSpec.of(m) for m in names if isinstance(m, STOCK_LAYERS) and not _lazy(m)}
+    seen = None if example_inputs is None else trace(model, specs, example_inputs)
+    ties = _Ties(model)
+    readers = _known_readers(model)
+
+    def reason(module: nn.Module) -> str | None:
+        structural = _structural_reason(module) or ties.reason(module) or readers.get(module)
+        if structural is None and seen is not None:
+            structural = seen.oddities.get(module)
+        if structural is None:
+            structural = filters.reason(module, names[module], specs[module])
+        return structural
+
+    sites = [
+        Site(
+            tuple(all_names),
+            module,
+            specs.get(module),
+            reason(module),
+            tuple(seen.calls[module]) if seen and module in specs else None,
+        )
+        for module, all_names in names.items()
+    ]
+    return sites, seen
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    wrappers = {
+        "OptimizedModule": "model._orig_mod",
+        "DistributedDataParallel": "model.module",
+        "DataParallel": "model.module",
+        "FullyShardedDataParallel": "model.module",
+    }
+    inner = wrappers.get(type(model).__name__)
+    if inner is not None:
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}: decompose the inner module "
+            f"({inner}) first, then wrap the result"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is a ScriptModule: decompose the eager model, then script it")
+
+
+def _layer_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, _ConvNd)) or _quantized(module):
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _lazy(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def _quantized(module: nn.Module) -> bool:
+    kind = type(module)
+    return "quantized" in kind.__module__ and kind.__name__.startswith(("Linear", "Conv"))
+
+
+def _structural_reason(module: nn.Module) -> str | None:
+    if _quantized(module):
+        return "quantized: decompose first, then quantize"
+    if _lazy(module):
+        return "lazy: run the model once so that its sizes are known"
+    if parametrize.is_parametrized(module):
+        return (
+            "parametrized: bake it in with torch.nn.utils.parametrize.remove_parametrizations"
+            "(layer, 'weight')"
+        )
+    if "weight" not in module._parameters:
+        return (
+            "its weight is computed from other parameters: bake it in (remove_weight_norm, "
+            "remove_spectral_norm, prune.remove)"
+        )
+    stock = next(kind for kind in STOCK_LAYERS if isinstance(module, kind))
+    for method in ("forward", "_conv_forward"):
+        overridden = getattr(type(module), method, None) is not getattr(stock, method, None)
+        if overridden or method in vars(module):
+            return f"{type(module).__name__} overrides {method}"
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks of its own, which would be lost: remove them first"
+    return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Ties:
+    """Finds layers whose weight is another module's parameter too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[int, set[str]] = {}
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and not _unallocated(parameter):
+                    self._owners.setdefault(_storage(parameter), set()).add(name)
+
+    def reason(self, module: nn.Module) -> str | None:
+        for parameter in module.parameters(recurse=False):
+            owners = self._owners.get(_storage(parameter), set())
+            if not _unallocated(parameter) and len(owners) > 1:
+                return f"its weight is tied: {', '.join(sorted(map(repr, owners)))} share it"
+        return None
+
+
+def _unallocated(parameter: nn.Parameter) -> bool:
+    return parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+def _storage(parameter: nn.Parameter) -> int:
+    return 0 if _unallocated(parameter) else parameter.untyped_storage().data_ptr()
+
+
+def _known_readers(model: nn.Module) -> Mapping[nn.Module, str]:
+    """Layers that their parent does not call, or not always, and those of an earlier chain."""
+    reasons: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention):
+            reasons[parent.out_proj] = "MultiheadAttention reads its weight itself"
+        elif isinstance(parent, nn.TransformerEncoderLayer):
+            reasons[parent.linear1] = reasons[parent.linear2] = (
+                "TransformerEncoderLayer's fast path reads its weight itself"
+            )
+        elif type(parent).__name__ in ("ShiftedWindowAttention", "ShiftedWindowAttentionV2"):
+            # torchvision's Swin, which need not be installed here
+            for child in (getattr(parent, "qkv", None), getattr(parent, "proj", None)):
+                if isinstance(child, nn.Module):
+                    reasons[child] = "shifted-window attention reads its weight itself"
+        elif isinstance(parent, Chain):
+            for stage in parent:
+                reasons[stage] = f"part of a chain that {parent.method!r} made before"
+    return reasons

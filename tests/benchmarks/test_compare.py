@@ -1,0 +1,147 @@
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.compare import build_parser, choose_settings, main, prepare, run
+from benchmarks.models import load_model
+from benchmarks.networks import ResNet20
+from benchmarks.settings import Setting
+
+QUICK = ["--rounds", "1", "--batch-size", "4", "--finetune", "2"]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """One quick run on the default model: what it wrote to the folder and to the screen."""
+    out = tmp_path_factory.mktemp("results")
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        main([*QUICK, "--methods", "tucker2", "lowrank", "--out", str(out)])
+    return out, screen.getvalue()
+
+
+def test_the_table_has_a_line_for_each_network(digits_run):
+    _, text = digits_run
+    assert "digits_vgg on handwritten digits" in text
+    starts = [tuple(line.split()[:2]) for line in text.splitlines() if line.strip()]
+    for line in (("original", "–"), ("tucker2", "0.5"), ("lowrank", "0.5"), ("tucker2", "vbmf")):
+        assert line in starts
+    assert "the original too, is fine-tuned" in text
+    assert "left out" not in text
+
+
+def test_the_json_holds_what_the_table_says(digits_run):
+    out, _ = digits_run
+    content = json.loads((out / "compare-digits_vgg.json").read_text(encoding="utf-8"))
+    assert content["versions"].keys() == {"python", "tdecomp", "torch", "tensorly", "numpy"}
+    assert content["machine"].keys() == {"cpu", "cores", "torch_threads", "system"}
+    assert content["machine"]["torch_threads"] == torch.get_num_threads()
+    assert content["arguments"]["seed"] == 0
+    assert content["protocol"]["finetune"] == 2
+    original, tucker, lowrank, vbmf = content["measurements"]
+    assert original["label"] == "original"
+    assert original["accuracy_before"] >= 0.98
+    for row in (tucker, lowrank, vbmf):
+        assert 0 < row["macs_ratio"] < 1
+        assert row["macs_ratio"] == row["macs"] / original["macs"]
+        assert row["latency"]["median"] > 0
+        assert 0 < row["weight_error"] < 1
+        assert 0 <= row["accuracy_after"] <= 1
+        assert row["decompose_seconds"] > 0
+        assert 0 < row["layers_changed"] <= row["layers_total"] == len(row["layers"])
+    assert tucker["macs_ratio"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_figure_is_a_picture(digits_run):
+    out, _ = digits_run
+    assert (out / "compare-digits_vgg.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_users_own_weights_and_images(folder, tmp_path, capsys):
+    save_file(ResNet20(classes=10).state_dict(), tmp_path / "w.safetensors")
+    for split in ("train", "val"):
+        for i in range(8):  # ten classes in all, as the network has
+            shutil.copytree(folder / split / "red", folder / split / f"red{i}")
+    options = ["--model", "resnet20", "--weights", str(tmp_path / "w.safetensors")]
+    options += ["--data", str(folder), "--methods", "lowrank", "--rank", "0.75", "0.5"]
+    main([*options, *QUICK, "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "resnet20 on colours (20 images to judge by)" in text
+    assert "0.75" in text
+    content = json.loads((tmp_path / "compare-resnet20.json").read_text(encoding="utf-8"))
+    shares = [row["macs_ratio"] for row in content["measurements"]]
+    assert shares[0] == 1 > shares[1] > shares[2] > 0
+
+
+def test_without_data_there_are_no_accuracies(tmp_path, capsys):
+    options = ["--model", "resnet20", "--methods", "lowrank", "--rounds", "1", "--batch-size", "2"]
+    main([*options, "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "resnet20 on random images" in text
+    assert "accuracy" not in text
+    assert (tmp_path / "compare-resnet20.png").exists()
+
+
+def test_a_setting_that_means_nothing_is_left_out_with_the_reason(tmp_path, capsys):
+    options = ["--methods", "cp", "lowrank", "--rank", "vbmf", "--finetune", "0", "--rounds", "1"]
+    main([*options, "--batch-size", "4", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "cp vbmf left out: " in text
+    assert "steps (%)" not in text
+
+
+def test_the_model_is_not_changed_by_the_comparison():
+    job = prepare(build_parser().parse_args([*QUICK, "--methods", "lowrank"]))
+    run(job)
+    shipped = load_model("digits_vgg").state_dict()
+    assert all(torch.equal(shipped[k], v) for k, v in job.model.state_dict().items())
+
+
+def test_default_settings_are_four_methods_and_vbmf():
+    assert choose_settings(None, None) == [
+        Setting("cp", "0.5"),
+        Setting("cp-separable", "0.5"),
+        Setting("tucker2", "0.5"),
+        Setting("lowrank", "0.5"),
+        Setting("tucker2", "vbmf"),
+    ]
+    assert choose_settings(["cp"], None) == [Setting("cp", "0.5")]
+    assert choose_settings(["tucker2"], ["8", "8"]) == [Setting("tucker2", "8")]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "resnet21"], "unknown model 'resnet21'; there are digits_vgg"),
+        (["--model", "torchvision:resnet17"], "no classifier 'resnet17'"),
+        (["--model", "resnet20", "--weights", "nowhere.pt"], "no weights file nowhere.pt"),
+        (["--model", "resnet20", "--data", "nowhere"], "no folder nowhere/train"),
+        (["--model", "resnet20", "--finetune", "5"], "--finetune needs --data"),
+        (["--data", "somewhere"], "leave out --data"),
+        (["--methods", "cpp"], "unknown method 'cpp'; there are"),
+        (["--rank", "half"], "rank 'half': expected"),
+        (["--methods", "cp", "--rank", "vbmf"], "nothing to compare"),
+        (["--finetune", "-1"], "expected 0 or more"),
+        (["--batch-size", "0"], "expected 1 or more"),
+        (["--rounds", "many"], "invalid"),
+    ],
+)
+def test_bad_options_end_with_one_clear_line(options, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*options, "--rounds", "1"] if "--rounds" not in options else options)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_the_wrong_number_of_classes_is_told(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "resnet20", "--data", str(folder), *QUICK])
+    assert "10 classes apart, but" in (error := capsys.readouterr().err)
+    assert "2 class folders" in error
