@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import tdecomp
+
 from benchmarks.comparison import Comparison, Protocol, compare
 from benchmarks.data import Dataset, digits, image_folder
 from benchmarks.figure import draw_comparison
@@ -22,7 +24,6 @@ from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.models import DEFAULT, TORCHVISION, InputFormat, input_format, load_model
 from benchmarks.settings import RANK_SYNTAX, Setting, parse_rank
 from benchmarks.table import format_table
-from tdecomp.decomposers import registered
 
 DEFAULT_MODEL = "digits_vgg"
 DEFAULT_METHODS = ("cp", "cp-separable", "tucker2", "lowrank")
@@ -158,8 +159,9 @@ def prepare(options: argparse.Namespace) -> Job:
 def choose_settings(methods: Sequence[str] | None, ranks: Sequence[str] | None) -> list[Setting]:
     """Every method at every rank; by default also Tucker-2 with the ranks that VBMF finds."""
     for method in methods or ():
-        if method not in registered():
-            raise ValueError(f"unknown method {method!r}; there are {', '.join(registered())}")
+        if method not in tdecomp.registered():
+            known = ", ".join(tdecomp.registered())
+            raise ValueError(f"unknown method {method!r}; there are {known}")
     for rank in ranks or ():
         parse_rank(rank)
     settings = [

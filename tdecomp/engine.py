@@ -154,7 +154,9 @@ def apply(
 
 def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
     """The chain that takes the layer's place, and the row with its error and the time it took."""
-    assert row.method is not None and row.rank is not None and site.spec is not None
+    assert row.method is not None
+    assert row.rank is not None
+    assert site.spec is not None
     check_weight(site)
     decomposer = plan.decomposers[row.method]
     weight = site.module.weight
@@ -177,11 +179,17 @@ def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
             f"exclude=[{row.name!r}]"
         )
     chain = decomposer.assemble(site.module, factorization, row.rank)
-    return chain, replace(row, weight_error=lost, fit_seconds=seconds)
+    norms = factorization.component_norms()
+    return chain, replace(
+        row,
+        weight_error=lost,
+        fit_seconds=seconds,
+        component_norms=None if norms is None else norms / (float(weight.norm()) or 1.0),
+    )
 
 
 def _match(model: nn.Module, plan: Plan) -> dict[str, Site]:
-    """The model's sites by the names of the plan's rows, each checked to be what was planned for."""
+    """The model's sites by name, each checked to be what the plan's row was planned for."""
     found, _ = find_sites(model)
     sites = {site.name: site for site in found}
     for row in plan:

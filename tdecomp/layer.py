@@ -97,6 +97,11 @@ class LayerSpec:
         return self.out_channels // self.groups
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each filter of several sees a single channel."""
+        return self.groups > 1 and self.group_in == 1
+
+    @property
     def kernel_volume(self) -> int:
         return math.prod(self.kernel_size)
 
@@ -167,7 +172,7 @@ class LayerSpec:
         return grouped.transpose(1, 2).reshape(self.out_channels, self.group_in, *self.kernel_size)
 
     def from_forward_layout(self, kernel: Tensor) -> Tensor:
-        """The inverse of `to_forward_layout`: (out, in / groups, *kernel) as the layer stores it."""
+        """(out, in / groups, *kernel) as the layer stores it: undoes `to_forward_layout`."""
         if not self.transposed:
             return kernel
         grouped = kernel.reshape(self.groups, self.group_out, self.group_in, *self.kernel_size)

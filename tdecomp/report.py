@@ -41,6 +41,8 @@ class Row:
     weight_error : float or None
         ‖W − W̃‖ / ‖W‖ in the Frobenius norm, of the weights as they are stored.
     fit_seconds : float or None
+    component_norms : float or None
+        For CP, the sum of the components' norms over the kernel's: far above √rank they cancel.
     calls : tuple of Call or None
         What the example inputs asked of the layer.
     """
@@ -58,6 +60,7 @@ class Row:
     note: str | None = None
     weight_error: float | None = None
     fit_seconds: float | None = None
+    component_norms: float | None = None
     calls: tuple[Call, ...] | None = None
 
     @property
@@ -85,6 +88,7 @@ class Row:
             "macs_after": self.macs_after,
             "weight_error": self.weight_error,
             "fit_seconds": self.fit_seconds,
+            "component_norms": self.component_norms,
             "calls": None
             if self.calls is None
             else [[call.batch, list(call.size)] for call in self.calls],
@@ -253,6 +257,8 @@ _RIGHT = {"params", "MACs", "error"}
 def _cells(row: Row) -> list[str]:
     rank = "" if row.rank is None else str(row.rank)
     words = [row.reason or row.note or ""]
+    if row.component_norms is not None:
+        words.append(f"component norms {row.component_norms:.1f} times the kernel's")
     if len(row.names) > 1:
         words.append(f"also {', '.join(row.names[1:])}")
     return [

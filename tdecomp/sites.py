@@ -142,6 +142,8 @@ def find_sites(
 
     def reason(module: nn.Module) -> str | None:
         structural = _structural_reason(module) or ties.reason(module) or readers.get(module)
+        if structural is None and specs[module].depthwise:
+            structural = "depthwise: each of its filters sees a single channel already"
         if structural is None and seen is not None:
             structural = seen.oddities.get(module)
         if structural is None:

@@ -33,6 +33,13 @@ class Factors(ABC):
     def scaled(self, scale: float) -> Self:
         """The factors of `scale` times the kernel."""
 
+    def component_norms(self) -> float | None:
+        """The sum of the norms of the terms that add up to the kernel, for methods that have such.
+
+        Far above the kernel's norm the terms cancel, and rounding or fine-tuning undoes them.
+        """
+        return None
+
     def to(self, dtype: torch.dtype) -> Self:
         """Every tensor in `dtype`."""
         assert is_dataclass(self)
@@ -55,6 +62,11 @@ class Factorization:
         """One weight (out, in / groups, *kernel) for each stage, all groups together."""
         per_group = (factors.stage_weights() for factors in self.groups)
         return tuple(torch.cat(weights) for weights in zip(*per_group, strict=True))
+
+    def component_norms(self) -> float | None:
+        """The sum over all groups, or None; see `Factors.component_norms`."""
+        norms = [factors.component_norms() for factors in self.groups]
+        return None if norms[0] is None else sum(norm or 0.0 for norm in norms)
 
     def to(self, dtype: torch.dtype) -> "Factorization":
         return replace(self, groups=tuple(factors.to(dtype) for factors in self.groups))
@@ -91,6 +103,7 @@ class Decomposer(ABC):
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...] | None:
         """One matrix per rank whose singular values tell how much that rank keeps, or None."""
+        del kernel
         return None
 
     # -- what every method has from here -----------------------------------------------------

@@ -19,8 +19,15 @@ from tdecomp.decomposers.base import Decomposer, Factors
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
 
-# Sweeps that each start gets before the better one goes on alone.
+# Sweeps by which the starts are compared, and those at the end that take back what the ridge cost.
 _TRIAL_SWEEPS = 20
+_LAST_SWEEPS = 5
+# A relative error below which the kernel counts as being of the rank asked for.
+_EXACT = 1e-2
+# Above this times √rank the sum of the component norms counts as degenerate.
+_MAX_COMPONENT_NORMS = 5.0
+# Always on the factors, so that the normal equations of a rank-deficient kernel can be solved.
+_TRACE_RIDGE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ class CPFactors(Factors):
         share = scale ** (1 / len(self.factors))
         return replace(self, factors=tuple(factor * share for factor in self.factors))
 
+    def component_norms(self) -> float:
+        """The sum of the components' Frobenius norms."""
+        norms = torch.stack([factor.norm(dim=0) for factor in self.factors])  # (modes, R)
+        return float(norms.prod(dim=0).sum())
+
     def balanced(self) -> "CPFactors":
         """The same kernel, each component's norm shared equally among its factors.
 
@@ -78,20 +90,26 @@ class CPFactors(Factors):
         return [tuple(size[d] if d == mode else 1 for d in range(ndim)) for mode in range(ndim)]
 
 
-def fit_cp(
-    kernel: Tensor,
-    rank: int,
-    *,
-    kernel_size: tuple[int, ...],
-    n_iter_max: int,
-    tol: float,
-    random_state: int,
-) -> CPFactors:
-    """Alternating least squares (TensorLy's `parafac`) from the better of two starts.
+@dataclass(frozen=True)
+class ALSOptions:
+    """How `parafac` is run; see `CP` for what each means."""
 
-    The start from the unfoldings' singular vectors is good on trained kernels. Where the rank is
-    at most the channel counts, a second one by simultaneous diagonalisation finds kernels of
-    that very rank, which the first often misses.
+    n_iter_max: int
+    tol: float
+    l2_reg: float
+    random_state: int
+
+
+def fit_cp(
+    kernel: Tensor, rank: int, kernel_size: tuple[int, ...], options: ALSOptions
+) -> CPFactors:
+    """Alternating least squares (TensorLy's `parafac`), kept from degenerating.
+
+    Components that grow while they cancel (Phan et al. 2020, "Stable Low-rank Tensor
+    Decomposition for Compression of Convolutional Neural Network") are held down by a ridge on
+    the factors, which at its default costs no accuracy to speak of. Where the sum of the
+    component norms still ends above ``5 √rank`` times the kernel's norm (``√rank`` is that of
+    orthogonal components), the fit is made again with a stronger ridge.
 
     Parameters
     ----------
@@ -100,20 +118,49 @@ def fit_cp(
     rank : int
     kernel_size : tuple of int
         The spatial modes before they were joined.
+    options : ALSOptions
+
+    Raises
+    ------
+    ValueError
+        If the fit degenerates at every strength of the ridge.
     """
-    sweeps = min(_TRIAL_SWEEPS, n_iter_max)
-    starts = [_singular_start(kernel, rank, random_state)]
-    if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
-        starts += _diagonalisation_start(kernel, rank)
-    trials = [_parafac(kernel, rank, start, sweeps, tol) for start in starts]
-    best, errors = min(trials, key=lambda trial: trial[1][-1])
-    if n_iter_max > sweeps and not _converged(errors, tol):
-        best, _ = _parafac(kernel, rank, best, n_iter_max - sweeps, tol)
-    return CPFactors(tuple(best), kernel_size).balanced()
+    norm = float(kernel.norm())
+    if norm == 0.0:
+        zeros = tuple(kernel.new_zeros(size, rank) for size in kernel.shape)
+        return CPFactors(zeros, kernel_size)
+    kernel = kernel / norm
+    bound = _MAX_COMPONENT_NORMS * rank**0.5
+    trial = min(_TRIAL_SWEEPS, options.n_iter_max)
+    starts = _starts(kernel, rank, options.random_state)
+    tries = [_parafac(kernel, rank, start, trial, options.tol, ridge=0.0) for start in starts]
+    start, errors = min(tries, key=lambda fit: fit[1][-1])
+    # A kernel that has this very rank wants no ridge; every other fit is an approximation.
+    exact = errors[-1] < _EXACT
+    plain = [(start, 0.0)] if exact else []
+    ridged = [(starts[0], strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
+    for factors, ridge in plain + (ridged if options.l2_reg else ridged[:1]):
+        fitted = CPFactors(tuple(_sweep(kernel, rank, factors, ridge, options)), kernel_size)
+        if fitted.component_norms() <= bound:
+            return fitted.balanced().scaled(norm)
+    raise ValueError(
+        f"CP degenerates: the component norms sum to {fitted.component_norms():.3g} times the "
+        f"kernel's norm, expected at most {bound:.3g}; choose a lower rank or another method"
+    )
+
+
+def _sweep(
+    kernel: Tensor, rank: int, start: list[Tensor], ridge: float, options: ALSOptions
+) -> list[Tensor]:
+    """All sweeps from `start`, the last few of them without the ridge."""
+    sweeps = max(1, options.n_iter_max - _LAST_SWEEPS)
+    best, _ = _parafac(kernel, rank, start, sweeps, options.tol, ridge)
+    polished, _ = _parafac(kernel, rank, best, _LAST_SWEEPS, 0.0, ridge=0.0)
+    return polished
 
 
 def _parafac(
-    kernel: Tensor, rank: int, start: list[Tensor], sweeps: int, tol: float
+    kernel: Tensor, rank: int, start: list[Tensor], sweeps: int, tol: float, ridge: float
 ) -> tuple[list[Tensor], list[float]]:
     """`sweeps` of TensorLy's parafac from `start`, and the relative errors on the way."""
     with torch_backend():
@@ -123,14 +170,22 @@ def _parafac(
             init=CPTensor((None, start)),
             n_iter_max=sweeps,
             tol=tol,
+            l2_reg=max(ridge, _TRACE_RIDGE),
             linesearch=True,
             return_errors=True,
         )
     return [factors[0] * weights, *factors[1:]], [float(error) for error in errors]
 
 
-def _converged(errors: list[float], tol: float) -> bool:
-    return len(errors) > 1 and errors[-2] - errors[-1] < tol
+def _starts(kernel: Tensor, rank: int, random_state: int) -> list[list[Tensor]]:
+    """Singular vectors, which suit trained kernels, and, where it applies, diagonalisation.
+
+    The second finds kernels that have this very rank, which the first often misses.
+    """
+    starts = [_singular_start(kernel, rank, random_state)]
+    if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
+        starts += _diagonalisation_start(kernel, rank)
+    return starts
 
 
 def _singular_start(kernel: Tensor, rank: int, random_state: int) -> list[Tensor]:
@@ -200,6 +255,8 @@ class CP(Decomposer):
         Sweeps of alternating least squares at most.
     tol : float
         Stops when the relative reconstruction error changes by less from one sweep to the next.
+    l2_reg : float
+        Ridge on the factors, for a kernel of norm 1; with 0 a fit that degenerates is refused.
     random_state : int
         For the columns that a start lacks where the rank is above a mode's size.
     """
@@ -210,6 +267,7 @@ class CP(Decomposer):
 
     n_iter_max: int = 100
     tol: float = 1e-5
+    l2_reg: float = 1e-4
     random_state: int = 0
 
     def refusal(self, spec: LayerSpec) -> str | None:
@@ -234,10 +292,8 @@ class CP(Decomposer):
         return fit_cp(
             kernel.reshape(*kernel.shape[:2], *self._spatial_modes(kernel_size)),
             rank,
-            kernel_size=kernel_size,
-            n_iter_max=self.n_iter_max,
-            tol=self.tol,
-            random_state=self.random_state,
+            kernel_size,
+            ALSOptions(self.n_iter_max, self.tol, self.l2_reg, self.random_state),
         )
 
     def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:

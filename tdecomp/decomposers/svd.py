@@ -52,7 +52,7 @@ def fit_low_rank(kernel: Tensor, rank: int) -> LowRankFactors:
     rank : int
     """
     u, s, vh = truncated_svd(kernel.flatten(1), rank)
-    # The singular values are shared between both, so that neither layer's gradients dwarf the other's.
+    # Both share the singular values, so that neither layer's gradients dwarf the other's.
     root = s.sqrt()
     first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
     return LowRankFactors(first, u * root)
