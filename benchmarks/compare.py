@@ -102,6 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
         f"(default: {DEFAULT_RANK}, and vbmf for tucker2)",
     )
     parser.add_argument(
+        "--min-channels",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="leave alone layers with fewer channels or features than this on one side, as a first "
+        "convolution or a last Linear layer often has: they cost little and hold much "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--finetune",
         type=_count,
         metavar="STEPS",
@@ -148,6 +157,7 @@ def prepare(options: argparse.Namespace) -> Job:
         )
         _check_classes(model, images, data, options)
     protocol = Protocol(
+        min_channels=options.min_channels,
         finetune=steps if data is not None else 0,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -233,6 +243,11 @@ def _notes(job: Job, comparison: Comparison) -> list[str]:
         f"quartiles at most {spread:.0%} of the median apart",
         "weight error: ‖W − W̃‖ / ‖W‖, the mean over the changed layers",
     ]
+    if protocol.min_channels:
+        notes.append(
+            f"layers with fewer than {protocol.min_channels} channels or features on one side are "
+            "left alone (--min-channels)"
+        )
     if job.data is not None and protocol.finetune:
         notes.append(
             "every network, the original too, is fine-tuned with labels for the same "

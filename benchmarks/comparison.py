@@ -36,6 +36,7 @@ LAYER_FIELDS = (
 class Protocol:
     """How each network is measured, the same for all of them."""
 
+    min_channels: int
     finetune: int
     batch_size: int
     seed: int
@@ -90,13 +91,14 @@ def compare(
     `example` is the input whose MACs are counted, `batch` the one whose latency is measured. The
     given model is not changed: its fine-tuning, too, happens on a copy.
     """
+    quiet = None if protocol.progress else True  # None: only where there is no terminal
     params, macs = count_params(model), count_macs(model, example)
     measurements = {ORIGINAL: Measurement(ORIGINAL, None, None, params, macs)}
     networks = {ORIGINAL: copy.deepcopy(model)}
     refused = {}
-    for setting in tqdm(list(settings), "decomposing", leave=False, disable=not protocol.progress):
+    for setting in tqdm(list(settings), "decomposing", leave=False, disable=quiet):
         try:
-            network, measurement = _decompose(model, setting, example)
+            network, measurement = _decompose(model, setting, example, protocol.min_channels)
         except ValueError as error:  # such as VBMF on CP; the other settings still stand
             refused[setting.label] = str(error)
             continue
@@ -114,7 +116,7 @@ def compare(
 
 
 def _decompose(
-    model: nn.Module, setting: Setting, example: Tensor
+    model: nn.Module, setting: Setting, example: Tensor, min_channels: int
 ) -> tuple[nn.Module, Measurement]:
     start = time.perf_counter()
     result = tdecomp.decompose(
@@ -122,6 +124,8 @@ def _decompose(
         setting.methods,
         rank=parse_rank(setting.rank),
         example_inputs=example,
+        min_channels=min_channels,
+        min_features=min_channels,
         progress=False,
     )
     seconds = time.perf_counter() - start

@@ -40,9 +40,10 @@ def interleaved_latencies(
         for name, model in models.items()
     }
     repeats = {name: _repeats(timer, min_block) for name, timer in timers.items()}
+    quiet = None if progress else True  # None: only where there is no terminal
     seconds = np.empty((rounds, len(timers)))
     order = list(enumerate(timers))
-    for i in trange(rounds, desc="latency", leave=False, disable=not progress):
+    for i in trange(rounds, desc="latency", leave=False, disable=quiet):
         for j, name in order:
             seconds[i, j] = timers[name].timeit(repeats[name]).mean
         order.reverse()  # so that no model always follows the same neighbour

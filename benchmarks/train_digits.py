@@ -53,7 +53,7 @@ def train(
     steps = len(split) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps * epochs)
     model.train()
-    for epoch in trange(epochs, desc="training", leave=False):
+    for epoch in trange(epochs, desc="training", leave=False, disable=None):
         for x, y in split.shuffled(batch_size, steps, seed=seed + epoch):
             optimizer.zero_grad(set_to_none=True)
             loss = functional.cross_entropy(model(shifted(x, generator)), y, label_smoothing=0.05)

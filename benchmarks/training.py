@@ -39,7 +39,8 @@ def fine_tune(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps, 1))
     batches = split.shuffled(batch_size, steps, seed)
-    for x, y in tqdm(batches, desc=title, total=steps, leave=False, disable=not progress):
+    quiet = None if progress else True  # None: only where there is no terminal
+    for x, y in tqdm(batches, desc=title, total=steps, leave=False, disable=quiet):
         optimizer.zero_grad(set_to_none=True)
         functional.cross_entropy(model(x), y).backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)

@@ -10,6 +10,7 @@
 from importlib.metadata import version as _version
 
 from tdecomp.chain import Chain
+from tdecomp.checkpoint import load
 from tdecomp.decomposers import (
     CP,
     SVD,
@@ -24,7 +25,8 @@ from tdecomp.decomposers import (
 )
 from tdecomp.engine import Decomposition, apply, decompose
 from tdecomp.layer import LayerSpec
-from tdecomp.planning import Plan, plan
+from tdecomp.planning import plan
+from tdecomp.plans import Plan
 from tdecomp.ranks import VBMF, BreakEven, Energy, RankSelector, Ratio
 from tdecomp.report import Report, Row
 
@@ -52,6 +54,7 @@ __all__ = [
     "Tucker2",
     "apply",
     "decompose",
+    "load",
     "plan",
     "register",
     "registered",

@@ -1,6 +1,7 @@
 """Plan and apply: the only file that brings all the others together."""
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,11 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from tdecomp import checkpoint
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import relative_error
-from tdecomp.planning import Methods, Plan, check_weight, plan
+from tdecomp.planning import Methods, check_weight, plan
+from tdecomp.plans import Plan, match_sites
 from tdecomp.report import Report, Row
-from tdecomp.sites import Site, find_sites
+from tdecomp.sites import Site
 from tdecomp.surgery import copy_with, replace_in
 
 
@@ -34,6 +37,18 @@ class Decomposition:
     model: nn.Module
     report: Report
     plan: Plan
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write the weights and the plan to one safetensors file; `tdecomp.load` reads it.
+
+        >>> result.save("small.safetensors")  # doctest: +SKIP
+
+        Raises
+        ------
+        ValueError
+            If the model's state dict holds something that is not a tensor.
+        """
+        checkpoint.save(file, self.model, self.plan)
 
 
 def decompose(
@@ -130,7 +145,7 @@ def apply(
             "optimizers: a copy has new parameters, which no optimizer knows; use inplace=True, "
             "or make the optimizer for result.model"
         )
-    sites = _match(model, plan)
+    sites = match_sites(model, plan)
     chains: dict[nn.Module, Chain] = {}
     rows: list[Row] = []
     todo = sum(row.method is not None for row in plan)
@@ -184,28 +199,5 @@ def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
         row,
         weight_error=lost,
         fit_seconds=seconds,
-        component_norms=None if norms is None else norms / (float(weight.norm()) or 1.0),
+        component_norms=None if norms is None else norms / (float(weight.detach().norm()) or 1.0),
     )
-
-
-def _match(model: nn.Module, plan: Plan) -> dict[str, Site]:
-    """The model's sites by name, each checked to be what the plan's row was planned for."""
-    found, _ = find_sites(model)
-    sites = {site.name: site for site in found}
-    for row in plan:
-        if row.method is None:
-            continue
-        site = sites.get(row.name)
-        if site is None:
-            raise ValueError(
-                f"layer {row.name!r}: the plan has it, the model has no such Linear or "
-                "convolution; expected a model of the architecture that was planned for"
-            )
-        if site.reason is not None:
-            raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
-        if site.spec != row.layer:
-            raise ValueError(
-                f"layer {row.name!r}: got {site.spec}, but the plan expects {row.layer}; plan "
-                "anew for this model"
-            )
-    return sites

@@ -1,118 +1,23 @@
 """What to do with each layer: sites × decomposers × a rank selector make a Plan."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from tdecomp.chain import Rank
 from tdecomp.cost import Cost, chain_cost
 from tdecomp.decomposers.base import Decomposer, get_decomposer
-from tdecomp.layer import LayerSpec
 from tdecomp.linalg import Spectrum
+from tdecomp.plans import Plan, planned_row
 from tdecomp.ranks import Candidate, Choice, get_selector
 from tdecomp.ranks.breakeven import by_parameters
-from tdecomp.report import Row, Table, calls_from_list, cost_from_dict
+from tdecomp.report import Row
 from tdecomp.sites import Filters, Site, find_sites
 
-_FORMAT = 1
-
 Methods = str | Decomposer | Sequence[str | Decomposer]
-
-
-class Plan(Table):
-    """Which layer gets which method and rank. Plain data: print it, edit it, save it, apply it.
-
-    >>> plan = tdecomp.plan(model, "svd", rank=8)              # doctest: +SKIP
-    >>> plan = plan.edit("fc1", rank=4)                        # doctest: +SKIP
-    >>> tdecomp.apply(model, Plan.from_json(plan.to_json()))   # doctest: +SKIP
-
-    Attributes
-    ----------
-    rows : tuple of Row
-    everything_else : Cost
-    decomposers : mapping of str to Decomposer
-        The methods that the rows name, with their options.
-    """
-
-    title = "layers to be"
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        everything_else: Cost,
-        decomposers: Mapping[str, Decomposer],
-    ) -> None:
-        super().__init__(rows, everything_else)
-        used = {row.method for row in rows}
-        self.decomposers = {name: d for name, d in decomposers.items() if name in used}
-
-    def edit(
-        self, name: str, *, method: str | Decomposer | None = None, rank: Any = None
-    ) -> "Plan":
-        """A new plan with another method or rank for one layer; its costs are counted anew.
-
-        Parameters
-        ----------
-        name : str
-        method : str or Decomposer, optional
-            As it is planned already, if left out.
-        rank : int or tuple of int, optional
-            As it is planned already, if left out.
-
-        Raises
-        ------
-        KeyError
-            If no layer has that name.
-        ValueError
-            If the method cannot take the layer, or not at that rank.
-        """
-        row = self[name]
-        chosen = method or row.method
-        if chosen is None:
-            raise ValueError(f"layer {name!r} is left alone ({row.reason}): name a method for it")
-        decomposer = (
-            self.decomposers[chosen]
-            if isinstance(chosen, str) and chosen in self.decomposers
-            else get_decomposer(chosen)
-        )
-        edited = _planned(row, decomposer, _as_rank(row.rank if rank is None else rank))
-        rows = [edited if old is row else old for old in self.rows]
-        return Plan(rows, self.everything_else, {**self.decomposers, decomposer.name: decomposer})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, with the options of its methods."""
-        options = {name: _options(d) for name, d in self.decomposers.items()}
-        return {"format": _FORMAT, "methods": options, **super().to_dict()}
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """Bring back a plan from `to_json`, edited or not; costs are counted anew.
-
-        Raises
-        ------
-        ValueError
-            If it is no plan, of a newer format, or has a method or a rank that cannot be.
-        """
-        try:
-            data = json.loads(text)
-            if data["format"] != _FORMAT:
-                raise ValueError(
-                    f"plan format {data['format']!r}: this version reads format {_FORMAT}"
-                )
-            decomposers = {
-                name: _with_options(name, options) for name, options in data["methods"].items()
-            }
-            for name in {row["method"] for row in data["rows"]} - {None, *decomposers}:
-                decomposers[name] = get_decomposer(name)
-            rows = [_row_from_dict(row, decomposers) for row in data["rows"]]
-            return cls(rows, cost_from_dict(data["everything_else"]), decomposers)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a plan's JSON: {type(error).__name__}: {error}") from error
 
 
 def plan(
@@ -230,10 +135,6 @@ def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _as_rank(rank: Any) -> Rank:
-    return tuple(rank) if isinstance(rank, (list, tuple)) else rank
-
-
 def _candidate(site: Site, decomposer: Decomposer) -> Candidate:
     spec, calls = site.spec, site.calls
     assert spec is not None
@@ -286,29 +187,7 @@ def _row(site: Site, choice: Choice, decomposers: Mapping[str, Decomposer]) -> R
     )
     if choice.candidate is None or choice.rank is None:
         return row
-    return _planned(row, decomposers[choice.candidate.method], choice.rank)
-
-
-def _planned(row: Row, decomposer: Decomposer, rank: Rank) -> Row:
-    """The row with this method and rank, and what they cost."""
-    if row.layer is None:
-        raise ValueError(f"layer {row.name!r} cannot be decomposed: {row.reason}")
-    refusal = decomposer.refusal(row.layer)
-    if refusal is not None:
-        raise ValueError(f"layer {row.name!r} ({row.layer}): {refusal}")
-    try:
-        decomposer.check_rank(rank, row.layer)
-    except ValueError as error:
-        raise ValueError(f"layer {row.name!r}: {error}") from error
-    after = chain_cost(decomposer.stages(row.layer, rank), row.calls)
-    return replace(
-        row,
-        method=decomposer.name,
-        rank=rank,
-        reason=None,
-        params_after=after.params,
-        macs_after=after.macs,
-    )
+    return planned_row(row, decomposers[choice.candidate.method], choice.rank)
 
 
 def _everything_else(model: nn.Module, rows: Sequence[Row], total_macs: int | None) -> Cost:
@@ -321,36 +200,3 @@ def _everything_else(model: nn.Module, rows: Sequence[Row], total_macs: int | No
 
 def _uninitialised(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, nn.parameter.UninitializedParameter)
-
-
-def _options(decomposer: Decomposer) -> dict[str, Any]:
-    return asdict(decomposer) if is_dataclass(decomposer) else {}
-
-
-def _with_options(name: str, options: dict[str, Any]) -> Decomposer:
-    decomposer = get_decomposer(name)
-    if not is_dataclass(decomposer) or not options:
-        return decomposer
-    unknown = set(options) - {f.name for f in fields(decomposer)}
-    if unknown:
-        raise ValueError(f"plan: {name!r} has no option {', '.join(map(repr, sorted(unknown)))}")
-    return replace(decomposer, **options)
-
-
-def _row_from_dict(data: dict[str, Any], decomposers: Mapping[str, Decomposer]) -> Row:
-    layer = None if data["layer"] is None else LayerSpec.from_dict(data["layer"])
-    row = Row(
-        data["name"],
-        tuple(data["names"]),
-        layer,
-        params_before=data["params_before"],
-        params_after=data["params_before"],
-        macs_before=data["macs_before"],
-        macs_after=data["macs_before"],
-        reason=data["reason"],
-        note=data["note"],
-        calls=calls_from_list(data["calls"]),
-    )
-    if data["method"] is None:
-        return row
-    return _planned(row, decomposers[data["method"]], _as_rank(data["rank"]))

@@ -112,9 +112,11 @@ class Decomposer(ABC):
         """Raise a ValueError unless `rank` is one that this method can use on this layer."""
         largest = self.max_rank(spec)
         ranks, limits = _as_tuple(rank), _as_tuple(largest)
-        if len(ranks) != len(limits) or isinstance(rank, int) != isinstance(largest, int):
+        if len(ranks) != len(limits) or isinstance(rank, tuple) != isinstance(largest, tuple):
             wanted = "one rank" if isinstance(largest, int) else f"{len(limits)} ranks"
             raise ValueError(f"{self.name} takes {wanted}, got {rank!r}")
+        if any(isinstance(r, bool) or not isinstance(r, int) for r in ranks):
+            raise ValueError(f"{self.name} takes whole ranks, got {rank!r}")
         if any(not 1 <= r <= limit for r, limit in zip(ranks, limits, strict=True)):
             raise ValueError(
                 f"rank {rank} is not in the range of {self.name} on {spec}: expected at least 1 "
@@ -198,7 +200,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _as_tuple(rank: Rank) -> tuple[int, ...]:
-    return (rank,) if isinstance(rank, int) else tuple(rank)
+    return rank if isinstance(rank, tuple) else (rank,)
 
 
 def _parameter(value: Any) -> nn.Parameter:

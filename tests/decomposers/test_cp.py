@@ -1,0 +1,156 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tdecomp.decomposers import CP, CPSeparable
+from tdecomp.layer import LayerSpec
+from tests.decomposers.oracle import DecomposerCase, distance
+from tests.geometries import geometries
+
+
+class CPCase(DecomposerCase):
+    drawn = geometries()
+    dense = LayerSpec.of(nn.Conv2d(5, 6, (3, 2)))
+
+    def takes(self, spec):
+        return spec.ndim > 0
+
+    def ranks(self, spec):
+        largest = self.decomposer.max_rank(spec)
+        return sorted({1, min(3, largest), largest})
+
+    def test_components_are_balanced(self):
+        for rank in self.ranks(self.dense):
+            fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, rank)
+            (factors,) = fitted.groups
+            norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])  # (modes, R)
+            assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
+
+    def test_balancing_keeps_the_kernel(self):
+        fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, 3)
+        (factors,) = fitted.groups
+        gains = torch.tensor([1e-3, 1.0, 50.0], dtype=torch.float64)
+        first, second, *others = factors.factors
+        type_ = type(factors)
+        lopsided = type_((first * gains, second / gains, *others), factors.kernel_size)
+        balanced = lopsided.balanced()
+        assert distance(balanced.to_kernel(), factors.to_kernel()) < 1e-12
+        for one, other in zip(balanced.factors, factors.factors, strict=True):
+            assert distance(one, other) < 1e-10
+
+    def test_component_with_a_zero_factor_becomes_zero(self):
+        fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, 3)
+        (factors,) = fitted.groups
+        first, *others = factors.factors
+        first = first * torch.tensor([0.0, 1.0, 1.0])
+        dead = type(factors)((first, *others), factors.kernel_size)
+        balanced = dead.balanced()
+        assert not any(factor[:, 0].any() for factor in balanced.factors)
+        assert distance(balanced.to_kernel(), dead.to_kernel()) < 1e-12
+
+    def test_random_state_decides_the_fit_above_the_channel_counts(self):
+        weight, rank = self.weight(self.dense), self.decomposer.max_rank(self.dense)
+
+        def kernel(random_state):
+            method = type(self.decomposer)(n_iter_max=5, random_state=random_state)
+            return method.factorize(weight, self.dense, rank).to_kernel()
+
+        assert torch.equal(kernel(1), kernel(1))
+        assert not torch.equal(kernel(1), kernel(2))
+
+    def test_has_no_spectrum(self):
+        assert self.decomposer.spectra(self.weight(self.dense), self.dense) is None
+
+    def test_high_rank_is_nearly_exact(self):
+        method = type(self.decomposer)()
+        weight = self.weight(self.dense)
+        kernel = method.factorize(weight, self.dense, method.max_rank(self.dense)).to_kernel()
+        assert distance(kernel, weight) < 2e-2
+
+    def recovered(self, layer, rank, seeds=10):
+        """In how many of `seeds` a kernel planted from Gaussian factors is fitted to 1e-3."""
+        spec, method = LayerSpec.of(layer), type(self.decomposer)()
+        modes = (spec.group_out, spec.group_in, *method._spatial_modes(spec.kernel_size))
+        hits = 0
+        for seed in range(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            factors = [torch.randn(n, rank, generator=generator).double() for n in modes]
+            letters = "abcde"[: len(modes)]
+            equation = ",".join(f"{letter}r" for letter in letters) + f"->{letters}"
+            kernel = torch.einsum(equation, *factors).reshape(
+                spec.out_channels, spec.in_channels, *spec.kernel_size
+            )
+            weight = spec.from_forward_layout(kernel)
+            hits += distance(method.factorize(weight, spec, rank).to_kernel(), weight) < 1e-3
+        return hits
+
+    @pytest.mark.parametrize("portion", [0.25, 0.5])
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.Conv2d(8, 8, 3),
+            nn.Conv2d(16, 16, 3),
+            nn.Conv2d(24, 12, (3, 5)),
+            nn.Conv2d(10, 20, (2, 2)),
+            nn.ConvTranspose2d(12, 8, 3),
+            nn.Conv3d(8, 10, (2, 3, 2)),
+        ],
+        ids=str,
+    )
+    def test_planted_kernel_is_recovered(self, layer, portion):
+        rank = int(portion * min(layer.in_channels, layer.out_channels))
+        assert self.recovered(layer, rank) >= 9
+
+
+class TestCP(CPCase):
+    # Few sweeps: what the chain does has nothing to do with how good the fit is.
+    decomposer = CP(n_iter_max=3)
+
+    @pytest.mark.parametrize(
+        "layer, rank",
+        [
+            (nn.Conv2d(16, 32, 3), 16 * 9),
+            (nn.Conv2d(2, 4, 3), 2 * 4),
+            (nn.Conv2d(16, 32, 3, groups=8), 2 * 4),
+            (nn.ConvTranspose1d(8, 4, 3), 3 * 4),
+            (nn.Conv3d(20, 30, 2), 20 * 8),
+        ],
+    )
+    def test_largest_useful_rank(self, layer, rank):
+        assert CP().max_rank(LayerSpec.of(layer)) == rank
+
+    def test_chain_has_three_layers(self):
+        stages = CP().stages(LayerSpec.of(nn.Conv2d(4, 6, (3, 5), stride=2, padding=1)), 7)
+        assert [s.kernel_size for s in stages] == [(1, 1), (3, 5), (1, 1)]
+        assert [s.groups for s in stages] == [1, 7, 1]
+        assert [s.stride for s in stages] == [(1, 1), (2, 2), (1, 1)]
+
+
+class TestCPSeparable(CPCase):
+    decomposer = CPSeparable(n_iter_max=3)
+
+    @pytest.mark.parametrize(
+        "layer, rank",
+        [
+            (nn.Conv2d(16, 32, 3), 16 * 9),
+            (nn.Conv2d(2, 4, 3), 2 * 3 * 3),
+            (nn.Conv2d(16, 32, 3, groups=8), 2 * 3 * 3),
+            (nn.ConvTranspose1d(8, 4, 3), 3 * 4),
+            (nn.Conv3d(20, 30, 2), 20 * 8),
+        ],
+    )
+    def test_largest_useful_rank(self, layer, rank):
+        assert CPSeparable().max_rank(LayerSpec.of(layer)) == rank
+
+    @pytest.mark.parametrize("ndim", [1, 2, 3])
+    def test_chain_has_one_layer_per_dimension(self, ndim):
+        kernel = (2, 3, 4)[:ndim]
+        layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1](4, 6, kernel)
+        first, *depthwise, last = CPSeparable().stages(LayerSpec.of(layer), 7)
+        assert math.prod(first.kernel_size) == math.prod(last.kernel_size) == 1
+        for d, stage in enumerate(depthwise):
+            assert stage.kernel_size == tuple(kernel[d] if i == d else 1 for i in range(ndim))
+            assert stage.groups == 7
+        assert len(depthwise) == ndim

@@ -1,0 +1,65 @@
+"""The same objects with the same values: what "as it was" means for a model and an optimizer."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _frozen(value):
+    """Something to compare: tensors by identity and value, containers by their items."""
+    if isinstance(value, torch.Tensor):
+        grad = None if not value.is_leaf or value.grad is None else value.grad.clone()
+        values = value.detach().clone()
+        return ("tensor", id(value), value.requires_grad, value.stride(), values, grad)
+    if isinstance(value, nn.Module):
+        return ("module", id(value))
+    if isinstance(value, dict):
+        return {k if isinstance(k, str) else id(k): _frozen(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(_frozen, value))
+    return value
+
+
+def _same(a, b):
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def state_of(thing):
+    """All that a model or an optimizer holds, by identity and by value."""
+    if isinstance(thing, torch.optim.Optimizer):
+        return {
+            "groups": (id(thing.param_groups), *map(_frozen, thing.param_groups)),
+            "group ids": tuple(id(group) for group in thing.param_groups),
+            "state": {id(p): _frozen(state) for p, state in thing.state.items()},
+            "attributes": {
+                name: _frozen(value)
+                for name, value in vars(thing).items()
+                if name in ("_params", "_numel_cache")
+            },
+        }
+    state = {}
+    for name, module in thing.named_modules(remove_duplicate=False):
+        own = {k: v for k, v in vars(module).items() if k not in _HOOKS}
+        hooks = {k: tuple(getattr(module, k).values()) for k in _HOOKS}
+        state[name] = (id(module), type(module).__name__, _frozen(own), hooks)
+    return state
+
+
+@contextmanager
+def unchanged(*things):
+    """Fail if a model or an optimizer is not as it was, object for object and bit for bit."""
+    before = [state_of(thing) for thing in things]
+    yield
+    for thing, then in zip(things, before, strict=True):
+        now = state_of(thing)
+        changed = [k for k in {**then, **now} if not _same(then.get(k), now.get(k))]
+        assert not changed, f"{type(thing).__name__} changed in {changed}"
