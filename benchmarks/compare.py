@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import tdecomp
-
 from benchmarks.comparison import Comparison, Protocol, compare
 from benchmarks.data import Dataset, digits, image_folder
 from benchmarks.figure import draw_comparison
@@ -48,11 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         job = prepare(options)
+        comparison = run(job)
     except ValueError as error:
         parser.error(str(error))
-    comparison = run(job)
-    if len(comparison.measurements) == 1:
-        parser.error("nothing to compare\n" + "\n".join(_refusals(comparison)))
     print(f"{title(options, job)}\n")
     print(format_table(comparison.measurements, finetune=job.protocol.finetune))
     print()

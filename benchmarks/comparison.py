@@ -89,7 +89,8 @@ def compare(
     """Measure the model and what each setting makes of it.
 
     `example` is the input whose MACs are counted, `batch` the one whose latency is measured. The
-    given model is not changed: its fine-tuning, too, happens on a copy.
+    given model is not changed: its fine-tuning, too, happens on a copy. A ValueError tells why if
+    no setting applies.
     """
     quiet = None if protocol.progress else True  # None: only where there is no terminal
     params, macs = count_params(model), count_macs(model, example)
@@ -105,6 +106,8 @@ def compare(
         measurement.params_ratio = measurement.params / params
         measurement.macs_ratio = measurement.macs / macs
         networks[setting.label], measurements[setting.label] = network, measurement
+    if refused and len(networks) == 1:
+        raise ValueError("nothing to compare:\n" + "\n".join(refused.values()))
     latencies = interleaved_latencies(
         networks, batch, rounds=protocol.rounds, progress=protocol.progress
     )
@@ -130,18 +133,18 @@ def _decompose(
     )
     seconds = time.perf_counter() - start
     rows = list(result.report)
-    changed = [row for row in rows if row.method is not None]
-    errors = [row.weight_error for row in changed]
+    ranks = [(row.method, row.rank) for row in rows if row.rank is not None]
+    errors = [row.weight_error for row in rows if row.weight_error is not None]
     return result.model, Measurement(
         setting.label,
         setting.method,
         setting.rank,
         params=count_params(result.model),
         macs=count_macs(result.model, example),
-        layers_changed=len(changed),
+        layers_changed=len(ranks),
         layers_total=len(rows),
-        ranks=summarise_ranks([row.rank for row in changed if row.method == setting.method]),
-        linear_ranks=summarise_ranks([row.rank for row in changed if row.method != setting.method]),
+        ranks=summarise_ranks([rank for method, rank in ranks if method == setting.method]),
+        linear_ranks=summarise_ranks([rank for method, rank in ranks if method != setting.method]),
         decompose_seconds=seconds,
         weight_error=sum(errors) / len(errors) if errors else None,
         layers=[_layer(row) for row in rows],

@@ -1,6 +1,7 @@
 """A comparison as a picture: accuracy against MACs and against measured latency."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,18 +9,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import offset_copy
 
-from benchmarks.comparison import Measurement
+from benchmarks.comparison import ORIGINAL, Measurement
+from benchmarks.timing import Latency
 
 # Okabe & Ito's colours, which stay apart for the colour-blind; black is the original's.
 COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "D", "^", "v", "P")
+RING, DOT = 10, 5
+SAME_MACS = 0.03
+MARKER_WIDTH = 11  # points
 
 
 @dataclass(frozen=True)
 class Style:
+    """How a method is drawn."""
+
     colour: str
     marker: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network stands on an x axis, and by how many points it is moved beside others."""
+
+    x: float
+    spread: tuple[float, float] | None = None
+    shift: float = 0.0
 
 
 def draw_comparison(
@@ -27,61 +44,108 @@ def draw_comparison(
 ) -> None:
     """Write a PNG; without accuracies it shows latency against MACs."""
     styles = _styles(measurements)
-    with_accuracy = measurements[0].accuracy_before is not None
-    figure = Figure(figsize=(10, 4.6) if with_accuracy else (6, 4.6), layout="constrained")
-    if with_accuracy:
+    macs = _macs_places(measurements)
+    latency = {m.label: _latency_place(m.latency) for m in measurements if m.latency is not None}
+    if measurements[0].accuracy_before is None:
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        _draw_latencies(axes, measurements, latency, styles)
+    else:
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for m in measurements:
-            _draw_accuracy(left, m, m.macs_ratio, None, styles[m.label])
-            assert m.latency is not None  # noqa: S101
-            _draw_accuracy(right, m, m.latency.ratio, m.latency.ratio_quartiles, styles[m.label])
+        _draw_accuracies(left, measurements, macs, styles)
+        _draw_accuracies(right, measurements, latency, styles)
         left.set_ylabel("accuracy")
         left.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _finish(left, "MACs, of the original's")
-        _finish(right, "measured latency, of the original's")
-    else:
-        axes = figure.subplots()
-        for m in measurements:
-            _draw_latency(axes, m, styles[m.label])
-        axes.set_ylabel("measured latency, of the original's")
-        axes.set_ylim(bottom=0)
-        _finish(axes, "MACs, of the original's")
-    handles = _legend(styles, explain=with_accuracy and finetune > 0, finetune=finetune)
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+        _finish(left, "MACs / the original's (about equal ones stand side by side)")
+        _finish(right, "measured latency / the original's")
+    figure.legend(handles=_legend(styles, finetune), loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def _styles(measurements: Sequence[Measurement]) -> dict[str, Style]:
-    """One colour and marker for each label, black for the original."""
-    styles = {measurements[0].label: Style("black", "*")}
-    for i, m in enumerate(measurements[1:]):
-        styles[m.label] = Style(
-            COLOURS[i % len(COLOURS)], MARKERS[(i // len(COLOURS) + i) % len(MARKERS)]
-        )
-    return styles
+    styles = {}
+    for i, method in enumerate(dict.fromkeys(m.method for m in measurements if m.method)):
+        marker = (i + i // len(COLOURS)) % len(MARKERS)  # a second lap pairs them anew
+        styles[method] = Style(COLOURS[i % len(COLOURS)], MARKERS[marker])
+    return {ORIGINAL: Style("black", "*")} | styles
 
 
-def _draw_accuracy(
-    axes: Axes, m: Measurement, x: float, spread: tuple[float, float] | None, style: Style
+def _macs_places(measurements: Sequence[Measurement]) -> dict[str, Place]:
+    """Where several networks have about the same MACs, as is the point, they stand side by side."""
+    groups: list[list[Measurement]] = []
+    for m in sorted(measurements, key=lambda m: m.macs_ratio):
+        if groups and m.macs_ratio - groups[-1][0].macs_ratio < SAME_MACS:
+            groups[-1].append(m)
+        else:
+            groups.append([m])
+    order = {m.label: i for i, m in enumerate(measurements)}
+    places = {}
+    for group in groups:
+        for i, m in enumerate(sorted(group, key=lambda m: order[m.label])):
+            shift = MARKER_WIDTH * (i - (len(group) - 1) / 2)
+            places[m.label] = Place(m.macs_ratio, shift=shift)
+    return places
+
+
+def _latency_place(latency: Latency) -> Place:
+    return Place(latency.ratio, latency.ratio_quartiles)
+
+
+def _draw_accuracies(
+    axes: Axes,
+    measurements: Sequence[Measurement],
+    places: dict[str, Place],
+    styles: dict[str, Style],
 ) -> None:
-    """A hollow marker before fine-tuning, a full one after it, and a line between them."""
-    assert m.accuracy_before is not None  # noqa: S101
-    size = 11 if style.marker == "*" else 7
-    last = m.accuracy_before if m.accuracy_after is None else m.accuracy_after
-    if spread is not None:
-        axes.plot(spread, (last, last), color=style.colour, lw=1.5, alpha=0.6)
-    axes.plot((x, x), (m.accuracy_before, last), color=style.colour, lw=1, ls=":", zorder=1)
-    axes.plot(x, m.accuracy_before, style.marker, ms=size, mec=style.colour, mfc="white")
-    if m.accuracy_after is not None:
-        axes.plot(x, last, style.marker, ms=size, color=style.colour)
+    """A ring before fine-tuning, a dot after it, and a line between them."""
+    for m in measurements:
+        style, place = styles[m.method or ORIGINAL], places[m.label]
+        points = [y for y in (m.accuracy_before, m.accuracy_after) if y is not None]
+        moved = offset_copy(axes.transData, axes.get_figure(root=True), place.shift, units="points")
+        lines = axes.plot([place.x] * len(points), points, lw=1, ls=":")
+        lines += axes.plot(place.x, points[0], style.marker, ms=RING, mfc="none", mew=1.3)
+        if len(points) > 1:
+            lines += axes.plot(place.x, points[1], style.marker, ms=DOT)
+        if place.spread is not None:
+            lines += axes.plot(place.spread, [points[-1]] * 2, lw=1.5, alpha=0.6)
+        for line in lines:  # moved only now: a moved line no longer counts for the axes' limits
+            line.set(color=style.colour, transform=moved)
+        _name_rank(axes, m, place.x, points[-1], style)
 
 
-def _draw_latency(axes: Axes, m: Measurement, style: Style) -> None:
-    assert m.latency is not None  # noqa: S101
-    axes.plot((m.macs_ratio, m.macs_ratio), m.latency.ratio_quartiles, color=style.colour, lw=1.5)
-    axes.plot(m.macs_ratio, m.latency.ratio, style.marker, ms=8, color=style.colour)
+def _draw_latencies(
+    axes: Axes,
+    measurements: Sequence[Measurement],
+    places: dict[str, Place],
+    styles: dict[str, Style],
+) -> None:
+    by_method = defaultdict(list)
+    for m in measurements:
+        style, place = styles[m.method or ORIGINAL], places[m.label]
+        axes.plot(m.macs_ratio, place.x, style.marker, ms=8, color=style.colour)
+        if place.spread is not None:
+            axes.plot([m.macs_ratio] * 2, place.spread, lw=1.5, color=style.colour)
+        by_method[m.method].append((m.macs_ratio, place.x))
+        _name_rank(axes, m, m.macs_ratio, place.x, style)
+    for method, points in by_method.items():
+        axes.plot(
+            *zip(*sorted(points), strict=True), lw=0.8, color=styles[method or ORIGINAL].colour
+        )
+    axes.set_ylabel("measured latency / the original's")
+    axes.axhline(1.0, color="grey", lw=0.8, ls="--", zorder=0)
+    axes.set_ylim(bottom=0)
+    _finish(axes, "MACs / the original's")
+
+
+def _name_rank(axes: Axes, m: Measurement, x: float, y: float, style: Style) -> None:
+    """Say the ranks that the MACs do not tell."""
+    if m.rank is not None and not m.rank.replace(".", "").isdecimal():
+        offset = (8, 4)
+        axes.annotate(
+            m.rank, (x, y), offset, textcoords="offset points", fontsize=8, color=style.colour
+        )
 
 
 def _finish(axes: Axes, label: str) -> None:
@@ -92,14 +156,14 @@ def _finish(axes: Axes, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(styles: dict[str, Style], *, explain: bool, finetune: int) -> list[Line2D]:
-    entry: Callable[..., Line2D] = lambda marker, colour, **more: Line2D(  # noqa: E731
-        [], [], ls="", marker=marker, color=colour, **more
-    )
-    handles = [entry(s.marker, s.colour, ms=7, label=label) for label, s in styles.items()]
-    if explain:
-        handles += [
-            entry("o", "grey", mfc="white", label="before fine-tuning"),
-            entry("o", "grey", label=f"after {finetune} steps"),
-        ]
+def _legend(styles: dict[str, Style], finetune: int) -> list[Line2D]:
+    def entry(label: str, colour: str, marker: str, size: int, fill: str | None = None) -> Line2D:
+        return Line2D(
+            [], [], ls="", marker=marker, color=colour, ms=size, mfc=fill or colour, label=label
+        )
+
+    handles = [entry(method, style.colour, style.marker, 8) for method, style in styles.items()]
+    if finetune:
+        handles.append(entry("before fine-tuning", "grey", "o", RING, "none"))
+        handles.append(entry(f"after {finetune} steps", "grey", "o", DOT))
     return handles

@@ -218,6 +218,7 @@ class LayerSpec:
 
     def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
         """An uninitialised stock torch layer of this kind."""
+        device = device or torch.get_default_device()  # skip_init leaves None on "meta"
         if self.ndim == 0:
             return nn.utils.skip_init(
                 nn.Linear,

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from tdecomp.chain import Chain
 
@@ -58,9 +58,9 @@ def replace_in(
         )
     names = {id(p): name for name, p in model.named_parameters()}
     with ExitStack() as undo:
-        for get, put in _slots(model, replacements):
-            undo.callback(put, get)
-            put(replacements[get])
+        for old, put in _slots(model, replacements):
+            undo.callback(put, old)
+            put(replacements[old])
         homeless = {
             names[id(old)]
             for old in _old_parameters(replacements)
@@ -149,22 +149,30 @@ def _follow(optimizer: Optimizer, replacements: Replacements) -> None:
     """New parameters take the old ones' places in their groups; the old ones' state goes."""
     after = _successors(replacements)
     for group in optimizer.param_groups:
-        group["params"] = [new for p in group["params"] for new in after.get(id(p), [p])]
+        # In place: LBFGS holds on to the very list.
+        group["params"][:] = [new for p in group["params"] for new in after.get(id(p), [p])]
         if "param_names" in group:
             # torch pairs names with parameters by position; the old names no longer fit.
             del group["param_names"]
     for old in _old_parameters(replacements):
         optimizer.state.pop(old, None)
+    if isinstance(optimizer, LBFGS):
+        # Its one state is a history of all parameters laid end to end, which no longer fits.
+        optimizer.state.clear()
+        optimizer._numel_cache = None
 
 
 def _snapshot(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    return [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+    return groups, dict(optimizer.state)
 
 
 def _restore(optimizer: Optimizer, snapshot: tuple[list[dict[str, Any]], dict[Any, Any]]) -> None:
     groups, state = snapshot
     for group, before in zip(optimizer.param_groups, groups, strict=True):
+        params = group["params"]
+        params[:] = before["params"]
         group.clear()
-        group.update(before)
+        group.update({**before, "params": params})
     optimizer.state.clear()
     optimizer.state.update(state)

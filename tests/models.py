@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 class Cnn(nn.Module):
@@ -54,7 +53,7 @@ class Twice(nn.Module):
         self.again = self.first
 
     def forward(self, x):
-        return self.again(F.relu(self.first(F.relu(self.first(x)))))
+        return self.again(torch.relu(self.first(torch.relu(self.first(x)))))
 
 
 class Nested(nn.Module):

@@ -10,6 +10,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _frozen(value):
     """Something to compare: tensors by identity and value, containers by their items."""
+    if isinstance(value, nn.parameter.UninitializedParameter):
+        return ("uninitialized", id(value))
     if isinstance(value, torch.Tensor):
         grad = None if not value.is_leaf or value.grad is None else value.grad.clone()
         values = value.detach().clone()
@@ -20,16 +22,18 @@ def _frozen(value):
         return {k if isinstance(k, str) else id(k): _frozen(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *map(_frozen, value))
-    return value
+    plain = isinstance(value, (bool, int, float, complex, str, type(None)))
+    return value if plain else (type(value).__name__, id(value))
 
 
-def _same(a, b):
+def same_state(a, b):
+    """Whether two states are the same, bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
     if isinstance(a, dict) and isinstance(b, dict):
-        return list(a) == list(b) and all(_same(a[k], b[k]) for k in a)
+        return list(a) == list(b) and all(same_state(a[k], b[k]) for k in a)
     if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same_state, a, b))
     return type(a) is type(b) and a == b
 
 
@@ -61,5 +65,5 @@ def unchanged(*things):
     yield
     for thing, then in zip(things, before, strict=True):
         now = state_of(thing)
-        changed = [k for k in {**then, **now} if not _same(then.get(k), now.get(k))]
+        changed = [k for k in {**then, **now} if not same_state(then.get(k), now.get(k))]
         assert not changed, f"{type(thing).__name__} changed in {changed}"

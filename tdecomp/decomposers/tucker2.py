@@ -8,14 +8,13 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import tensorly
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tdecomp.chain import Rank
 from tdecomp.decomposers.base import Decomposer, Factors
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import mode_products, torch_backend, unfold
+from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,21 @@ def fit_tucker2(
         (R3, R4): of the input and of the output channels, in the order of the chain.
     """
     rank_in, rank_out = ranks
+    # TensorLy would take the SVD of both whole unfoldings for a start that is iterated on anyway.
+    start = [
+        left_singular_vectors(unfold(kernel, 0), rank_out),
+        left_singular_vectors(unfold(kernel, 1), rank_in),
+    ]
+    core = mode_products(kernel, [factor.T for factor in start], modes=[0, 1])
     with torch_backend(), warnings.catch_warnings():
         # Where one rank is above what the other leaves (1 and 10 of a 3×3 kernel, say) TensorLy
         # completes the factor with columns that carry nothing, and warns.
         warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
         (core, (out, into)), _ = partial_tucker(
-            tensorly.tensor(kernel),
+            kernel,
             rank=[rank_out, rank_in],
             modes=[0, 1],
+            init=(core, start),
             n_iter_max=n_iter_max,
             tol=tol,
             random_state=0,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdecomp.decomposers import CP, CPSeparable
+from tdecomp.decomposers import CP, CPSeparable, cp
 from tdecomp.layer import LayerSpec
 from tests.decomposers.oracle import DecomposerCase, distance
 from tests.geometries import geometries
@@ -13,13 +13,14 @@ from tests.geometries import geometries
 class CPCase(DecomposerCase):
     drawn = geometries()
     dense = LayerSpec.of(nn.Conv2d(5, 6, (3, 2)))
+    least_error = 1e-8  # alternating least squares with a ridge
 
     def takes(self, spec):
         return spec.ndim > 0
 
     def ranks(self, spec):
         largest = self.decomposer.max_rank(spec)
-        return sorted({1, min(3, largest), largest})
+        return sorted({1, min(3, largest), min(12, largest)})
 
     def test_components_are_balanced(self):
         for rank in self.ranks(self.dense):
@@ -59,6 +60,43 @@ class CPCase(DecomposerCase):
 
         assert torch.equal(kernel(1), kernel(1))
         assert not torch.equal(kernel(1), kernel(2))
+
+    def norms_without_a_best_fit(self, **options):
+        """The component norms at rank 2, over the kernel's, and the error.
+
+        The kernel a⊗a⊗b + a⊗b⊗a + b⊗a⊗a has rank 3, and approximations of rank 2 as good as one
+        likes whose components grow without bound (de Silva and Lim 2008).
+        """
+        generator = torch.Generator().manual_seed(0)
+        a, b = torch.randn(2, 3, 4, generator=generator).double()
+        kernel = sum(
+            torch.einsum("i,j,k->ijk", *[b[m] if m == mode else a[m] for m in range(3)])
+            for mode in range(3)
+        )
+        method = type(self.decomposer)(**options)
+        fitted = method.factorize(kernel, LayerSpec.of(nn.Conv1d(4, 4, 4)), 2)
+        norms = torch.stack([factor.norm(dim=0) for factor in fitted.groups[0].factors])
+        ratio = norms.prod(dim=0).sum() / kernel.norm()
+        return ratio.item(), distance(fitted.to_kernel(), kernel)
+
+    def test_ridge_holds_components_down_at_little_cost(self):
+        free, least = self.norms_without_a_best_fit(l2_reg=0.0)
+        held, error = self.norms_without_a_best_fit()
+        assert held < 0.9 * free
+        assert least < error < 0.03
+
+    def test_degenerate_fit_is_made_again_or_refused(self, monkeypatch):
+        held, _ = self.norms_without_a_best_fit()
+        bound = 0.95 * held
+        monkeypatch.setattr(cp, "_MAX_COMPONENT_NORMS", bound / 2**0.5)
+        again, error = self.norms_without_a_best_fit()
+        assert again < bound
+        assert error < 0.1
+        with pytest.raises(ValueError, match="CP degenerates"):
+            self.norms_without_a_best_fit(l2_reg=0.0)
+        monkeypatch.setattr(cp, "_MAX_COMPONENT_NORMS", 0.01)
+        with pytest.raises(ValueError, match="CP degenerates"):
+            self.norms_without_a_best_fit()
 
     def test_has_no_spectrum(self):
         assert self.decomposer.spectra(self.weight(self.dense), self.dense) is None

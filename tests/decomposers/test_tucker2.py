@@ -23,7 +23,7 @@ class TestTucker2(ExactMethodCase):
     def wrong_ranks(self, largest):
         into, out = largest
         wrong = [(0, 1), (1, -1), (into, out + 1), (into + 1, out), (0, 0)]
-        return [*wrong, 1, (1,), (1, 1, 1), ()]
+        return [*wrong, 1, (1,), (1, 1, 1), (), (1.0, 1), (True, 1)]
 
     @pytest.mark.parametrize(
         "layer, ranks",
