@@ -194,9 +194,12 @@ def run(job: Job) -> Comparison:
 
 def title(options: argparse.Namespace, job: Job) -> str:
     """What was compared on what."""
+    model = str(options.model)
+    if options.weights is None and model != DEFAULT_MODEL:
+        model += " with random weights"
     if job.data is None:
-        return f"{options.model} on random images"
-    return f"{options.model} on {job.data.title} ({len(job.data.val)} images to judge by)"
+        return f"{model} on random images"
+    return f"{model} on {job.data.title} ({len(job.data.val)} images to judge by)"
 
 
 def write(options: argparse.Namespace, job: Job, comparison: Comparison) -> tuple[Path, Path]:

@@ -95,7 +95,12 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     if name not in known:
         raise ValueError(f"torchvision has no classifier {name!r}; it has {', '.join(known)}")
     if weights == DEFAULT:
-        pretrained: nn.Module = models.get_model(name, weights=DEFAULT)
+        try:
+            pretrained: nn.Module = models.get_model(name, weights=DEFAULT)
+        except OSError as error:
+            raise ValueError(
+                f"torchvision's weights for {name} cannot be downloaded ({error}); give a file"
+            ) from error
         return pretrained
     # Inception and GoogLeNet return a tuple in training mode unless their auxiliary heads are off.
     options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}

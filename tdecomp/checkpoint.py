@@ -8,7 +8,8 @@ one tensor. Nothing is unpickled and no code from the file is run.
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
             if _dense(value) and value.stride() != torch.empty(value.shape, device="meta").stride()
         },
     }
-    tensors = {key: value.contiguous() for key, value in state.items() if key not in shared}
+    tensors = {key: _alone(value) for key, value in state.items() if key not in shared}
     target = Path(file)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -89,20 +90,38 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         If the file is damaged, of a newer format, or of another architecture; names the tensors.
     """
     header, tensors = _read(Path(file))
-    plan = Plan.from_json(json.dumps(header["plan"]))
+    plan = header.plan
     sites = match_sites(model, plan)
     chains = {}
     for row in plan:
         if row.method is None or row.rank is None or row.layer is None:
             continue
         layer = sites[row.name].module
-        weight = layer.get_parameter("weight")
-        chain = plan.decomposers[row.method].build(row.layer, row.rank, weight.device)
-        chains[layer] = chain.requires_grad_(weight.requires_grad).train(layer.training)
+        chains[layer] = plan.decomposers[row.method].build_like(layer, row.layer, row.rank)
     rebuilt = copy_with(model, chains)
-    _check(tensors.keys() | header["shared"].keys(), tensors, rebuilt, file)
+    _check(tensors.keys() | header.shared.keys(), tensors, rebuilt, file)
     rebuilt.load_state_dict(_state(header, tensors, rebuilt), assign=True)
+    empty = [name for name, value in _tensors(rebuilt) if value.is_meta]
+    if empty:
+        raise ValueError(
+            f"{file} has no values for {', '.join(empty)}, which the model has on the meta device "
+            "and does not save; expected a model that has them"
+        )
     return rebuilt
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the metadata holds beside the tensors."""
+
+    plan: Plan
+    shared: dict[str, str]
+    strides: dict[str, list[int]]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _shared(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -119,31 +138,52 @@ def _shared(state: Mapping[str, Tensor]) -> dict[str, str]:
     return shared
 
 
+def _alone(value: Tensor) -> Tensor:
+    """The tensor, contiguous and with no other tensor in its memory, which safetensors refuses."""
+    whole = value.contiguous()
+    partial = whole.untyped_storage().nbytes() != whole.numel() * whole.element_size()
+    return whole.clone() if partial else whole
+
+
 def _dense(tensor: Tensor) -> bool:
     """Whether the strides are those of a permuted contiguous tensor, which empty_like keeps."""
     return torch.empty_like(tensor).stride() == tensor.stride()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.exists():
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            # Copies, since the file is mapped and may change under the model.
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     if _KEY not in metadata:
         raise ValueError(
             f"{path} has no decomposition in its metadata; expected a file that result.save wrote"
         )
-    header = json.loads(metadata[_KEY])
-    if header["format"] > _FORMAT:
+    return _parse(path, metadata[_KEY]), tensors
+
+
+def _parse(path: Path, text: str) -> _Header:
+    try:
+        header = json.loads(text)
+        newer = header["format"] > _FORMAT
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error!r}") from error
+    if newer:
         raise ValueError(
-            f"{path} has format {header['format']}, written by tdecomp {header['version']}; this "
-            f"version reads up to {_FORMAT}: update tdecomp"
+            f"{path} has format {header['format']}, written by tdecomp "
+            f"{header.get('version', '(unknown)')}; this version reads up to {_FORMAT}: update "
+            "tdecomp"
         )
-    return header, tensors
+    try:
+        shared, strides = dict(header["shared"].items()), dict(header["strides"].items())
+        return _Header(Plan.from_json(json.dumps(header["plan"])), shared, strides)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error}") from error
 
 
 def _check(
@@ -171,24 +211,29 @@ def _check(
         )
 
 
-def _state(
-    header: Mapping[str, Any], tensors: Mapping[str, Tensor], rebuilt: nn.Module
-) -> dict[str, Tensor]:
+def _state(header: _Header, tensors: Mapping[str, Tensor], rebuilt: nn.Module) -> dict[str, Tensor]:
     """The state dict with strides, devices and shared tensors as they were."""
     parameters = dict(rebuilt.named_parameters(remove_duplicate=False))
     current = rebuilt.state_dict()
     state: dict[str, Tensor] = {}
     for key, value in tensors.items():
         device = current[key].device
-        strides = header["strides"].get(key)
         placed = value.to("cpu" if device.type == "meta" else device)
-        if strides is not None:
-            placed = torch.empty_strided(
-                value.shape, strides, dtype=value.dtype, device=placed.device
-            ).copy_(placed)
+        if key in header.strides:
+            placed = _restride(key, placed, header.strides[key])
         # One Parameter object per tensor, so that names which share it go on sharing it.
         old = parameters.get(key)
         state[key] = placed if old is None else nn.Parameter(placed, old.requires_grad)
-    for key, earlier in header["shared"].items():
+    for key, earlier in header.shared.items():
         state[key] = state[earlier]
     return state
+
+
+def _restride(key: str, value: Tensor, strides: list[int]) -> Tensor:
+    try:
+        layout = torch.empty_strided(value.shape, strides, dtype=value.dtype, device="meta")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"tensor {key!r}: the file gives it strides {strides}") from error
+    if not _dense(layout):
+        raise ValueError(f"tensor {key!r}: the file gives it strides {strides}")
+    return torch.empty_like(layout, device=value.device).copy_(value)

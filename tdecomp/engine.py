@@ -15,11 +15,12 @@ from tqdm import tqdm
 from tdecomp import checkpoint
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import relative_error
+from tdecomp.linalg import frobenius_norm
 from tdecomp.planning import Methods, check_weight, plan
 from tdecomp.plans import Plan, match_sites
 from tdecomp.report import Report, Row
 from tdecomp.sites import Site
-from tdecomp.surgery import copy_with, replace_in
+from tdecomp.surgery import copy_with, replace_in, unoptimized
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,13 @@ def apply(
     ValueError
         If the plan does not fit the model, or a weight cannot be factorized; names the layer.
     """
-    listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
+    for optimizer in listed:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "optimizers: expected a torch.optim.Optimizer or a sequence of them, got "
+                f"{type(optimizer).__name__}"
+            )
     if listed and not inplace:
         raise ValueError(
             "optimizers: a copy has new parameters, which no optimizer knows; use inplace=True, "
@@ -158,11 +165,14 @@ def apply(
                 bar.update()
             rows.append(row)
     if inplace:
-        missing = replace_in(model, chains, listed)
+        missing = unoptimized(model, chains, listed)
         if missing:
+            # Before anything is changed: the caller may have made warnings errors.
             warnings.warn(
-                f"no optimizer had these replaced parameters: {', '.join(missing)}", stacklevel=2
+                f"no optimizer has these parameters, which are replaced: {', '.join(missing)}",
+                stacklevel=2,
             )
+        replace_in(model, chains, listed)
     changed = model if inplace else copy_with(model, chains)
     return Decomposition(changed, Report(rows, plan.everything_else), plan)
 
@@ -199,5 +209,5 @@ def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
         row,
         weight_error=lost,
         fit_seconds=seconds,
-        component_norms=None if norms is None else norms / (float(weight.detach().norm()) or 1.0),
+        component_norms=None if norms is None else norms / (frobenius_norm(weight) or 1.0),
     )

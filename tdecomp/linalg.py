@@ -13,6 +13,7 @@ import tensorly
 import tensorly.tenalg
 import torch
 from numpy.typing import NDArray
+from tensorly.backend.pytorch_backend import PyTorchBackend
 from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 from torch import Tensor
 
@@ -20,16 +21,27 @@ from torch import Tensor
 _GRAM_CHUNK = 8192
 
 
-class _ContractingTenalg(CoreTenalgBackend, backend_name="contracting"):  # type: ignore[misc,call-arg]
-    """TensorLy's tensor algebra, with a sum over one mode after the other in CP's inner product.
-
-    TensorLy's own forms the Khatri-Rao product of all other modes, which for the spatial modes of
-    a kernel of 512×512×3×3 at rank 1,000 is 6 GB; contracting the largest mode first never needs
-    more than the kernel's size over that mode's, times the rank.
-    """
+def _svd(matrix: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.linalg.svd`; where it does not converge LAPACK's sturdier gesvd, once, in float64."""
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=full_matrices)
+    except torch.linalg.LinAlgError:
+        arrays = scipy.linalg.svd(
+            matrix.detach().double().cpu().numpy(),
+            full_matrices=full_matrices,
+            lapack_driver="gesvd",
+        )
+        u, s, vh = (torch.as_tensor(array).to(matrix) for array in arrays)
+    return u, s, vh
 
 
 def _mttkrp(tensor: Tensor, cp_tensor: tuple[Tensor | None, list[Tensor]], mode: int) -> Tensor:
+    """The unfolding along `mode` times the Khatri-Rao product of the other factors.
+
+    TensorLy's own forms that product, which for the spatial modes of a kernel of 512×512×3×3 at
+    rank 1,000 is 6 GB; contracting the largest mode first never needs more than the kernel's size
+    over that mode's, times the rank.
+    """
     weights, factors = cp_tensor
     others = [m for m in range(tensor.dim()) if m != mode]
     first = max(others, key=lambda m: tensor.shape[m])
@@ -44,15 +56,19 @@ def _mttkrp(tensor: Tensor, cp_tensor: tuple[Tensor | None, list[Tensor]], mode:
     return partial if weights is None else partial * weights
 
 
-_ContractingTenalg.register_method("unfolding_dot_khatri_rao", _mttkrp)
+# Instances of TensorLy's own backends, with one function each put in another's place.
+_BACKEND = PyTorchBackend()
+_BACKEND.svd = _svd
+_TENALG = CoreTenalgBackend()
+_TENALG.unfolding_dot_khatri_rao = _mttkrp
 
 
 @contextmanager
 def torch_backend() -> Iterator[None]:
     """TensorLy on torch tensors, for the length of a `with` block and this thread only."""
     with (
-        tensorly.backend_context("pytorch", local_threadsafe=True),
-        tensorly.tenalg.backend_context(_ContractingTenalg(), local_threadsafe=True),
+        tensorly.backend_context(_BACKEND, local_threadsafe=True),
+        tensorly.tenalg.backend_context(_TENALG, local_threadsafe=True),
     ):
         yield
 
@@ -71,6 +87,13 @@ def mode_products(tensor: Tensor, matrices: Sequence[Tensor], modes: Sequence[in
     return product
 
 
+def frobenius_norm(tensor: Tensor) -> float:
+    """The root of the sum of squares, also where the squares leave the range of float64."""
+    values = tensor.detach().double()
+    scale = float(values.abs().max()) if values.numel() else 0.0
+    return scale * float((values / scale).norm()) if scale else 0.0
+
+
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` leading singular triplets of a matrix.
 
@@ -78,21 +101,12 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     >>> u.shape, s.shape, vh.shape
     (torch.Size([4, 2]), torch.Size([2]), torch.Size([2, 4]))
 
-    Where torch's driver does not converge, LAPACK's slower and sturdier gesvd is asked once, in
-    float64.
-
     Raises
     ------
     numpy.linalg.LinAlgError
-        If neither driver converges.
+        If neither torch's driver nor LAPACK's gesvd converges.
     """
-    try:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        arrays = scipy.linalg.svd(
-            matrix.detach().double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd"
-        )
-        u, s, vh = (torch.as_tensor(a).to(matrix) for a in arrays)
+    u, s, vh = _svd(matrix)
     return u[:, :rank], s[:rank], vh[:rank]
 
 
@@ -101,8 +115,11 @@ def left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
 
     Good to half of the precision, which is enough for a start that is iterated on.
     """
-    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    leading: Tensor = vectors.flip(1)[:, :rank]
+    try:
+        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
+    except torch.linalg.LinAlgError:
+        vectors = _svd(matrix)[0]
+    leading: Tensor = vectors[:, :rank]
     return leading
 
 

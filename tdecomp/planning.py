@@ -96,7 +96,8 @@ def plan(
             choices[site.name] = choice if allow_expansion else _guarded(choice)
 
     by_name = {d.name: d for d in decomposers}
-    rows = [_row(site, choices[site.name], by_name) for site in sites]
+    counted: set[int] = set()
+    rows = [_row(site, choices[site.name], by_name, counted) for site in sites]
     return Plan(
         rows, _everything_else(model, rows, None if seen is None else seen.total_macs), by_name
     )
@@ -120,7 +121,7 @@ def check_weight(site: Site) -> None:
 
 
 def _decomposers(methods: Methods) -> list[Decomposer]:
-    listed = [methods] if isinstance(methods, (str, Decomposer)) else list(methods)
+    listed = [methods] if isinstance(methods, (str, Decomposer)) else _listed(methods)
     if not listed:
         raise ValueError("methods: expected at least one method, got an empty sequence")
     found = [get_decomposer(method) for method in listed]
@@ -131,8 +132,13 @@ def _decomposers(methods: Methods) -> list[Decomposer]:
     return found
 
 
-def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _listed(methods: Any) -> list[Any]:
+    # Anything that is no sequence is one method, which get_decomposer will refuse in words.
+    return list(methods) if isinstance(methods, (list, tuple)) else [methods]
+
+
+def _as_tuple(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
 
 
 def _candidate(site: Site, decomposer: Decomposer) -> Candidate:
@@ -152,6 +158,7 @@ def _candidate(site: Site, decomposer: Decomposer) -> Candidate:
         before=chain_cost([spec], calls),
         cost=lambda rank: chain_cost(decomposer.stages(spec, rank), calls),
         spectra=spectra,
+        aliases=site.names[1:],
     )
 
 
@@ -171,8 +178,15 @@ def _guarded(choice: Choice) -> Choice:
     return replace(choice, note="; ".join(dict.fromkeys(n for n in notes if n)) or None)
 
 
-def _row(site: Site, choice: Choice, decomposers: Mapping[str, Decomposer]) -> Row:
-    before = Cost(site.params) if site.spec is None else chain_cost([site.spec], site.calls)
+def _row(
+    site: Site, choice: Choice, decomposers: Mapping[str, Decomposer], counted: set[int]
+) -> Row:
+    """The site's row; a parameter that it shares with an earlier row is counted there only."""
+    own = {id(p): p.numel() for p in site.module.parameters(recurse=False) if not _lazy(p)}
+    params = sum(numel for key, numel in own.items() if key not in counted)
+    counted.update(own)
+    macs = None if site.spec is None else chain_cost([site.spec], site.calls).macs
+    before = Cost(params, macs)
     row = Row(
         site.name,
         site.names,
@@ -191,12 +205,12 @@ def _row(site: Site, choice: Choice, decomposers: Mapping[str, Decomposer]) -> R
 
 
 def _everything_else(model: nn.Module, rows: Sequence[Row], total_macs: int | None) -> Cost:
-    params = sum(p.numel() for p in model.parameters() if not _uninitialised(p))
+    params = sum(p.numel() for p in model.parameters() if not _lazy(p))
     rest = params - sum(row.params_before for row in rows)
     if total_macs is None:
         return Cost(rest)
     return Cost(rest, total_macs - sum(row.macs_before or 0 for row in rows))
 
 
-def _uninitialised(parameter: nn.Parameter) -> bool:
+def _lazy(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, nn.parameter.UninitializedParameter)

@@ -73,7 +73,15 @@ class Plan(Table):
             if isinstance(chosen, str) and chosen in self.decomposers
             else get_decomposer(chosen)
         )
-        edited = planned_row(row, decomposer, row.rank if rank is None else rank)
+        others = any(old.method == decomposer.name for old in self.rows if old is not row)
+        if others and self.decomposers.get(decomposer.name, decomposer) != decomposer:
+            raise ValueError(
+                f"layer {name!r}: other layers are planned with {decomposer.name!r} and other "
+                "options; register this one under a name of its own"
+            )
+        edited = planned_row(
+            replace(row, note=None), decomposer, row.rank if rank is None else rank
+        )
         rows = [edited if old is row else old for old in self.rows]
         return Plan(rows, self.everything_else, {**self.decomposers, decomposer.name: decomposer})
 
@@ -103,8 +111,10 @@ class Plan(Table):
             for name in {row["method"] for row in data["rows"]} - {None, *decomposers}:
                 decomposers[name] = get_decomposer(name)
             rows = [_row_from_dict(row, decomposers) for row in data["rows"]]
+            if len({row.name for row in rows}) < len(rows):
+                raise TypeError("a layer has two rows")
             return cls(rows, cost_from_dict(data["everything_else"]), decomposers)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a plan's JSON: {type(error).__name__}: {error}") from error
 
 
@@ -118,21 +128,29 @@ def match_sites(model: nn.Module, plan: Plan) -> dict[str, Site]:
     """
     found, _ = find_sites(model)
     sites = {site.name: site for site in found}
+    for name in sites.keys() - {row.name for row in plan}:
+        raise ValueError(
+            f"layer {name!r}: the model has it, the plan does not; expected a model of the "
+            "architecture that was planned for"
+        )
     for row in plan:
-        if row.method is None:
-            continue
         site = sites.get(row.name)
         if site is None:
             raise ValueError(
                 f"layer {row.name!r}: the plan has it, the model has no such Linear or "
                 "convolution; expected a model of the architecture that was planned for"
             )
+        if site.names != row.names:
+            raise ValueError(
+                f"layer {row.name!r}: got the names {site.names}, but the plan expects "
+                f"{row.names}; plan anew for this model"
+            )
         if site.spec != row.layer:
             raise ValueError(
                 f"layer {row.name!r}: got {site.spec}, but the plan expects {row.layer}; plan "
                 "anew for this model"
             )
-        if site.reason is not None:
+        if row.method is not None and site.reason is not None:
             raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
     return sites
 
@@ -190,6 +208,9 @@ def _with_options(name: str, options: dict[str, Any]) -> Decomposer:
 
 def _row_from_dict(data: dict[str, Any], decomposers: Mapping[str, Decomposer]) -> Row:
     layer = None if data["layer"] is None else LayerSpec.from_dict(data["layer"])
+    counts = (data["params_before"], data["macs_before"] or 0)
+    if not isinstance(data["name"], str) or not all(isinstance(n, int) for n in counts):
+        raise TypeError(f"expected a name and whole counts, got {data['name']!r} and {counts}")
     row = Row(
         data["name"],
         tuple(data["names"]),

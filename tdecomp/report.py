@@ -129,12 +129,12 @@ class Table:
     @property
     def before(self) -> Cost:
         """Of the whole model as it was given."""
-        return sum((row.before for row in self.rows), self.everything_else)
+        return _total(self.everything_else, [row.before for row in self.rows])
 
     @property
     def after(self) -> Cost:
         """Of the whole model decomposed."""
-        return sum((row.after for row in self.rows), self.everything_else)
+        return _total(self.everything_else, [row.after for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """The table as plain data."""
@@ -249,6 +249,13 @@ class Table:
 
 class Report(Table):
     """What `apply` did, layer by layer."""
+
+
+def _total(rest: Cost, rows: Sequence[Cost]) -> Cost:
+    """The sum; layers whose MACs are not known by themselves are part of the rest."""
+    params = rest.params + sum(row.params for row in rows)
+    macs = None if rest.macs is None else rest.macs + sum(row.macs or 0 for row in rows)
+    return Cost(params, macs)
 
 
 _RIGHT = {"params", "MACs", "error"}

@@ -1,5 +1,6 @@
 """Which layers of a model can be replaced, and why the others are left alone."""
 
+import copy
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,15 +44,6 @@ class Site:
     @property
     def name(self) -> str:
         return self.names[0]
-
-    @property
-    def params(self) -> int:
-        if self.spec is not None:
-            return self.spec.params
-        # Quantized layers keep packed weights, lazy ones none yet.
-        uninitialised = nn.parameter.UninitializedParameter
-        own = self.module.parameters(recurse=False)
-        return sum(p.numel() for p in own if not isinstance(p, uninitialised))
 
 
 @dataclass(frozen=True)
@@ -136,7 +128,7 @@ def find_sites(
         )
     filters.check(name for all_names in names.values() for name in all_names)
     specs = {m: LayerSpec.of(m) for m in names if isinstance(m, STOCK_LAYERS) and not _lazy(m)}
-    seen = None if example_inputs is None else trace(model, specs, example_inputs)
+    seen = None if example_inputs is None else _traced(model, specs, example_inputs)
     ties = _Ties(model)
     readers = _known_readers(model)
 
@@ -163,6 +155,28 @@ def find_sites(
     return sites, seen
 
 
+def _traced(model: nn.Module, specs: Mapping[nn.Module, LayerSpec], example_inputs: Any) -> Trace:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name!r} is on the meta device, so example_inputs cannot be run: load the "
+                "weights first (model.to_empty(device=...), load_state_dict)"
+            )
+    if not any(_lazy(module) for module in model.modules()):
+        return trace(model, specs, example_inputs)
+    # A forward pass would give the user's lazy layers their sizes: run a copy.
+    twin = copy.deepcopy(model)
+    pairs = {
+        new: old for new, old in zip(twin.modules(), model.modules(), strict=True) if old in specs
+    }
+    seen = trace(twin, {new: specs[old] for new, old in pairs.items()}, example_inputs)
+    return Trace(
+        {pairs[new]: calls for new, calls in seen.calls.items()},
+        seen.total_macs,
+        {pairs[new]: words for new, words in seen.oddities.items()},
+    )
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -172,12 +186,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
         "DataParallel": "model.module",
         "FullyShardedDataParallel": "model.module",
     }
-    inner = wrappers.get(type(model).__name__)
-    if inner is not None:
-        raise ValueError(
-            f"the model is wrapped in {type(model).__name__}: decompose the inner module "
-            f"({inner}) first, then wrap the result"
-        )
+    for kind in type(model).__mro__:
+        if kind.__name__ in wrappers:
+            raise ValueError(
+                f"the model is wrapped in {kind.__name__}: decompose the inner module "
+                f"({wrappers[kind.__name__]}) first, then wrap the result"
+            )
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the model is a ScriptModule: decompose the eager model, then script it")
 
@@ -196,7 +210,8 @@ def _lazy(module: nn.Module) -> bool:
 
 def _quantized(module: nn.Module) -> bool:
     kind = type(module)
-    return "quantized" in kind.__module__ and kind.__name__.startswith(("Linear", "Conv"))
+    named = kind.__name__.startswith(("Linear", "Conv")) and "Packed" not in kind.__name__
+    return named and "quantized" in kind.__module__
 
 
 def _structural_reason(module: nn.Module) -> str | None:
@@ -214,17 +229,32 @@ def _structural_reason(module: nn.Module) -> str | None:
             "its weight is computed from other parameters: bake it in (remove_weight_norm, "
             "remove_spectral_norm, prune.remove)"
         )
-    stock = next(kind for kind in STOCK_LAYERS if isinstance(module, kind))
+    stock = next((kind for kind in STOCK_LAYERS if isinstance(module, kind)), None)
+    if stock is None:
+        return f"{type(module).__name__} is no stock layer of torch"
+    if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
+        return "complex weights"
     for method in ("forward", "_conv_forward"):
         overridden = getattr(type(module), method, None) is not getattr(stock, method, None)
         if overridden or method in vars(module):
             return f"{type(module).__name__} overrides {method}"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    holders = (module, *module.parameters(recurse=False))
+    if any(getattr(holder, hooks, None) for holder in holders for hooks in _HOOKS):
         return "it has hooks of its own, which would be lost: remove them first"
     return None
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_post_accumulate_grad_hooks",
+)
 
 
 class _Ties:
@@ -234,23 +264,22 @@ class _Ties:
         self._owners: dict[int, set[str]] = {}
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
-                if parameter is not None and not _unallocated(parameter):
+                if parameter is not None and _storage(parameter):
                     self._owners.setdefault(_storage(parameter), set()).add(name)
 
     def reason(self, module: nn.Module) -> str | None:
         for parameter in module.parameters(recurse=False):
             owners = self._owners.get(_storage(parameter), set())
-            if not _unallocated(parameter) and len(owners) > 1:
+            if len(owners) > 1:
                 return f"its weight is tied: {', '.join(sorted(map(repr, owners)))} share it"
         return None
 
 
-def _unallocated(parameter: nn.Parameter) -> bool:
-    return parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter)
-
-
 def _storage(parameter: nn.Parameter) -> int:
-    return 0 if _unallocated(parameter) else parameter.untyped_storage().data_ptr()
+    """The address of its memory, 0 if it has none."""
+    if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
+        return 0
+    return parameter.untyped_storage().data_ptr()
 
 
 def _known_readers(model: nn.Module) -> Mapping[nn.Module, str]:

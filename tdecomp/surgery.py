@@ -1,16 +1,20 @@
 """A module into every slot where the old one stood; optimizers follow; all of it or nothing."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from tdecomp.chain import Chain
 
 Replacements = Mapping[nn.Module, Chain]
+# A module, and the way to put another one in its place.
+Slot = tuple[nn.Module, Callable[[Any], None]]
 
 
 def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
@@ -25,6 +29,11 @@ def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
         If the model cannot be copied.
     """
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
+    for module in model.modules():
+        # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -36,15 +45,10 @@ def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
 
 def replace_in(
     model: nn.Module, replacements: Replacements, optimizers: Sequence[Optimizer] = ()
-) -> list[str]:
+) -> None:
     """Replace modules in `model` itself, and their parameters in `optimizers`.
 
     If anything fails on the way, an interrupt included, model and optimizers are as they were.
-
-    Returns
-    -------
-    list of str
-        The names of replaced parameters that no optimizer had, if there are optimizers.
 
     Raises
     ------
@@ -56,75 +60,93 @@ def replace_in(
             "the model is itself the layer to be replaced, which cannot be done in place: leave "
             "inplace=False and use result.model"
         )
-    names = {id(p): name for name, p in model.named_parameters()}
     with ExitStack() as undo:
         for old, put in _slots(model, replacements):
             undo.callback(put, old)
             put(replacements[old])
-        homeless = {
-            names[id(old)]
-            for old in _old_parameters(replacements)
-            if optimizers and not any(_holds(optimizer, old) for optimizer in optimizers)
-        }
         for optimizer in optimizers:
             undo.callback(_restore, optimizer, _snapshot(optimizer))
             _follow(optimizer, replacements)
         undo.pop_all()
-    return sorted(homeless)
 
 
-def _slots(
-    model: nn.Module, replacements: Replacements
-) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
+def unoptimized(
+    model: nn.Module, replacements: Replacements, optimizers: Sequence[Optimizer]
+) -> list[str]:
+    """The names of parameters to be replaced that no optimizer has, if there are optimizers."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return sorted(
+        names[id(old)]
+        for old in _old_parameters(replacements)
+        if optimizers and not any(_holds(optimizer, old) for optimizer in optimizers)
+    )
+
+
+def _slots(model: nn.Module, replacements: Replacements) -> list[Slot]:
     """Every place that holds a module to be replaced, with the way to put another one there."""
-    found: list[tuple[nn.Module, Callable[[nn.Module], None]]] = []
+    found: list[Slot] = []
     seen: set[int] = set()
-    for parent in model.modules():
-        _search(vars(parent), replacements, found, seen)
-    yield from found
+    for module in model.modules():
+        _search(module, lambda _: None, replacements, found, seen)
+    return found
 
 
 def _search(
-    holder: Any,
+    value: Any,
+    put: Callable[[Any], None],
     replacements: Replacements,
-    found: list[tuple[nn.Module, Callable[[nn.Module], None]]],
+    found: list[Slot],
     seen: set[int],
 ) -> None:
-    if id(holder) in seen:
+    """Look through what modules, containers and namespaces hold; `put` replaces `value` itself."""
+    if isinstance(value, nn.Module) and value in replacements:
+        found.append((value, put))
         return
-    seen.add(id(holder))
-    if isinstance(holder, MutableMapping):
-        items = list(holder.items())
-    elif isinstance(holder, MutableSequence):
-        items = list(enumerate(holder))
-    else:
+    if isinstance(value, tuple):
+        # Its items cannot be replaced one by one: each put makes a new tuple of the current ones.
+        current = list(value)
+        for index, item in enumerate(value):
+            _search(
+                item, _tuple_setter(type(value), current, index, put), replacements, found, seen
+            )
         return
-    for key, value in items:
-        if isinstance(value, nn.Module):
-            if value in replacements:
-                found.append((value, lambda new, h=holder, k=key: h.__setitem__(k, new)))  # type: ignore[misc]
-        elif isinstance(value, tuple):
-            if any(isinstance(v, nn.Module) and v in replacements for v in value):
-                _search_tuple(holder, key, value, replacements, found)
-        elif isinstance(value, (MutableMapping, MutableSequence)):
-            _search(value, replacements, found, seen)
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, (nn.Module, SimpleNamespace)):
+        _search(vars(value), put, replacements, found, seen)
+    elif isinstance(value, MutableMapping):
+        for key, item in list(value.items()):
+            _search(item, partial(value.__setitem__, key), replacements, found, seen)
+    elif isinstance(value, MutableSequence):
+        for index, item in enumerate(list(value)):
+            _search(item, partial(value.__setitem__, index), replacements, found, seen)
+    elif isinstance(value, set):
+        for item in list(value):
+            _search(item, _set_setter(value, item), replacements, found, seen)
 
 
-def _search_tuple(
-    holder: Any,
-    key: Any,
-    value: tuple[Any, ...],
-    replacements: Replacements,
-    found: list[tuple[nn.Module, Callable[[nn.Module], None]]],
-) -> None:
-    def put(index: int, new: nn.Module) -> None:
-        items = list(holder[key])
-        items[index] = new
-        holder[key] = tuple(items)
+def _tuple_setter(
+    kind: type[tuple[Any, ...]], current: list[Any], index: int, put: Callable[[Any], None]
+) -> Callable[[Any], None]:
+    make = getattr(kind, "_make", kind)  # a namedtuple takes its items one by one
 
-    for index, item in enumerate(value):
-        if isinstance(item, nn.Module) and item in replacements:
-            found.append((item, lambda new, i=index: put(i, new)))  # type: ignore[misc]
+    def set_item(new: Any) -> None:
+        current[index] = new
+        put(make(current))
+
+    return set_item
+
+
+def _set_setter(holder: set[Any], item: Any) -> Callable[[Any], None]:
+    current = [item]
+
+    def set_item(new: Any) -> None:
+        holder.discard(current[0])
+        holder.add(new)
+        current[0] = new
+
+    return set_item
 
 
 def _old_parameters(replacements: Replacements) -> list[nn.Parameter]:

@@ -104,7 +104,12 @@ def describe(value: Any) -> str:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's mode, the buffers and the random state restored after."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng([device.index for device in devices]):
         model.eval()
@@ -113,9 +118,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            for module, name, buffer, version, value in buffers:
+                module._buffers[name] = buffer  # forward may have put another one in its place
+                if buffer._version != version:
+                    with torch.no_grad():
+                        buffer.copy_(value)
 
 
 @contextmanager

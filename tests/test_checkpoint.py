@@ -224,6 +224,7 @@ class Views(nn.Module):
         self.layer = nn.Linear(16, 16)
         self.register_buffer("whole", torch.arange(10.0))
         self.register_buffer("part", self.whole[2:6])
+        self.register_buffer("reshaped", self.whole.view(2, 5))
         self.register_buffer("every_other", self.whole[::2])
         self.register_buffer("expanded", torch.ones(1).expand(5))
         self.register_buffer("empty", torch.empty(0, 3))
@@ -603,8 +604,8 @@ def test_shared_name_of_another_shape(kept):
 @pytest.mark.parametrize(
     "build, words",
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4)), ["stem.0"]),
-        (lambda: nn.Sequential(net()), ["stem.0"]),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), ["layer '", "the architecture"]),
+        (lambda: nn.Sequential(net()), ["layer '", "the architecture"]),
         (lambda: net(width=24), ["stem.0", "3→16", "3→24"]),
         (nn.ReLU, ["no Linear or convolution"]),
     ],
@@ -623,7 +624,7 @@ def test_another_architecture_around_the_same_layers(kept):
 
 def test_decomposed_model_is_refused(kept):
     result, file = kept
-    refused(file, result.model, "stem.0", "model of the architecture")
+    refused(file, result.model, "layer '", "model of the architecture")
 
 
 def test_wrapped_model_is_refused(kept):
@@ -671,6 +672,13 @@ def test_old_file_is_whole_while_the_new_one_is_written(file, monkeypatch):
     assert seen == [b"what was there"]
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     assert_same(tdecomp.load(file, net(seed=5)), result.model)
+
+
+def test_whoever_reads_the_old_file_goes_on_reading_it(file):
+    file.write_bytes(b"what was there")
+    with file.open("rb") as opened:
+        decomposed().save(file)
+        assert opened.read() == b"what was there"
 
 
 def test_saving_over_the_file_that_was_loaded(file):

@@ -65,7 +65,6 @@ def test_a_built_layer_is_like_the_original(geometry):
     assert torch.equal(built(x), layer(x))
 
 
-@pytest.mark.xfail(reason="bug: skip_init takes device=None for meta")
 def test_a_layer_is_built_on_the_cpu_unless_told_otherwise():
     assert LayerSpec(4, 3).build().weight.device == torch.empty(0).device
     half = LayerSpec(4, 3).build(torch.device("meta"), torch.bfloat16).weight

@@ -168,7 +168,6 @@ def test_a_report_of_a_layer_of_unknown_size_still_has_totals():
     assert report.before.params == 8
 
 
-@pytest.mark.xfail(reason="bug: one row without MACs, and the totals have none")
 def test_a_quantized_layer_does_not_take_the_totals_away():
     import warnings
 

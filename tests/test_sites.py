@@ -105,12 +105,6 @@ def identity(*_):
     return None
 
 
-def bug(reason):
-    return pytest.mark.xfail(reason=f"bug: {reason}")
-
-
-uncopied = bug("a model with an old weight_norm or a pruned layer cannot be copied")
-
 LEFT_ALONE = {
     "parametrized": (parametrized, "remove_parametrizations"),
     "weight_norm": (lambda: parametrizations.weight_norm(linear()), "remove_parametrizations"),
@@ -156,14 +150,7 @@ def test_a_layer_that_cannot_be_replaced_is_left_alone_with_the_reason(kind):
     assert result.report["1"].method == "svd"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        # torch cannot deep-copy a weight that is computed from other parameters.
-        pytest.param(k, marks=uncopied) if k in ("old weight_norm", "pruned") else k
-        for k in LEFT_ALONE
-    ],
-)
+@pytest.mark.parametrize("kind", LEFT_ALONE)
 def test_a_model_with_such_a_layer_can_be_copied(kind):
     make, _ = LEFT_ALONE[kind]
     model = nn.Sequential(make(), linear())
@@ -202,7 +189,6 @@ def test_a_subclass_with_torchs_forward_is_taken():
     assert sites_of(OwnInit())[""].reason is None
 
 
-@bug("the traced pass initialises lazy layers, then KeyError")
 def test_lazy_layers_with_example_inputs_stay_lazy():
     model = nn.Sequential(nn.LazyLinear(16), linear())
     plan = tdecomp.plan(model, "svd", rank=2, example_inputs=torch.randn(2, 8))
@@ -219,7 +205,6 @@ class OwnConvolution(nn.modules.conv._ConvNd):
         return nn.functional.conv1d(x, self.weight, self.bias, padding=1)
 
 
-@bug("StopIteration")
 def test_a_convolution_that_is_none_of_torchs_is_left_alone():
     model = nn.Sequential(OwnConvolution(), nn.Conv1d(8, 8, 3))
     plan = tdecomp.plan(model, "lowrank", rank=2)
@@ -236,20 +221,17 @@ def test_a_convolution_that_is_none_of_torchs_is_left_alone():
         "register_load_state_dict_post_hook",
     ],
 )
-@bug("state-dict hooks are lost")
 def test_hooks_on_the_state_dict_are_hooks_too(register):
     assert "hooks of its own" in sites_of(hooked(register, identity)())[""].reason
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
-@bug("tensor hooks are lost")
 def test_hooks_on_the_weight_are_hooks_too(register):
     layer = linear()
     getattr(layer.weight, register)(lambda _: None)
     assert sites_of(layer)[""].reason is not None
 
 
-@bug("the imaginary part is dropped, with a warning")
 def test_a_complex_layer_is_left_alone_or_refused():
     model = nn.Linear(16, 16, dtype=torch.complex64)
     try:
@@ -331,7 +313,6 @@ def test_tied_layers_keep_their_tie_in_the_copy():
     assert result.model[0].weight is not model[0].weight
 
 
-@bug("tied layers are counted twice")
 def test_everything_else_is_never_negative():
     model = nn.Sequential(linear(), linear(), linear())
     model[1].weight = model[0].weight
@@ -394,7 +375,6 @@ def test_a_wrapped_model_is_refused_with_the_remedy(kind):
         assert remedy in str(caught.value)
 
 
-@bug("wrappers are known by the name of their class")
 def test_a_subclass_of_a_wrapper_is_one():
     with pytest.raises(ValueError, match="decompose the inner module"):
         tdecomp.plan(MyDataParallel(linear()), "svd", rank=2)

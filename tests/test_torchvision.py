@@ -16,7 +16,7 @@ from benchmarks.torchvision_import import import_torchvision
 
 zoo = import_torchvision().models
 # Fits of large layers take minutes, and show nothing that those of smaller ones do not.
-LARGEST, LARGEST_ITERATED = 2_500_000, 150_000
+LARGEST = 2_500_000
 HALF = tdecomp.Ratio(0.5, of="macs")
 # Few sweeps: what is looked at here has nothing to do with how good the fit is.
 METHODS = {
@@ -40,11 +40,14 @@ class Case:
     ----------
     aux : bool
         Whether some of its layers run only while its `training` is set.
+    largest_iterated : int
+        The most entries of a weight that an iterated fit is asked for.
     """
 
     build: Callable[[], nn.Module]
     size: int = 64
     aux: bool = False
+    largest_iterated: int = 40_000
 
     def model(self):
         with torch.random.fork_rng():
@@ -80,8 +83,15 @@ def _small_vit():
     return zoo.VisionTransformer(32, 8, 2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
 
 
-def _small_swin():
-    return zoo.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10)
+def _small_swin(version=1):
+    block = zoo.swin_transformer.SwinTransformerBlock
+    merging = zoo.swin_transformer.PatchMerging
+    if version == 2:
+        block = zoo.swin_transformer.SwinTransformerBlockV2
+        merging = zoo.swin_transformer.PatchMergingV2
+    return zoo.SwinTransformer(
+        [4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10, block=block, downsample_layer=merging
+    )
 
 
 def _small_convnext():
@@ -113,7 +123,9 @@ WHOLE = {
     ),
     "efficientnet_b0": Case(_without_weights("efficientnet_b0"), 64),
     "convnext_tiny": Case(_without_weights("convnext_tiny"), 64),
-    "vit_b_16": Case(partial(_without_weights("vit_b_16"), image_size=64), 64),
+    "vit_b_16": Case(
+        partial(_without_weights("vit_b_16"), image_size=64), 64, largest_iterated=600_000
+    ),
     "swin_t": Case(_without_weights("swin_t"), 64),
     "deeplabv3": Case(_without_weights("segmentation.deeplabv3_resnet50"), 64),
     "lraspp": Case(_without_weights("segmentation.lraspp_mobilenet_v3_large"), 64),
@@ -151,7 +163,7 @@ def original(case):
 
 def check(case, method):
     model, x, macs_before, expected = original(case)
-    largest = LARGEST_ITERATED if method in ITERATED else LARGEST
+    largest = case.largest_iterated if method in ITERATED else LARGEST
     result = tdecomp.decompose(
         model,
         METHODS[method],
@@ -207,3 +219,95 @@ def test_small_model(name, method):
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_model(name, method):
     check(WHOLE[name], method)
+
+
+def reasons(model, example_inputs=None):
+    plan = tdecomp.plan(
+        model, ["svd", "lowrank"], rank=2, example_inputs=example_inputs, allow_expansion=True
+    )
+    return {row.name: row.reason for row in plan}
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+
+
+ATTENTION = {
+    "vit": (_small_vit, (2, 3, 32, 32), "out_proj", "MultiheadAttention reads its weight itself"),
+    "swin": (
+        _small_swin,
+        (2, 3, 32, 32),
+        ("attn.qkv", "attn.proj"),
+        "shifted-window attention reads its weight itself",
+    ),
+    "swin_v2": (
+        partial(_small_swin, version=2),
+        (2, 3, 32, 32),
+        ("attn.qkv", "attn.proj"),
+        "shifted-window attention reads its weight itself",
+    ),
+    "encoder": (
+        encoder,
+        (2, 5, 32),
+        ("linear1", "linear2", "out_proj"),
+        "reads its weight itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["example_inputs", "no inputs"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_layers_that_attention_reads_are_left_alone(name, seen):
+    build, shape, endings, wanted = ATTENTION[name]
+    model = build().eval()
+    found = reasons(model, torch.zeros(shape) if seen else None)
+    left = {n for n, reason in found.items() if reason is not None}
+    assert left == {n for n in found if n.endswith(endings)}
+    assert left
+    assert all(found[n].endswith(wanted) for n in left)
+    # Every other one is replaced, and the model still runs, fast path or not.
+    result = tdecomp.decompose(
+        model, ["svd", "lowrank"], rank=2, allow_expansion=True, progress=False
+    ) if len(left) < len(found) else None  # fmt: skip
+    if result is not None:
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert result.model(torch.zeros(shape)).isfinite().all()
+
+
+class Reader(nn.Module):
+    """An attention of nobody's list, which hands its weights to a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.proj = nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = torch.nn.functional.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, dim=-1)
+        return self.proj(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_unknown_attention_is_found_by_running_it():
+    found = reasons(Reader(), torch.zeros(2, 5, 16))
+    assert found == {"qkv": "its weight is read outside its own forward", "proj": None}
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_vit_output_does_not_depend_on_the_fast_path(fast_path):
+    case = SMALL["vit"]
+    x = case.inputs()
+    result = tdecomp.decompose(
+        case.model(), ["svd", "lowrank"], rank=0.5, example_inputs=x, progress=False
+    )
+    changed = {row.name for row in result.report if row.method}
+    assert {name.rpartition(".")[2] for name in changed} == {"conv_proj", "0", "3", "head"}
+    expected = result.model(x)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(result.model(x), expected)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -147,14 +147,12 @@ class Reassigns(nn.Module):
         return self.fc(x)
 
 
-@pytest.mark.xfail(reason="bug: only values of the old buffers are restored")
 def test_a_buffer_that_forward_reassigns_is_restored():
     model = Reassigns()
     with unchanged(model):
         traced(model, torch.randn(3, 8))
 
 
-@pytest.mark.xfail(reason="bug: copy_ into an expanded buffer raises")
 def test_a_buffer_of_overlapping_memory_does_not_get_in_the_way():
     model = nn.Sequential(nn.Linear(8, 8))
     model.register_buffer("shared", torch.zeros(1).expand(3))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdecomp.chain import Chain, Rank
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import Spectrum, spectrum
+from tdecomp.linalg import Spectrum, frobenius_norm, spectrum
 
 
 class Factors(ABC):
@@ -153,24 +153,31 @@ class Decomposer(ABC):
         layers = [stage.build(device, dtype) for stage in self.stages(spec, rank)]
         return Chain.from_stages(layers, self.name, rank, spec)
 
+    def build_like(self, layer: nn.Module, spec: LayerSpec, rank: Rank) -> Chain:
+        """`build`, with the layer's device, dtype, mode, and what of it requires gradients."""
+        weight = _parameter(layer.weight)
+        chain = self.build(spec, rank, weight.device, weight.dtype)
+        for part in chain:
+            _parameter(part.weight).requires_grad_(weight.requires_grad)
+        if isinstance(layer.bias, nn.Parameter):
+            _parameter(chain[-1].bias).requires_grad_(layer.bias.requires_grad)
+        return chain.train(layer.training)
+
     def assemble(self, layer: nn.Module, factorization: Factorization, rank: Rank) -> Chain:
         """The chain that holds the factors and the layer's bias, like the layer in all else."""
         spec, weight, bias = factorization.spec, _parameter(layer.weight), layer.bias
-        chain = self.build(spec, rank, weight.device, weight.dtype)
+        chain = self.build_like(layer, spec, rank)
         with torch.no_grad():
             for stage, part, values in zip(
                 self.stages(spec, rank), chain, factorization.stage_weights(), strict=True
             ):
                 _parameter(part.weight).copy_(stage.from_forward_layout(values))
-                _parameter(part.weight).requires_grad_(weight.requires_grad)
             if isinstance(bias, nn.Parameter):
-                last = _parameter(chain[-1].bias)
-                last.copy_(bias)
-                last.requires_grad_(bias.requires_grad)
+                _parameter(chain[-1].bias).copy_(bias)
         for memory_format in (torch.channels_last, torch.channels_last_3d):
             if _has_format(weight, memory_format):
                 chain.to(memory_format=memory_format)  # type: ignore[call-overload]
-        return chain.train(layer.training)
+        return chain
 
     def _fit_dtype(self, weight: Tensor) -> torch.dtype:
         wide = self.fits_in_float64 or weight.dtype == torch.float64
@@ -188,9 +195,15 @@ class Decomposer(ABC):
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
     weight, approximation = weight.detach().double(), approximation.detach().double()
-    scale = float(weight.abs().max()) or 1.0
-    norm = float((weight / scale).norm())
-    return float(((weight - approximation) / scale).norm()) / (norm or 1.0)
+    return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
+
+
+def check_iteration(method: str, n_iter_max: int, tol: float) -> None:
+    """Refuse options that no iteration can run with."""
+    if isinstance(n_iter_max, bool) or not isinstance(n_iter_max, int) or n_iter_max < 1:
+        raise ValueError(f"{method}: expected n_iter_max of at least 1, got {n_iter_max!r}")
+    if not isinstance(tol, (int, float)) or not tol >= 0:
+        raise ValueError(f"{method}: expected tol of 0 or more, got {tol!r}")
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -264,10 +277,13 @@ def get_decomposer(method: str | Decomposer) -> Decomposer:
     """The decomposer of this name; a decomposer is taken as it is."""
     if isinstance(method, Decomposer):
         return method
+    known = ", ".join(map(repr, registered()))
+    expected = (
+        f"expected one of {known}, or a Decomposer (tdecomp.register makes your own known by name)"
+    )
+    if not isinstance(method, str):
+        hint = " (a class: make an instance of it)" if isinstance(method, type) else ""
+        raise TypeError(f"method: got {method!r}{hint}; {expected}")
     if method not in _REGISTRY:
-        known = ", ".join(map(repr, registered()))
-        raise ValueError(
-            f"unknown method {method!r}: expected one of {known}, or a Decomposer "
-            "(tdecomp.register makes your own known by name)"
-        )
+        raise ValueError(f"unknown method {method!r}: {expected}")
     return _REGISTRY[method]

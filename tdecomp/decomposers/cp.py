@@ -15,13 +15,14 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors
+from tdecomp.decomposers.base import Decomposer, Factors, check_iteration
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
 
 # Sweeps by which the starts are compared, and those at the end that take back what the ridge cost.
 _TRIAL_SWEEPS = 20
 _LAST_SWEEPS = 5
+_JITTER = 1e-2
 # A relative error below which the kernel counts as being of the rank asked for.
 _EXACT = 1e-2
 # Above this times √rank the sum of the component norms counts as degenerate.
@@ -189,13 +190,18 @@ def _starts(kernel: Tensor, rank: int, random_state: int) -> list[list[Tensor]]:
 
 
 def _singular_start(kernel: Tensor, rank: int, random_state: int) -> list[Tensor]:
-    """The leading singular vectors of each unfolding, filled up with seeded Gaussian columns."""
+    """The leading singular vectors of each unfolding, filled up with seeded Gaussian columns.
+
+    A little noise on all of them leaves the saddle points of symmetric kernels, where sweeps from
+    the singular vectors themselves would lose components for good.
+    """
     generator = torch.Generator().manual_seed(random_state)
     factors = []
     for mode, size in enumerate(kernel.shape):
         leading = left_singular_vectors(unfold(kernel, mode), rank)  # (size, at most R)
-        missing = torch.randn(size, rank - leading.shape[1], generator=generator)
-        factors.append(torch.cat([leading, missing.to(leading) / size**0.5], dim=1))
+        noise = torch.randn(size, rank, generator=generator).to(leading) / size**0.5
+        known = leading.shape[1]
+        factors.append(torch.cat([leading + _JITTER * noise[:, :known], noise[:, known:]], dim=1))
     return factors
 
 
@@ -213,14 +219,14 @@ def _diagonalisation_start(kernel: Tensor, rank: int) -> list[list[Tensor]]:
     left, right = core @ position.sin(), core @ (2 * position).cos()
     try:
         values, vectors = torch.linalg.eig(torch.linalg.solve(right, left, left=False))
+        # A complex pair spans the same plane as the real and imaginary part of one of the two.
+        columns = torch.where(values.imag >= 0, vectors.real, vectors.imag)
+        out = out @ (columns / columns.norm(dim=0))  # (out, R)
+        rows = torch.linalg.pinv(out) @ unfold(slices, 0)  # (R, in · kernel), each of rank one
+        into, spatial = _rank_one(rows.reshape(rank, slices.shape[1], -1))
+        modes = [spatial] if kernel.dim() == 3 else _split_modes(spatial, kernel.shape[2:])
     except torch.linalg.LinAlgError:
         return []
-    # A complex pair spans the same plane as the real and the imaginary part of one of the two.
-    columns = torch.where(values.imag >= 0, vectors.real, vectors.imag)
-    out = out @ (columns / columns.norm(dim=0))  # (out, R)
-    rows = torch.linalg.pinv(out) @ unfold(slices, 0)  # (R, in · kernel), each row of rank one
-    into, spatial = _rank_one(rows.reshape(rank, slices.shape[1], -1))
-    modes = [spatial] if kernel.dim() == 3 else _split_modes(spatial, kernel.shape[2:])
     factors = [out, into, *modes]
     if not all(torch.isfinite(factor).all() for factor in factors):
         return []
@@ -269,6 +275,11 @@ class CP(Decomposer):
     tol: float = 1e-5
     l2_reg: float = 1e-4
     random_state: int = 0
+
+    def __post_init__(self) -> None:
+        check_iteration(self.name, self.n_iter_max, self.tol)
+        if not self.l2_reg >= 0:
+            raise ValueError(f"{self.name}: expected l2_reg of 0 or more, got {self.l2_reg!r}")
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.ndim else f"{self.name} takes convolutions; svd takes Linear layers"

@@ -12,7 +12,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors
+from tdecomp.decomposers.base import Decomposer, Factors, check_iteration
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
 
@@ -99,6 +99,9 @@ class Tucker2(Decomposer):
 
     n_iter_max: int = 100
     tol: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_iteration(self.name, self.n_iter_max, self.tol)
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.ndim else "tucker2 takes convolutions; svd takes Linear layers"

@@ -33,7 +33,7 @@ def get_selector(rank: Any) -> RankSelector:
             raise ValueError(f"unknown rank selector {rank!r}: expected {_EXPECTED}")
         return _NAMED[rank]()
     if isinstance(rank, Mapping):
-        return ByLayer({pattern: get_selector(value) for pattern, value in rank.items()})
+        return ByLayer({pattern: _entry(pattern, value) for pattern, value in rank.items()})
     if isinstance(rank, Integral):
         return Fixed(rank if isinstance(rank, bool) else int(rank))
     if isinstance(rank, float) and not math.isnan(rank):
@@ -45,8 +45,18 @@ def get_selector(rank: Any) -> RankSelector:
         if 0 < rank < 1:
             return Ratio(rank, of="rank")
     elif isinstance(rank, (list, tuple)):
-        return Fixed(tuple(int(r) if isinstance(r, Integral) else r for r in rank))
+        whole = (r if isinstance(r, bool) or not isinstance(r, Integral) else int(r) for r in rank)
+        return Fixed(tuple(whole))
     raise ValueError(f"rank: expected {_EXPECTED}, got {rank!r}")
+
+
+def _entry(pattern: Any, value: Any) -> RankSelector:
+    if not isinstance(pattern, str):
+        raise TypeError(f"rank: expected layer names or globs as keys, got {pattern!r}")
+    try:
+        return get_selector(value)
+    except ValueError as error:
+        raise ValueError(f"layer {pattern!r}: {error}") from error
 
 
 _EXPECTED = (

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 
 from tdecomp.chain import Rank
 from tdecomp.cost import Cost
@@ -31,6 +32,8 @@ class Candidate:
         Of the chain, growing with each rank.
     spectra : callable ``() -> tuple of Spectrum or None``
         One for each rank, computed when called; None for methods whose rank has no spectrum.
+    aliases : tuple of str
+        The layer's other names.
     """
 
     layer: str
@@ -39,6 +42,7 @@ class Candidate:
     before: Cost
     cost: Callable[[Rank], Cost]
     spectra: Callable[[], tuple[Spectrum, ...] | None]
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class LocalSelector(RankSelector):
 
     def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
         return [self.choose(candidates[0]) for candidates in sites]
+
+
+def is_share(value: object) -> bool:
+    """Whether this is a number above 0 and at most 1."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
 def rank_at(max_rank: Rank, fraction: float | Fraction) -> Rank:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tdecomp.linalg import Spectrum
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
 from tdecomp.ranks.spectral import spectra_of
 
 
@@ -27,7 +27,7 @@ class Energy(LocalSelector):
     share: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not 0 < self.share <= 1:
+        if not is_share(self.share):
             raise ValueError(f"Energy: expected a share above 0 and at most 1, got {self.share!r}")
 
     def choose(self, candidate: Candidate) -> Choice:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from tdecomp.chain import Rank
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
-from tdecomp.sites import matches, no_match
+from tdecomp.sites import matches
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,23 @@ class ByLayer(RankSelector):
     selectors: Mapping[str, RankSelector] = field(default_factory=dict)
 
     def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
-        names = [candidates[0].layer for candidates in sites]
+        names = [(c[0].layer, *c[0].aliases) for c in sites]
         for pattern in self.selectors:
-            if not any(matches(name, pattern) for name in names):
-                raise no_match("rank", pattern, names)
+            if not any(matches(name, pattern) for all_names in names for name in all_names):
+                known = ", ".join(repr(all_names[0]) for all_names in names)
+                raise ValueError(
+                    f"rank: {pattern!r} matches no layer that is to be decomposed, which are "
+                    f"{known}; the plan without this entry says why others are left alone"
+                )
         choices = [Choice(reason="no rank was given for it")] * len(sites)
         for pattern, selector in self.selectors.items():
-            mine = [i for i, name in enumerate(names) if self._pattern_of(name) == pattern]
+            mine = [i for i, n in enumerate(names) if self._pattern_of(n) == pattern]
             chosen = selector.select([sites[i] for i in mine]) if mine else []
             for i, choice in zip(mine, chosen, strict=True):
                 choices[i] = choice
         return choices
 
-    def _pattern_of(self, name: str) -> str | None:
-        if name in self.selectors:
-            return name
-        return next((p for p in self.selectors if matches(name, p)), None)
+    def _pattern_of(self, names: Sequence[str]) -> str | None:
+        exact = next((name for name in names if name in self.selectors), None)
+        globs = (p for p in self.selectors if any(matches(name, p) for name in names))
+        return next(globs, None) if exact is None else exact

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tdecomp.cost import Cost
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, largest_rank, rank_at
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share, largest_rank, rank_at
 
 Of = Literal["rank", "params", "macs"]
 
@@ -35,7 +35,7 @@ class Ratio(LocalSelector):
     of: Of
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not 0 < self.ratio <= 1:
+        if not is_share(self.ratio):
             raise ValueError(f"Ratio: expected a ratio above 0 and at most 1, got {self.ratio!r}")
         if self.of not in get_args(Of):
             known = ", ".join(map(repr, get_args(Of)))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tdecomp.linalg import Spectrum
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
 from tdecomp.ranks.evb import evb_rank
 from tdecomp.ranks.spectral import spectra_of
 
@@ -28,7 +28,7 @@ class VBMF(LocalSelector):
     weaken: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.weaken, bool) or not 0 <= self.weaken <= 1:
+        if self.weaken != 0 and not is_share(self.weaken):
             raise ValueError(f"VBMF: expected weaken from 0 to 1, got {self.weaken!r}")
 
     def choose(self, candidate: Candidate) -> Choice:

@@ -82,7 +82,7 @@ def test_without_data_there_are_no_accuracies(tmp_path, capsys):
     options = ["--model", "resnet20", "--methods", "lowrank", "--rounds", "1", "--batch-size", "2"]
     main([*options, "--out", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "resnet20 on random images" in text
+    assert "resnet20 with random weights on random images" in text
     assert "accuracy" not in text
     assert (tmp_path / "compare-resnet20.png").exists()
 

@@ -1,3 +1,5 @@
+from urllib.error import URLError
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -6,6 +8,7 @@ from torch import nn
 from benchmarks.comparison import count_macs, count_params
 from benchmarks.data import digits
 from benchmarks.models import DIGITS_WEIGHTS, MODELS, input_format, load_model
+from benchmarks.torchvision_import import import_torchvision
 from benchmarks.training import accuracy
 
 RESNET20_KEYS = {
@@ -126,6 +129,17 @@ def test_torchvision_weights_for_other_classes(tmp_path):
 def test_bad_names_say_what_there_is(name, weights, message):
     with pytest.raises(ValueError, match=message):
         load_model(name, weights)
+
+
+def test_weights_that_cannot_be_downloaded_are_told(monkeypatch):
+    def offline(*_args, **_options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(
+        import_torchvision().models._api, "load_state_dict_from_url", offline, raising=True
+    )
+    with pytest.raises(ValueError, match=r"resnet18 cannot be downloaded .*; give a file"):
+        load_model("torchvision:resnet18", "DEFAULT")
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

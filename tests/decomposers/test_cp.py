@@ -98,6 +98,14 @@ class CPCase(DecomposerCase):
         with pytest.raises(ValueError, match="CP degenerates"):
             self.norms_without_a_best_fit()
 
+    def test_float32_is_fitted_in_float64(self):
+        weight = self.weight(self.dense, torch.float32)
+        for rank in self.ranks(self.dense):
+            single = self.decomposer.factorize(weight, self.dense, rank)
+            double = self.decomposer.factorize(weight.double(), self.dense, rank)
+            pairs = zip(single.stage_weights(), double.stage_weights(), strict=True)
+            assert all(torch.equal(one, other.float()) for one, other in pairs)
+
     def test_has_no_spectrum(self):
         assert self.decomposer.spectra(self.weight(self.dense), self.dense) is None
 

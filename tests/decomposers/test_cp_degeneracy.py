@@ -262,13 +262,14 @@ def test_svd_falls_back_to_gesvd(method, request):
     expected = decompose(layer_for(method), method, 4)
     asked = request.getfixturevalue("no_torch_svd")
     result = decompose(layer_for(method), method, 4)
+    # CP can do without: it has another start than the one by singular vectors.
+    assert asked or method in ("cp", "cp-separable")
     assert all(
         dtype == np.float64 and options == {"full_matrices": False, "lapack_driver": "gesvd"}
         for dtype, options in asked
     )
     row = result.report["1"]
     assert row.weight_error == pytest.approx(expected.report["1"].weight_error, rel=1e-3)
-    assert bool(asked) == (method not in ("tucker2", "cp", "cp-separable")) or row.method == method
     for parameter in result.model.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.isfinite().all()

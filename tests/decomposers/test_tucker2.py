@@ -11,7 +11,7 @@ from tests.geometries import geometries
 class TestTucker2(ExactMethodCase):
     decomposer = Tucker2()
     drawn = geometries()
-    dense = LayerSpec.of(nn.Conv2d(5, 6, (3, 2)))
+    dense = LayerSpec.of(nn.Conv2d(5, 8, (3, 2)))
 
     def takes(self, spec):
         return spec.ndim > 0

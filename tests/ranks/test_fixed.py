@@ -75,7 +75,6 @@ def test_what_is_no_positive_int(rank):
     assert f"got {tuple(rank) if isinstance(rank, list) else rank!r}" in str(e.value)
 
 
-@pytest.mark.xfail(reason="bug: True in a pair is taken as 1")
 def test_a_pair_with_a_bool():
     with pytest.raises(ValueError, match="rank: expected a positive int"):
         tdecomp.plan(convs(), "tucker2", rank=(2, True))
@@ -149,20 +148,17 @@ def test_an_entry_that_matches_nothing_is_an_error():
         tdecomp.plan(convs(), "lowrank", rank={"0": 2, "fc1": 3})
 
 
-@pytest.mark.xfail(reason="bug: the message does not say which layer's entry it is")
 @pytest.mark.parametrize("rank", [0, 1.0, "nope", None])
 def test_a_bad_entry_names_its_layer(rank):
     with pytest.raises(ValueError, match="'1'"):
         tdecomp.plan(convs(), "lowrank", rank={"0": 2, "1": rank})
 
 
-@pytest.mark.xfail(reason="bug: an entry knows a layer by its first name only")
 def test_an_entry_may_use_any_name_of_a_shared_module():
     plan = tdecomp.plan(MODELS["twice"].build(), "svd", rank={"again": 3})
     assert plan["first"].rank == 3
 
 
-@pytest.mark.xfail(reason="bug: it says that '0' matches no Linear or convolution of the model")
 def test_an_entry_for_a_layer_that_is_left_alone_says_so():
     model = nn.Sequential(nn.Linear(16, 16), nn.Conv2d(16, 16, 3))
     with pytest.raises(ValueError, match="lowrank takes convolutions"):

@@ -1,0 +1,116 @@
+"""Every notebook runs as it is, and the first one on torchvision's ResNet-18, too."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from notebooks.execute import FOLDER, run
+
+FIRST = FOLDER / "01_decompose_a_pretrained_vgg.ipynb"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LARGEST = 600_000  # bytes
+# Appended to the notebook: what its variables hold at the end.
+PROBE = """
+import json
+
+print(json.dumps({
+    "layers": [[row.method, row.macs_before, row.macs_after] for row in result.report],
+    "reasons": [row.reason for row in plan if row.method is None],
+    "accuracies": [accuracy_original, accuracy_decomposed, accuracy_finetuned],
+    "comparison": comparison,
+    "edited": [edited[layer].method, edited[layer].rank, edited_result.report[layer].method],
+    "bit_equal": bit_equal,
+}))
+"""
+
+
+def execute(path, **environment):
+    """The notebook's outputs, and the values of its variables that the probe prints."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
+    run(notebook, environment)
+    probe = notebook.cells.pop()
+    return notebook, json.loads(probe.outputs[0].text)
+
+
+def outputs(notebook):
+    return [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+
+
+def pictures(notebook):
+    return [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+
+
+def assert_clean(notebook):
+    """Neither a traceback nor a warning, nor a bar: all of them go to standard error."""
+    kinds = {o.output_type for o in outputs(notebook)}
+    assert kinds <= {"stream", "display_data", "execute_result"}
+    assert [o.text for o in outputs(notebook) if o.get("name") == "stderr"] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_committed_notebook_is_tidy_and_has_its_outputs(path):
+    text = path.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert len(text) < LARGEST
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert set(notebook.metadata.language_info) == {"name"}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert_clean(notebook)
+    assert pictures(notebook)
+    for folder in (str(Path.home()), str(FOLDER.parent), "site-packages", "/tmp/"):
+        assert folder not in text
+
+
+def test_no_notebook_is_missing_here():
+    assert FIRST in NOTEBOOKS
+
+
+def test_the_first_notebook_runs_as_it_is_and_its_story_holds():
+    notebook, values = execute(FIRST, TDECOMP_NOTEBOOK_MODEL="digits_vgg")
+    assert_clean(notebook)
+    assert len(pictures(notebook)) == 3
+
+    changed = [layer for layer in values["layers"] if layer[0] is not None]
+    assert {method for method, _, _ in changed} == {"tucker2", "svd"}
+    assert all(after < before for _, before, after in changed)
+    assert len(values["reasons"]) == len(values["layers"]) - len(changed) == 2
+    assert all("min_" in reason for reason in values["reasons"])
+
+    original, decomposed, finetuned = values["accuracies"]
+    assert original > 0.97
+    assert finetuned > original - 0.03
+    assert finetuned >= decomposed
+
+    half = [line for line in values["comparison"] if line["ratio"] == 0.5]
+    methods = [line["method"] for line in half]
+    assert methods == ["cp", "cp-separable", "tucker2", "lowrank", "spatial"]
+    for line in half:
+        assert line["MACs"] == pytest.approx(0.5, abs=0.02)
+        assert line["latency"] > 0
+        assert line["accuracy"] > 0.9
+
+    assert values["edited"] == ["lowrank", 16, "lowrank"]
+    assert values["bit_equal"] is True
+
+
+def test_it_runs_on_torchvisions_resnet18():
+    notebook, values = execute(
+        FIRST,
+        TDECOMP_NOTEBOOK_MODEL="torchvision:resnet18",
+        TDECOMP_NOTEBOOK_WEIGHTS="random",
+    )
+    assert_clean(notebook)
+    assert len(pictures(notebook)) == 3
+    assert values["bit_equal"] is True
+    assert values["accuracies"] == [None, None, None]
+    assert len(values["layers"]) == 21
+    assert [line["method"] for line in values["comparison"]] == ["tucker2", "lowrank", "spatial"]
+    assert all(line["MACs"] == pytest.approx(0.5, abs=0.05) for line in values["comparison"])
+    printed = "".join(o.get("text", "") for o in outputs(notebook))
+    assert "not measured: no labelled images" in printed
