@@ -8,6 +8,7 @@ one tensor. Nothing is unpickled and no code from the file is run.
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,6 +34,8 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     ------
     ValueError
         If the state dict holds something that is not a tensor.
+    FileNotFoundError
+        If the file's folder does not exist.
     """
     state = model.state_dict()
     for key, value in state.items():
@@ -52,8 +55,10 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
             if _dense(value) and value.stride() != torch.empty(value.shape, device="meta").stride()
         },
     }
-    tensors = {key: _alone(value) for key, value in state.items() if key not in shared}
+    tensors = _alone({key: value for key, value in state.items() if key not in shared})
     target = Path(file)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {target.parent}")
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         save_file(tensors, draft, metadata={_KEY: json.dumps(header)})
@@ -99,7 +104,13 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         layer = sites[row.name].module
         chains[layer] = plan.decomposers[row.method].build_like(layer, row.layer, row.rank)
     rebuilt = copy_with(model, chains)
-    _check(tensors.keys() | header.shared.keys(), tensors, rebuilt, file)
+    lost = [
+        f"{key} (shares {other})" for key, other in header.shared.items() if other not in tensors
+    ]
+    if lost:
+        raise ValueError(f"{file} is damaged. Tensors missing: {', '.join(lost)}")
+    held = {**tensors, **{key: tensors[earlier] for key, earlier in header.shared.items()}}
+    _check(held, rebuilt, file)
     rebuilt.load_state_dict(_state(header, tensors, rebuilt), assign=True)
     empty = [name for name, value in _tensors(rebuilt) if value.is_meta]
     if empty:
@@ -138,16 +149,24 @@ def _shared(state: Mapping[str, Tensor]) -> dict[str, str]:
     return shared
 
 
-def _alone(value: Tensor) -> Tensor:
-    """The tensor, contiguous and with no other tensor in its memory, which safetensors refuses."""
-    whole = value.contiguous()
-    partial = whole.untyped_storage().nbytes() != whole.numel() * whole.element_size()
-    return whole.clone() if partial else whole
+def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous and each in memory of its own, as safetensors wants them."""
+    whole = {key: value.contiguous() for key, value in tensors.items()}
+    places = Counter(value.untyped_storage().data_ptr() for value in whole.values())
+    return {
+        key: value.clone() if places[value.untyped_storage().data_ptr()] > 1 else value
+        for key, value in whole.items()
+    }
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the strides are those of a permuted contiguous tensor, which empty_like keeps."""
-    return torch.empty_like(tensor).stride() == tensor.stride()
+    """Whether the strides are those of a permuted contiguous tensor."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
@@ -186,21 +205,22 @@ def _parse(path: Path, text: str) -> _Header:
         raise ValueError(f"{path}: its metadata is damaged: {error}") from error
 
 
-def _check(
-    keys: set[str],
-    tensors: Mapping[str, Tensor],
-    rebuilt: nn.Module,
-    file: str | os.PathLike[str],
-) -> None:
-    """Refuse a file whose tensors are not those of the rebuilt model, by name and by shape."""
+def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.PathLike[str]) -> None:
+    """Refuse a file whose tensors are not those of the rebuilt model, by name, shape and kind."""
     expected = rebuilt.state_dict()
+    both = [(key, value, expected[key]) for key, value in tensors.items() if key in expected]
     wrong = {
-        "missing": sorted(expected.keys() - keys),
-        "unexpected": sorted(keys - expected.keys()),
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - expected.keys()),
         "of another shape": [
-            f"{key} (got {tuple(value.shape)}, expected {tuple(expected[key].shape)})"
-            for key, value in tensors.items()
-            if key in expected and value.shape != expected[key].shape
+            f"{key} (got {tuple(got.shape)}, expected {tuple(want.shape)})"
+            for key, got, want in both
+            if got.shape != want.shape
+        ],
+        "of another kind": [
+            f"{key} (got {got.dtype}, expected {want.dtype})"
+            for key, got, want in both
+            if got.is_floating_point() != want.is_floating_point()
         ],
     }
     found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
@@ -236,4 +256,5 @@ def _restride(key: str, value: Tensor, strides: list[int]) -> Tensor:
         raise ValueError(f"tensor {key!r}: the file gives it strides {strides}") from error
     if not _dense(layout):
         raise ValueError(f"tensor {key!r}: the file gives it strides {strides}")
-    return torch.empty_like(layout, device=value.device).copy_(value)
+    placed = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+    return placed.copy_(value)

@@ -169,7 +169,7 @@ def apply(
         if missing:
             # Before anything is changed: the caller may have made warnings errors.
             warnings.warn(
-                f"no optimizer has these parameters, which are replaced: {', '.join(missing)}",
+                f"no optimizer had these replaced parameters: {', '.join(missing)}",
                 stacklevel=2,
             )
         replace_in(model, chains, listed)

@@ -12,10 +12,10 @@ from tdecomp.cost import Cost, chain_cost
 from tdecomp.decomposers.base import Decomposer, get_decomposer
 from tdecomp.linalg import Spectrum
 from tdecomp.plans import Plan, planned_row
-from tdecomp.ranks import Candidate, Choice, get_selector
+from tdecomp.ranks import ByLayer, Candidate, Choice, get_selector
 from tdecomp.ranks.breakeven import by_parameters
 from tdecomp.report import Row
-from tdecomp.sites import Filters, Site, find_sites
+from tdecomp.sites import Filters, Site, find_sites, matches, no_match
 
 Methods = str | Decomposer | Sequence[str | Decomposer]
 
@@ -90,6 +90,8 @@ def plan(
         check_weight(site)
         open_sites.append(site)
         candidates.append([_candidate(site, d) for d in able])
+    if isinstance(selector, ByLayer):
+        _check_entries(selector, sites, choices)
     if candidates:
         selected = selector.select(candidates)
         for site, choice in zip(open_sites, selected, strict=True):
@@ -101,6 +103,21 @@ def plan(
     return Plan(
         rows, _everything_else(model, rows, None if seen is None else seen.total_macs), by_name
     )
+
+
+def _check_entries(
+    selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]
+) -> None:
+    """Refuse entries that match no layer, or none that can be decomposed."""
+    for pattern in selector.selectors:
+        named = [site for site in sites if any(matches(name, pattern) for name in site.names)]
+        if not named:
+            raise no_match("rank", pattern, [name for site in sites for name in site.names])
+        if all(site.name in left_alone for site in named):
+            reasons = (f"layer {site.name!r}: {left_alone[site.name].reason}" for site in named)
+            raise ValueError(
+                f"rank: {pattern!r} names only layers left alone; {'; '.join(reasons)}"
+            )
 
 
 def check_weight(site: Site) -> None:

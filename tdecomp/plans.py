@@ -128,11 +128,6 @@ def match_sites(model: nn.Module, plan: Plan) -> dict[str, Site]:
     """
     found, _ = find_sites(model)
     sites = {site.name: site for site in found}
-    for name in sites.keys() - {row.name for row in plan}:
-        raise ValueError(
-            f"layer {name!r}: the model has it, the plan does not; expected a model of the "
-            "architecture that was planned for"
-        )
     for row in plan:
         site = sites.get(row.name)
         if site is None:
@@ -152,6 +147,11 @@ def match_sites(model: nn.Module, plan: Plan) -> dict[str, Site]:
             )
         if row.method is not None and site.reason is not None:
             raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
+    for name in sites.keys() - {row.name for row in plan}:
+        raise ValueError(
+            f"layer {name!r}: the model has it, the plan does not; expected a model of the "
+            "architecture that was planned for"
+        )
     return sites
 
 

@@ -185,34 +185,35 @@ class Table:
         """
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import EngFormatter
         except ImportError as error:
             raise ImportError("plot() needs matplotlib: pip install 'tdecomp[plot]'") from error
-        by_macs = all(row.macs_before is not None for row in self.rows)
+        by_macs = self.everything_else.macs is not None
         labels = [row.name or "(model)" for row in self.rows]
         before = [(row.macs_before if by_macs else row.params_before) or 0 for row in self.rows]
         after = [(row.macs_after if by_macs else row.params_after) or 0 for row in self.rows]
-        errors = [row.weight_error for row in self.rows]
-        positions = range(len(labels))
-        with_errors = any(error is not None for error in errors)
+        errors = [
+            (i, r.weight_error) for i, r in enumerate(self.rows) if r.weight_error is not None
+        ]
 
-        figure = Figure(figsize=(9, 0.24 * len(labels) + 1.4), layout="constrained")
-        panels = figure.subplots(
-            1,
-            2 if with_errors else 1,
-            sharey=True,
-            squeeze=False,
-            width_ratios=[3, 1] if with_errors else [1],
+        figure = Figure(figsize=(9, 0.24 * max(len(labels), 4) + 1.6), layout="constrained")
+        grid = {"sharey": True, "squeeze": False}
+        panels = (
+            figure.subplots(1, 2, width_ratios=[3, 1], **grid)
+            if errors
+            else figure.subplots(1, 1, **grid)
         )[0]
+        positions = range(len(labels))
         panels[0].barh(positions, before, height=0.8, color="#c9d3df", label="before")
-        panels[0].barh(positions, after, height=0.45, color="#1f5fa8", label="after")
+        panels[0].barh(positions, after, height=0.4, color="#1f5fa8", label="after")
         panels[0].set_yticks(positions, labels, fontsize=8)
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(labels) - 0.4, -0.6)
         panels[0].set_xlabel("MACs" if by_macs else "parameters")
-        panels[0].legend(loc="lower right", frameon=False)
-        if with_errors:
-            known = [(i, error) for i, error in enumerate(errors) if error is not None]
-            panels[1].plot([e for _, e in known], [i for i, _ in known], "o", color="#c05010")
-            panels[1].set_xlim(left=0)
+        panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.legend(loc="outside upper left", ncols=2, frameon=False)
+        if errors:
+            panels[1].plot([e for _, e in errors], [i for i, _ in errors], "o", color="#c05010")
+            panels[1].set_xlim(0, 1.1 * max(1.0, *(e for _, e in errors)))
             panels[1].set_xlabel("weight error")
             panels[1].grid(axis="x", alpha=0.3)
         for panel in panels:

@@ -238,10 +238,19 @@ def _structural_reason(module: nn.Module) -> str | None:
         overridden = getattr(type(module), method, None) is not getattr(stock, method, None)
         if overridden or method in vars(module):
             return f"{type(module).__name__} overrides {method}"
-    holders = (module, *module.parameters(recurse=False))
-    if any(getattr(holder, hooks, None) for holder in holders for hooks in _HOOKS):
+    if _own_hooks(module) or any(map(_own_hooks, module.parameters(recurse=False))):
         return "it has hooks of its own, which would be lost: remove them first"
     return None
+
+
+def _own_hooks(holder: nn.Module | nn.Parameter) -> bool:
+    for attribute in _HOOKS:
+        for registered in (getattr(holder, attribute, None) or {}).values():
+            hook = getattr(registered, "hook", registered)
+            # torch leaves some of its own behind when a weight norm is removed.
+            if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils."):
+                return True
+    return False
 
 
 _HOOKS = (

@@ -93,13 +93,6 @@ class ByLayer(RankSelector):
 
     def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
         names = [(c[0].layer, *c[0].aliases) for c in sites]
-        for pattern in self.selectors:
-            if not any(matches(name, pattern) for all_names in names for name in all_names):
-                known = ", ".join(repr(all_names[0]) for all_names in names)
-                raise ValueError(
-                    f"rank: {pattern!r} matches no layer that is to be decomposed, which are "
-                    f"{known}; the plan without this entry says why others are left alone"
-                )
         choices = [Choice(reason="no rank was given for it")] * len(sites)
         for pattern, selector in self.selectors.items():
             mine = [i for i, n in enumerate(names) if self._pattern_of(n) == pattern]
