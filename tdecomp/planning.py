@@ -10,12 +10,13 @@ from torch import nn
 
 from tdecomp.cost import Cost, chain_cost
 from tdecomp.decomposers.base import Decomposer, get_decomposer
+from tdecomp.filters import Filters, matches, no_match
 from tdecomp.linalg import Spectrum
 from tdecomp.plans import Plan, planned_row
 from tdecomp.ranks import ByLayer, Candidate, Choice, get_selector
 from tdecomp.ranks.breakeven import by_parameters
 from tdecomp.report import Row
-from tdecomp.sites import Filters, Site, find_sites, matches, no_match
+from tdecomp.sites import Site, find_sites
 
 Methods = str | Decomposer | Sequence[str | Decomposer]
 

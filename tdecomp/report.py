@@ -184,41 +184,17 @@ class Table:
             Without matplotlib, which the extra ``plot`` installs.
         """
         try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import EngFormatter
+            from tdecomp.plotting import bars_and_errors  # matplotlib is an extra
         except ImportError as error:
             raise ImportError("plot() needs matplotlib: pip install 'tdecomp[plot]'") from error
         by_macs = self.everything_else.macs is not None
-        labels = [row.name or "(model)" for row in self.rows]
-        before = [(row.macs_before if by_macs else row.params_before) or 0 for row in self.rows]
-        after = [(row.macs_after if by_macs else row.params_after) or 0 for row in self.rows]
-        errors = [
-            (i, r.weight_error) for i, r in enumerate(self.rows) if r.weight_error is not None
-        ]
-
-        figure = Figure(figsize=(9, 0.24 * max(len(labels), 4) + 1.6), layout="constrained")
-        grid = {"sharey": True, "squeeze": False}
-        panels = (
-            figure.subplots(1, 2, width_ratios=[3, 1], **grid)
-            if errors
-            else figure.subplots(1, 1, **grid)
-        )[0]
-        positions = range(len(labels))
-        panels[0].barh(positions, before, height=0.8, color="#c9d3df", label="before")
-        panels[0].barh(positions, after, height=0.4, color="#1f5fa8", label="after")
-        panels[0].set_yticks(positions, labels, fontsize=8)
-        panels[0].set_ylim(len(labels) - 0.4, -0.6)
-        panels[0].set_xlabel("MACs" if by_macs else "parameters")
-        panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-        figure.legend(loc="outside upper left", ncols=2, frameon=False)
-        if errors:
-            panels[1].plot([e for _, e in errors], [i for i, _ in errors], "o", color="#c05010")
-            panels[1].set_xlim(0, 1.1 * max(1.0, *(e for _, e in errors)))
-            panels[1].set_xlabel("weight error")
-            panels[1].grid(axis="x", alpha=0.3)
-        for panel in panels:
-            panel.spines[["top", "right"]].set_visible(False)
-        return figure
+        return bars_and_errors(
+            labels=[row.name or "(model)" for row in self.rows],
+            before=[(row.macs_before if by_macs else row.params_before) or 0 for row in self.rows],
+            after=[(row.macs_after if by_macs else row.params_after) or 0 for row in self.rows],
+            errors=[row.weight_error for row in self.rows],
+            unit="MACs" if by_macs else "parameters",
+        )
 
     def _render(self, style: str) -> str:
         headers = ["layer", "", "method", "rank", "params", "MACs", "error", "notes"]

@@ -72,10 +72,10 @@ def test_examples_in_docstrings(name):
 
 # A file imports only from the lines above its own, or from its own line in this order.
 ORDER = (
-    "layer", "chain", "cost", "tracing", "sites", "moments", "linalg",
+    "layer", "chain", "cost", "filters", "tracing", "sites", "moments", "linalg",
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",
-    "report", "plans", "planning", "surgery", "recovery", "checkpoint", "engine",
+    "plotting", "report", "plans", "planning", "surgery", "recovery", "checkpoint", "engine",
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import tdecomp
-from tdecomp.sites import Filters, find_sites, matches
+from tdecomp.filters import Filters, matches
+from tdecomp.sites import find_sites
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tdecomp.chain import Rank
+from tdecomp.filters import matches
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
-from tdecomp.sites import matches
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def layer_for(method):
 
 @pytest.fixture
 def no_torch_svd(monkeypatch):
-    """torch's driver fails, for TensorLy as well; a list of what SciPy is asked for."""
+    """torch's drivers fail, for TensorLy as well; a list of what SciPy is asked for."""
     asked = []
     original = scipy.linalg.svd
 
@@ -252,6 +252,7 @@ def no_torch_svd(monkeypatch):
         return original(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "svd", diverge)
+    monkeypatch.setattr(torch.linalg, "eigh", diverge)
     monkeypatch.setattr(PyTorchBackend, "svd", staticmethod(diverge))
     monkeypatch.setattr(scipy.linalg, "svd", gesvd)
     return asked
