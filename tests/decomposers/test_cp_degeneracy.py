@@ -270,7 +270,9 @@ def test_svd_falls_back_to_gesvd(method, request):
         for dtype, options in asked
     )
     row = result.report["1"]
-    assert row.weight_error == pytest.approx(expected.report["1"].weight_error, rel=1e-3)
+    # From another start, or from singular vectors of other signs, sweeps end a little elsewhere.
+    near = 0.02 if "cp" in method else 1e-3
+    assert row.weight_error == pytest.approx(expected.report["1"].weight_error, rel=near)
     for parameter in result.model.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.isfinite().all()
