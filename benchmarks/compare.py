@@ -27,7 +27,7 @@ from benchmarks.table import format_table
 DEFAULT_MODEL = "digits_vgg"
 DEFAULT_METHODS = ("cp", "cp-separable", "tucker2", "lowrank")
 DEFAULT_RANK = "0.5"
-DEFAULT_FINETUNE = 200
+DEFAULT_FINETUNE = 100
 
 
 @dataclass(frozen=True)
