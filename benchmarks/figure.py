@@ -57,7 +57,7 @@ def draw_comparison(
         _draw_accuracies(right, measurements, latency, styles)
         left.set_ylabel("accuracy")
         left.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _finish(left, "MACs / the original's (about equal ones stand side by side)")
+        _finish(left, "MACs / the original's (ties side by side)")
         _finish(right, "measured latency / the original's")
     figure.legend(handles=_legend(styles, finetune), loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11)

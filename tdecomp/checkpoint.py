@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tdecomp.chain import Chain
 from tdecomp.plans import Plan, match_sites
 from tdecomp.surgery import copy_with
 
@@ -37,6 +38,12 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     FileNotFoundError
         If the file's folder does not exist.
     """
+    chains = sum(isinstance(module, Chain) for module in model.modules())
+    if chains != sum(row.method is not None for row in plan):
+        raise ValueError(
+            f"the model has {chains} chains and the plan another number, so it was decomposed in "
+            "several steps; a file holds one plan: decompose the original in one step to save it"
+        )
     state = model.state_dict()
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -201,8 +208,10 @@ def _parse(path: Path, text: str) -> _Header:
     try:
         shared, strides = dict(header["shared"].items()), dict(header["strides"].items())
         return _Header(Plan.from_json(json.dumps(header["plan"])), shared, strides)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its metadata is damaged: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error!r}") from error
 
 
 def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.PathLike[str]) -> None:

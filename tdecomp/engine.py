@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tdecomp import checkpoint
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import relative_error
-from tdecomp.linalg import frobenius_norm
+from tdecomp.linalg import frobenius_norm, undisturbed
 from tdecomp.planning import Methods, check_weight, plan
 from tdecomp.plans import Plan, match_sites
 from tdecomp.report import Report, Row
@@ -196,7 +196,10 @@ def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
             "or choose another method or rank for it"
         ) from error
     seconds = time.perf_counter() - start
-    lost = relative_error(weight, factorization.to_kernel())
+    # The factors are rounded to the layer's dtype by now; the product shall not be once more.
+    with undisturbed(weight.device):
+        precise = factorization.to(decomposer.fit_dtype(weight))
+        lost = relative_error(weight, precise.to_kernel())
     if not math.isfinite(lost):
         raise ValueError(
             f"layer {row.name!r} ({site.spec}): {row.method} at rank {row.rank} gave factors that "
@@ -204,7 +207,7 @@ def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
             f"exclude=[{row.name!r}]"
         )
     chain = decomposer.assemble(site.module, factorization, row.rank)
-    norms = factorization.component_norms()
+    norms = precise.component_norms()
     return chain, replace(
         row,
         weight_error=lost,

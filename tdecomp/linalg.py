@@ -73,6 +73,18 @@ def torch_backend() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Keep the caller's autocast, inference mode and default device out of a fit."""
+    with (
+        torch.autocast(device.type, enabled=False),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device(device),
+    ):
+        yield
+
+
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """TensorLy's mode-`mode` unfolding: (shape[mode], everything else)."""
     with torch_backend():
@@ -130,11 +142,11 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, projected / torch.where(s > 0, s, 1.0)[:, None]
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """``matrix @ matrix.T`` in float64, a slice of columns at a time."""
+def _gram(matrix: Tensor, scale: float = 1.0) -> Tensor:
+    """``matrix @ matrix.T / scale²`` in float64, a slice of columns at a time."""
     gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for chunk in matrix.split(_GRAM_CHUNK, dim=1):
-        block = chunk.double()
+        block = chunk.double() / scale
         gram.addmm_(block, block.T)
     return gram
 
@@ -154,12 +166,13 @@ def left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Squared singular values of an unfolding, descending, one row per group.
+    """Squared singular values of an unfolding up to a common factor, descending.
 
     Attributes
     ----------
     squares : ndarray, shape (groups, min(shape))
-        Round-off may leave those of a rank-deficient unfolding slightly negative.
+        Of the unfoldings over the layer's largest entry. Round-off may leave those of a
+        rank-deficient unfolding slightly negative.
     shape : tuple of int
         Rows and columns of each group's unfolding.
     """
@@ -174,16 +187,18 @@ def spectrum(matrices: Sequence[Tensor]) -> Spectrum:
     Only the squares are ever used, so the Gram matrix of the smaller side in float64 gives all
     the accuracy that a float32 kernel has, at a fraction of an SVD's cost.
     """
-    squares = np.stack([_squared_singular_values(m) for m in matrices])
+    # Squares of very small or large kernels leave even float64's range, and no selector minds.
+    scale = max(float(matrix.detach().abs().max()) for matrix in matrices) or 1.0
+    squares = np.stack([_squared_singular_values(m.detach(), scale) for m in matrices])
     rows, columns = matrices[0].shape
     return Spectrum(squares, (rows, columns))
 
 
-def _squared_singular_values(matrix: Tensor) -> NDArray[np.float64]:
-    matrix = matrix.detach()
+def _squared_singular_values(matrix: Tensor, scale: float) -> NDArray[np.float64]:
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # Squares of very small or large kernels leave even float64's useful range; scale them first.
-    scale = float(wide.abs().max()) or 1.0
-    values = torch.linalg.eigvalsh(_gram(wide / scale)).flip(0)
-    result: NDArray[np.float64] = values.cpu().numpy() * scale * scale
+    try:
+        values = torch.linalg.eigvalsh(_gram(wide, scale)).flip(0)
+    except torch.linalg.LinAlgError:
+        values = (_svd(wide.double() / scale)[1]) ** 2
+    result: NDArray[np.float64] = values.cpu().numpy()
     return result

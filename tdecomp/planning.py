@@ -167,7 +167,13 @@ def _candidate(site: Site, decomposer: Decomposer) -> Candidate:
     @cache
     def spectra() -> tuple[Spectrum, ...] | None:
         assert isinstance(weight, nn.Parameter)
-        return decomposer.spectra(weight, spec)
+        try:
+            return decomposer.spectra(weight, spec)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"layer {site.name!r} ({spec}): its singular values cannot be computed ({error}); "
+                f"give it a rank of its own, or leave it alone with exclude=[{site.name!r}]"
+            ) from error
 
     return Candidate(
         layer=site.name,

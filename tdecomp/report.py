@@ -167,6 +167,11 @@ class Table:
         words += f"; parameters {_change(before.params, after.params)}"
         if before.macs is not None and after.macs is not None:
             words += f"; MACs {_change(before.macs, after.macs)}"
+        else:
+            words += (
+                "; without example_inputs: costs are parameters, and only attention layers of "
+                "known classes were checked for weights that are read from outside"
+            )
         return words
 
     def plot(self) -> "Figure":

@@ -161,10 +161,15 @@ def _structural_reason(module: nn.Module) -> str | None:
             "parametrized: bake it in with torch.nn.utils.parametrize.remove_parametrizations"
             "(layer, 'weight')"
         )
-    if "weight" not in module._parameters:
+    computed = [
+        name
+        for name in ("weight", "bias")
+        if name not in module._parameters and getattr(module, name, None) is not None
+    ]
+    if computed or "weight" not in module._parameters:
         return (
-            "its weight is computed from other parameters: bake it in (remove_weight_norm, "
-            "remove_spectral_norm, prune.remove)"
+            f"its {' and '.join(computed) or 'weight'} is computed from other parameters: bake it "
+            "in (remove_weight_norm, remove_spectral_norm, prune.remove)"
         )
     stock = next((kind for kind in STOCK_LAYERS if isinstance(module, kind)), None)
     if stock is None:
@@ -175,6 +180,9 @@ def _structural_reason(module: nn.Module) -> str | None:
         overridden = getattr(type(module), method, None) is not getattr(stock, method, None)
         if overridden or method in vars(module):
             return f"{type(module).__name__} overrides {method}"
+    extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if extra:
+        return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
     if _own_hooks(module) or any(map(_own_hooks, module.parameters(recurse=False))):
         return "it has hooks of its own, which would be lost: remove them first"
     return None
@@ -204,20 +212,23 @@ _HOOKS = (
 
 
 class _Ties:
-    """Finds layers whose weight is another module's parameter too."""
+    """Finds layers that share memory with another module's parameter."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._owners: dict[int, set[str]] = {}
+        self._places: dict[int, list[tuple[int, int, str]]] = {}
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
                 if parameter is not None and _storage(parameter):
-                    self._owners.setdefault(_storage(parameter), set()).add(name)
+                    place = (*_extent(parameter), name)
+                    self._places.setdefault(_storage(parameter), []).append(place)
 
     def reason(self, module: nn.Module) -> str | None:
-        for parameter in module.parameters(recurse=False):
-            owners = self._owners.get(_storage(parameter), set())
+        for name, parameter in module.named_parameters(recurse=False):
+            first, last = _extent(parameter) if _storage(parameter) else (0, 0)
+            places = self._places.get(_storage(parameter), [])
+            owners = {owner for low, high, owner in places if low < last and first < high}
             if len(owners) > 1:
-                return f"its weight is tied: {', '.join(sorted(map(repr, owners)))} share it"
+                return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
         return None
 
 
@@ -226,6 +237,13 @@ def _storage(parameter: nn.Parameter) -> int:
     if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
         return 0
     return parameter.untyped_storage().data_ptr()
+
+
+def _extent(parameter: nn.Parameter) -> tuple[int, int]:
+    """The first element of its storage that it uses, and the one after the last."""
+    strided = zip(parameter.shape, parameter.stride(), strict=True)
+    first = int(parameter.storage_offset())
+    return first, first + 1 + sum((int(size) - 1) * int(stride) for size, stride in strided)
 
 
 def _known_readers(model: nn.Module) -> Mapping[nn.Module, str]:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from functools import partial
-from types import SimpleNamespace
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,12 +73,12 @@ def replace_in(
 def unoptimized(
     model: nn.Module, replacements: Replacements, optimizers: Sequence[Optimizer]
 ) -> list[str]:
-    """The names of parameters to be replaced that no optimizer has, if there are optimizers."""
+    """The names of trained parameters to be replaced that none of the optimizers has."""
     names = {id(p): name for name, p in model.named_parameters()}
     return sorted(
         names[id(old)]
         for old in _old_parameters(replacements)
-        if optimizers and not any(_holds(optimizer, old) for optimizer in optimizers)
+        if optimizers and old.requires_grad and not any(_holds(o, old) for o in optimizers)
     )
 
 
@@ -113,7 +113,7 @@ def _search(
     if id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, (nn.Module, SimpleNamespace)):
+    if isinstance(value, nn.Module) or _plain_object(value):
         _search(vars(value), put, replacements, found, seen)
     elif isinstance(value, MutableMapping):
         for key, item in list(value.items()):
@@ -124,6 +124,12 @@ def _search(
     elif isinstance(value, set):
         for item in list(value):
             _search(item, _set_setter(value, item), replacements, found, seen)
+
+
+def _plain_object(value: Any) -> bool:
+    """Whether it is an object of somebody's own, with attributes to look through."""
+    foreign = (type, ModuleType, FunctionType, MethodType, Tensor, MutableMapping, MutableSequence)
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, foreign)
 
 
 def _tuple_setter(
@@ -153,13 +159,14 @@ def _old_parameters(replacements: Replacements) -> list[nn.Parameter]:
     return [p for old in replacements for p in old.parameters(recurse=False)]
 
 
-def _successors(replacements: Replacements) -> dict[int, list[nn.Parameter]]:
+def _successors(replacements: Replacements) -> dict[int, dict[str, nn.Parameter]]:
     """What takes each old parameter's place: all weights for the weight, the bias for the bias."""
-    after: dict[int, list[nn.Parameter]] = {}
+    after: dict[int, dict[str, nn.Parameter]] = {}
     for old, chain in replacements.items():
         for name, parameter in old.named_parameters(recurse=False):
-            new = (getattr(layer, name) for layer in chain)
-            after[id(parameter)] = [p for p in new if p is not None]
+            after[id(parameter)] = {
+                key: new for key, new in chain.named_parameters() if key.endswith(f".{name}")
+            }
     return after
 
 
@@ -171,17 +178,27 @@ def _follow(optimizer: Optimizer, replacements: Replacements) -> None:
     """New parameters take the old ones' places in their groups; the old ones' state goes."""
     after = _successors(replacements)
     for group in optimizer.param_groups:
+        if "param_names" in group:  # by position
+            group["param_names"] = [
+                new
+                for name, p in zip(group["param_names"], group["params"], strict=True)
+                for new in _renamed(name, after.get(id(p)))
+            ]
         # In place: LBFGS holds on to the very list.
-        group["params"][:] = [new for p in group["params"] for new in after.get(id(p), [p])]
-        if "param_names" in group:
-            # torch pairs names with parameters by position; the old names no longer fit.
-            del group["param_names"]
+        group["params"][:] = [
+            new for p in group["params"] for new in after.get(id(p), {"": p}).values()
+        ]
     for old in _old_parameters(replacements):
         optimizer.state.pop(old, None)
     if isinstance(optimizer, LBFGS):
         # Its one state is a history of all parameters laid end to end, which no longer fits.
         optimizer.state.clear()
         optimizer._numel_cache = None
+
+
+def _renamed(name: str, after: Mapping[str, nn.Parameter] | None) -> list[str]:
+    layer = name.rpartition(".")[0]
+    return [name] if after is None else [f"{layer}.{key}" if layer else key for key in after]
 
 
 def _snapshot(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any]]:

@@ -50,10 +50,11 @@ def trace(model: nn.Module, layers: Mapping[nn.Module, LayerSpec], example_input
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reads.running.append(layer)
-        value, *extra = (*args, *kwargs.values())
+        value, *extra = (*args, *kwargs.values()) or (None,)
         if extra:
             oddities[layer] = "it is called with more than its input"
-        calls[layer].append(layers[layer].call(value.shape))
+        if isinstance(value, Tensor):  # if not, the layer itself is about to complain
+            calls[layer].append(layers[layer].call(value.shape))
 
     def after(*_: Any) -> None:
         reads.running.pop()
@@ -105,7 +106,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's mode, the buffers and the random state restored after."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
+        (module, name, buffer, _version(buffer), buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -120,9 +121,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for module, name, buffer, version, value in buffers:
                 module._buffers[name] = buffer  # forward may have put another one in its place
-                if buffer._version != version:
+                if _version(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(value)
+
+
+def _version(buffer: Tensor) -> int:
+    """How often it was changed in place; inference tensors cannot be, outside inference mode."""
+    return 0 if buffer.is_inference() else buffer._version
 
 
 @contextmanager

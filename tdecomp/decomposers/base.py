@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdecomp.chain import Chain, Rank
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import Spectrum, frobenius_norm, spectrum
+from tdecomp.linalg import Spectrum, frobenius_norm, spectrum, undisturbed
 
 
 class Factors(ABC):
@@ -129,18 +129,18 @@ class Decomposer(ABC):
         Half precision is fitted in float32; the factors come back in the weight's dtype.
         """
         self.check_rank(rank, spec)
-        dtype = self._fit_dtype(weight)
-        kernels = self._group_kernels(weight.detach().to(dtype), spec)
-        return Factorization(spec, tuple(self._fit_scaled(k, rank) for k in kernels)).to(
-            weight.dtype
-        )
+        with undisturbed(weight.device):
+            kernels = self._group_kernels(weight.detach().to(self.fit_dtype(weight)), spec)
+            groups = tuple(self._fit_scaled(kernel, rank) for kernel in kernels)
+            return Factorization(spec, groups).to(weight.dtype)
 
     def spectra(self, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
         """The spectrum behind each rank, or None if this method's rank has none."""
-        per_group = [self.unfoldings(k) for k in self._group_kernels(weight.detach(), spec)]
-        if per_group[0] is None:
-            return None
-        return tuple(spectrum(matrices) for matrices in zip(*per_group, strict=True))
+        with undisturbed(weight.device):
+            per_group = [self.unfoldings(k) for k in self._group_kernels(weight.detach(), spec)]
+            if per_group[0] is None:
+                return None
+            return tuple(spectrum(matrices) for matrices in zip(*per_group, strict=True))
 
     def build(
         self,
@@ -166,8 +166,8 @@ class Decomposer(ABC):
     def assemble(self, layer: nn.Module, factorization: Factorization, rank: Rank) -> Chain:
         """The chain that holds the factors and the layer's bias, like the layer in all else."""
         spec, weight, bias = factorization.spec, _parameter(layer.weight), layer.bias
-        chain = self.build_like(layer, spec, rank)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
+            chain = self.build_like(layer, spec, rank)
             for stage, part, values in zip(
                 self.stages(spec, rank), chain, factorization.stage_weights(), strict=True
             ):
@@ -179,7 +179,8 @@ class Decomposer(ABC):
                 chain.to(memory_format=memory_format)  # type: ignore[call-overload]
         return chain
 
-    def _fit_dtype(self, weight: Tensor) -> torch.dtype:
+    def fit_dtype(self, weight: Tensor) -> torch.dtype:
+        """float64 for float64 layers and for methods that need it, float32 for all others."""
         wide = self.fits_in_float64 or weight.dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
@@ -260,12 +261,17 @@ def register(decomposer: Any) -> Any:
     if not name or not isinstance(name, str):
         raise ValueError(f"register: {type(instance).__name__} needs a name, got {name!r}")
     known = _REGISTRY.get(name)
-    if known is not None and type(known) is not type(instance):
+    # A class of the same place and name is the same one, defined again as in a notebook.
+    if known is not None and _place(known) != _place(instance):
         raise ValueError(
             f"register: {name!r} is the name of {type(known).__name__} already; choose another"
         )
     _REGISTRY[name] = instance
     return decomposer
+
+
+def _place(decomposer: Decomposer) -> tuple[str, str]:
+    return type(decomposer).__module__, type(decomposer).__qualname__
 
 
 def registered() -> tuple[str, ...]:

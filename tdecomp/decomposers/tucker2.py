@@ -42,7 +42,8 @@ class Tucker2Factors(Factors):
         return first, self.core, last
 
     def scaled(self, scale: float) -> "Tucker2Factors":
-        return replace(self, core=self.core * scale)
+        share = scale ** (1 / 3)
+        return Tucker2Factors(self.core * share, self.into * share, self.out * share)
 
 
 def fit_tucker2(
