@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all lint format demo clean
+.PHONY: help install test test-models test-all lint format demo clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 # One thread for each worker: two OpenMP pools on the same cores mostly wait for each other.
 test: $(STAMP) ## Quick tests, with coverage
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not slow' --cov --cov-report=term $(PYTEST_ARGS)
+
+test-models: $(STAMP) ## The whole list of torchvision models
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/test_torchvision.py
 
 test-all: $(STAMP) ## Every test, the slow ones too
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --cov --cov-report=term $(PYTEST_ARGS)
