@@ -16,6 +16,7 @@ from benchmarks.data import Dataset
 from benchmarks.settings import Setting, parse_rank
 from benchmarks.timing import Latency, interleaved_latencies
 from benchmarks.training import accuracy, fine_tune
+from tdecomp.tracing import no_fast_path
 
 ORIGINAL = "original"
 LAYER_FIELDS = (
@@ -179,13 +180,8 @@ def count_params(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
     """MACs of one forward pass in eval mode: half of torch's FLOPs."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # fused attention hides from the counter
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with torch.no_grad(), no_fast_path(), FlopCounterMode(display=False) as counter:
+        model(x)
     return int(counter.get_total_flops()) // 2
 
 

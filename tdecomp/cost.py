@@ -1,6 +1,6 @@
 """Parameters and MACs of layers and of the chains that may replace them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tdecomp.layer import Call, LayerSpec
@@ -33,6 +33,12 @@ class Cost:
     def unit(self) -> str:
         """What `deciding` counts."""
         return "MACs" if self.macs else "parameters"
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum; a layer whose MACs are not known by itself adds none, they are part of the rest."""
+    listed = list(costs)
+    return Cost(sum(cost.params for cost in listed), sum(cost.macs or 0 for cost in listed))
 
 
 def chain_cost(stages: Sequence[LayerSpec], calls: Sequence[Call] | None) -> Cost:

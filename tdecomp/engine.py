@@ -47,7 +47,10 @@ class Decomposition:
         Raises
         ------
         ValueError
-            If the model's state dict holds something that is not a tensor.
+            If the model was decomposed in several steps, or its state dict holds something that
+            is not a tensor.
+        FileNotFoundError
+            If the file's folder does not exist.
         """
         checkpoint.save(file, self.model, self.plan)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdecomp.cost import Cost, chain_cost
+from tdecomp.cost import Cost, chain_cost, total
 from tdecomp.decomposers.base import Decomposer, get_decomposer
 from tdecomp.filters import Filters, matches, no_match
 from tdecomp.linalg import Spectrum
@@ -191,12 +191,10 @@ def _guarded(choice: Choice) -> Choice:
     if choice.candidate is None or choice.rank is None:
         return choice
     before, after = choice.candidate.before, choice.candidate.cost(choice.rank)
-    amount = after.macs if before.macs else after.params
-    assert amount is not None
-    if amount >= before.deciding:
+    if after.deciding >= before.deciding:
         return Choice(
             reason=f"{choice.candidate.method} at rank {choice.rank} would not save "
-            f"{before.unit}: {amount:,} against the layer's {before.deciding:,}"
+            f"{before.unit}: {after.deciding:,} against the layer's {before.deciding:,}"
         )
     notes = (choice.note, by_parameters(choice.candidate))
     return replace(choice, note="; ".join(dict.fromkeys(n for n in notes if n)) or None)
@@ -230,10 +228,7 @@ def _row(
 
 def _everything_else(model: nn.Module, rows: Sequence[Row], total_macs: int | None) -> Cost:
     params = sum(p.numel() for p in model.parameters() if not _lazy(p))
-    rest = params - sum(row.params_before for row in rows)
-    if total_macs is None:
-        return Cost(rest)
-    return Cost(rest, total_macs - sum(row.macs_before or 0 for row in rows))
+    return Cost(params, total_macs) - total(row.before for row in rows)
 
 
 def _lazy(parameter: nn.Parameter) -> bool:

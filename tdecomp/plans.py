@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from tdecomp.chain import Rank
 from tdecomp.cost import Cost, chain_cost
 from tdecomp.decomposers.base import Decomposer, get_decomposer
 from tdecomp.layer import LayerSpec
+from tdecomp.ranks.base import spread
 from tdecomp.report import Row, Table, calls_from_list, cost_from_dict
 from tdecomp.sites import Site, find_sites
 
@@ -168,7 +168,8 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
     refusal = decomposer.refusal(row.layer)
     if refusal is not None:
         raise ValueError(f"layer {row.name!r} ({row.layer}): {refusal}")
-    rank = _as_rank(rank, decomposer, row.layer)
+    listed = tuple(rank) if isinstance(rank, list) else rank  # as JSON has pairs
+    rank = spread(listed, decomposer.max_rank(row.layer))
     try:
         decomposer.check_rank(rank, row.layer)
     except ValueError as error:
@@ -182,14 +183,6 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
         params_after=after.params,
         macs_after=after.macs,
     )
-
-
-def _as_rank(rank: Any, decomposer: Decomposer, spec: LayerSpec) -> Rank:
-    """Lists, as JSON has them, become tuples, and one int for several ranks means each of them."""
-    largest = decomposer.max_rank(spec)
-    if isinstance(rank, int) and isinstance(largest, tuple):
-        return (rank,) * len(largest)
-    return tuple(rank) if isinstance(rank, (list, tuple)) else rank
 
 
 def _options(decomposer: Decomposer) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from tdecomp.chain import Rank
-from tdecomp.cost import Cost
+from tdecomp.cost import Cost, total
 from tdecomp.layer import Call, LayerSpec
 
 if TYPE_CHECKING:
@@ -129,12 +129,12 @@ class Table:
     @property
     def before(self) -> Cost:
         """Of the whole model as it was given."""
-        return _total(self.everything_else, [row.before for row in self.rows])
+        return self.everything_else + total(row.before for row in self.rows)
 
     @property
     def after(self) -> Cost:
         """Of the whole model decomposed."""
-        return _total(self.everything_else, [row.after for row in self.rows])
+        return self.everything_else + total(row.after for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as plain data."""
@@ -231,13 +231,6 @@ class Table:
 
 class Report(Table):
     """What `apply` did, layer by layer."""
-
-
-def _total(rest: Cost, rows: Sequence[Cost]) -> Cost:
-    """The sum; layers whose MACs are not known by themselves are part of the rest."""
-    params = rest.params + sum(row.params for row in rows)
-    macs = None if rest.macs is None else rest.macs + sum(row.macs or 0 for row in rows)
-    return Cost(params, macs)
 
 
 _RIGHT = {"params", "MACs", "error"}

@@ -68,7 +68,7 @@ def trace(model: nn.Module, layers: Mapping[nn.Module, LayerSpec], example_input
             ):
                 stack.callback(handle.remove)
         try:
-            with torch.no_grad(), _no_fast_path(), reads, counter:
+            with torch.no_grad(), no_fast_path(), reads, counter:
                 model(*args, **kwargs)
         except Exception as error:
             raise ValueError(
@@ -132,8 +132,8 @@ def _version(buffer: Tensor) -> int:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
-    # The fused transformer kernels run without calling the layers, and hide from the flop counter.
+def no_fast_path() -> Iterator[None]:
+    """Without torch's fused transformer kernels, which call no layer and hide from its counter."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

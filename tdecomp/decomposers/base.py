@@ -166,7 +166,7 @@ class Decomposer(ABC):
     def assemble(self, layer: nn.Module, factorization: Factorization, rank: Rank) -> Chain:
         """The chain that holds the factors and the layer's bias, like the layer in all else."""
         spec, weight, bias = factorization.spec, _parameter(layer.weight), layer.bias
-        with torch.inference_mode(False), torch.no_grad():
+        with undisturbed(weight.device):
             chain = self.build_like(layer, spec, rank)
             for stage, part, values in zip(
                 self.stages(spec, rank), chain, factorization.stage_weights(), strict=True

@@ -75,8 +75,8 @@ class CPFactors(Factors):
     def balanced(self) -> "CPFactors":
         """The same kernel, each component's norm shared equally among its factors.
 
-        As ALS leaves them one factor holds all of the norm, and fine-tuning at ordinary learning
-        rates diverges.
+        As ALS leaves them one factor holds nearly all of the norm, and its neighbours' gradients
+        grow with it when the chain is trained.
         """
         norms = torch.stack([factor.norm(dim=0) for factor in self.factors])  # (modes, R)
         share = norms.log().mean(dim=0).exp()
@@ -108,7 +108,7 @@ def fit_cp(
 
     Components that grow while they cancel (Phan et al. 2020, "Stable Low-rank Tensor
     Decomposition for Compression of Convolutional Neural Network") are held down by a ridge on
-    the factors, which at its default costs trained kernels next to no accuracy. Where the sum of
+    the factors, except where the kernel turns out to be of the rank asked for. Where the sum of
     the component norms still ends above ``5 √rank`` times the kernel's norm (``√rank`` is that
     of orthogonal components), the fit is made again with a stronger ridge.
 

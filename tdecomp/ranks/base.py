@@ -90,6 +90,17 @@ def rank_at(max_rank: Rank, fraction: float | Fraction) -> Rank:
     return max(1, int(fraction * max_rank))
 
 
+def spread(rank: Rank, max_rank: Rank) -> Rank:
+    """One int for a method of several ranks means each of them; all else stays as it is.
+
+    >>> spread(8, (64, 128)), spread(8, 64)
+    ((8, 8), 8)
+    """
+    if isinstance(rank, int) and isinstance(max_rank, tuple):
+        return (rank,) * len(max_rank)
+    return rank
+
+
 def rank_ladder(max_rank: Rank) -> Sequence[Rank]:
     """Every rank that a common fraction of the largest ones gives, ascending.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from tdecomp.chain import Rank
 from tdecomp.filters import matches
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector, spread
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,20 @@ class Fixed(LocalSelector):
         ValueError
             If the method takes another number of ranks.
         """
-        wanted = candidate.max_rank
-        if isinstance(wanted, tuple):
-            ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * len(wanted)
-            if len(ranks) != len(wanted):
-                raise ValueError(
-                    f"layer {candidate.layer!r}: {candidate.method} takes {len(wanted)} ranks (or "
-                    f"one int for all), got {self.rank!r}"
-                )
-            return ranks
-        if isinstance(self.rank, tuple):
+        wanted, rank = candidate.max_rank, spread(self.rank, candidate.max_rank)
+        if not isinstance(rank, tuple):
+            return rank
+        if not isinstance(wanted, tuple):
             raise ValueError(
                 f"layer {candidate.layer!r}: {candidate.method} takes one rank, got "
                 f"{self.rank!r}; a dict of layer names (or globs) to ranks gives each its own"
             )
-        return self.rank
+        if len(rank) != len(wanted):
+            raise ValueError(
+                f"layer {candidate.layer!r}: {candidate.method} takes {len(wanted)} ranks (or "
+                f"one int for all), got {self.rank!r}"
+            )
+        return rank
 
     def choose(self, candidate: Candidate) -> Choice:
         rank = self.for_candidate(candidate)
