@@ -1,0 +1,185 @@
+"""Approximating a kernel in the norm of what its layer sees.
+
+For inputs x with second moment G, the output of a kernel K approximated by K̃ loses
+``E‖(K − K̃) x‖² = tr((K − K̃) G (K − K̃)ᵀ)``. Without data G is the identity, and this is the
+Frobenius norm of the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Towards the weights themselves in directions that the data never showed, as a share of the mean
+# input power: far below what float32 inputs resolve, far above what float64 rounds away.
+_RIDGE = 1e-10
+# On the normal equations of the eliminated factor, whose columns may be all but dependent.
+_ELIMINATION_RIDGE = 1e-9
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """``E[x xᵀ]`` of a layer's inputs, as a matrix or, for few samples, by the samples themselves.
+
+    >>> SecondMoment(torch.eye(3, dtype=torch.float64)).lost(torch.ones(2, 3).double())
+    6.0...
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (fan_in, fan_in), or None
+    rows : Tensor, shape (samples, fan_in), or None
+        Such that ``rows.T @ rows`` is the second moment.
+    """
+
+    matrix: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.matrix is None) != (self.rows is None)
+
+    @property
+    def ridge(self) -> float:
+        """What is added to the diagonal."""
+        held = self.matrix.diagonal().sum() if self.matrix is not None else self._rows.square().sum()
+        return _RIDGE * (float(held) / self.fan_in or 1.0)
+
+    @property
+    def fan_in(self) -> int:
+        return (self.matrix if self.matrix is not None else self._rows).shape[1]
+
+    @property
+    def _rows(self) -> Tensor:
+        assert self.rows is not None
+        return self.rows
+
+    def applied(self, kernel: Tensor) -> Tensor:
+        """``K G``, for a kernel (out, fan_in)."""
+        if self.matrix is not None:
+            product = kernel @ self.matrix
+        else:
+            product = (kernel @ self._rows.T) @ self._rows
+        return product + self.ridge * kernel
+
+    def between(self, kernel: Tensor) -> Tensor:
+        """``K G Kᵀ`` (out, out): the second moment of the kernel's outputs."""
+        return self.applied(kernel) @ kernel.T
+
+    def normal(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """``Pᵀ G P``, where ``project`` multiplies a matrix (m, fan_in) by P from the right."""
+        if self.matrix is not None:
+            return project(project(self.matrix).T)
+        features = project(self._rows)
+        return features.T @ features
+
+    def lost(self, difference: Tensor) -> float:
+        """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
+        if self.matrix is not None:
+            return float(((difference @ self.matrix) * difference).sum())
+        return float((difference @ self._rows.T).square().sum())
+
+
+def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
+    """The `rank` leading principal directions (out, rank) of the outputs ``K x``.
+
+    ``U Uᵀ K`` is the best approximation of that rank in the norm of the moment: the principal
+    components of the outputs (Zhang et al. 2016, equations 4 to 6), which is what whitening the
+    inputs, truncating and undoing the whitening comes to, without inverting anything.
+
+    >>> leading_outputs(torch.eye(2).double(), SecondMoment(torch.eye(2).double() * 3), 2).shape
+    torch.Size([2, 2])
+    """
+    out, fan_in = kernel.shape
+    if out <= fan_in:
+        return _leading(moment.between(kernel), rank)
+    # Outputs of more dimensions than the inputs stay in the span of the kernel's columns.
+    basis, triangle = torch.linalg.qr(kernel)  # (out, fan_in), (fan_in, fan_in)
+    return basis @ _leading(moment.between(triangle), rank)
+
+
+def _leading(symmetric: Tensor, rank: int) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors.flip(1)
+    return vectors[:, :rank]
+
+
+# Multiplies a matrix (m, fan_in) by the features that some parameters stand for: (m, features).
+Projection = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+def variable_projection(
+    kernel: Tensor,
+    moment: SecondMoment,
+    project: Projection,
+    start: Sequence[Tensor],
+    *,
+    rank: int | None = None,
+    n_iter_max: int,
+    tol: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Fit ``K ≈ A P(θ)ᵀ`` in the norm of a moment: A in closed form, θ by L-BFGS.
+
+    Golub and Pereyra 1973, "The differentiation of pseudo-inverses and nonlinear least squares
+    problems whose variables separate". The gradient with respect to θ is taken at the best A.
+
+    Parameters
+    ----------
+    kernel : Tensor, shape (out, fan_in)
+    moment : SecondMoment
+    project : callable ``(matrix, θ) -> matrix @ P(θ)``
+    start : sequence of Tensor
+        θ to begin with.
+    rank : int, optional
+        That of A, at most.
+    n_iter_max : int
+    tol : float
+        Stops when the share of the output that is lost changes by less in an iteration.
+
+    Returns
+    -------
+    A : Tensor, shape (out, features)
+    θ : list of Tensor
+    """
+    target = moment.applied(kernel)  # (out, fan_in)
+    power = float((target * kernel).sum())
+    parameters = [part.detach().clone(memory_format=torch.contiguous_format) for part in start]
+    if not power > 0:
+        features = project(kernel, parameters).shape[1]
+        return kernel.new_zeros(len(kernel), features), parameters
+
+    def kept(theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The triangle of the normal equations, and what is kept of the output in its terms."""
+        normal = moment.normal(lambda matrix: project(matrix, theta))  # (features, features)
+        ridge = _ELIMINATION_RIDGE * normal.diagonal().mean()
+        triangle = torch.linalg.cholesky(normal + ridge * torch.eye(len(normal)).to(normal))
+        whitened = torch.linalg.solve_triangular(
+            triangle, project(target, theta).T, upper=False
+        )  # (features, out)
+        if rank is not None and rank < min(whitened.shape):
+            with torch.no_grad():
+                outputs = _leading(whitened.T @ whitened, rank)  # (out, rank)
+            # At the best basis its own derivative does not matter.
+            whitened = (whitened @ outputs) @ outputs.T
+        return triangle, whitened
+
+    with torch.enable_grad():
+        for part in parameters:
+            part.requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            parameters,
+            max_iter=n_iter_max,
+            history_size=10,
+            tolerance_grad=0.0,
+            tolerance_change=tol,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            lost: Tensor = 1.0 - kept(parameters)[1].square().sum() / power
+            lost.backward()
+            return lost
+
+        optimizer.step(closure)
+    theta = [part.detach() for part in parameters]
+    triangle, whitened = kept(theta)
+    return torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T, theta
