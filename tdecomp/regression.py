@@ -41,7 +41,9 @@ class SecondMoment:
     @property
     def ridge(self) -> float:
         """What is added to the diagonal."""
-        held = self.matrix.diagonal().sum() if self.matrix is not None else self._rows.square().sum()
+        held = (
+            self.matrix.diagonal().sum() if self.matrix is not None else self._rows.square().sum()
+        )
         return _RIDGE * (float(held) / self.fan_in or 1.0)
 
     @property
@@ -94,7 +96,8 @@ def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
         return _leading(moment.between(kernel), rank)
     # Outputs of more dimensions than the inputs stay in the span of the kernel's columns.
     basis, triangle = torch.linalg.qr(kernel)  # (out, fan_in), (fan_in, fan_in)
-    return basis @ _leading(moment.between(triangle), rank)
+    outputs: Tensor = basis @ _leading(moment.between(triangle), rank)
+    return outputs
 
 
 def _leading(symmetric: Tensor, rank: int) -> Tensor:
@@ -182,4 +185,5 @@ def variable_projection(
         optimizer.step(closure)
     theta = [part.detach() for part in parameters]
     triangle, whitened = kept(theta)
-    return torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T, theta
+    factor: Tensor = torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T
+    return factor, theta

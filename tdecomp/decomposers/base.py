@@ -8,7 +8,7 @@ and which chain it makes. Groups, transposed layouts, dtypes and scales are deal
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdecomp.chain import Chain, Rank
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import Spectrum, frobenius_norm, spectrum, undisturbed
+from tdecomp.regression import SecondMoment
 
 
 class Factors(ABC):
@@ -44,6 +45,9 @@ class Factors(ABC):
         """Every tensor in `dtype`."""
         assert is_dataclass(self)
         return replace(self, **{f.name: _cast(getattr(self, f.name), dtype) for f in fields(self)})
+
+
+AnyFactors = TypeVar("AnyFactors", bound=Factors)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,22 @@ class Decomposer(ABC):
     def fit(self, kernel: Tensor, rank: Rank) -> Factors:
         """Fit the factors to one group's kernel (out, in, *kernel), scaled to at most 1."""
 
+    def fit_to(
+        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+    ) -> Factors | None:
+        """Fit one group's kernel in the norm of what it sees; None for methods that cannot.
+
+        Both tensors are float64. `start` holds factors of this rank to improve on, such as a
+        chain's own; by default those that `fit` finds. The result is never worse than the start.
+        """
+        del kernel, rank, moment, start
+        return None
+
+    def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Factors | None:
+        """The factors whose `stage_weights` these are, or None for methods that cannot tell."""
+        del stage_weights
+        return None
+
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...] | None:
         """One matrix per rank whose singular values tell how much that rank keeps, or None."""
         del kernel
@@ -123,16 +143,63 @@ class Decomposer(ABC):
                 f"and at most {largest}, its largest useful rank"
             )
 
-    def factorize(self, weight: Tensor, spec: LayerSpec, rank: Rank) -> Factorization:
+    def factorize(
+        self,
+        weight: Tensor,
+        spec: LayerSpec,
+        rank: Rank,
+        moments: Sequence[SecondMoment] | None = None,
+        start: Factorization | None = None,
+    ) -> Factorization:
         """Fit the factors to a layer's weight, given in the layer's own layout.
 
+        With moments, one for each group, in the norm of what the layer sees, where the method can.
         Half precision is fitted in float32; the factors come back in the weight's dtype.
         """
         self.check_rank(rank, spec)
         with undisturbed(weight.device):
+            if moments is not None:
+                fitted = self._fit_to_moments(weight, spec, rank, moments, start)
+                if fitted is not None:
+                    return fitted.to(weight.dtype)
             kernels = self._group_kernels(weight.detach().to(self.fit_dtype(weight)), spec)
             groups = tuple(self._fit_scaled(kernel, rank) for kernel in kernels)
             return Factorization(spec, groups).to(weight.dtype)
+
+    def _fit_to_moments(
+        self,
+        weight: Tensor,
+        spec: LayerSpec,
+        rank: Rank,
+        moments: Sequence[SecondMoment],
+        start: Factorization | None,
+    ) -> Factorization | None:
+        kernels = self._group_kernels(weight.detach().double(), spec)
+        groups = []
+        for group, (kernel, moment) in enumerate(zip(kernels, moments, strict=True)):
+            scale = float(kernel.abs().max()) or 1.0
+            before = None if start is None else start.groups[group].scaled(1 / scale)
+            fitted = self.fit_to(kernel / scale, rank, moment, before)
+            if fitted is None:
+                return None
+            groups.append(fitted.scaled(scale))
+        return Factorization(spec, tuple(groups))
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether `fit_to` is defined."""
+        return type(self).fit_to is not Decomposer.fit_to
+
+    def factorization_of(self, chain: nn.Sequential, spec: LayerSpec) -> Factorization | None:
+        """The factors in float64 that a chain of this method holds, or None if it cannot tell."""
+        stages = [
+            LayerSpec.of(part).to_forward_layout(_parameter(part.weight).detach().double())
+            for part in chain
+        ]
+        per_stage = [weight.chunk(spec.groups) for weight in stages]
+        groups = [self.factors_of(weights) for weights in zip(*per_stage, strict=True)]
+        known = tuple(factors for factors in groups if factors is not None)
+        return Factorization(spec, known) if len(known) == spec.groups else None
 
     def spectra(self, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
         """The spectrum behind each rank, or None if this method's rank has none."""
@@ -197,6 +264,15 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
     weight, approximation = weight.detach().double(), approximation.detach().double()
     return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
+
+
+def better(
+    kernel: Tensor, moment: SecondMoment, fitted: AnyFactors, start: AnyFactors
+) -> AnyFactors:
+    """The factors that lose less of the outputs; what is not finite loses everything."""
+    matrix = kernel.flatten(1)
+    lost = [moment.lost(matrix - factors.to_kernel().flatten(1)) for factors in (fitted, start)]
+    return fitted if lost[0] <= lost[1] else start
 
 
 def check_iteration(method: str, n_iter_max: int, tol: float) -> None:

@@ -5,6 +5,7 @@ CP-Decomposition", equations 4 to 8; the joint form keeps the spatial modes toge
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,9 +16,10 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors, check_iteration
+from tdecomp.decomposers.base import Decomposer, Factors, better, check_iteration
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
+from tdecomp.regression import SecondMoment, variable_projection
 
 # Sweeps by which the starts are compared, and those at the end that take back what the ridge cost.
 _TRIAL_SWEEPS = 20
@@ -27,6 +29,8 @@ _JITTER = 1e-2
 _EXACT = 1e-2
 # Above this times √rank the sum of the component norms counts as degenerate.
 _MAX_COMPONENT_NORMS = 5.0
+# An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
+_FINER = 1e-3
 # Always on the factors, so that the normal equations of a rank-deficient kernel can be solved.
 _TRACE_RIDGE = 1e-10
 
@@ -178,6 +182,44 @@ def _parafac(
     return [factors[0] * weights, *factors[1:]], [float(error) for error in errors]
 
 
+def fit_cp_to(
+    kernel: Tensor, start: CPFactors, moment: SecondMoment, n_iter_max: int, tol: float
+) -> CPFactors:
+    """The same form in the norm of a moment: the factor of the outputs follows from the others.
+
+    Kalle et al. 2025, "Distribution-Aware Tensor Decomposition for Compression of Convolutional
+    Neural Networks", fit in this norm by alternating least squares.
+
+    Parameters
+    ----------
+    kernel : Tensor, shape (out, in, *kernel)
+    start : CPFactors
+        Of the rank that is wanted.
+    moment : SecondMoment
+    """
+
+    def khatri_rao(theta: Sequence[Tensor]) -> Tensor:
+        """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
+        product = theta[0].new_ones(1, theta[0].shape[1])
+        for factor in theta:
+            norms = factor.norm(dim=0)
+            unit = factor / torch.where(norms > 0, norms, 1.0)
+            product = (product[:, None] * unit[None]).flatten(0, 1)
+        return product
+
+    others = list(start.factors[1:])
+    out, theta = variable_projection(
+        kernel.flatten(1),
+        moment,
+        lambda matrix, theta: matrix @ khatri_rao(theta),
+        others,
+        n_iter_max=n_iter_max,
+        tol=tol,
+    )
+    unit = [factor / factor.norm(dim=0).clamp_min(torch.finfo(out.dtype).tiny) for factor in theta]
+    return replace(start, factors=(out, *unit)).balanced()
+
+
 def _starts(kernel: Tensor, rank: int, random_state: int) -> list[list[Tensor]]:
     """Singular vectors, which suit trained kernels, and, where it applies, diagonalisation.
 
@@ -306,6 +348,21 @@ class CP(Decomposer):
             kernel_size,
             ALSOptions(self.n_iter_max, self.tol, self.l2_reg, self.random_state),
         )
+
+    def fit_to(
+        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+    ) -> CPFactors:
+        before = self.fit(kernel, rank) if start is None else start
+        assert isinstance(before, CPFactors)
+        fitted = fit_cp_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
+        return better(kernel, moment, fitted, before)
+
+    def factors_of(self, stage_weights: tuple[Tensor, ...]) -> CPFactors:
+        first, *depthwise, last = stage_weights
+        sizes = [stage.shape[2:] for stage in depthwise]
+        kernel_size = tuple(max(along) for along in zip(*sizes, strict=True))
+        spatial = (stage.flatten(1).T for stage in depthwise)
+        return CPFactors((last.flatten(1), first.flatten(1).T, *spatial), kernel_size)
 
     def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
         return (math.prod(kernel_size),)

@@ -4,15 +4,18 @@ Jaderberg et al. 2014, "Speeding up Convolutional Neural Networks with Low Rank 
 section 2.1, scheme 2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors
+from tdecomp.decomposers.base import Decomposer, Factors, better, check_iteration
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import truncated_svd
+from tdecomp.regression import SecondMoment, variable_projection
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,63 @@ def _matrix(kernel: Tensor) -> Tensor:
     return kernel.permute(0, 3, 1, 2).reshape(out * width, into * height)
 
 
+def fit_spatial_to(
+    kernel: Tensor, start: SpatialFactors, moment: SecondMoment, n_iter_max: int, tol: float
+) -> SpatialFactors:
+    """The same form in the norm of a moment: the horizontal step follows from the vertical one.
+
+    Parameters
+    ----------
+    kernel : Tensor, shape (out, in, kh, kw)
+    start : SpatialFactors
+        Of the rank that is wanted.
+    moment : SecondMoment
+    """
+    out, into, height, width = kernel.shape
+
+    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        vertical = _unit(theta[0], dims=(1, 2))  # (rank, in, kh)
+        split = matrix.reshape(-1, into, height, width)
+        return torch.einsum("msij,rsi->mrj", split, vertical).flatten(1)  # (m, rank · kw)
+
+    factor, (vertical,) = variable_projection(
+        kernel.flatten(1), moment, project, [start.vertical[..., 0]], n_iter_max=n_iter_max, tol=tol
+    )
+    horizontal = factor.reshape(out, -1, 1, width)  # (out, rank, 1, kw)
+    root = horizontal.square().sum(dim=(0, 2, 3)).sqrt().sqrt()  # (rank,)
+    vertical = _unit(vertical, dims=(1, 2)) * root[:, None, None]
+    scale = torch.where(root > 0, root, 1.0)
+    return SpatialFactors(vertical[..., None], horizontal / scale[:, None, None])
+
+
+def _unit(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    norm = tensor.norm(dim=dims, keepdim=True)
+    return tensor / torch.where(norm > 0, norm, 1.0)
+
+
 @dataclass(frozen=True)
 class Spatial(Decomposer):
     """Conv2d S→T becomes kh×1 S→rank without bias and 1×kw rank→T with it.
 
     >>> Spatial().max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
     48
+
+    Parameters
+    ----------
+    n_iter_max : int
+        Iterations of a fit to data at most; a fit to the weights is an SVD and needs none.
+    tol : float
+        Such a fit stops when the share of the output that is lost changes by less.
     """
 
     name: ClassVar[str] = "spatial"
     source: ClassVar[str] = "Jaderberg et al. 2014"
+
+    n_iter_max: int = 50
+    tol: float = 1e-7
+
+    def __post_init__(self) -> None:
+        check_iteration(self.name, self.n_iter_max, self.tol)
 
     def refusal(self, spec: LayerSpec) -> str | None:
         if spec.ndim != 2:
@@ -94,6 +144,17 @@ class Spatial(Decomposer):
     def fit(self, kernel: Tensor, rank: Rank) -> SpatialFactors:
         assert isinstance(rank, int)
         return fit_spatial(kernel, rank)
+
+    def fit_to(
+        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+    ) -> SpatialFactors:
+        before = self.fit(kernel, rank) if start is None else start
+        assert isinstance(before, SpatialFactors)
+        fitted = fit_spatial_to(kernel, before, moment, self.n_iter_max, self.tol)
+        return better(kernel, moment, fitted, before)
+
+    def factors_of(self, stage_weights: tuple[Tensor, ...]) -> SpatialFactors:
+        return SpatialFactors(*stage_weights)
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         return (_matrix(kernel),)

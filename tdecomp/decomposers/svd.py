@@ -6,12 +6,14 @@ Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks",
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tdecomp.chain import Rank
 from tdecomp.decomposers.base import Decomposer, Factors
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import truncated_svd
+from tdecomp.regression import SecondMoment, leading_outputs
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ def fit_low_rank(kernel: Tensor, rank: int) -> LowRankFactors:
     return LowRankFactors(first, u * root)
 
 
+def fit_low_rank_to(kernel: Tensor, rank: int, moment: SecondMoment) -> LowRankFactors:
+    """The best approximation of a given rank of the kernel's outputs.
+
+    Zhang et al. 2016, equations 4 to 6; see `leading_outputs`.
+
+    Parameters
+    ----------
+    kernel : Tensor, shape (out, in, *kernel)
+    rank : int
+    moment : SecondMoment
+    """
+    outputs = leading_outputs(kernel.flatten(1), moment, rank)  # (out, rank)
+    first = outputs.T @ kernel.flatten(1)  # (rank, in · kernel)
+    root = first.norm(dim=1).sqrt()
+    first = first / torch.where(root > 0, root, 1.0)[:, None]
+    return LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
+
+
 @dataclass(frozen=True)
 class SVD(Decomposer):
     """Linear m→n becomes m→rank without bias and rank→n with it; 1×1 convolutions likewise.
@@ -87,6 +107,17 @@ output_padding=(), groups=1, padding_mode='zeros', bias=False, transposed=False)
     def fit(self, kernel: Tensor, rank: Rank) -> LowRankFactors:
         assert isinstance(rank, int)
         return fit_low_rank(kernel, rank)
+
+    def fit_to(
+        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+    ) -> LowRankFactors:
+        del start  # the closed form needs none
+        assert isinstance(rank, int)
+        return fit_low_rank_to(kernel, rank, moment)
+
+    def factors_of(self, stage_weights: tuple[Tensor, ...]) -> LowRankFactors:
+        first, second = stage_weights
+        return LowRankFactors(first, second.flatten(1))
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         return (kernel.flatten(1),)

@@ -5,16 +5,28 @@ Applications", section 3.1.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors, check_iteration
+from tdecomp.decomposers.base import Decomposer, Factors, better, check_iteration
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
+from tdecomp.linalg import (
+    left_singular_vectors,
+    mode_products,
+    torch_backend,
+    truncated_svd,
+    unfold,
+)
+from tdecomp.regression import SecondMoment, variable_projection
+
+# An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
+_FINER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,50 @@ def fit_tucker2(
     return Tucker2Factors(core, into, out)
 
 
+def fit_tucker2_to(
+    kernel: Tensor, start: Tucker2Factors, moment: SecondMoment, n_iter_max: int, tol: float
+) -> Tucker2Factors:
+    """The same form in the norm of a moment: all follows from the factor of the input channels.
+
+    Given that factor, core and output factor together are a regression of limited rank, which is
+    solved in closed form.
+
+    Parameters
+    ----------
+    kernel : Tensor, shape (out, in, *kernel)
+    start : Tucker2Factors
+        Of the ranks that are wanted.
+    moment : SecondMoment
+    """
+    into, kernel_size = kernel.shape[1], kernel.shape[2:]
+    rank_out = start.out.shape[1]
+
+    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        # Only the span of the columns matters: orthonormal ones are the best conditioned.
+        basis = torch.linalg.qr(theta[0]).Q  # (in, R3)
+        split = matrix.reshape(len(matrix), into, -1)
+        features: Tensor = basis.T @ split  # (m, R3, kernel)
+        return features.flatten(1)
+
+    factor, (channels,) = variable_projection(
+        kernel.flatten(1),
+        moment,
+        project,
+        [start.into],
+        rank=rank_out,
+        n_iter_max=n_iter_max,
+        tol=tol,
+    )
+    basis = torch.linalg.qr(channels).Q
+    out, s, core = truncated_svd(factor, rank_out)  # (out, R4), (R4,), (R4, R3 · kernel)
+    core = (s[:, None] * core).reshape(-1, basis.shape[1], *kernel_size)
+    missing = rank_out - len(core)
+    if missing > 0:  # more ranks than the regression has: nothing is left for the others to do
+        core = torch.cat([core, core.new_zeros(missing, *core.shape[1:])])
+        out = torch.cat([out, out.new_zeros(len(out), missing)], dim=1)
+    return Tucker2Factors(core, basis, out)
+
+
 @dataclass(frozen=True)
 class Tucker2(Decomposer):
     """Conv S→T becomes pointwise S→R3, K×K R3→R4 and pointwise R4→T with the bias.
@@ -123,6 +179,18 @@ class Tucker2(Decomposer):
     def fit(self, kernel: Tensor, rank: Rank) -> Tucker2Factors:
         assert isinstance(rank, tuple)
         return fit_tucker2(kernel, (rank[0], rank[1]), self.n_iter_max, self.tol)
+
+    def fit_to(
+        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+    ) -> Tucker2Factors:
+        before = self.fit(kernel, rank) if start is None else start
+        assert isinstance(before, Tucker2Factors)
+        fitted = fit_tucker2_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
+        return better(kernel, moment, fitted, before)
+
+    def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
+        first, core, last = stage_weights
+        return Tucker2Factors(core, first.flatten(1).T, last.flatten(1))
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         return unfold(kernel, 1), unfold(kernel, 0)

@@ -1,0 +1,175 @@
+"""Unlabelled batches: where they come from, how a model is called with them, on which device."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tdecomp.tracing import as_call, describe
+
+# How a model is called with one batch.
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch as a loader yields it.
+
+    >>> call_model(nn.Linear(2, 1), [torch.zeros(4, 2), "labels"]).shape
+    torch.Size([4, 1])
+
+    A tensor is the input, a dict holds keyword arguments. Of a tuple or list, as loaders make them
+    of inputs and labels, the model gets as many items as its `forward` cannot do without.
+    """
+    if isinstance(batch, (tuple, list)):
+        return model(*batch[: _required(model, len(batch))])
+    args, kwargs = as_call(batch)
+    return model(*args, **kwargs)
+
+
+def _required(model: nn.Module, available: int) -> int:
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return available
+    needed = sum(
+        p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+        for p in parameters
+    )
+    return max(1, min(needed, available))
+
+
+class Batches:
+    """Batches that can be gone through several times, each on the model's device.
+
+    >>> [x.shape for x in Batches([torch.zeros(2, 3)], "example").on(torch.device("cpu"))]
+    [torch.Size([2, 3])]
+
+    Parameters
+    ----------
+    data : Tensor, dict or iterable of batches
+        A single tensor or dict is one batch.
+    wanted_by : str
+        Who asks, for messages.
+    forward : callable ``(model, batch) -> output``, optional
+        How the model is called; see `call_model` for what is done otherwise.
+    max_batches : int, optional
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        wanted_by: str,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+    ) -> None:
+        if isinstance(data, (Tensor, dict)):
+            data = [data]
+        if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+            raise TypeError(
+                f"{wanted_by}: expected batches (a DataLoader, or an iterable of tensors, tuples "
+                f"or dicts), got {type(data).__name__}"
+            )
+        if max_batches is not None and (isinstance(max_batches, bool) or max_batches < 1):
+            raise ValueError(f"{wanted_by}: expected max_batches of at least 1, got {max_batches}")
+        self._data: Iterable[Any] = data
+        self._wanted_by = wanted_by
+        self._forward = forward or call_model
+        self._limit = max_batches
+
+    def again(self, reason: str) -> None:
+        """Refuse data that can be gone through only once, where more is needed."""
+        if iter(self._data) is self._data:
+            raise ValueError(
+                f"{self._wanted_by}: {reason} goes through the batches more than once, got "
+                f"{type(self._data).__name__}, which yields them only once; expected a DataLoader "
+                "or a list"
+            )
+
+    def __len__(self) -> int:
+        """How many there are; 0 if the data cannot tell."""
+        known = len(self._data) if isinstance(self._data, Sized) else 0
+        return min(known, self._limit) if self._limit is not None else known
+
+    def on(self, device: torch.device) -> Iterator[Any]:
+        """Yield the batches, every tensor in them on `device`."""
+        seen = 0
+        for batch in self._data:
+            if self._limit is not None and seen >= self._limit:
+                break
+            seen += 1
+            yield _moved(batch, device)
+        if not seen:
+            raise ValueError(
+                f"{self._wanted_by}: got no batches; expected at least one (an exhausted generator "
+                "looks like this too: pass a DataLoader or a list)"
+            )
+
+    def bar(self, device: torch.device, title: str, progress: bool) -> Iterator[Any]:
+        """`on`, with a progress bar."""
+        total = len(self) or None
+        yield from tqdm(
+            self.on(device), desc=title, total=total, unit="batch", disable=not progress
+        )
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output for one batch.
+
+        Raises
+        ------
+        ValueError
+            If the model rejects the batch.
+        """
+        try:
+            return self._forward(model, batch)
+        except BatchError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"{self._wanted_by}: the model rejected a batch ({describe(batch)}): "
+                f"{type(error).__name__}: {error}. Expected what the model takes as its first "
+                "argument, a tuple that starts with it, or a dict of keyword arguments; "
+                "forward=lambda model, batch: ... says how else to call it"
+            ) from error
+
+
+class BatchError(ValueError):
+    """A batch that cannot be used."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer is; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def count_samples(batch: Any) -> int:
+    """The first dimension of the first tensor in a batch."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    values = batch.values() if isinstance(batch, dict) else batch
+    return next((count_samples(v) for v in values if isinstance(v, (Tensor, dict))), 1)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Every floating-point tensor in a model's output, in its own order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        output = vars(output).values() if hasattr(output, "__dict__") else ()
+    return [tensor for value in output for tensor in tensors_of(value)]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        make = getattr(type(value), "_make", type(value))  # a namedtuple takes items one by one
+        return make([_moved(item, device) for item in value])
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value
