@@ -1,0 +1,111 @@
+"""Factorized layers in place of a model's wide ones."""
+
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from tdecomp.composer.core import resolve_size
+from tdecomp.composer.factorized import Factorized
+from tdecomp.composer.modules import (
+    FactorizedConv2d,
+    FactorizedLinear,
+    factorizing_could_speedup,
+)
+from tdecomp.filters import Filters
+from tdecomp.planning import check_weight
+from tdecomp.sites import Site, find_sites
+from tdecomp.surgery import replace_in, unoptimized
+
+
+def apply_factorization(
+    model: nn.Module,
+    factorize_convs: bool = True,
+    factorize_linears: bool = True,
+    min_channels: int = 512,
+    latent_channels: int | float = 0.25,
+    min_features: int = 512,
+    latent_features: int | float = 0.25,
+    optimizers: Optimizer | Sequence[Optimizer] | None = None,
+) -> nn.Module:
+    """Replace a model's wide layers by factorized ones that keep what they have learned.
+
+    >>> model = nn.Sequential(nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10))
+    >>> apply_factorization(model)[0].latent_features
+    128
+
+    There is no data here, so the weights alone are approximated; ``set_rank(input, rank)`` of
+    each new layer reduces it further on data. Layers whose own `forward` is not all that reads
+    their weights, such as those inside an `nn.MultiheadAttention`, stay as they are, and so do
+    those with tied weights or hooks; `tdecomp.plan` says which and why.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place, wholly or, on an error, not at all.
+    factorize_convs, factorize_linears : bool
+        Whether to replace every `nn.Conv2d` without groups, and every `nn.Linear`, that is wide
+        enough and would take fewer MACs.
+    min_channels, min_features : int
+        Convolutions and Linears with fewer inputs or outputs are left alone.
+    latent_channels, latent_features : int or float
+        The inner sizes; below 1 a fraction of the smaller of a layer's inputs and outputs.
+    optimizers : Optimizer or sequence of them, optional
+        The new parameters take the old ones' places in their groups. A warning names replaced
+        parameters that none of them has.
+
+    Returns
+    -------
+    nn.Module
+        `model`; if it is itself a layer to be replaced, which cannot be done in place, the new
+        one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind, the model is wrapped, or a weight is not finite.
+    """
+    listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
+    for optimizer in listed:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "optimizers: expected a torch.optim.Optimizer or a sequence of them, got "
+                f"{type(optimizer).__name__}"
+            )
+    sizes = {"latent_channels": latent_channels, "latent_features": latent_features}
+    for option, size in sizes.items():
+        resolve_size(option, size, 1)
+    replacements: dict[nn.Module, Factorized] = {}
+    for site in _wide_sites(model, min_channels, min_features):
+        module = site.module
+        size = latent_features if type(module) is nn.Linear else latent_channels
+        wanted = factorize_linears if type(module) is nn.Linear else factorize_convs
+        if not (wanted and factorizing_could_speedup(module, size)):
+            continue
+        check_weight(site)
+        if isinstance(module, nn.Linear):
+            replacements[module] = FactorizedLinear.from_linear(module, latent_features=size)
+        elif isinstance(module, nn.Conv2d):
+            replacements[module] = FactorizedConv2d.from_conv2d(module, latent_channels=size)
+    missing = unoptimized(model, replacements, listed)
+    if missing:
+        # Before anything is changed: the caller may have made warnings errors.
+        warnings.warn(
+            f"no optimizer had these replaced parameters: {', '.join(missing)}", stacklevel=2
+        )
+    # In a holder even the model itself has a place to be replaced in.
+    holder = nn.ModuleList([model])
+    replace_in(holder, replacements, listed)
+    return holder[0]
+
+
+def _wide_sites(model: nn.Module, min_channels: int, min_features: int) -> list[Site]:
+    """The plain layers that may be replaced."""
+    if isinstance(model, nn.Module) and not any(
+        isinstance(module, (nn.Linear, nn.Conv2d)) for module in model.modules()
+    ):
+        return []  # which is no error here
+    filters = Filters(min_channels=min_channels, min_features=min_features)
+    sites = find_sites(model, filters)[0]
+    return [s for s in sites if s.reason is None and type(s.module) in (nn.Linear, nn.Conv2d)]

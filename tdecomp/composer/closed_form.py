@@ -1,0 +1,226 @@
+"""The rank-k operator whose outputs on given inputs are nearest to a target, in closed form.
+
+The best approximation of an operator's own outputs projects them on their k leading principal
+directions (Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification
+and Detection", equations 4 to 6; of the outputs less their mean where there is a bias). It takes
+one pass of the operator and the second moment of what comes out: no patch of a convolution is
+ever laid out. A target that the operator does not give is regressed on the inputs first: reduced
+rank regression (Izenman 1975, "Reduced-rank regression for the multivariate linear model").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tdecomp.regression import SecondMoment, leading_outputs
+
+# Multiplies the inputs by a matrix (fan_in, m): (samples, m).
+Times = Callable[[Tensor], Tensor]
+
+# Samples that are turned to float64 at a time.
+_CHUNK = 8192
+# Where the data leaves a choice the weights make it, with this share of the outputs' power.
+_WEIGHTS_SHARE = 1e-10
+
+
+@dataclass(frozen=True)
+class Operator:
+    """``x ↦ x first second + bias``.
+
+    >>> Operator(torch.ones(8, 6), None, None).reduces(5)
+    True
+
+    Attributes
+    ----------
+    first : Tensor, shape (fan_in, latent)
+    second : Tensor, shape (latent, out), or None for the identity
+    bias : Tensor, shape (out,), or None
+    """
+
+    first: Tensor
+    second: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def product(self) -> Tensor:
+        return self.first if self.second is None else self.first @ self.second
+
+    @property
+    def latent(self) -> int:
+        return self.first.shape[1]
+
+    @property
+    def full(self) -> int:
+        """The rank from which on one matrix takes no more than two."""
+        return min(len(self.first), self.latent if self.second is None else self.second.shape[1])
+
+    def reduces(self, k: int) -> bool:
+        """Whether rank k is one to be had by approximating."""
+        return k < min(self.full, self.latent)
+
+    def narrowed(self) -> "Operator":
+        """The same, with no more than fan_in columns in `first`."""
+        if self.second is not None or self.latent <= len(self.first):
+            return self
+        basis, triangle = torch.linalg.qr(self.first.T)  # (out, fan_in), (fan_in, fan_in)
+        return replace(self, first=triangle.T, second=basis.T)
+
+    def outputs(self, latent: Tensor) -> Tensor:
+        """The outputs (samples, out), where ``x first`` is known."""
+        outputs = latent if self.second is None else latent @ self.second
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def solve(
+    times: Times, operator: Operator, k: int, dtype: torch.dtype, target: Tensor | None = None
+) -> tuple[Operator, float]:
+    """An operator of rank k, or one matrix where k is not below its sizes.
+
+    >>> x = torch.eye(8)
+    >>> solve(lambda matrix: x @ matrix, Operator(x, None, None), 6, x.dtype)[0].latent
+    6
+
+    Parameters
+    ----------
+    times : callable ``matrix -> inputs @ matrix``
+    operator : Operator
+        In the dtype to compute in. One of rank k or less already stays as it is.
+    k : int
+    dtype : torch.dtype
+        What the solution is rounded to.
+    target : Tensor, shape (samples, out), optional
+        What the operator is known to give, up to what no operator can.
+
+    Returns
+    -------
+    Operator
+    float
+        Its mean squared error, as rounded, over the variance of all entries of the target.
+    """
+    if operator.reduces(k):
+        operator = operator.narrowed()
+    latent = times(operator.first)
+    outputs = operator.outputs(latent)
+    if not bool(torch.isfinite(outputs).all()):
+        raise ValueError(
+            f"the products of X, Wa and Wb leave the range of {outputs.dtype}; expected finite "
+            "outputs. Scale them down, or pass them in torch.float64"
+        )
+    target = outputs if target is None else target
+    fits_bias = operator.reduces(k) and operator.bias is not None
+    if operator.reduces(k):
+        operator = _reduced(operator, latent, k)
+    elif k >= operator.full:
+        operator = replace(operator, first=operator.product, second=None)
+    del latent, outputs
+    rounded = Operator(_cast(operator.first, dtype), _maybe_cast(operator.second, dtype), None)
+    error = target - _wide(rounded, target).outputs(times(rounded.first.to(target)))
+    if operator.bias is not None:
+        # What is left of the mean is the bias to have; one that fits already stays bit for bit.
+        bias = error.mean(dim=0, dtype=torch.float64) if fits_bias else operator.bias
+        rounded = replace(rounded, bias=_cast(bias, dtype))
+        error -= bias.to(target)
+    return rounded, _mean_square(error) / _power(target)
+
+
+def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:
+    """The operator, then a projection on the k leading directions of its outputs."""
+    first, second = operator.first, operator.second
+    moment = _product(latent, latent, centred=operator.bias is not None)  # (latent, latent)
+    weights = (first.T @ first).double()
+    power, total = float(moment.trace()), float(weights.trace())
+    # Without any power in the data, by the weights alone.
+    share = _WEIGHTS_SHARE * power / (total or 1.0) if power else 1.0
+    moment += share * weights
+    kernel = torch.eye(len(moment)).double() if second is None else second.T.double()
+    basis = leading_outputs(kernel, SecondMoment(matrix=moment), k).to(first)  # (out, k)
+    wa = first @ (basis if second is None else second @ basis)  # (fan_in, k)
+    # Each direction has the same norm in both, so that neither's gradients dwarf the other's.
+    roots = wa.norm(dim=0).sqrt()
+    roots = torch.where(roots > 0, roots, 1.0)
+    return replace(operator, first=wa / roots, second=roots[:, None] * basis.T)
+
+
+def corrected(operator: Operator, x: Tensor, target: Tensor, rounding: float) -> Operator:
+    """The operator nearest to this one of those whose outputs are nearest to a target.
+
+    The same operator, where the target is what it gives but for rounding errors.
+
+    >>> x, operator = torch.eye(4)[:2], Operator(torch.ones(4, 1), None, None)
+    >>> corrected(operator, x, torch.zeros(2, 1), 1e-7).first.T
+    tensor([[0., 0., 1., 1.]])
+
+    Parameters
+    ----------
+    operator : Operator
+    x : Tensor, shape (samples, fan_in)
+    target : Tensor, shape (samples, out)
+    rounding : float
+        The relative precision of the target.
+    """
+    missing = target - operator.outputs(x @ operator.first)
+    if _mean_square(missing) <= (8 * rounding) ** 2 * _mean_square(target):
+        return operator
+    centred = operator.bias is not None
+    samples, fan_in = x.shape
+    # Double precision of the Gram matrix still tells singular values of float32 inputs apart.
+    precision = torch.finfo(torch.float64).eps * max(samples, fan_in)
+    precision = max(precision, (8 * torch.finfo(x.dtype).eps) ** 2)
+    if samples < fan_in:
+        rows = x.double() - x.mean(dim=0, dtype=torch.float64) * centred
+        dual = _pseudo_inverse(rows @ rows.T, precision) @ missing.double()
+        change = rows.T @ dual  # (fan_in, out)
+    else:
+        gram = _product(x, x, centred)
+        change = _pseudo_inverse(gram, precision) @ _product(x, missing, centred)
+    bias = operator.bias
+    if bias is not None:
+        shift = missing.mean(dim=0, dtype=torch.float64)
+        bias = bias + (shift - x.mean(dim=0, dtype=torch.float64) @ change).to(bias)
+    return Operator(operator.product + change.to(x), None, bias)
+
+
+def _pseudo_inverse(gram: Tensor, precision: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > precision * values[-1]
+    inverse: Tensor = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+    return inverse
+
+
+def _product(a: Tensor, b: Tensor, centred: bool) -> Tensor:
+    """``a.T @ b`` in float64 and a slice of samples at a time, of both less their means."""
+    means = [part.mean(dim=0, dtype=torch.float64) if centred else None for part in (a, b)]
+    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64)
+    for slices in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
+        left, right = (
+            part.double() if mean is None else part.double() - mean
+            for part, mean in zip(slices, means, strict=True)
+        )
+        total.addmm_(left.T, right)
+    return total
+
+
+def _power(target: Tensor) -> float:
+    """The variance of all entries; the mean square, where they are all alike."""
+    freedom = target.numel() / max(target.numel() - 1, 1)
+    return _mean_square(target - target.mean()) * freedom or _mean_square(target) or 1.0
+
+
+def _mean_square(values: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return norm**2 / values.numel()
+
+
+def _wide(operator: Operator, like: Tensor) -> Operator:
+    second = None if operator.second is None else operator.second.to(like)
+    return replace(operator, second=second)
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype).contiguous()
+
+
+def _maybe_cast(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if values is None else _cast(values, dtype)

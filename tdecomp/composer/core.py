@@ -1,0 +1,294 @@
+"""One linear operator into two, on given inputs: Composer's functions and what they return."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tdecomp.composer.closed_form import Operator, corrected, solve
+from tdecomp.linalg import undisturbed
+
+
+@dataclass(eq=False)
+class LowRankSolution:
+    """What replaces a linear operator: ``Wa`` first, then ``Wb`` and the bias.
+
+    >>> factorize_matrix(torch.eye(8), torch.eye(8), torch.eye(8), rank=2).rank
+    2
+
+    Attributes
+    ----------
+    Wa : Tensor, optional
+        The first operator: a matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw).
+    Wb : Tensor, optional
+        The second one: (rank, out), or (out_channels, rank, 1, 1); None where one matrix is
+        better than two.
+    bias : Tensor, shape (out,), optional
+        Added to the second one's output.
+    rank : int
+        The size between the two, −1 where nothing was factorized.
+    nmse : float
+        The mean squared error of the outputs over the variance of all entries of the target: 0
+        for no error, 1 for no better than a constant. Of a target that does not vary, over its
+        mean square.
+    """
+
+    Wa: Tensor | None = None
+    Wb: Tensor | None = None
+    bias: Tensor | None = None
+    rank: int = -1
+    nmse: float = 0.0
+
+
+def factorize_matrix(
+    X: Tensor,
+    Y: Tensor,
+    Wa: Tensor,
+    Wb: Tensor | None = None,
+    bias: Tensor | None = None,
+    rank: int | float = 0.25,
+    n_iters: int = 3,
+) -> LowRankSolution:
+    """The factors of a given rank, and their bias, that minimise ``‖Y − (X Wa Wb + bias)‖``.
+
+    >>> X, W = torch.randn(100, 16), torch.randn(16, 32)
+    >>> solution = factorize_matrix(X, X @ W, W, rank=4)
+    >>> solution.Wa.shape, solution.Wb.shape
+    (torch.Size([16, 4]), torch.Size([4, 32]))
+
+    Parameters
+    ----------
+    X : Tensor, shape (N, D)
+        Inputs to judge the approximation by.
+    Y : Tensor, shape (N, M)
+        The outputs to be had for them, as a rule ``X @ Wa + bias`` or ``X @ Wa @ Wb + bias``.
+    Wa : Tensor, shape (D, M), or (D, d) with `Wb`
+    Wb : Tensor, shape (d, M), optional
+        Given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
+    bias : Tensor, shape (M,), optional
+        There is a bias to fit only if there is one here.
+    rank : int or float
+        The columns of the new `Wa`; below 1 a fraction of D, at most the current rank, at
+        least 1.
+    n_iters : int
+        Accepted for Composer's sake: the optimum is reached at once.
+
+    Returns
+    -------
+    LowRankSolution
+        In the dtype and on the device of `Wa`. With a rank of D, M or more one matrix and a rank
+        of −1; with one of d or more the given factors and a rank of −1. Among equally good
+        solutions it is close to the given weights, in directions that `X` never shows too.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, there are no samples, values are not finite, or the rank is none.
+    TypeError
+        If a tensor is not one of floating point numbers, or the rank not a number.
+    """
+    del n_iters
+    tensors = _checked({"X": X, "Y": Y, "Wa": Wa}, {"Wb": Wb, "bias": bias})
+    _check_matrices(X, Y, Wa, Wb)
+    _check_vector("bias", bias, Y.shape[1])
+    k = resolve_size("rank", rank, X.shape[1])
+    if rank < 1:
+        k = min(k, Wa.shape[1])
+    with undisturbed(Wa.device):
+        wide = _widened(tensors)
+        x, y = wide["X"], wide["Y"]
+        operator = Operator(wide["Wa"], wide.get("Wb"), wide.get("bias"))
+        rounding = max(torch.finfo(tensor.dtype).eps for tensor in (X, Y, Wa))
+        if operator.reduces(k) or k >= operator.full:
+            operator = corrected(operator, x, y, rounding)
+        solved, nmse = solve(lambda matrix: x @ matrix, operator, k, Wa.dtype, y)
+    new_rank = k if operator.reduces(k) else -1
+    return LowRankSolution(solved.first, solved.second, solved.bias, new_rank, nmse)
+
+
+def factorize_conv2d(
+    X: Tensor,
+    Wa: Tensor,
+    Wb: Tensor | None = None,
+    rank: int | float = 0.25,
+    biasA: Tensor | None = None,
+    biasB: Tensor | None = None,
+    n_iters: int = 3,
+    **conv2d_kwargs: Any,
+) -> LowRankSolution:
+    """A K×K convolution to few channels and a 1×1 one that together change the outputs least.
+
+    >>> X, W = torch.randn(4, 16, 8, 8), torch.randn(32, 16, 3, 3)
+    >>> solution = factorize_conv2d(X, W, rank=4, padding=1, stride=2)
+    >>> solution.Wa.shape, solution.Wb.shape
+    (torch.Size([4, 16, 3, 3]), torch.Size([32, 4, 1, 1]))
+
+    Parameters
+    ----------
+    X : Tensor, shape (N, in_channels, H, W) or (in_channels, H, W)
+        Inputs to judge the approximation by; the outputs follow from the weights.
+    Wa : Tensor, shape (out_channels, in_channels, kh, kw), or (latent, …) with `Wb`
+    Wb : Tensor, shape (out_channels, latent, 1, 1), optional
+        Given, the convolution is `Wa` and then `Wb`, whose latent size is to be reduced.
+    rank : int or float
+        The output channels of the new `Wa`; below 1 a fraction of the smaller of in_channels and
+        out_channels, at least 1.
+    biasA, biasB : Tensor, optional
+        Added to what `Wa` and `Wb` give. There is a bias to fit only if there is one here.
+    n_iters : int
+        Accepted for Composer's sake: the optimum is reached at once.
+    **conv2d_kwargs
+        `stride`, `padding`, `dilation`, `padding_mode` of the convolution, as for `nn.Conv2d`.
+
+    Returns
+    -------
+    LowRankSolution
+        As from `factorize_matrix`, of kernels; its one bias stands for both. The largest useful
+        rank is below both out_channels and in_channels · kh · kw.
+
+    Raises
+    ------
+    RuntimeError
+        If `biasB` is given without `Wb`.
+    NotImplementedError
+        If the convolution has groups.
+    ValueError, TypeError
+        As from `factorize_matrix`.
+    """
+    del n_iters
+    if biasB is not None and Wb is None:
+        raise RuntimeError(
+            "biasB: got one without Wb, so there is no second convolution to add it to; expected "
+            "Wb as well, or the one convolution's bias as biasA"
+        )
+    refuse_groups(conv2d_kwargs.get("groups", 1))
+    tensors = _checked({"X": X, "Wa": Wa}, {"Wb": Wb, "biasA": biasA, "biasB": biasB})
+    _check_kernels(X, Wa, Wb)
+    latent, in_channels, height, width = Wa.shape
+    out_channels = latent if Wb is None else len(Wb)
+    _check_vector("biasA", biasA, latent)
+    _check_vector("biasB", biasB, out_channels)
+    k = resolve_size("rank", rank, min(in_channels, out_channels))
+    # Only its geometry is used; the kernels are brought along.
+    geometry = nn.Conv2d(
+        in_channels, latent, (height, width), bias=False, device="meta", **conv2d_kwargs
+    )
+    with undisturbed(Wa.device):
+        wide = _widened(tensors)
+
+        def times(matrix: Tensor) -> Tensor:
+            weight = _kernel(matrix, in_channels, height, width)
+            maps: Tensor = functional_call(geometry, {"weight": weight}, (wide["X"],))
+            return maps.movedim(-3, -1).flatten(0, -2)  # (samples · positions, channels)
+
+        second = wide["Wb"].flatten(1).T if "Wb" in wide else None  # (latent, out)
+        bias = wide.get("biasA")
+        if second is not None and bias is not None:
+            bias = bias @ second
+        if "biasB" in wide:
+            bias = wide["biasB"] if bias is None else bias + wide["biasB"]
+        operator = Operator(wide["Wa"].flatten(1).T, second, bias)
+        solved, nmse = solve(times, operator, k, Wa.dtype)
+        solution = LowRankSolution(bias=solved.bias, nmse=nmse)
+        solution.rank = k if operator.reduces(k) else -1
+        solution.Wa = _kernel(solved.first, in_channels, height, width)
+        if solved.second is not None:
+            solution.Wb = _kernel(solved.second, len(solved.second), 1, 1)
+    return solution
+
+
+def _kernel(matrix: Tensor, *sizes: int) -> Tensor:
+    """A matrix (fan_in, out) as a kernel (out, *sizes)."""
+    return matrix.T.reshape(-1, *sizes).contiguous()
+
+
+def resolve_size(option: str, size: int | float, full: int) -> int:
+    """A latent size: below 1 a fraction of `full`, at least 1; otherwise a whole number.
+
+    >>> resolve_size("rank", 0.25, 64), resolve_size("rank", 0.25, 2), resolve_size("rank", 7, 64)
+    (16, 1, 7)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is neither.
+    """
+    wanted = "expected a whole number of at least 1 or a fraction in [0, 1)"
+    if isinstance(size, bool) or not isinstance(size, numbers.Real):
+        raise TypeError(f"{option}: got {size!r}; {wanted}")
+    if not (math.isfinite(size) and size >= 0 and (size < 1 or size == int(size))):
+        raise ValueError(f"{option}: got {size!r}; {wanted}")
+    return max(1, int(size * full)) if size < 1 else int(size)
+
+
+def refuse_groups(groups: int) -> None:
+    """Raise NotImplementedError for more than one group."""
+    if groups != 1:
+        raise NotImplementedError(
+            f"groups: got {groups}; expected 1, since each group needs factors of its own. Leave "
+            'the layer alone, or use tdecomp.decompose(model, "lowrank", …), which takes groups'
+        )
+
+
+def _checked(
+    needed: Mapping[str, Tensor], optional: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """All that are given, detached, once each is known to hold floating point numbers."""
+    given = {**needed, **{name: value for name, value in optional.items() if value is not None}}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a tensor of floating point numbers, got {got}")
+        if not value.numel():
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}; expected something in it")
+        if not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f"{name}: {bad} of {value.numel()} values are NaN or infinite; expected finite "
+                "ones. Mend the weights, or leave those samples out"
+            )
+    return {name: value.detach() for name, value in given.items()}
+
+
+def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All in one dtype to compute in, float32 or wider, on the weights' device."""
+    dtype = torch.promote_types(tensors["X"].dtype, tensors["Wa"].dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    device = tensors["Wa"].device
+    return {name: value.to(device, dtype) for name, value in tensors.items()}
+
+
+def _check_matrices(X: Tensor, Y: Tensor, Wa: Tensor, Wb: Tensor | None) -> None:
+    got = {"X": X, "Y": Y, "Wa": Wa} | ({} if Wb is None else {"Wb": Wb})
+    fits = all(matrix.dim() == 2 for matrix in got.values()) and len(X) == len(Y)
+    fits = fits and X.shape[1] == len(Wa)
+    last = Wa if Wb is None else Wb
+    fits = fits and last.shape[1] == Y.shape[1] and (Wb is None or Wa.shape[1] == len(Wb))
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(matrix.shape)}" for name, matrix in got.items())
+        raise ValueError(
+            f"got {shapes}; expected X (N, D), Y (N, M) and Wa (D, M), or Wa (D, d) with "
+            "Wb (d, M). Weights of a Linear are (M, D): transpose them"
+        )
+
+
+def _check_kernels(X: Tensor, Wa: Tensor, Wb: Tensor | None) -> None:
+    got = {"X": X, "Wa": Wa} | ({} if Wb is None else {"Wb": Wb})
+    fits = X.dim() in (3, 4) and Wa.dim() == 4 and X.shape[-3] == Wa.shape[1]
+    fits = fits and (Wb is None or (Wb.dim() == 4 and Wb.shape[1:] == (len(Wa), 1, 1)))
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(kernel.shape)}" for name, kernel in got.items())
+        raise ValueError(
+            f"got {shapes}; expected X (N, in, H, W) and Wa (out, in, kh, kw), or "
+            "Wa (latent, in, kh, kw) with Wb (out, latent, 1, 1)"
+        )
+
+
+def _check_vector(name: str, value: Tensor | None, length: int) -> None:
+    if value is not None and tuple(value.shape) != (length,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}; expected ({length},)")

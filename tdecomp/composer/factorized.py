@@ -1,0 +1,221 @@
+"""Two layers in place of one, whose inner size can be reduced further on data."""
+
+from abc import abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from tdecomp.chain import Chain
+from tdecomp.composer.core import LowRankSolution, resolve_size
+from tdecomp.decomposers.lowrank import LowRank
+from tdecomp.decomposers.svd import SVD
+from tdecomp.layer import LayerSpec
+from tdecomp.linalg import undisturbed
+
+
+class Factorized(Chain):
+    """Two layers in place of one: what `FactorizedLinear` and `FactorizedConv2d` share.
+
+    Attributes
+    ----------
+    module0, module1 : nn.Module
+        To the latent size without a bias, and from there to the output.
+    in_size, out_size, latent_size : int
+        Features or channels.
+    """
+
+    module0: nn.Linear | nn.Conv2d
+    module1: nn.Linear | nn.Conv2d
+    replaced: LayerSpec
+
+    def _split(
+        self,
+        option: str,
+        size: int | float,
+        spec: LayerSpec,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Make both layers; the constructors' common end."""
+        latent, largest = latent_of(option, size, spec), max_latent(spec)
+        if latent > largest:
+            raise ValueError(
+                f"{option}: {latent} saves no MACs on {spec}; expected at most {largest}. Choose a "
+                "smaller one, or keep the layer as it is"
+            )
+        method = _method(spec)
+        self.method, self.rank, self.replaced = method.name, latent, spec
+        place = None if device is None else torch.device(device)
+        for i, stage in enumerate(method.stages(spec, latent)):
+            self.add_module(f"module{i}", stage.build(place, dtype))
+        self.reset_parameters()
+
+    @property
+    def in_size(self) -> int:
+        return self.replaced.in_channels
+
+    @property
+    def out_size(self) -> int:
+        return self.replaced.out_channels
+
+    @property
+    def latent_size(self) -> int:
+        return len(self.module0.weight)
+
+    def reset_parameters(self) -> None:
+        """Start afresh, with random weights as torch initialises both layers."""
+        self.module0.reset_parameters()
+        self.module1.reset_parameters()
+
+    def should_factorize(self, proposed_rank: int | float) -> bool:
+        """Whether that latent size would take fewer MACs than the present one: any smaller one.
+
+        >>> from tdecomp.composer import FactorizedLinear
+        >>> FactorizedLinear(64, 64, latent_features=16).should_factorize(15)
+        True
+        """
+        return latent_of("proposed_rank", proposed_rank, self.replaced) < self.latent_size
+
+    def set_rank(self, input: Tensor, rank: int) -> None:  # noqa: A002
+        """Reduce the latent size so that the outputs for `input` change least.
+
+        >>> from tdecomp.composer import FactorizedLinear
+        >>> layer = FactorizedLinear(64, 32, latent_features=8)
+        >>> layer.set_rank(torch.randn(100, 64), 4)
+        >>> layer.latent_features
+        4
+
+        The parameters stay the same objects, of another shape: an optimizer goes on with them,
+        but what it remembers of `module0.weight` and `module1.weight` (``optimizer.state``, such
+        as momenta) no longer fits and has to go: ``optimizer.state.pop(parameter, None)`` for
+        each. Their gradients are gone.
+
+        Parameters
+        ----------
+        input : Tensor
+            What the module may be called with.
+        rank : int
+            The new latent size; nothing happens if it is the present one.
+
+        Raises
+        ------
+        ValueError
+            If it is above the present latent size.
+        """
+        wanted = latent_of("rank", rank, self.replaced)
+        if wanted > self.latent_size:
+            raise ValueError(
+                f"rank: got {wanted}; expected at most {self.latent_size}, the present latent "
+                "size. What was cut off is lost: factorize the original layer again for more"
+            )
+        if wanted < self.latent_size:
+            self.apply_solution(self.solution_for_rank(input, wanted))
+
+    @abstractmethod
+    def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
+        """The weights of a smaller latent size that change the outputs for `input` least.
+
+        The module stays as it is, so that several ranks can be judged by their `nmse` before
+        `apply_solution` puts one into effect. A rank of the present latent size or more gives
+        the present weights.
+        """
+
+    def apply_solution(self, solution: LowRankSolution) -> None:
+        """Take a solution's weights, whether they save MACs or not.
+
+        For the parameters and their optimizers see `set_rank`.
+
+        Raises
+        ------
+        ValueError
+            If the solution has not two factors of this module's sizes, or it has a bias where
+            the module has none.
+        """
+        if solution.Wa is None or solution.Wb is None:
+            raise ValueError(
+                "solution: got no Wa or no Wb; expected both. One matrix in place of two is a "
+                "plain layer, not a factorized one"
+            )
+        first, second = self._in_torch_layout(solution.Wa, solution.Wb)
+        bias, latent = solution.bias, len(first)
+        at0, at1 = self.module0.weight, self.module1.weight
+        if not (isinstance(at0, nn.Parameter) and isinstance(at1, nn.Parameter)):
+            raise ValueError(
+                "module0 or module1 computes its weight from other parameters; expected plain "
+                "ones. Bake it in (remove_parametrizations, prune.remove) and repeat"
+            )
+        expected = [(latent, *at0.shape[1:]), (self.out_size, latent, *at1.shape[2:])]
+        if [tuple(first.shape), tuple(second.shape)] != expected:
+            raise ValueError(
+                f"solution: got weights of shapes {tuple(first.shape)} and {tuple(second.shape)}, "
+                f"which do not fit {self.replaced}; expected one of solution_for_rank's"
+            )
+        if bias is not None and (self.module1.bias is None or bias.shape != (self.out_size,)):
+            held = "none" if self.module1.bias is None else f"one of {self.out_size}"
+            raise ValueError(
+                f"solution: got a bias of shape {tuple(bias.shape)} where the module has {held}; "
+                "expected one of solution_for_rank's, or of factorizing without a bias"
+            )
+        with undisturbed(at0.device):
+            _resize(at0, first)
+            _resize(at1, second)
+            if self.module1.bias is not None:
+                self.module1.bias.copy_(torch.zeros(self.out_size) if bias is None else bias)
+        self.rank = latent
+        self._tell_sizes(latent)
+
+    @abstractmethod
+    def _tell_sizes(self, latent: int) -> None:
+        """Set the attributes of both layers that say their sizes."""
+
+    def _in_torch_layout(self, wa: Tensor, wb: Tensor) -> tuple[Tensor, Tensor]:
+        return wa, wb
+
+    def take(self, layer: nn.Linear | nn.Conv2d, keep_weights: bool) -> Self:
+        """What this has from the layer it replaces; so far it stands on the meta device."""
+        weight, bias, spec = layer.weight, layer.bias, self.replaced
+        self.to_empty(device=weight.device)
+        parts = (self.module0, self.module1)
+        if keep_weights:
+            factors = _method(spec).factorize(weight, spec, self.latent_size).stage_weights()
+            with undisturbed(weight.device):
+                for part, values in zip(parts, factors, strict=True):
+                    part.weight.copy_(values)
+                if bias is not None:
+                    self.module1.bias.copy_(bias)  # type: ignore[union-attr]
+        else:
+            self.reset_parameters()
+        for part in parts:
+            part.weight.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            self.module1.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr]
+        if _layout(weight) == torch.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self.train(layer.training)
+
+
+def _method(spec: LayerSpec) -> SVD:
+    return LowRank() if spec.ndim else SVD()
+
+
+def latent_of(option: str, size: int | float, spec: LayerSpec) -> int:
+    """A latent size, of which fractions are of the smaller of inputs and outputs."""
+    return resolve_size(option, size, min(spec.in_channels, spec.out_channels))
+
+
+def max_latent(spec: LayerSpec) -> int:
+    """The largest r for which ``r · fan_in + r · out < fan_in · out``."""
+    return (spec.fan_in * spec.out_channels - 1) // (spec.fan_in + spec.out_channels)
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
+    # A kernel of size 1 is contiguous in every format; only an unambiguous answer counts.
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not weight.is_contiguous() else torch.contiguous_format
+
+
+def _resize(parameter: nn.Parameter, values: Tensor) -> None:
+    held = values.to(parameter.device, parameter.dtype, copy=True)
+    parameter.grad = None
+    parameter.data = held.contiguous(memory_format=_layout(parameter))

@@ -1,0 +1,285 @@
+"""Composer's two factorized layers, and whether a layer is worth factorizing."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tdecomp.composer.core import (
+    LowRankSolution,
+    factorize_conv2d,
+    factorize_matrix,
+    refuse_groups,
+)
+from tdecomp.composer.factorized import Factorized, latent_of, max_latent
+from tdecomp.layer import LayerSpec
+from tdecomp.linalg import undisturbed
+
+
+def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bool:
+    """Whether two layers with this inner size would take fewer MACs than `module`.
+
+    >>> factorizing_could_speedup(nn.Linear(64, 64), 31), factorizing_could_speedup(nn.ReLU(), 1)
+    (True, False)
+
+    Fewer MACs are not always less time: two layers move more data than one.
+
+    Parameters
+    ----------
+    module : nn.Module
+        False for all but a Conv2d without groups, a Linear, a FactorizedConv2d and a
+        FactorizedLinear; of the last two any smaller inner size saves some.
+    latent_size : int or float
+        Channels or features between the two; below 1 a fraction of the smaller of the module's
+        input and output, at least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `latent_size` is neither a whole number nor a fraction.
+    """
+    if isinstance(module, Factorized):
+        return module.should_factorize(latent_size)
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return False
+    spec = LayerSpec.of(module)
+    return spec.groups == 1 and latent_of("latent_size", latent_size, spec) <= max_latent(spec)
+
+
+class FactorizedLinear(Factorized):
+    """A Linear as two: in_features→latent_features without a bias, →out_features with it.
+
+    >>> layer = FactorizedLinear.from_linear(nn.Linear(64, 32), latent_features=8)
+    >>> layer.module0, layer(torch.randn(5, 64)).shape
+    (Linear(in_features=64, out_features=8, bias=False), torch.Size([5, 32]))
+
+    Made by itself it is to be trained from scratch; `from_linear` keeps what a layer has learned.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    bias : bool
+    latent_features : int or float
+        Below 1 a fraction of the smaller of the two, at least 1.
+    device, dtype
+        As for `nn.Linear`.
+
+    Raises
+    ------
+    ValueError
+        If `latent_features` saves no MACs; the largest that does is
+        ``max_allowed_latent_features(in_features, out_features)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        latent_features: int | float = 0.25,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        spec = LayerSpec(in_features, out_features, bias=bias)
+        self._split("latent_features", latent_features, spec, device, dtype)
+
+    in_features = property(lambda self: self.in_size, doc="The size of an input vector.")
+    out_features = property(lambda self: self.out_size, doc="The size of an output vector.")
+    latent_features = property(lambda self: self.latent_size, doc="The size between the two.")
+
+    @staticmethod
+    def max_allowed_latent_features(in_features: int, out_features: int) -> int:
+        """The largest latent size that saves MACs; 0 if none does.
+
+        >>> FactorizedLinear.max_allowed_latent_features(64, 64)
+        31
+        """
+        return max_latent(LayerSpec(in_features, out_features))
+
+    # Under this name in Composer's code, under the other in its documentation.
+    max_allowed_latent_channels = max_allowed_latent_features
+
+    @classmethod
+    def from_linear(
+        cls,
+        module: nn.Linear,
+        module_ix: int = -1,
+        *,
+        latent_features: int | float = 0.25,
+        keep_weights: bool = True,
+    ) -> Self:
+        """Two layers in place of a Linear, with its device, dtype and mode.
+
+        >>> layer = nn.Linear(64, 32)
+        >>> fresh = FactorizedLinear.from_linear(layer, latent_features=4, keep_weights=False)
+
+        Parameters
+        ----------
+        module : nn.Linear
+            Stays as it is.
+        module_ix : int
+            Accepted for Composer's sake.
+        latent_features : int or float
+        keep_weights : bool
+            The nearest weights of that rank (truncated SVD), and the bias; otherwise random ones,
+            for training from scratch.
+
+        Raises
+        ------
+        ValueError
+            If `latent_features` saves no MACs.
+        TypeError
+            If `module` is no Linear.
+        """
+        del module_ix
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
+        made = cls(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            latent_features,
+            device="meta",
+            dtype=module.weight.dtype,
+        )
+        return made.take(module, keep_weights)
+
+    def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
+        if input.shape[-1:] != (self.in_size,):
+            raise ValueError(
+                f"input: got shape {tuple(input.shape)}; expected (…, {self.in_size}), as the "
+                "module takes it"
+            )
+        wa, wb, bias = self.module0.weight.T, self.module1.weight.T, self.module1.bias
+        precise = torch.promote_types(torch.promote_types(input.dtype, wa.dtype), torch.float32)
+        with undisturbed(wa.device):
+            x = input.detach().reshape(-1, self.in_size).to(wa.device, precise)
+            y = x @ wa.to(precise) @ wb.to(precise)
+            if bias is not None:
+                y += bias
+        return factorize_matrix(x, y, wa, wb, bias, latent_of("rank", rank, self.replaced))
+
+    def _tell_sizes(self, latent: int) -> None:
+        self.module0.out_features = self.module1.in_features = latent
+
+    def _in_torch_layout(self, wa: Tensor, wb: Tensor) -> tuple[Tensor, Tensor]:
+        return wa.mT, wb.mT
+
+
+class FactorizedConv2d(Factorized):
+    """A Conv2d as two: K×K to latent_channels without a bias, then 1×1 to out_channels with it.
+
+    >>> conv = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+    >>> layer = FactorizedConv2d.from_conv2d(conv, latent_channels=16)
+    >>> layer.module1, layer(torch.randn(1, 32, 8, 8)).shape
+    (Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1)), torch.Size([1, 64, 4, 4]))
+
+    Made by itself it is to be trained from scratch; `from_conv2d` keeps what a layer has learned.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+    kernel_size : int or tuple of int
+    latent_channels : int or float
+        Below 1 a fraction of the smaller of the two, at least 1.
+    **conv2d_kwargs
+        As for `nn.Conv2d`: `bias` is the second layer's, the geometry the first one's.
+
+    Raises
+    ------
+    ValueError
+        If `latent_channels` saves no MACs; the largest that does is
+        ``max_allowed_latent_channels(in_channels, out_channels, kernel_size)``.
+    NotImplementedError
+        If there are several groups.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        latent_channels: int | float = 0.25,
+        **conv2d_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        refuse_groups(conv2d_kwargs.get("groups", 1))
+        device, dtype = (conv2d_kwargs.pop(name, None) for name in ("device", "dtype"))
+        # torch itself checks the arguments and brings them into one form.
+        whole = nn.Conv2d(in_channels, out_channels, kernel_size, device="meta", **conv2d_kwargs)
+        self._split("latent_channels", latent_channels, LayerSpec.of(whole), device, dtype)
+
+    in_channels = property(lambda self: self.in_size, doc="The channels of an input map.")
+    out_channels = property(lambda self: self.out_size, doc="The channels of an output map.")
+    latent_channels = property(lambda self: self.latent_size, doc="The channels between the two.")
+    kernel_size = property(lambda self: self.replaced.kernel_size, doc="Of the first layer.")
+
+    @staticmethod
+    def max_allowed_latent_channels(
+        in_channels: int, out_channels: int, kernel_size: int | tuple[int, int]
+    ) -> int:
+        """The largest latent size that saves MACs; 0 if none does.
+
+        >>> FactorizedConv2d.max_allowed_latent_channels(64, 64, 3)
+        57
+        """
+        sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        return max_latent(LayerSpec(in_channels, out_channels, tuple(sizes)))
+
+    # Under this name in Composer's code, under the other in its documentation.
+    max_allowed_latent_features = max_allowed_latent_channels
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        module: nn.Conv2d,
+        module_ix: int = -1,
+        *,
+        latent_channels: int | float = 0.25,
+        keep_weights: bool = True,
+    ) -> Self:
+        """Two layers in place of a Conv2d, with its geometry, device, dtype and mode.
+
+        >>> FactorizedConv2d.from_conv2d(nn.Conv2d(32, 32, 3)).latent_channels
+        8
+
+        The parameters and errors are those of `FactorizedLinear.from_linear`; groups are refused
+        as by the constructor.
+        """
+        del module_ix
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
+        height, width = module.kernel_size
+        made = cls(
+            module.in_channels,
+            module.out_channels,
+            (height, width),
+            latent_channels,
+            bias=module.bias is not None,
+            groups=module.groups,
+            device="meta",
+            dtype=module.weight.dtype,
+            **_geometry(module),
+        )
+        return made.take(module, keep_weights)
+
+    def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
+        assert isinstance(self.module0, nn.Conv2d)
+        return factorize_conv2d(
+            input,
+            self.module0.weight,
+            self.module1.weight,
+            latent_of("rank", rank, self.replaced),
+            biasB=self.module1.bias,
+            **_geometry(self.module0),
+        )
+
+    def _tell_sizes(self, latent: int) -> None:
+        self.module0.out_channels = self.module1.in_channels = latent
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    names = ("stride", "padding", "dilation", "padding_mode")
+    return {name: getattr(conv, name) for name in names}
