@@ -76,6 +76,8 @@ ORDER = (
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",
     "plotting", "report", "plans", "planning", "surgery", "recovery", "checkpoint", "engine",
+    "composer.closed_form", "composer.core", "composer.factorized", "composer.modules",
+    "composer.apply", "composer",
 )  # fmt: skip
 
 
