@@ -9,6 +9,7 @@
 
 from importlib.metadata import version as _version
 
+from tdecomp.calibration import Moments, calibrate
 from tdecomp.chain import Chain
 from tdecomp.checkpoint import load
 from tdecomp.decomposers import (
@@ -27,7 +28,8 @@ from tdecomp.engine import Decomposition, apply, decompose
 from tdecomp.layer import LayerSpec
 from tdecomp.planning import plan
 from tdecomp.plans import Plan
-from tdecomp.ranks import VBMF, BreakEven, Energy, RankSelector, Ratio
+from tdecomp.ranks import VBMF, BreakEven, Budget, Energy, RankSelector, Ratio
+from tdecomp.recovery import Recovery, distill, recalibrate_batchnorm, refit
 from tdecomp.report import Report, Row
 
 __version__ = _version("tdecomp")
@@ -37,6 +39,7 @@ __all__ = [
     "SVD",
     "VBMF",
     "BreakEven",
+    "Budget",
     "CPSeparable",
     "Chain",
     "Decomposer",
@@ -45,17 +48,23 @@ __all__ = [
     "Factors",
     "LayerSpec",
     "LowRank",
+    "Moments",
     "Plan",
     "RankSelector",
     "Ratio",
+    "Recovery",
     "Report",
     "Row",
     "Spatial",
     "Tucker2",
     "apply",
+    "calibrate",
     "decompose",
+    "distill",
     "load",
     "plan",
+    "recalibrate_batchnorm",
+    "refit",
     "register",
     "registered",
 ]

@@ -13,11 +13,16 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from tdecomp import checkpoint
+from tdecomp.batches import Forward
+from tdecomp.calibration import Moments, Source, watchable
 from tdecomp.chain import Chain
-from tdecomp.decomposers.base import relative_error
+from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.filters import Filters
 from tdecomp.linalg import frobenius_norm, undisturbed
-from tdecomp.planning import Methods, check_weight, plan
+from tdecomp.planning import Methods, as_patterns, check_weight, plan_from
 from tdecomp.plans import Plan, match_sites
+from tdecomp.recovery import Steps
+from tdecomp.recovery.base import adopt
 from tdecomp.report import Report, Row
 from tdecomp.sites import Site
 from tdecomp.surgery import copy_with, replace_in, unoptimized
@@ -67,6 +72,13 @@ def decompose(
     min_channels: int = 0,
     min_features: int = 0,
     allow_expansion: bool = False,
+    data: Any = None,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+    max_memory: int | None = None,
+    refit: bool = False,
+    recalibrate_batchnorm: bool = False,
+    distill: bool = False,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     progress: bool = True,
@@ -86,25 +98,28 @@ def decompose(
     Decomposition
         With `.model` and `.report`.
     """
-    planned = plan(
-        model,
-        methods,
-        rank=rank,
-        example_inputs=example_inputs,
-        include=include,
-        exclude=exclude,
-        where=where,
-        min_channels=min_channels,
-        min_features=min_features,
-        allow_expansion=allow_expansion,
+    source = Source(data, forward, max_batches, max_memory, progress)
+    steps = Steps(recalibrate_batchnorm, refit, distill)
+    steps.check(source)
+    listed = _optimizers(optimizers, inplace)
+    filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
+    planned, moments = plan_from(
+        model, methods, rank, example_inputs, filters, source, allow_expansion, expect=False
     )
-    return apply(model, planned, inplace=inplace, optimizers=optimizers, progress=progress)
+    return _apply(model, planned, moments, source, steps, inplace, listed)
 
 
 def apply(
     model: nn.Module,
     plan: Plan,
     *,
+    data: Any = None,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+    max_memory: int | None = None,
+    refit: bool = False,
+    recalibrate_batchnorm: bool = False,
+    distill: bool = False,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     progress: bool = True,
@@ -125,6 +140,13 @@ def apply(
     model : nn.Module
         The one that was planned for, or another of the same architecture.
     plan : Plan
+    data : Moments or iterable of batches, optional
+        What the layers see, without labels: each layer is then fitted in the norm of its outputs.
+    forward, max_batches, max_memory
+        How the model is called with a batch, and limits; see `tdecomp.calibrate`.
+    refit, recalibrate_batchnorm, distill : bool
+        Get accuracy back afterwards, in this order; see `tdecomp.refit`,
+        `tdecomp.recalibrate_batchnorm` and `tdecomp.distill`. They need batches as `data`.
     inplace : bool
         Change `model` itself, wholly or, on an error, not at all. By default a copy is changed.
     optimizers : Optimizer or sequence of them
@@ -143,6 +165,21 @@ def apply(
     ValueError
         If the plan does not fit the model, or a weight cannot be factorized; names the layer.
     """
+    source = Source(data, forward, max_batches, max_memory, progress)
+    steps = Steps(recalibrate_batchnorm, refit, distill)
+    steps.check(source)
+    listed = _optimizers(optimizers, inplace)
+    moments = None
+    if data is not None:
+        sites = list(match_sites(model, plan).values())
+        planned = [row.name for row in plan if row.method is not None]
+        moments = source.moments(model, sites, planned, gradients=False)
+    return _apply(model, plan, moments, source, steps, inplace, listed)
+
+
+def _optimizers(
+    optimizers: Optimizer | Sequence[Optimizer], inplace: bool
+) -> tuple[Optimizer, ...]:
     listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):
@@ -155,33 +192,50 @@ def apply(
             "optimizers: a copy has new parameters, which no optimizer knows; use inplace=True, "
             "or make the optimizer for result.model"
         )
+    return listed
+
+
+def _apply(
+    model: nn.Module,
+    plan: Plan,
+    moments: Moments | None,
+    source: Source,
+    steps: Steps,
+    inplace: bool,
+    optimizers: tuple[Optimizer, ...],
+) -> Decomposition:
     sites = match_sites(model, plan)
     chains: dict[nn.Module, Chain] = {}
     rows: list[Row] = []
     todo = sum(row.method is not None for row in plan)
-    with tqdm(total=todo, desc="decompose", unit="layer", disable=not progress) as bar:
+    with tqdm(total=todo, desc="decompose", unit="layer", disable=not source.progress) as bar:
         for row in plan:
             if row.method is not None:
                 site = sites[row.name]
                 bar.set_postfix_str(f"{row.method} {row.name}", refresh=True)
-                chains[site.module], row = _fit(site, row, plan)
+                chains[site.module], row = _fit(site, row, plan, moments)
                 bar.update()
             rows.append(row)
+    # A copy first, in any case: the steps after it may fail, and compare with the original.
+    changed = model if inplace and not steps else copy_with(model, chains)
+    recovered = steps.run(changed, model, source) if steps else ()
     if inplace:
-        missing = unoptimized(model, chains, listed)
+        missing = unoptimized(model, chains, optimizers)
         if missing:
             # Before anything is changed: the caller may have made warnings errors.
             warnings.warn(
                 f"no optimizer had these replaced parameters: {', '.join(missing)}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        replace_in(model, chains, listed)
-    changed = model if inplace else copy_with(model, chains)
-    return Decomposition(changed, Report(rows, plan.everything_else), plan)
+        replace_in(model, chains, optimizers)
+        if changed is not model:
+            adopt(model, changed)
+            changed = model
+    return Decomposition(changed, Report(rows, plan.everything_else, recovered), plan)
 
 
-def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
-    """The chain that takes the layer's place, and the row with its error and the time it took."""
+def _fit(site: Site, row: Row, plan: Plan, moments: Moments | None) -> tuple[Chain, Row]:
+    """The chain that takes the layer's place, and the row with its errors and the time it took."""
     assert row.method is not None
     assert row.rank is not None
     assert site.spec is not None
@@ -189,9 +243,12 @@ def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
     decomposer = plan.decomposers[row.method]
     weight = site.module.weight
     assert isinstance(weight, nn.Parameter)
+    seen = None if moments is None else moments.layers.get(site.name)
+    seen = None if seen is None else seen.to(weight.device)
     start = time.perf_counter()
     try:
-        factorization = decomposer.factorize(weight, site.spec, row.rank)
+        second = None if seen is None else seen.second_moments()
+        factorization = decomposer.factorize(weight, site.spec, row.rank, second)
     except Exception as error:
         raise ValueError(
             f"layer {row.name!r} ({site.spec}): {row.method} at rank {row.rank} failed with "
@@ -202,18 +259,43 @@ def _fit(site: Site, row: Row, plan: Plan) -> tuple[Chain, Row]:
     # The factors are rounded to the layer's dtype by now; the product shall not be once more.
     with undisturbed(weight.device):
         precise = factorization.to(decomposer.fit_dtype(weight))
-        lost = relative_error(weight, precise.to_kernel())
+        approximation = precise.to_kernel()
+        lost = relative_error(weight, approximation)
+        lost_output = shift = None
+        if seen is not None:
+            lost_output = seen.output_error(weight, approximation)
+            gone = weight.double() - approximation.double()
+            shift = seen.mean_output(gone) if site.spec.bias else None
     if not math.isfinite(lost):
         raise ValueError(
             f"layer {row.name!r} ({site.spec}): {row.method} at rank {row.rank} gave factors that "
             "are not finite; choose another method or rank, or leave it alone with "
             f"exclude=[{row.name!r}]"
         )
-    chain = decomposer.assemble(site.module, factorization, row.rank)
+    chain = decomposer.assemble(site.module, factorization, row.rank, shift)
     norms = precise.component_norms()
     return chain, replace(
         row,
         weight_error=lost,
+        output_error=lost_output,
+        note="; ".join(word for word in (row.note, _data_note(site, decomposer, moments)) if word)
+        or None,
         fit_seconds=seconds,
         component_norms=None if norms is None else norms / (frobenius_norm(weight) or 1.0),
     )
+
+
+def _data_note(site: Site, decomposer: Decomposer, moments: Moments | None) -> str | None:
+    """What the reader should know of the data behind a layer's fit."""
+    if moments is None:
+        return None
+    if not watchable(site.spec):
+        return "fitted by its weights: transposed convolutions have no moments"
+    if site.name not in moments:
+        return "fitted by its weights: no batch reached it"
+    if not decomposer.uses_moments:
+        return f"fitted by its weights: {decomposer.name} uses no moments"
+    layer = moments[site.name]
+    if layer.few:
+        return f"fewer samples ({layer.count:,}) than fan_in ({layer.spec.fan_in:,})"
+    return None

@@ -53,13 +53,16 @@ class LayerMoments:
 
     def second_moments(self, dtype: torch.dtype = torch.float64) -> list[SecondMoment]:
         """One for each group; about the mean where the layer has a bias that can take it up."""
-        means = self.mean if self.spec.bias else torch.zeros_like(self.mean)
         if self.matrix is not None:
-            centred = self.matrix - means[:, :, None] * means[:, None, :]
-            return [SecondMoment(matrix=group.to(dtype)) for group in centred]
+            matrix = self.matrix
+            if self.spec.bias:
+                matrix = matrix - self.mean[:, :, None] * self.mean[:, None, :]
+            return [SecondMoment(matrix=group.to(dtype)) for group in matrix]
         assert self.rows is not None
-        rows = (self.rows.to(dtype) - means[:, None, :].to(dtype)) / max(self.count, 1) ** 0.5
-        return [SecondMoment(rows=group) for group in rows]
+        rows = self.rows.to(dtype)
+        if self.spec.bias:
+            rows = rows - self.mean[:, None, :].to(dtype)
+        return [SecondMoment(rows=group) for group in rows / max(self.count, 1) ** 0.5]
 
     def output_variance(self, weight: Tensor) -> float:
         """``E‖y − E y‖²`` of the layer's outputs with this weight."""

@@ -2,22 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from tdecomp.batches import Forward
+from tdecomp.calibration import Moments, Source
+from tdecomp.candidates import candidate, layer_losses
 from tdecomp.cost import Cost, chain_cost, total
-from tdecomp.decomposers.base import Decomposer, get_decomposer
+from tdecomp.decomposers.base import Decomposer, get_decomposer, registered
 from tdecomp.filters import Filters, matches, no_match
-from tdecomp.linalg import Spectrum
 from tdecomp.plans import Plan, planned_row
-from tdecomp.ranks import ByLayer, Candidate, Choice, get_selector
+from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.breakeven import by_parameters
 from tdecomp.report import Row
 from tdecomp.sites import Site, find_sites
 
+# Names that stand for several methods; () is all that there are.
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "auto": (),
+    "dense": ("svd", "lowrank", "spatial", "tucker2"),
+}
 Methods = str | Decomposer | Sequence[str | Decomposer]
 
 
@@ -33,6 +40,11 @@ def plan(
     min_channels: int = 0,
     min_features: int = 0,
     allow_expansion: bool = False,
+    data: Any = None,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+    max_memory: int | None = None,
+    progress: bool = True,
 ) -> Plan:
     """Choose a method and a rank for every layer, without changing anything.
 
@@ -44,7 +56,9 @@ def plan(
     ----------
     model : nn.Module
     methods : str, Decomposer or a sequence of them
-        With several, the first that can take a layer is used.
+        With several, the first that can take a layer is used, unless the ranks are a `Budget`,
+        which finds the best for each layer. "auto" is all of them, "dense" those without
+        depthwise layers: svd, lowrank, spatial and tucker2.
     rank : int, tuple, float, str, RankSelector or dict
         An int is a rank (for Tucker-2 the same rank twice; a pair is taken as it is), a float
         below 1 that fraction of the largest useful rank, "vbmf" and "breakeven" name selectors;
@@ -59,6 +73,12 @@ def plan(
         Convolutions and Linear layers narrower than this, on either side, are left alone.
     allow_expansion : bool
         Decompose even where this saves no MACs.
+    data : Moments or iterable of batches, optional
+        What the layers see, without labels: errors are then those of the layers' outputs.
+    forward, max_batches, max_memory
+        How the model is called with a batch, and limits; see `tdecomp.calibrate`.
+    progress : bool
+        Show bars.
 
     Returns
     -------
@@ -71,39 +91,86 @@ def plan(
         For a rank, a method, a filter, example inputs or weights that cannot be; the message
         names the layer, what was got, what was expected and the remedy.
     """
+    filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
+    source = Source(data, forward, max_batches, max_memory, progress)
+    planned, _ = plan_from(
+        model, methods, rank, example_inputs, filters, source, allow_expansion, expect=True
+    )
+    return planned
+
+
+def plan_from(
+    model: nn.Module,
+    methods: Methods,
+    rank: Any,
+    example_inputs: Any,
+    filters: Filters,
+    source: Source,
+    allow_expansion: bool,
+    *,
+    expect: bool,
+) -> tuple[Plan, Moments | None]:
+    """The plan, and the moments it was made with; without `expect` errors are not foreseen."""
     selector = get_selector(rank)
     decomposers = _decomposers(methods)
-    filters = Filters(_as_tuple(include), _as_tuple(exclude), where, min_channels, min_features)
     sites, seen = find_sites(model, filters, example_inputs)
 
     open_sites: list[Site] = []
-    candidates: list[list[Candidate]] = []
+    able: list[list[Decomposer]] = []
     choices: dict[str, Choice] = {}
     for site in sites:
         if site.reason is not None or site.spec is None:
             choices[site.name] = Choice(reason=site.reason)
             continue
-        able = [d for d in decomposers if d.refusal(site.spec) is None]
-        if not able:
+        taking = [d for d in decomposers if d.refusal(site.spec) is None]
+        if not taking:
             reasons = (d.refusal(site.spec) for d in decomposers)
             choices[site.name] = Choice(reason="; ".join(r for r in reasons if r))
             continue
         check_weight(site)
         open_sites.append(site)
-        candidates.append([_candidate(site, d) for d in able])
+        able.append(taking)
     if isinstance(selector, ByLayer):
         _check_entries(selector, sites, choices)
-    if candidates:
-        selected = selector.select(candidates)
-        for site, choice in zip(open_sites, selected, strict=True):
-            choices[site.name] = choice if allow_expansion else _guarded(choice)
-
+    wanted = {site.name for site in open_sites}
+    moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
     by_name = {d.name: d for d in decomposers}
+    if open_sites:
+        losses = layer_losses(open_sites, moments)
+        candidates = [
+            [candidate(site, d, lost) for d in taking]
+            for site, taking, lost in zip(open_sites, able, losses, strict=True)
+        ]
+        everything = sum((p.numel() for p in model.parameters() if not _lazy(p)), 0)
+        whole = Cost(everything, None if seen is None else seen.total_macs)
+        rest = whole - total(c[0].before for c in candidates)
+        selected = selector.select(_with_progress(candidates, selector, source.progress), rest)
+        for site, choice, lost in zip(open_sites, selected, losses, strict=True):
+            if not allow_expansion:
+                choice = _guarded(choice)
+            if expect and choice.candidate is not None and choice.error is None:
+                assert choice.rank is not None
+                method = by_name[choice.candidate.method]
+                choice = replace(choice, error=lost.expected_error(method, choice.rank))
+            choices[site.name] = choice
+
     counted: set[int] = set()
     rows = [_row(site, choices[site.name], by_name, counted) for site in sites]
-    return Plan(
+    planned = Plan(
         rows, _everything_else(model, rows, None if seen is None else seen.total_macs), by_name
     )
+    return planned, moments
+
+
+def _with_progress(
+    candidates: Sequence[Sequence[Candidate]], selector: RankSelector, progress: bool
+) -> Sequence[Sequence[Candidate]]:
+    """Fit what a selector that weighs layers is going to ask for, with a bar."""
+    if selector.weighs_layers:
+        for layer in tqdm(candidates, desc="plan", unit="layer", disable=not progress):
+            for one in layer:
+                one.options()
+    return candidates
 
 
 def _check_entries(
@@ -139,6 +206,8 @@ def check_weight(site: Site) -> None:
 
 
 def _decomposers(methods: Methods) -> list[Decomposer]:
+    if isinstance(methods, str) and methods in _GROUPS:
+        return [get_decomposer(name) for name in _GROUPS[methods] or registered()]
     listed = [methods] if isinstance(methods, (str, Decomposer)) else _listed(methods)
     if not listed:
         raise ValueError("methods: expected at least one method, got an empty sequence")
@@ -155,35 +224,9 @@ def _listed(methods: Any) -> list[Any]:
     return list(methods) if isinstance(methods, (list, tuple)) else [methods]
 
 
-def _as_tuple(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    """A filter as the user writes it: one pattern, several, or none."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-
-
-def _candidate(site: Site, decomposer: Decomposer) -> Candidate:
-    spec, calls = site.spec, site.calls
-    assert spec is not None
-    weight = site.module.weight
-
-    @cache
-    def spectra() -> tuple[Spectrum, ...] | None:
-        assert isinstance(weight, nn.Parameter)
-        try:
-            return decomposer.spectra(weight, spec)
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(
-                f"layer {site.name!r} ({spec}): its singular values cannot be computed ({error}); "
-                f"give it a rank of its own, or leave it alone with exclude=[{site.name!r}]"
-            ) from error
-
-    return Candidate(
-        layer=site.name,
-        method=decomposer.name,
-        max_rank=decomposer.max_rank(spec),
-        before=chain_cost([spec], calls),
-        cost=lambda rank: chain_cost(decomposer.stages(spec, rank), calls),
-        spectra=spectra,
-        aliases=site.names[1:],
-    )
 
 
 def _guarded(choice: Choice) -> Choice:
@@ -223,6 +266,7 @@ def _row(
     )
     if choice.candidate is None or choice.rank is None:
         return row
+    row = replace(row, expected_error=choice.error)
     return planned_row(row, decomposers[choice.candidate.method], choice.rank)
 
 

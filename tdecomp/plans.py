@@ -80,7 +80,9 @@ class Plan(Table):
                 "options; register this one under a name of its own"
             )
         edited = planned_row(
-            replace(row, note=None), decomposer, row.rank if rank is None else rank
+            replace(row, note=None, expected_error=None),
+            decomposer,
+            row.rank if rank is None else rank,
         )
         rows = [edited if old is row else old for old in self.rows]
         return Plan(rows, self.everything_else, {**self.decomposers, decomposer.name: decomposer})
@@ -214,6 +216,7 @@ def _row_from_dict(data: dict[str, Any], decomposers: Mapping[str, Decomposer]) 
         macs_after=data["macs_before"],
         reason=data["reason"],
         note=data["note"],
+        expected_error=data.get("expected_error"),
         calls=calls_from_list(data["calls"]),
     )
     if data["method"] is None:

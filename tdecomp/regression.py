@@ -22,8 +22,8 @@ _ELIMINATION_RIDGE = 1e-9
 class SecondMoment:
     """``E[x xᵀ]`` of a layer's inputs, as a matrix or, for few samples, by the samples themselves.
 
-    >>> SecondMoment(torch.eye(3, dtype=torch.float64)).lost(torch.ones(2, 3).double())
-    6.0...
+    >>> SecondMoment(torch.eye(3)).lost(torch.ones(2, 3))
+    6.0
 
     Attributes
     ----------
@@ -45,6 +45,13 @@ class SecondMoment:
             self.matrix.diagonal().sum() if self.matrix is not None else self._rows.square().sum()
         )
         return _RIDGE * (float(held) / self.fan_in or 1.0)
+
+    @property
+    def trace(self) -> float:
+        """The inputs' whole power."""
+        if self.matrix is not None:
+            return float(self.matrix.diagonal().sum())
+        return float(self._rows.square().sum())
 
     @property
     def fan_in(self) -> int:
@@ -73,6 +80,20 @@ class SecondMoment:
             return project(project(self.matrix).T)
         features = project(self._rows)
         return features.T @ features
+
+    def solved(self, right: Tensor, ridge: float) -> Tensor:
+        """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
+        ridge += self.ridge
+        if self.matrix is not None:
+            shifted = self.matrix + ridge * torch.eye(self.fan_in).to(self.matrix)
+            solution: Tensor = torch.cholesky_solve(right.T, torch.linalg.cholesky(shifted)).T
+            return solution
+        # By the samples, which are fewer (the matrix inversion lemma).
+        samples = self._rows @ self._rows.T
+        shifted = samples + ridge * torch.eye(len(samples)).to(samples)
+        inner = torch.cholesky_solve(self._rows @ right.T, torch.linalg.cholesky(shifted))
+        result: Tensor = (right - (self._rows.T @ inner).T) / ridge
+        return result
 
     def lost(self, difference: Tensor) -> float:
         """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
@@ -103,6 +124,26 @@ def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
 def _leading(symmetric: Tensor, rank: int) -> Tensor:
     vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors.flip(1)
     return vectors[:, :rank]
+
+
+def nested_losses(outputs: Tensor, ranks: int, importance: Tensor | None = None) -> Tensor:
+    """What is lost when 0, 1, … `ranks` leading principal components of the outputs are kept.
+
+    Parameters
+    ----------
+    outputs : Tensor, shape (out, out)
+        Their second moment.
+    ranks : int
+    importance : Tensor, shape (out, out), optional
+        The loss of an error with second moment E is ``tr(H E)``; without H the trace of E.
+    """
+    values, vectors = torch.linalg.eigh(outputs)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
+    if importance is not None:
+        values = values * ((importance @ vectors) * vectors).sum(dim=0).clamp_min(0.0)
+    kept = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    lost: Tensor = (values.sum() - kept)[: ranks + 1].clamp_min(0.0)
+    return lost
 
 
 # Multiplies a matrix (m, fan_in) by the features that some parameters stand for: (m, features).

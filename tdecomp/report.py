@@ -38,8 +38,13 @@ class Row:
     params_before, params_after : int
     macs_before, macs_after : int or None
         Of one forward pass of the example inputs; None without them.
+    expected_error : float or None
+        Before anything is fitted: of ``output_error`` with data, of ``weight_error`` without. Exact
+        for svd, lowrank and spatial, a bound for tucker2; None for CP unless a budget fitted it.
     weight_error : float or None
         ‖W − W̃‖ / ‖W‖ in the Frobenius norm, of the weights as they are stored.
+    output_error : float or None
+        The share of the output's variance that is lost, by the moments; None without data.
     fit_seconds : float or None
     component_norms : float or None
         For CP, the sum of the components' norms over the kernel's: far above √rank they cancel.
@@ -58,7 +63,9 @@ class Row:
     rank: Rank | None = None
     reason: str | None = None
     note: str | None = None
+    expected_error: float | None = None
     weight_error: float | None = None
+    output_error: float | None = None
     fit_seconds: float | None = None
     component_norms: float | None = None
     calls: tuple[Call, ...] | None = None
@@ -86,7 +93,9 @@ class Row:
             "params_after": self.params_after,
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
+            "expected_error": self.expected_error,
             "weight_error": self.weight_error,
+            "output_error": self.output_error,
             "fit_seconds": self.fit_seconds,
             "component_norms": self.component_norms,
             "calls": None
@@ -202,21 +211,15 @@ class Table:
         )
 
     def _render(self, style: str) -> str:
-        headers = ["layer", "", "method", "rank", "params", "MACs", "error", "notes"]
+        headers = ["layer", "", "method", "rank", "params", "MACs", *_ERRORS, "notes"]
         body = [_cells(row) for row in self.rows]
-        other = self.everything_else
-        body.append(
-            ["everything else", "", "", "", _count(other.params), _count(other.macs), "", ""]
-        )
-        before, after = self.before, self.after
-        body.append(
-            [
-                "total", "", "", "",
-                _arrow(before.params, after.params),
-                _arrow(before.macs, after.macs),
-                "", "",
-            ]
-        )  # fmt: skip
+        other, before, after = self.everything_else, self.before, self.after
+        lines = [
+            ["everything else", _count(other.params), _count(other.macs)],
+            ["total", _arrow(before.params, after.params), _arrow(before.macs, after.macs)],
+        ]
+        blank = [""] * (len(_ERRORS) + 1)
+        body += [[title, "", "", "", params, macs, *blank] for title, params, macs in lines]
         shown = [i for i in range(len(headers)) if any(line[i] for line in body)]
         return str(
             tabulate(
@@ -230,10 +233,27 @@ class Table:
 
 
 class Report(Table):
-    """What `apply` did, layer by layer."""
+    """What `apply` did, layer by layer.
+
+    Attributes
+    ----------
+    recovery : tuple of Recovery
+        What the steps after it did to the error of the whole model.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], everything_else: Cost, recovery: Sequence[Any] = ()
+    ) -> None:
+        super().__init__(rows, everything_else)
+        self.recovery = tuple(recovery)
+
+    def summary(self) -> str:
+        """One line: how many layers, parameters and MACs, and what was done afterwards."""
+        return "; ".join((super().summary(), *map(str, self.recovery)))
 
 
-_RIGHT = {"params", "MACs", "error"}
+_ERRORS = ("expected error", "weight error", "output error")
+_RIGHT = {"params", "MACs", *_ERRORS}
 
 
 def _cells(row: Row) -> list[str]:
@@ -250,7 +270,10 @@ def _cells(row: Row) -> list[str]:
         rank,
         _arrow(row.params_before, row.params_after),
         _arrow(row.macs_before, row.macs_after),
-        "" if row.weight_error is None else f"{row.weight_error:.4f}",
+        *(
+            "" if error is None else f"{error:.4f}"
+            for error in (row.expected_error, row.weight_error, row.output_error)
+        ),
         "; ".join(word for word in words if word),
     ]
 

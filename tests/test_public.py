@@ -72,10 +72,11 @@ def test_examples_in_docstrings(name):
 
 # A file imports only from the lines above its own, or from its own line in this order.
 ORDER = (
-    "layer", "chain", "cost", "filters", "tracing", "sites", "moments", "linalg",
+    "layer", "chain", "cost", "filters", "tracing", "sites", "linalg", "regression", "patches",
+    "moments", "batches", "calibration",
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",
-    "plotting", "report", "plans", "planning", "surgery", "recovery", "checkpoint", "engine",
+    "losses", "candidates", "plotting", "report", "plans", "planning", "surgery", "recovery.base", "recovery.*", "recovery", "checkpoint", "engine",
     "composer.closed_form", "composer.core", "composer.factorized", "composer.modules",
     "composer.apply", "composer",
 )  # fmt: skip

@@ -18,6 +18,9 @@ from tdecomp.layer import LayerSpec
 from tdecomp.linalg import Spectrum, frobenius_norm, spectrum, undisturbed
 from tdecomp.regression import SecondMoment
 
+# Of iterative fits that only say what a rank would lose.
+DRAFT_ITERATIONS = 12
+
 
 class Factors(ABC):
     """The factors of one dense kernel: a frozen dataclass of tensors."""
@@ -116,6 +119,21 @@ class Decomposer(ABC):
         del kernel, rank, moment, start
         return None
 
+    def lost_at_every_rank(
+        self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
+    ) -> Tensor | None:
+        """What the best fits of rank 0, 1, 2 … lose, for methods whose fits are nested; or None.
+
+        ``tr(H D G Dᵀ)`` of the difference D, with G the moment and H the importance (out, out) of
+        the outputs; without either, identities.
+        """
+        del kernel, moment, importance
+        return None
+
+    def draft(self) -> "Decomposer":
+        """A quicker version of itself, for an estimate of what a rank loses."""
+        return self
+
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Factors | None:
         """The factors whose `stage_weights` these are, or None for methods that cannot tell."""
         del stage_weights
@@ -162,7 +180,7 @@ class Decomposer(ABC):
                 fitted = self._fit_to_moments(weight, spec, rank, moments, start)
                 if fitted is not None:
                     return fitted.to(weight.dtype)
-            kernels = self._group_kernels(weight.detach().to(self.fit_dtype(weight)), spec)
+            kernels = self.group_kernels(weight.detach().to(self.fit_dtype(weight)), spec)
             groups = tuple(self._fit_scaled(kernel, rank) for kernel in kernels)
             return Factorization(spec, groups).to(weight.dtype)
 
@@ -174,7 +192,7 @@ class Decomposer(ABC):
         moments: Sequence[SecondMoment],
         start: Factorization | None,
     ) -> Factorization | None:
-        kernels = self._group_kernels(weight.detach().double(), spec)
+        kernels = self.group_kernels(weight.detach().double(), spec)
         groups = []
         for group, (kernel, moment) in enumerate(zip(kernels, moments, strict=True)):
             scale = float(kernel.abs().max()) or 1.0
@@ -204,7 +222,7 @@ class Decomposer(ABC):
     def spectra(self, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
         """The spectrum behind each rank, or None if this method's rank has none."""
         with undisturbed(weight.device):
-            per_group = [self.unfoldings(k) for k in self._group_kernels(weight.detach(), spec)]
+            per_group = [self.unfoldings(k) for k in self.group_kernels(weight.detach(), spec)]
             if per_group[0] is None:
                 return None
             return tuple(spectrum(matrices) for matrices in zip(*per_group, strict=True))
@@ -230,8 +248,17 @@ class Decomposer(ABC):
             _parameter(chain[-1].bias).requires_grad_(layer.bias.requires_grad)
         return chain.train(layer.training)
 
-    def assemble(self, layer: nn.Module, factorization: Factorization, rank: Rank) -> Chain:
-        """The chain that holds the factors and the layer's bias, like the layer in all else."""
+    def assemble(
+        self,
+        layer: nn.Module,
+        factorization: Factorization,
+        rank: Rank,
+        shift: Tensor | None = None,
+    ) -> Chain:
+        """The chain that holds the factors and the layer's bias, like the layer in all else.
+
+        `shift` (out,) is added to the bias of a layer that has one.
+        """
         spec, weight, bias = factorization.spec, _parameter(layer.weight), layer.bias
         with undisturbed(weight.device):
             chain = self.build_like(layer, spec, rank)
@@ -240,7 +267,7 @@ class Decomposer(ABC):
             ):
                 _parameter(part.weight).copy_(stage.from_forward_layout(values))
             if isinstance(bias, nn.Parameter):
-                _parameter(chain[-1].bias).copy_(bias)
+                _parameter(chain[-1].bias).copy_(bias if shift is None else bias + shift)
         for memory_format in (torch.channels_last, torch.channels_last_3d):
             if _has_format(weight, memory_format):
                 chain.to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -251,7 +278,8 @@ class Decomposer(ABC):
         wide = self.fits_in_float64 or weight.dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
-    def _group_kernels(self, weight: Tensor, spec: LayerSpec) -> Sequence[Tensor]:
+    def group_kernels(self, weight: Tensor, spec: LayerSpec) -> Sequence[Tensor]:
+        """Each group's kernel (out / groups, in / groups, *kernel)."""
         return spec.to_forward_layout(weight).chunk(spec.groups)
 
     def _fit_scaled(self, kernel: Tensor, rank: Rank) -> Factors:

@@ -16,7 +16,13 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors, better, check_iteration
+from tdecomp.decomposers.base import (
+    DRAFT_ITERATIONS,
+    Decomposer,
+    Factors,
+    better,
+    check_iteration,
+)
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
 from tdecomp.regression import SecondMoment, variable_projection
@@ -356,6 +362,9 @@ class CP(Decomposer):
         assert isinstance(before, CPFactors)
         fitted = fit_cp_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
         return better(kernel, moment, fitted, before)
+
+    def draft(self) -> "CP":
+        return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> CPFactors:
         first, *depthwise, last = stage_weights

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors, better, check_iteration
+from tdecomp.decomposers.base import (
+    DRAFT_ITERATIONS,
+    Decomposer,
+    Factors,
+    better,
+    check_iteration,
+)
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import truncated_svd
-from tdecomp.regression import SecondMoment, variable_projection
+from tdecomp.regression import SecondMoment, nested_losses, variable_projection
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,18 @@ class Spatial(Decomposer):
         assert isinstance(before, SpatialFactors)
         fitted = fit_spatial_to(kernel, before, moment, self.n_iter_max, self.tol)
         return better(kernel, moment, fitted, before)
+
+    def draft(self) -> "Spatial":
+        return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
+
+    def lost_at_every_rank(
+        self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
+    ) -> Tensor | None:
+        if moment is not None or importance is not None:
+            return None  # only in the norm of the weights are the best fits nested
+        matrix = _matrix(kernel)
+        gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+        return nested_losses(gram, min(matrix.shape))
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> SpatialFactors:
         return SpatialFactors(*stage_weights)

@@ -13,7 +13,7 @@ from tdecomp.chain import Rank
 from tdecomp.decomposers.base import Decomposer, Factors
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import truncated_svd
-from tdecomp.regression import SecondMoment, leading_outputs
+from tdecomp.regression import SecondMoment, leading_outputs, nested_losses
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,13 @@ output_padding=(), groups=1, padding_mode='zeros', bias=False, transposed=False)
         del start  # the closed form needs none
         assert isinstance(rank, int)
         return fit_low_rank_to(kernel, rank, moment)
+
+    def lost_at_every_rank(
+        self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
+    ) -> Tensor:
+        matrix = kernel.flatten(1)
+        outputs = matrix @ matrix.T if moment is None else moment.between(matrix)
+        return nested_losses(outputs, min(matrix.shape), importance)
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> LowRankFactors:
         first, second = stage_weights

@@ -14,7 +14,13 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors, better, check_iteration
+from tdecomp.decomposers.base import (
+    DRAFT_ITERATIONS,
+    Decomposer,
+    Factors,
+    better,
+    check_iteration,
+)
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import (
     left_singular_vectors,
@@ -187,6 +193,9 @@ class Tucker2(Decomposer):
         assert isinstance(before, Tucker2Factors)
         fitted = fit_tucker2_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
         return better(kernel, moment, fitted, before)
+
+    def draft(self) -> "Tucker2":
+        return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
         first, core, last = stage_weights

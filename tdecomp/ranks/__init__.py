@@ -7,6 +7,7 @@ from typing import Any
 
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
 from tdecomp.ranks.breakeven import BreakEven
+from tdecomp.ranks.budget import Budget
 from tdecomp.ranks.energy import Energy
 from tdecomp.ranks.fixed import ByLayer, Fixed
 from tdecomp.ranks.ratio import Ratio
@@ -61,13 +62,15 @@ def _entry(pattern: Any, value: Any) -> RankSelector:
 
 _EXPECTED = (
     "a positive int, a pair of them for Tucker-2, a float above 0 and below 1, one of "
-    f"{', '.join(map(repr, _NAMED))}, a selector such as Ratio(0.5, of='macs'), Energy(0.9) or "
-    "VBMF(weaken=0.5), or a dict of layer names or globs to any of these"
+    f"{', '.join(map(repr, _NAMED))}, a selector such as Ratio(0.5, of='macs'), "
+    "Budget(macs=0.5), Energy(0.9) or VBMF(weaken=0.5), or a dict of layer names or globs to "
+    "any of these"
 )
 
 __all__ = [
     "VBMF",
     "BreakEven",
+    "Budget",
     "ByLayer",
     "Candidate",
     "Choice",

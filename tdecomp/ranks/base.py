@@ -9,10 +9,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
+from typing import ClassVar
 
 from tdecomp.chain import Rank
 from tdecomp.cost import Cost
 from tdecomp.linalg import Spectrum
+
+NOTHING = Cost(0, 0)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A rank of a candidate, with what it costs and what it loses.
+
+    Attributes
+    ----------
+    rank : int or tuple of int
+    cost : Cost
+    loss : float
+        Comparable from layer to layer.
+    error : float
+        The layer's own: the share of its output's variance that is lost, or without data that of
+        its weight's square.
+    """
+
+    rank: Rank
+    cost: Cost
+    loss: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,8 @@ class Candidate:
         Of the chain, growing with each rank.
     spectra : callable ``() -> tuple of Spectrum or None``
         One for each rank, computed when called; None for methods whose rank has no spectrum.
+    options : callable ``() -> sequence of Option``
+        The ranks worth considering, computed when called.
     aliases : tuple of str
         The layer's other names.
     """
@@ -42,6 +68,7 @@ class Candidate:
     before: Cost
     cost: Callable[[Rank], Cost]
     spectra: Callable[[], tuple[Spectrum, ...] | None]
+    options: Callable[[], Sequence[Option]] = tuple
     aliases: tuple[str, ...] = ()
 
 
@@ -53,14 +80,21 @@ class Choice:
     rank: Rank | None = None
     reason: str | None = None
     note: str | None = None
+    error: float | None = None
 
 
 class RankSelector(ABC):
     """Decides how much. Local selectors look at one layer; a budget looks at all of them."""
 
+    # Whether it weighs layers against each other, so that gradients are worth their time.
+    weighs_layers: ClassVar[bool] = False
+
     @abstractmethod
-    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
-        """One choice per site, from its candidates in the order of the user's methods."""
+    def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
+        """One choice per site, from its candidates in the order of the user's methods.
+
+        `rest` is the cost of all of the model that is none of these sites.
+        """
 
 
 class LocalSelector(RankSelector):
@@ -70,7 +104,8 @@ class LocalSelector(RankSelector):
     def choose(self, candidate: Candidate) -> Choice:
         """The rank for this candidate, or the reason for none."""
 
-    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
+    def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
+        del rest  # each layer for itself
         return [self.choose(candidates[0]) for candidates in sites]
 
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tdecomp.chain import Rank
+from tdecomp.cost import Cost
 from tdecomp.filters import matches
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector, spread
+from tdecomp.ranks.base import NOTHING, Candidate, Choice, LocalSelector, RankSelector, spread
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Fixed(LocalSelector):
             )
         return Choice(candidate, rank)
 
-    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
-        choices = super().select(sites)
+    def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
+        choices = super().select(sites, rest)
         if choices and all(choice.rank is None for choice in choices):
             limits = (candidates[0] for candidates in sites)
             shown = ", ".join(f"{c.layer!r} ({c.method}): {c.max_rank}" for c in limits)
@@ -90,12 +91,12 @@ class ByLayer(RankSelector):
 
     selectors: Mapping[str, RankSelector] = field(default_factory=dict)
 
-    def select(self, sites: Sequence[Sequence[Candidate]]) -> list[Choice]:
+    def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         names = [(c[0].layer, *c[0].aliases) for c in sites]
         choices = [Choice(reason="no rank was given for it")] * len(sites)
         for pattern, selector in self.selectors.items():
             mine = [i for i, n in enumerate(names) if self._pattern_of(n) == pattern]
-            chosen = selector.select([sites[i] for i in mine]) if mine else []
+            chosen = selector.select([sites[i] for i in mine], rest) if mine else []
             for i, choice in zip(mine, chosen, strict=True):
                 choices[i] = choice
         return choices

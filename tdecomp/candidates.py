@@ -1,0 +1,76 @@
+"""What a rank selector is offered: for a layer and a method, its ranks, costs and losses."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import nn
+
+from tdecomp.calibration import Moments
+from tdecomp.cost import chain_cost
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.linalg import Spectrum, undisturbed
+from tdecomp.losses import LayerLosses, whole_loss
+from tdecomp.ranks.base import Candidate, Option
+from tdecomp.sites import Site
+
+
+def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLosses]:
+    """For each site what its ranks lose, in one unit for all of them.
+
+    A layer whose gradients are not known counts as much as the others do on average.
+    """
+    found = []
+    for site in sites:
+        weight, spec = site.module.weight, site.spec
+        assert isinstance(weight, nn.Parameter)
+        assert spec is not None
+        mine = None if moments is None else moments.layers.get(site.name)
+        cache = {}
+        if moments is not None:
+            place = (site.name, weight.data_ptr(), weight._version)
+            cache = moments.fits.setdefault(place, {})
+        if mine is not None:
+            mine = mine.to(weight.device)
+        found.append(LayerLosses(weight, spec, mine, cache=cache))
+    if any(lost.moments is not None and lost.moments.gradient is not None for lost in found):
+        wholes = []
+        for lost in found:
+            if lost.moments is not None and lost.moments.gradient is not None:
+                with undisturbed(lost.weight.device):
+                    wholes.append(whole_loss(lost.weight, lost.moments) or 0.0)
+        for lost in found:
+            lost.unit = sum(wholes) / len(wholes)
+    return found
+
+
+def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candidate:
+    """The site and the method as a selector sees them."""
+    spec, calls, weight = losses.spec, site.calls, losses.weight
+    before = chain_cost([spec], calls)
+    cost = cache(lambda rank: chain_cost(decomposer.stages(spec, rank), calls))
+
+    @cache
+    def spectra() -> tuple[Spectrum, ...] | None:
+        try:
+            return decomposer.spectra(weight, spec)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"layer {site.name!r} ({spec}): its singular values cannot be computed ({error}); "
+                f"give it a rank of its own, or leave it alone with exclude=[{site.name!r}]"
+            ) from error
+
+    @cache
+    def options() -> Sequence[Option]:
+        return losses.options(decomposer, cost, before)
+
+    return Candidate(
+        layer=site.name,
+        method=decomposer.name,
+        max_rank=decomposer.max_rank(spec),
+        before=before,
+        cost=cost,
+        spectra=spectra,
+        options=options,
+        aliases=site.names[1:],
+    )

@@ -1,0 +1,51 @@
+"""Getting accuracy back without labels: each way alone, or several as steps of `decompose`."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from tdecomp.calibration import Source
+from tdecomp.recovery.base import Recovery
+from tdecomp.recovery.batchnorm import recalibrate_batchnorm
+from tdecomp.recovery.distill import distill
+from tdecomp.recovery.refit import refit
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which of them to take, in the order in which they are taken."""
+
+    recalibrate_batchnorm: bool = False
+    refit: bool = False
+    distill: bool = False
+
+    def __bool__(self) -> bool:
+        return self.recalibrate_batchnorm or self.refit or self.distill
+
+    def check(self, source: Source) -> None:
+        """Refuse data that the steps cannot be taken with, before anything is done."""
+        for name in ("recalibrate_batchnorm", "refit", "distill"):
+            if getattr(self, name):
+                source.batches(name).again(name)
+
+    def run(self, model: nn.Module, original: nn.Module, source: Source) -> tuple[Recovery, ...]:
+        """Take the steps on `model` itself."""
+        done: list[Recovery] = []
+        common = {
+            "forward": source.forward,
+            "max_batches": source.max_batches,
+            "inplace": True,
+            "progress": source.progress,
+        }
+        if self.recalibrate_batchnorm:
+            done.append(
+                recalibrate_batchnorm(model, source.data, original=original, **common)  # type: ignore[arg-type]
+            )
+        if self.refit:
+            done.append(refit(model, original, source.data, **common))  # type: ignore[arg-type]
+        if self.distill:
+            done.append(distill(model, original, source.data, **common))  # type: ignore[arg-type]
+        return tuple(done)
+
+
+__all__ = ["Recovery", "Steps", "distill", "recalibrate_batchnorm", "refit"]

@@ -1,0 +1,189 @@
+"""A short fine-tuning against the original's outputs, without labels.
+
+Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; with hints from inside the
+network as in Romero et al. 2015, "FitNets".
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tdecomp.batches import Batches, Forward, device_of, tensors_of
+from tdecomp.recovery.base import Recovery, adopt, both_untouched, lost_output
+
+# Checks of the whole model's error on the way, each of which may become the result.
+_CHECKS = 8
+_WARM_UP = 0.1
+_MAX_GRADIENT_NORM = 1.0
+
+
+def distill(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Any,
+    *,
+    steps: int = 200,
+    lr: float = 1e-3,
+    hints: bool = True,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+    inplace: bool = False,
+    progress: bool = True,
+) -> Recovery:
+    """Train a decomposed model for a short while to give the original's outputs.
+
+    >>> original = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> smaller = tdecomp.decompose(original, "svd", rank=3, progress=False).model
+    >>> recovery = distill(smaller, original, [torch.randn(64, 16)], steps=20, progress=False)
+    >>> recovery.error_after < recovery.error_before
+    True
+
+    The loss is the squared distance to the original's outputs and, as hints, to those of its
+    direct children, each as a share of its variance. Both models run in evaluation mode (batch
+    norm statistics stay, dropout is off); Adam trains all parameters that require gradients, its
+    rate rising over the first tenth of the steps and falling to zero. The model that lost least on
+    the first few hundred samples is kept, the one handed in included; an interrupt
+    (KeyboardInterrupt) ends the training with the best so far.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What `decompose` or `apply` made, or any model with the original's outputs.
+    original : nn.Module
+    batches : iterable of batches
+        As for `tdecomp.calibrate`; a list or a DataLoader, gone through as often as needed.
+    steps : int
+        One batch each.
+    lr : float
+        The highest rate of Adam.
+    hints : bool
+        Whether to compare the outputs of the model's direct children, too.
+    forward, max_batches
+        As for `tdecomp.calibrate`.
+    inplace : bool
+        Change `model` itself; on an error it is as it was.
+    progress : bool
+        Show a bar over the steps.
+
+    Returns
+    -------
+    Recovery
+
+    Raises
+    ------
+    ValueError
+        If the outputs of the two models differ in shape, if nothing requires gradients, if the
+        loss becomes NaN, and as `tdecomp.calibrate`.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"distill: expected steps of at least 1, got {steps!r}")
+    source = Batches(batches, "distill", forward, max_batches)
+    source.again("distill")
+    with torch.inference_mode(False):
+        changed = copy.deepcopy(model)
+    before = lost_output(changed, original, source)
+    trained = [p for p in changed.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("distill: no parameter of the model requires gradients; expected some")
+    best, best_error = copy.deepcopy(changed.state_dict()), before
+    notes: tuple[str, ...] = ()
+    try:
+        with both_untouched(changed, original), torch.inference_mode(False), torch.enable_grad():
+            for _ in _training(changed, original, trained, source, steps, lr, hints, progress):
+                error = lost_output(changed, original, source)
+                if error < best_error:
+                    best, best_error = copy.deepcopy(changed.state_dict()), error
+    except KeyboardInterrupt:
+        notes = ("interrupted: the best model so far",)
+    changed.load_state_dict(best)
+    changed.zero_grad(set_to_none=True)
+    if inplace:
+        adopt(model, changed)
+        changed = model
+    return Recovery(changed, "distill", before, best_error, {}, notes)
+
+
+def _training(
+    model: nn.Module,
+    original: nn.Module,
+    trained: list[nn.Parameter],
+    batches: Batches,
+    steps: int,
+    lr: float,
+    hints: bool,
+    progress: bool,
+) -> Iterator[None]:
+    """Train, pausing after each of a few stretches."""
+    optimizer = torch.optim.Adam(trained, lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=max(steps, 2), pct_start=_WARM_UP
+    )
+    device = device_of(model)
+    endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
+    pause = max(1, steps // _CHECKS)
+    with _Outputs(model, hints) as mine, _Outputs(original, hints) as wanted:
+        bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=not progress)
+        for step in bar:
+            batch = next(endless)
+            with torch.no_grad():
+                targets = wanted.of(original, batches, batch)
+            loss = _distance(mine.of(model, batches, batch), targets)
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(
+                    f"distill: the loss is {float(loss)} after {step - 1} steps; expected a finite "
+                    f"one: try a lower rate than lr={lr:g}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix_str(f"loss {float(loss):.4g}", refresh=False)
+            if step % pause == 0 or step == steps:
+                yield
+
+
+def _distance(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
+    """The sum over all outputs of the squared distance, as a share of the variance."""
+    terms = [
+        (mine[name] - target).square().mean() / target.var(unbiased=False).clamp_min(1e-12)
+        for name, target in wanted.items()
+        if name in mine and mine[name].shape == target.shape
+    ]
+    return torch.stack(terms).sum()
+
+
+class _Outputs:
+    """The outputs of a model and, as hints, of its direct children that have parameters."""
+
+    def __init__(self, model: nn.Module, hints: bool) -> None:
+        self._children = dict(model.named_children()) if hints else {}
+        self._found: dict[str, Tensor] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Outputs":
+        for name, child in self._children.items():
+            if any(True for _ in child.parameters()):
+
+                def take(_: Any, __: Any, output: Any, name: str = name) -> None:
+                    if isinstance(output, Tensor) and output.is_floating_point():
+                        # What follows may change it in place.
+                        self._found[name] = output.clone()
+
+                self._stack.callback(child.register_forward_hook(take).remove)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str, Tensor]:
+        """The outputs of one call, by name."""
+        self._found = {}
+        outputs = tensors_of(batches.run(model, batch))
+        return {**self._found, **{f"output {i}": z for i, z in enumerate(outputs)}}

@@ -1,0 +1,262 @@
+"""Refitting each chain to the original layer's outputs, on the inputs it really gets.
+
+Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and
+Detection", section 3.3: asymmetric reconstruction, in the order of the network.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tdecomp.batches import Batches, Forward, device_of
+from tdecomp.chain import Chain
+from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer
+from tdecomp.layer import LayerSpec
+from tdecomp.linalg import undisturbed
+from tdecomp.moments import Accumulator, LayerMoments
+from tdecomp.recovery.base import Pair, Recovery, adopt, both_untouched, lost_output, pairs_of
+
+# Towards the original kernel, as a share of the inputs' mean power, for as many samples as inputs
+# to each output; with more samples it goes down in proportion.
+_RIDGE = 1e-2
+
+
+def refit(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Any,
+    *,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+    inplace: bool = False,
+    progress: bool = True,
+) -> Recovery:
+    """Fit every chain of a decomposed model to what the original layer gave, without labels.
+
+    >>> original = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> smaller = tdecomp.decompose(original, "svd", rank=2, progress=False).model
+    >>> recovery = refit(smaller, original, [torch.randn(64, 16)], progress=False)
+    >>> recovery.error_after < recovery.error_before
+    True
+
+    Chains are taken in the order in which they run. For each, the batches go through both models
+    up to there, second moments are summed up, and all its factors (and its bias) are solved for
+    again, so that its output for the decomposed model's own activations comes nearest to the
+    original's. Activations are not kept.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What `decompose` or `apply` made.
+    original : nn.Module
+        What it was made from.
+    batches : iterable of batches
+        As for `tdecomp.calibrate`; a list or a DataLoader, as there is a pass for each chain.
+    forward, max_batches
+        As for `tdecomp.calibrate`.
+    inplace : bool
+        Change `model` itself, wholly or, on an error, not at all.
+    progress : bool
+        Show a bar over the chains.
+
+    Returns
+    -------
+    Recovery
+
+    Raises
+    ------
+    ValueError
+        If the model was not decomposed from this original, and as `tdecomp.calibrate`.
+    """
+    source = Batches(batches, "refit", forward, max_batches)
+    source.again("refit")
+    changed = copy.deepcopy(model)
+    before = lost_output(changed, original, source)
+    pairs = pairs_of(changed, original, "refit")
+    layers: dict[str, tuple[float, float]] = {}
+    notes: list[str] = []
+    with both_untouched(changed, original), torch.no_grad():
+        pairs, calls = _in_network_order(changed, pairs, source)
+        for pair in tqdm(pairs, desc="refit", unit="layer", disable=not progress):
+            if pair.spec.transposed or not _decomposer(pair).uses_moments:
+                notes.append(f"{pair.name} left as it was: {pair.chain.method} on {pair.spec.kind}")
+                continue
+            sums = _sums(changed, original, pair, calls[pair.chain], source)
+            layers[pair.name] = _refit_chain(pair, sums)
+    after = lost_output(changed, original, source)
+    if inplace:
+        adopt(model, changed)
+        changed = model
+    return Recovery(changed, "refit", before, after, layers, tuple(notes))
+
+
+def _decomposer(pair: Pair) -> Decomposer:
+    assert pair.chain.method is not None
+    return get_decomposer(pair.chain.method)
+
+
+class _Reached(BaseException):
+    """The pass has come as far as it has to. No error: nobody's `except Exception` stops it."""
+
+
+def _in_network_order(
+    model: nn.Module, pairs: Sequence[Pair], batches: Batches
+) -> tuple[list[Pair], dict[Chain, int]]:
+    """The pairs in the order in which a pass first reaches them, and how often it does."""
+    calls: dict[Chain, int] = {}
+
+    def count(chain: nn.Module, *_: Any) -> None:
+        assert isinstance(chain, Chain)
+        calls[chain] = calls.get(chain, 0) + 1
+
+    with ExitStack() as stack:
+        for pair in pairs:
+            stack.callback(pair.chain.register_forward_pre_hook(count).remove)
+        batches.run(model, next(batches.on(device_of(model))))
+    order = {chain: position for position, chain in enumerate(calls)}
+    reached = [pair for pair in pairs if pair.chain in calls]
+    return sorted(reached, key=lambda pair: order[pair.chain]), calls
+
+
+def _sums(
+    model: nn.Module, original: nn.Module, pair: Pair, calls: int, batches: Batches
+) -> Accumulator:
+    """The moments of the chain's inputs together with the original layer's outputs."""
+    sums = Accumulator(pair.spec, with_outputs=True)
+    for batch in batches.on(device_of(model)):
+        wanted = _seen(original, pair.layer, batch, batches, calls, lambda _, output: output)
+        inputs = _seen(model, pair.chain, batch, batches, calls, lambda args, _: args[0])
+        for x, y in zip(inputs, wanted, strict=True):
+            sums.add(x, y)
+    return sums
+
+
+def _seen(
+    model: nn.Module,
+    module: nn.Module,
+    batch: Any,
+    batches: Batches,
+    calls: int,
+    pick: Callable[[tuple[Any, ...], Any], Tensor],
+) -> list[Tensor]:
+    """What `pick` finds in each call of a module, running the model no further than needed."""
+    found: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.append(pick((*args, *kwargs.values()), output).clone())
+        if len(found) == calls:
+            raise _Reached
+
+    handle = module.register_forward_hook(take, with_kwargs=True)
+    try:
+        batches.run(model, batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found
+
+
+def _refit_chain(pair: Pair, sums: Accumulator) -> tuple[float, float]:
+    """Solve for the chain's factors again; the shares of the output lost before and after."""
+    chain, spec = pair.chain, pair.spec
+    decomposer = _decomposer(pair)
+    moments = sums.finish()
+    assert moments is not None
+    cross, mean_output, power = sums.mean_cross()
+    weight = pair.layer.weight
+    assert isinstance(weight, nn.Parameter)
+    with undisturbed(weight.device):
+        before = decomposer.factorization_of(chain, spec)
+        if before is None:
+            return float("nan"), float("nan")
+        target = _target(moments, cross, mean_output, weight)
+        fitted = decomposer.factorize(
+            spec.from_forward_layout(target), spec, _rank(chain), moments.second_moments(), before
+        )
+        problem = _Problem(moments, cross, mean_output, power)
+        error_before = problem.lost(before, _bias(chain))
+        bias = problem.best_bias(fitted) if spec.bias else None
+        error_after = problem.lost(fitted, bias)
+        if error_after < error_before:
+            _put(chain, fitted, bias)
+    return error_before, min(error_before, error_after)
+
+
+class _Problem:
+    """How far a chain's outputs are from the original's, by the moments of both."""
+
+    def __init__(
+        self, moments: LayerMoments, cross: Tensor, mean_output: Tensor, power: float
+    ) -> None:
+        self._moments, self._cross = moments, cross
+        self._mean_output, self._power = mean_output, power
+        self._second = _uncentred(moments).second_moments()
+        self._variance = power - float(mean_output.square().sum())
+
+    def best_bias(self, fitted: Factorization) -> Tensor:
+        return self._mean_output.flatten() - self._moments.mean_output(fitted.to_kernel())
+
+    def lost(self, fitted: Factorization, bias: Tensor | None) -> float:
+        """``E‖y − K̃ x̃ − b̃‖²`` as a share of the variance of y."""
+        kernels = self._moments.kernels(fitted.to_kernel())
+        lost = self._power
+        for kernel, second, cross in zip(kernels, self._second, self._cross, strict=True):
+            lost += second.lost(kernel) - 2.0 * float((kernel * cross).sum())
+        if bias is not None:
+            bias = bias.double()
+            reached = self._moments.mean_output(fitted.to_kernel())
+            lost += float((bias * (bias + 2.0 * (reached - self._mean_output.flatten()))).sum())
+        return max(lost, 0.0) / self._variance if self._variance > 0 else 0.0
+
+
+def _uncentred(moments: LayerMoments) -> LayerMoments:
+    return replace(moments, spec=replace(moments.spec, bias=False))
+
+
+def _target(moments: LayerMoments, cross: Tensor, mean_output: Tensor, weight: Tensor) -> Tensor:
+    """The kernel that, without any restriction, comes nearest to the original's outputs.
+
+    Where the samples say little it stays with the original kernel.
+    """
+    spec, targets = moments.spec, []
+    groups = zip(
+        moments.kernels(weight), moments.second_moments(), cross, mean_output, moments.mean,
+        strict=True,
+    )  # fmt: skip
+    for kernel, second, together, output, mean in groups:
+        if spec.bias:
+            together = together - output[:, None] * mean[None]
+        missing = together - second.applied(kernel)  # (out, fan_in)
+        power = second.trace / spec.fan_in
+        ridge = _RIDGE * power * spec.fan_in / max(moments.count, 1)
+        targets.append(kernel + second.solved(missing, ridge))
+    return torch.cat(targets).reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
+
+
+def _rank(chain: Chain) -> Any:
+    assert chain.rank is not None
+    return chain.rank
+
+
+def _bias(chain: Chain) -> Tensor | None:
+    bias = chain[-1].bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def _put(chain: Chain, fitted: Factorization, bias: Tensor | None) -> None:
+    for part, values in zip(chain, fitted.stage_weights(), strict=True):
+        _parameter(part.weight).copy_(LayerSpec.of(part).from_forward_layout(values))
+    if bias is not None:
+        _parameter(chain[-1].bias).copy_(bias)
+
+
+def _parameter(value: Any) -> nn.Parameter:
+    assert isinstance(value, nn.Parameter)
+    return value
