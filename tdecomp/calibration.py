@@ -19,7 +19,7 @@ from tdecomp.sites import Site, find_sites
 from tdecomp.tracing import no_fast_path, untouched
 
 # Examples whose gradients say how much each layer's outputs matter: ranks need no more.
-_GRADIENT_SAMPLES = 256
+_GRADIENT_SAMPLES = 128
 
 
 class Moments(Mapping[str, LayerMoments]):

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from tdecomp.calibration import Moments
-from tdecomp.cost import chain_cost
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.linalg import Spectrum, undisturbed
 from tdecomp.losses import LayerLosses, whole_loss
@@ -15,24 +15,26 @@ from tdecomp.ranks.base import Candidate, Option
 from tdecomp.sites import Site
 
 
-def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLosses]:
+def layer_losses(
+    sites: Sequence[Site], methods: Sequence[Sequence[Decomposer]], moments: Moments | None
+) -> list[LayerLosses]:
     """For each site what its ranks lose, in one unit for all of them.
 
     A layer whose gradients are not known counts as much as the others do on average.
     """
     found = []
-    for site in sites:
+    for site, rivals in zip(sites, methods, strict=True):
         weight, spec = site.module.weight, site.spec
         assert isinstance(weight, nn.Parameter)
         assert spec is not None
         mine = None if moments is None else moments.layers.get(site.name)
-        cache = {}
+        fits: dict[Any, Any] = {}
         if moments is not None:
             place = (site.name, weight.data_ptr(), weight._version)
-            cache = moments.fits.setdefault(place, {})
+            fits = moments.fits.setdefault(place, {})
         if mine is not None:
             mine = mine.to(weight.device)
-        found.append(LayerLosses(weight, spec, mine, cache=cache))
+        found.append(LayerLosses(weight, spec, mine, site.calls, rivals, cache=fits))
     if any(lost.moments is not None and lost.moments.gradient is not None for lost in found):
         wholes = []
         for lost in found:
@@ -46,9 +48,7 @@ def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLo
 
 def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candidate:
     """The site and the method as a selector sees them."""
-    spec, calls, weight = losses.spec, site.calls, losses.weight
-    before = chain_cost([spec], calls)
-    cost = cache(lambda rank: chain_cost(decomposer.stages(spec, rank), calls))
+    spec, weight = losses.spec, losses.weight
 
     @cache
     def spectra() -> tuple[Spectrum, ...] | None:
@@ -62,14 +62,14 @@ def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candid
 
     @cache
     def options() -> Sequence[Option]:
-        return losses.options(decomposer, cost, before)
+        return losses.options(decomposer)
 
     return Candidate(
         layer=site.name,
         method=decomposer.name,
         max_rank=decomposer.max_rank(spec),
-        before=before,
-        cost=cost,
+        before=losses.before,
+        cost=losses.cost(decomposer),
         spectra=spectra,
         options=options,
         aliases=site.names[1:],

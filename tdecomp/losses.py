@@ -1,24 +1,34 @@
 """What each rank of a method would lose on a layer, for selectors that weigh layers."""
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
 from tdecomp.chain import Rank
-from tdecomp.cost import Cost
+from tdecomp.cost import Cost, chain_cost
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.layer import LayerSpec
+from tdecomp.layer import Call, LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import LayerMoments
 from tdecomp.ranks.base import Option
 
-# Ranks at which an iterative method is fitted, as shares of the largest one that pays.
-_LADDER = (0.06, 0.15, 0.33, 0.6, 0.95)
+# The share of the layer's cost at which an iterative method is fitted first, to see whether it is
+# worth fitting at the ends of its ladder of ranks, too: a method that loses so many times as much
+# as another one does at about that cost is not.
+_PROBE = 0.3
+_ABOUT = 1.15
+_HOPELESS = 1.3
+# The largest rank of a ladder keeps this share of the layer's cost: few budgets ask for more.
+_LARGEST = 0.9
+# The smallest rank of a ladder, as a share of the largest that pays.
+_SMALLEST = 0.06
 # Ranks that become options, fitted or in between.
 _OPTIONS = 48
 # Losses below this share of the whole count as this much, so that logarithms exist.
@@ -37,6 +47,10 @@ class LayerLosses:
     spec : LayerSpec
     moments : LayerMoments or None
         Without them the norm is that of the weights.
+    calls : sequence of Call or None
+        What one pass of the example inputs asks of the layer.
+    rivals : sequence of Decomposer
+        All methods that are to be chosen from.
     unit : float
         What losing the whole output of a layer without known gradients counts for.
     cache : mutable mapping
@@ -46,29 +60,50 @@ class LayerLosses:
     weight: nn.Parameter
     spec: LayerSpec
     moments: LayerMoments | None
+    calls: Sequence[Call] | None = None
+    rivals: Sequence[Decomposer] = ()
     unit: float = 1.0
     cache: MutableMapping[Any, Any] = field(default_factory=dict)
+    _curves: dict[str, "_Curve"] = field(default_factory=dict)
+    _costs: dict[str, Callable[[Rank], Cost]] = field(default_factory=dict)
 
-    def options(
-        self, decomposer: Decomposer, cost: Callable[[Rank], Cost], before: Cost
-    ) -> list[Option]:
+    def options(self, decomposer: Decomposer) -> list[Option]:
         """The ranks worth considering, those that save something."""
         with undisturbed(self.weight.device):
-            nested = self._nested(decomposer)
-            largest = decomposer.max_rank(self.spec)
-            if isinstance(largest, int):
-                paying = _largest_paying(largest, cost, before)
-                ranks: Sequence[Rank] = _spaced(1 if nested else math.ceil(0.06 * paying), paying)
-            else:
-                ranks = [r for r in _descent(largest, cost) if cost(r).deciding < before.deciding]
-                ranks = [ranks[i - 1] for i in _spaced(1, len(ranks))]
-            if not ranks:
+            mine = self._curve(decomposer)
+            if mine.hopeless_beside(self._curve(other) for other in self.rivals):
                 return []
-            lost = [nested[_only(r)] for r in ranks] if nested else self._fitted(decomposer, ranks)
-        return [
-            Option(rank, cost(rank), loss, error)
-            for rank, (loss, error) in zip(ranks, lost, strict=True)
-        ]
+            mine.complete()
+            return mine.options()
+
+    def _curve(self, decomposer: Decomposer) -> "_Curve":
+        if decomposer.name not in self._curves:
+            self._curves[decomposer.name] = _Curve(self, decomposer)
+        return self._curves[decomposer.name]
+
+    def ladder(self, decomposer: Decomposer) -> list[Rank]:
+        """Ranks from a small one to one that nearly costs the layer, on a log scale."""
+        largest, cost = decomposer.max_rank(self.spec), self.cost(decomposer)
+        limit = _LARGEST * self.before.deciding
+        if isinstance(largest, int):
+            paying = _largest_within(largest, cost, limit)
+            low = 1 if self.nested(decomposer) else math.ceil(_SMALLEST * paying)
+            return list(_spaced(low, paying))
+        ranks = [r for r in _descent(largest, cost) if cost(r).deciding <= limit]
+        return [ranks[i - 1] for i in _spaced(1, len(ranks))]
+
+    def cost(self, decomposer: Decomposer) -> Callable[[Rank], Cost]:
+        """What a rank costs on the calls that were observed."""
+        if decomposer.name not in self._costs:
+            self._costs[decomposer.name] = cache(
+                lambda rank: chain_cost(decomposer.stages(self.spec, rank), self.calls)
+            )
+        return self._costs[decomposer.name]
+
+    @property
+    def before(self) -> Cost:
+        """Of the layer as it is."""
+        return chain_cost([self.spec], self.calls)
 
     def expected_error(self, decomposer: Decomposer, rank: Rank) -> float | None:
         """What the row of a plan expects: exact for nested methods, else a bound or None.
@@ -76,14 +111,14 @@ class LayerLosses:
         With moments the share of the output's variance, without the relative error of the weight.
         """
         with undisturbed(self.weight.device):
-            nested = self._nested(decomposer)
+            nested = self.nested(decomposer)
             if nested is not None:
                 error = nested[_only(rank)][1]
                 return error if self._by_moments(decomposer) else math.sqrt(error)
             if not isinstance(rank, tuple):
                 return None
             if self._by_moments(decomposer):
-                return self._fit(decomposer.draft(), rank)[1]  # what a few iterations reach
+                return self.fit(decomposer.draft(), rank)[1]  # what a few iterations reach
             spectra = decomposer.spectra(self.weight, self.spec)
         if spectra is None:
             return None
@@ -106,7 +141,7 @@ class LayerLosses:
             return self.moments.output_variance(self.weight)
         return float(self.weight.detach().double().square().sum())
 
-    def _nested(self, decomposer: Decomposer) -> list[Lost] | None:
+    def nested(self, decomposer: Decomposer) -> list[Lost] | None:
         """Loss and error at rank 0, 1, 2 …, of a method whose best fits are nested."""
         key = (decomposer, "nested")
         if key not in self.cache:
@@ -145,23 +180,7 @@ class LayerLosses:
         assert isinstance(weighted, Tensor)
         return list(zip(weighted.tolist(), errors, strict=True))
 
-    def _fitted(self, decomposer: Decomposer, ranks: Sequence[Rank]) -> list[Lost]:
-        """Fits at a few of these ranks, and what lies between them on a log-log scale."""
-        draft = decomposer.draft()
-        steps = sorted({max(0, round(share * len(ranks)) - 1) for share in _LADDER})
-        if isinstance(ranks[0], int):
-            top = _only(ranks[-1])
-            steps = sorted({_nearest(ranks, share * top) for share in _LADDER} | {0})
-        known = [self._fit(draft, ranks[i]) for i in steps]
-        sizes = np.log([_size(rank) for rank in ranks])
-        lines = []
-        for values in zip(*known, strict=True):
-            # A larger rank never has to lose more.
-            falling = np.minimum.accumulate(np.maximum(values, _LEAST))
-            lines.append(np.exp(np.interp(sizes, sizes[steps], np.log(falling))))
-        return list(zip(lines[0].tolist(), lines[1].tolist(), strict=True))
-
-    def _fit(self, decomposer: Decomposer, rank: Rank) -> Lost:
+    def fit(self, decomposer: Decomposer, rank: Rank) -> Lost:
         key = (decomposer, rank)
         if key not in self.cache:
             self.cache[key] = self._fit_now(decomposer, rank)
@@ -193,6 +212,70 @@ class LayerLosses:
         return max(loss, 0.0), error
 
 
+class _Curve:
+    """Loss and error over the ladder of one method's ranks."""
+
+    def __init__(self, losses: LayerLosses, decomposer: Decomposer) -> None:
+        self._losses, self._decomposer = losses, decomposer
+        self._ranks = losses.ladder(decomposer)
+        cost = losses.cost(decomposer)
+        self._costs = [cost(rank) for rank in self._ranks]
+        nested = losses.nested(decomposer)
+        self._known: dict[int, Lost] = {}
+        if nested is not None:
+            self._known = {i: nested[_only(rank)] for i, rank in enumerate(self._ranks)}
+        elif self._ranks:
+            wanted = _PROBE * losses.before.deciding
+            gaps = [abs(cost.deciding - wanted) for cost in self._costs]
+            self._fit(gaps.index(min(gaps)))
+
+    def _fit(self, i: int) -> None:
+        if i not in self._known:
+            self._known[i] = self._losses.fit(self._decomposer.draft(), self._ranks[i])
+
+    def hopeless_beside(self, others: Iterable["_Curve"]) -> bool:
+        """Whether, where it was fitted, another method loses far less at about that cost."""
+        return bool(self._ranks) and any(
+            all(
+                loss > _HOPELESS * other.least_at(self._costs[i])
+                for i, (loss, _) in self._known.items()
+            )
+            for other in others
+            if other is not self
+        )
+
+    def least_at(self, cost: Cost) -> float:
+        """The least loss of the ranks fitted so far that cost about as much or less."""
+        limit = _ABOUT * cost.deciding
+        affordable = [i for i in self._known if self._costs[i].deciding <= limit]
+        return min((self._known[i][0] for i in affordable), default=math.inf)
+
+    def complete(self) -> None:
+        """Fit at both ends, too."""
+        if self._ranks:
+            self._fit(0)
+            self._fit(len(self._ranks) - 1)
+
+    def options(self) -> list[Option]:
+        """Every rank of the ladder, those between fits by interpolation on a log-log scale."""
+        if not self._ranks:
+            return []
+        places = sorted(self._known)
+        sizes = np.log([_size(rank) for rank in self._ranks])
+        lines = []
+        for values in zip(*(self._known[i] for i in places), strict=True):
+            # A larger rank never has to lose more.
+            falling = np.log(np.minimum.accumulate(np.maximum(values, _LEAST)))
+            if len(places) > 2:
+                lines.append(np.exp(PchipInterpolator(sizes[places], falling)(sizes)))
+            else:
+                lines.append(np.exp(np.interp(sizes, sizes[places], falling)))
+        return [
+            Option(rank, cost, float(loss), float(error))
+            for rank, cost, loss, error in zip(self._ranks, self._costs, *lines, strict=True)
+        ]
+
+
 def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
     """The loss of a layer's whole output, or None where its gradients are not known."""
     if moments.gradient is None:
@@ -214,15 +297,11 @@ def _size(rank: Rank) -> int:
     return math.prod(rank) if isinstance(rank, tuple) else rank
 
 
-def _nearest(ranks: Sequence[Rank], wanted: float) -> int:
-    return min(range(len(ranks)), key=lambda i: abs(_only(ranks[i]) - wanted))
-
-
-def _largest_paying(largest: int, cost: Callable[[Rank], Cost], before: Cost) -> int:
+def _largest_within(largest: int, cost: Callable[[Rank], Cost], limit: float) -> int:
     low, high = 0, largest
     while low < high:
         middle = (low + high + 1) // 2
-        if cost(middle).deciding < before.deciding:
+        if cost(middle).deciding <= limit:
             low = middle
         else:
             high = middle - 1

@@ -9,8 +9,9 @@ from tdecomp.layer import LayerSpec
 from tdecomp.patches import patches, to_kernel_order
 from tdecomp.regression import SecondMoment
 
-# Rows of a symmetric product that are computed at a time; what is above the diagonal is not.
-_BLOCK = 512
+# Columns of a symmetric product that are computed at a time; what is above the diagonal is not.
+_BLOCK = 96
+_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,10 @@ class Accumulator:
     def _add_product(self, rows: Tensor) -> None:
         assert self.matrix is not None
         for total, group in zip(self.matrix, rows, strict=True):
-            for start in range(0, self.spec.fan_in, _BLOCK):
-                block = group[:, start : start + _BLOCK]
-                total[start:, start : start + _BLOCK] += group[:, start:].T @ block
+            width = max(_BLOCK, -(-self.spec.fan_in // _BLOCKS))
+            for start in range(0, self.spec.fan_in, width):
+                block = group[:, start : start + width]
+                total[start:, start : start + width] += group[:, start:].T @ block
 
     def _add_cross(self, rows: Tensor, targets: Tensor) -> None:
         if self.cross is None or self.output_total is None:

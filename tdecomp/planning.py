@@ -136,7 +136,7 @@ def plan_from(
     moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
     by_name = {d.name: d for d in decomposers}
     if open_sites:
-        losses = layer_losses(open_sites, moments)
+        losses = layer_losses(open_sites, able, moments)
         candidates = [
             [candidate(site, d, lost) for d in taking]
             for site, taking, lost in zip(open_sites, able, losses, strict=True)

@@ -221,4 +221,7 @@ def _row_from_dict(data: dict[str, Any], decomposers: Mapping[str, Decomposer]) 
     )
     if data["method"] is None:
         return row
-    return planned_row(row, decomposers[data["method"]], data["rank"])
+    planned = planned_row(row, decomposers[data["method"]], data["rank"])
+    if (planned.params_after, planned.macs_after) == (data["params_after"], data["macs_after"]):
+        return planned
+    return replace(planned, expected_error=None)  # edited: nobody expected this

@@ -74,12 +74,11 @@ class SecondMoment:
         """``K G Kᵀ`` (out, out): the second moment of the kernel's outputs."""
         return self.applied(kernel) @ kernel.T
 
-    def normal(self, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """``Pᵀ G P``, where ``project`` multiplies a matrix (m, fan_in) by P from the right."""
+    def features(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """``G P`` (fan_in, features), where `project` multiplies by P from the right."""
         if self.matrix is not None:
-            return project(project(self.matrix).T)
-        features = project(self._rows)
-        return features.T @ features
+            return project(self.matrix)
+        return self._rows.T @ project(self._rows)
 
     def solved(self, right: Tensor, ridge: float) -> Tensor:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
@@ -146,14 +145,26 @@ def nested_losses(outputs: Tensor, ranks: int, importance: Tensor | None = None)
     return lost
 
 
-# Multiplies a matrix (m, fan_in) by the features that some parameters stand for: (m, features).
-Projection = Callable[[Tensor, Sequence[Tensor]], Tensor]
+@dataclass(frozen=True)
+class Features:
+    """The features ``P(θ)`` (fan_in, features) that some parameters stand for, never formed.
+
+    Attributes
+    ----------
+    project : callable ``(matrix, θ) -> matrix @ P(θ)``
+        Of a matrix (m, fan_in).
+    pair : callable ``(weights, θ) -> (weights * P(θ)).sum()``
+        Of weights (fan_in, features); differentiable by θ.
+    """
+
+    project: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    pair: Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 def variable_projection(
     kernel: Tensor,
     moment: SecondMoment,
-    project: Projection,
+    features: Features,
     start: Sequence[Tensor],
     *,
     rank: int | None = None,
@@ -169,7 +180,7 @@ def variable_projection(
     ----------
     kernel : Tensor, shape (out, fan_in)
     moment : SecondMoment
-    project : callable ``(matrix, θ) -> matrix @ P(θ)``
+    features : Features
     start : sequence of Tensor
         θ to begin with.
     rank : int, optional
@@ -183,48 +194,51 @@ def variable_projection(
     A : Tensor, shape (out, features)
     θ : list of Tensor
     """
+    project = features.project
     target = moment.applied(kernel)  # (out, fan_in)
     power = float((target * kernel).sum())
     parameters = [part.detach().clone(memory_format=torch.contiguous_format) for part in start]
     if not power > 0:
-        features = project(kernel, parameters).shape[1]
-        return kernel.new_zeros(len(kernel), features), parameters
+        width = project(kernel, parameters).shape[1]
+        return kernel.new_zeros(len(kernel), width), parameters
 
-    def kept(theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The triangle of the normal equations, and what is kept of the output in its terms."""
-        normal = moment.normal(lambda matrix: project(matrix, theta))  # (features, features)
+    def best(theta: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The best A for these features, how much it loses, and that loss's derivative by P."""
+        right = moment.features(lambda matrix: project(matrix, theta))  # G P
+        normal = project(right.T, theta)  # Pᵀ G P
         ridge = _ELIMINATION_RIDGE * normal.diagonal().mean()
         triangle = torch.linalg.cholesky(normal + ridge * torch.eye(len(normal)).to(normal))
         whitened = torch.linalg.solve_triangular(
             triangle, project(target, theta).T, upper=False
         )  # (features, out)
         if rank is not None and rank < min(whitened.shape):
-            with torch.no_grad():
-                outputs = _leading(whitened.T @ whitened, rank)  # (out, rank)
-            # At the best basis its own derivative does not matter.
+            outputs = _leading(whitened.T @ whitened, rank)  # (out, rank)
             whitened = (whitened @ outputs) @ outputs.T
-        return triangle, whitened
+        factor = torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T
+        # At the best A its own derivative does not matter.
+        slope = (right @ (factor.T @ factor) - target.T @ factor) * (2.0 / power)
+        return factor, 1.0 - whitened.square().sum() / power, slope
 
-    with torch.enable_grad():
-        for part in parameters:
-            part.requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            parameters,
-            max_iter=n_iter_max,
-            history_size=10,
-            tolerance_grad=0.0,
-            tolerance_change=tol,
-            line_search_fn="strong_wolfe",
-        )
+    for part in parameters:
+        part.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=n_iter_max,
+        history_size=10,
+        tolerance_grad=0.0,
+        tolerance_change=tol,
+        line_search_fn="strong_wolfe",
+    )
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            lost: Tensor = 1.0 - kept(parameters)[1].square().sum() / power
-            lost.backward()
-            return lost
+    def closure() -> Tensor:
+        with torch.no_grad():
+            _, lost, slope = best(parameters)
+        with torch.enable_grad():
+            slopes = torch.autograd.grad(features.pair(slope, parameters), parameters)
+        for part, along in zip(parameters, slopes, strict=True):
+            part.grad = along.contiguous()
+        return lost
 
-        optimizer.step(closure)
+    optimizer.step(closure)
     theta = [part.detach() for part in parameters]
-    triangle, whitened = kept(theta)
-    factor: Tensor = torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T
-    return factor, theta
+    return best(theta)[0], theta

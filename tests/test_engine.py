@@ -2,6 +2,7 @@
 
 import random
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,7 +79,9 @@ def test_decompose_is_plan_and_apply():
     plan = tdecomp.plan(model, METHODS, rank=0.5, example_inputs=x)
     applied = tdecomp.apply(model, plan, progress=False)
     decomposed = decompose(model, rank=0.5, example_inputs=x)
-    assert decomposed.plan.rows == applied.plan.rows == plan.rows
+    assert applied.plan.rows == plan.rows
+    # What comes of it is in the report, so that nothing need be foreseen.
+    assert decomposed.plan.rows == tuple(replace(row, expected_error=None) for row in plan)
     with torch.no_grad():
         assert torch.equal(decomposed.model.eval()(x), applied.model.eval()(x))
 

@@ -25,7 +25,7 @@ from tdecomp.decomposers.base import (
 )
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
-from tdecomp.regression import SecondMoment, variable_projection
+from tdecomp.regression import Features, SecondMoment, variable_projection
 
 # Sweeps by which the starts are compared, and those at the end that take back what the ridge cost.
 _TRIAL_SWEEPS = 20
@@ -217,7 +217,10 @@ def fit_cp_to(
     out, theta = variable_projection(
         kernel.flatten(1),
         moment,
-        lambda matrix, theta: matrix @ khatri_rao(theta),
+        Features(
+            lambda matrix, theta: matrix @ khatri_rao(theta),
+            lambda weights, theta: (weights * khatri_rao(theta)).sum(),
+        ),
         others,
         n_iter_max=n_iter_max,
         tol=tol,
@@ -358,13 +361,24 @@ class CP(Decomposer):
     def fit_to(
         self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
     ) -> CPFactors:
-        before = self.fit(kernel, rank) if start is None else start
+        assert isinstance(rank, int)
+        before = self._start(kernel, rank) if start is None else start
         assert isinstance(before, CPFactors)
         fitted = fit_cp_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
         return better(kernel, moment, fitted, before)
 
     def draft(self) -> "CP":
         return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
+
+    def _start(self, kernel: Tensor, rank: int) -> CPFactors:
+        """What a fit to data starts from: a fit to the weights, or a draft's few sweeps."""
+        if self.n_iter_max > DRAFT_ITERATIONS or not kernel.any():
+            return self.fit(kernel, rank)
+        kernel_size = tuple(kernel.shape[2:])
+        joined = kernel.reshape(*kernel.shape[:2], *self._spatial_modes(kernel_size))
+        start = _singular_start(joined, rank, self.random_state)
+        factors, _ = _parafac(joined, rank, start, self.n_iter_max // 2, self.tol, self.l2_reg)
+        return CPFactors(tuple(factors), kernel_size)
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> CPFactors:
         first, *depthwise, last = stage_weights

@@ -21,7 +21,7 @@ from tdecomp.decomposers.base import (
 )
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import truncated_svd
-from tdecomp.regression import SecondMoment, nested_losses, variable_projection
+from tdecomp.regression import Features, SecondMoment, nested_losses, variable_projection
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,18 @@ def fit_spatial_to(
         split = matrix.reshape(-1, into, height, width)
         return torch.einsum("msij,rsi->mrj", split, vertical).flatten(1)  # (m, rank · kw)
 
+    def pair(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        split = weights.reshape(into, height, width, -1, width)
+        along = split.diagonal(dim1=2, dim2=4).sum(dim=-1)  # (in, kh, rank)
+        return (along.permute(2, 0, 1) * _unit(theta[0], dims=(1, 2))).sum()
+
     factor, (vertical,) = variable_projection(
-        kernel.flatten(1), moment, project, [start.vertical[..., 0]], n_iter_max=n_iter_max, tol=tol
+        kernel.flatten(1),
+        moment,
+        Features(project, pair),
+        [start.vertical[..., 0]],
+        n_iter_max=n_iter_max,
+        tol=tol,
     )
     horizontal = factor.reshape(out, -1, 1, width)  # (out, rank, 1, kw)
     root = horizontal.square().sum(dim=(0, 2, 3)).sqrt().sqrt()  # (rank,)

@@ -29,7 +29,7 @@ from tdecomp.linalg import (
     truncated_svd,
     unfold,
 )
-from tdecomp.regression import SecondMoment, variable_projection
+from tdecomp.regression import Features, SecondMoment, variable_projection
 
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-3
@@ -123,10 +123,18 @@ def fit_tucker2_to(
         features: Tensor = basis.T @ split  # (m, R3, kernel)
         return features.flatten(1)
 
+    def pair(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        basis = torch.linalg.qr(theta[0]).Q
+        volume = len(weights) // into
+        split = weights.reshape(into, volume, -1, volume)
+        along = split.diagonal(dim1=1, dim2=3).sum(dim=-1)  # (in, R3)
+        paired: Tensor = (along * basis).sum()
+        return paired
+
     factor, (channels,) = variable_projection(
         kernel.flatten(1),
         moment,
-        project,
+        Features(project, pair),
         [start.into],
         rank=rank_out,
         n_iter_max=n_iter_max,

@@ -6,6 +6,7 @@ network as in Romero et al. 2015, "FitNets".
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -134,9 +135,10 @@ def _training(
             with torch.no_grad():
                 targets = wanted.of(original, batches, batch)
             loss = _distance(mine.of(model, batches, batch), targets)
-            if not bool(torch.isfinite(loss)):
+            value = float(loss.detach())
+            if not math.isfinite(value):
                 raise ValueError(
-                    f"distill: the loss is {float(loss)} after {step - 1} steps; expected a finite "
+                    f"distill: the loss is {value} after {step - 1} steps; expected a finite "
                     f"one: try a lower rate than lr={lr:g}"
                 )
             optimizer.zero_grad(set_to_none=True)
@@ -144,7 +146,7 @@ def _training(
             nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
-            bar.set_postfix_str(f"loss {float(loss):.4g}", refresh=False)
+            bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
             if step % pause == 0 or step == steps:
                 yield
 
