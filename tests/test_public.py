@@ -76,7 +76,8 @@ ORDER = (
     "moments", "batches", "calibration",
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",
-    "losses", "candidates", "plotting", "report", "plans", "planning", "surgery", "recovery.base", "recovery.*", "recovery", "checkpoint", "engine",
+    "losses", "candidates", "plotting", "report", "plans", "planning", "surgery",
+    "recovery.base", "recovery.*", "recovery", "checkpoint", "engine",
     "composer.closed_form", "composer.core", "composer.factorized", "composer.modules",
     "composer.apply", "composer",
 )  # fmt: skip

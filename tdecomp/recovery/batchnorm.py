@@ -62,7 +62,6 @@ def recalibrate_batchnorm(
     norms = [m for m in changed.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = float("nan") if original is None else lost_output(changed, original, source)
     momenta = [norm.momentum for norm in norms]
-    statistics = []
     with untouched(changed), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
@@ -70,16 +69,12 @@ def recalibrate_batchnorm(
             norm.train()
         for batch in source.bar(device_of(changed), "batch norm", progress):
             source.run(changed, batch)
-        statistics = [
-            (n.running_mean.clone(), n.running_var.clone(), n.num_batches_tracked.clone())
-            for n in norms
-        ]  # type: ignore[union-attr]
+        statistics = [{k: b.clone() for k, b in norm.named_buffers()} for norm in norms]
     with torch.no_grad():
-        for norm, momentum, (mean, variance, count) in zip(norms, momenta, statistics, strict=True):
+        for norm, momentum, found in zip(norms, momenta, statistics, strict=True):
             norm.momentum = momentum
-            norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-            norm.running_var.copy_(variance)  # type: ignore[union-attr]
-            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(found[name])
     after = float("nan") if original is None else lost_output(changed, original, source)
     if inplace:
         adopt(model, changed)
