@@ -1,7 +1,8 @@
 """Unlabelled batches: where they come from, how a model is called with them, on which device."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any
 
 import torch
@@ -71,8 +72,12 @@ class Batches:
                 f"{wanted_by}: expected batches (a DataLoader, or an iterable of tensors, tuples "
                 f"or dicts), got {type(data).__name__}"
             )
-        if max_batches is not None and (isinstance(max_batches, bool) or max_batches < 1):
-            raise ValueError(f"{wanted_by}: expected max_batches of at least 1, got {max_batches}")
+        whole = isinstance(max_batches, int) and not isinstance(max_batches, bool)
+        if max_batches is not None and not (whole and max_batches >= 1):
+            raise ValueError(
+                f"{wanted_by}: expected max_batches to be a whole number of at least 1, got "
+                f"{max_batches!r}"
+            )
         self._data: Iterable[Any] = data
         self._wanted_by = wanted_by
         self._forward = forward or call_model
@@ -94,11 +99,9 @@ class Batches:
 
     def on(self, device: torch.device) -> Iterator[Any]:
         """Yield the batches, every tensor in them on `device`."""
-        seen = 0
-        for batch in self._data:
-            if self._limit is not None and seen >= self._limit:
-                break
-            seen += 1
+        seen = False
+        for batch in islice(self._data, self._limit):
+            seen = True
             yield _moved(batch, device)
         if not seen:
             raise ValueError(
@@ -146,27 +149,38 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def count_samples(batch: Any) -> int:
-    """The first dimension of the first tensor in a batch."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    values = batch.values() if isinstance(batch, dict) else batch
-    return next((count_samples(v) for v in values if isinstance(v, (Tensor, dict))), 1)
+    """The first dimension of the first tensor in a batch; 1 for a batch that holds none."""
+    tensor = next(_tensors_in(batch, ()), None)
+    return len(tensor) if tensor is not None and tensor.dim() else 1
 
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Every floating-point tensor in a model's output, in its own order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = output.values()
-    elif not isinstance(output, (tuple, list)):
-        output = vars(output).values() if hasattr(output, "__dict__") else ()
-    return [tensor for value in output for tensor in tensors_of(value)]
+    return [tensor for tensor in _tensors_in(output, ()) if tensor.is_floating_point()]
+
+
+def _tensors_in(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
+    """All tensors in containers and in attributes of objects; `within` are those around it."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in within:  # an object that holds itself
+        return
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = value.values()
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    else:
+        parts = vars(value).values() if hasattr(value, "__dict__") else ()
+    for part in parts:
+        yield from _tensors_in(part, (*within, id(value)))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        moved = value.to(device, non_blocking=True)
+        # Inference tensors can take no part in what gradients are taken of.
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tdecomp.batches import Batches, Forward, count_samples, device_of, tensors_of
 from tdecomp.layer import LayerSpec
+from tdecomp.linalg import undisturbed
 from tdecomp.moments import Accumulator, LayerMoments, output_rows
 from tdecomp.sites import Site, find_sites
 from tdecomp.tracing import no_fast_path, untouched
@@ -326,9 +328,10 @@ def _one_pass(
     gradients: bool,
     progress: bool,
 ) -> tuple[dict[str, Accumulator], dict[str, Tensor], int, int]:
-    sums = {name: Accumulator(_spec(layer)) for name, layer in layers.items()}
+    sums = _empty(layers)
     slopes = _Slopes(layers)
     samples = peak = 0
+    without: Exception | None = None
 
     def watch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sums[name].add(next(iter((*args, *kwargs.values()))))
@@ -336,20 +339,39 @@ def _one_pass(
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(no_fast_path())
+        stack.enter_context(torch.inference_mode(False))
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: watch(name, args, kwargs), with_kwargs=True
             )
             stack.callback(handle.remove)
-        for batch in batches.bar(device_of(model), title, progress):
-            if gradients and samples < _GRADIENT_SAMPLES:
-                slopes.add(model, batch, batches)
-            else:
+        for number, batch in enumerate(batches.bar(device_of(model), title, progress)):
+            slope = gradients and samples < _GRADIENT_SAMPLES
+            if slope:
+                try:
+                    slopes.add(model, batch, batches)
+                except Exception as error:
+                    if number:
+                        raise
+                    # Either the batch is wrong, as the pass below will say, or the model runs
+                    # only forwards. What the sums have of this batch is dropped.
+                    sums, gradients, slope, without = _empty(layers), False, False, error
+            if not slope:
                 with torch.no_grad():
                     batches.run(model, batch)
             samples += count_samples(batch)
             peak = max(peak, sum(s.nbytes for s in sums.values()))
+    if without is not None:
+        warnings.warn(
+            "calibrate: no gradients can be taken through this model, so that a budget will weigh "
+            f"its layers alike ({type(without).__name__}: {without})",
+            stacklevel=4,
+        )
     return sums, slopes.finish(), samples, peak
+
+
+def _empty(layers: Mapping[str, nn.Module]) -> dict[str, Accumulator]:
+    return {name: Accumulator(_spec(layer)) for name, layer in layers.items()}
 
 
 class _Slopes:
@@ -385,21 +407,22 @@ class _Slopes:
                     lambda _, __, output, name=name: mark(name, output)
                 )
                 stack.callback(handle.remove)
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 outputs = [z for z in tensors_of(batches.run(model, batch)) if z.requires_grad]
                 if not outputs:
                     return
                 mixed = [
-                    (z * torch.randn(z.shape, generator=self._generator).to(z)).sum()
+                    (z * torch.randn(z.shape, generator=self._generator, device="cpu").to(z)).sum()
                     for z in outputs
                 ]
                 torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
         self._samples += count_samples(batch)
 
     def _take(self, name: str, slope: Tensor) -> None:
-        rows = output_rows(slope.detach(), _spec(self._layers[name])).float()
-        product = (rows.T @ rows).double()
-        self._sums[name] = self._sums[name] + product if name in self._sums else product
+        with undisturbed(slope.device):
+            rows = output_rows(slope, _spec(self._layers[name])).float()
+            product = (rows.T @ rows).double()
+            self._sums[name] = self._sums[name] + product if name in self._sums else product
 
     def finish(self) -> dict[str, Tensor]:
         found = {name: total / max(self._samples, 1) for name, total in self._sums.items()}
@@ -409,7 +432,8 @@ class _Slopes:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside, so that only activations are kept for it."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    # Inference tensors take no gradient anyway, and could not be told to again.
+    trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -437,6 +461,7 @@ def _grouped(
 
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
+        stack.enter_context(no_fast_path())
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: count(name, args, kwargs), with_kwargs=True

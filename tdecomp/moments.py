@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.layer import LayerSpec
+from tdecomp.linalg import undisturbed
 from tdecomp.patches import patches, to_kernel_order
 from tdecomp.regression import SecondMoment
 
@@ -129,13 +130,16 @@ class LayerMoments:
 class Accumulator:
     """Sums up a layer's input patches, and optionally the outputs that belong to them.
 
-    Sums are float64, products of a slice of patches float32 (float64 for a float64 layer).
+    Sums are float64, products of a slice of patches float32 (float64 for a float64 layer). They
+    are taken about the mean of the first slice: inputs of a large mean and a small variance would
+    otherwise lose the variance in the products' rounding.
     """
 
     spec: LayerSpec
     with_outputs: bool = False
     count: int = 0
     sizes: set[tuple[int, ...]] = field(default_factory=set)
+    origin: Tensor | None = None  # (groups, 1, fan_in), of which the sums below are differences
     total: Tensor | None = None  # (groups, fan_in)
     matrix: Tensor | None = None  # (groups, fan_in, fan_in), lower triangle
     rows: list[Tensor] = field(default_factory=list)
@@ -145,6 +149,10 @@ class Accumulator:
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it (as the layer gives them)."""
+        with undisturbed(x.device):  # this runs inside the model's forward, whatever its mode
+            self._add(x, outputs)
+
+    def _add(self, x: Tensor, outputs: Tensor | None) -> None:
         spec, x = self.spec, _wide(x.detach())
         self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
         if self.total is None:
@@ -152,14 +160,19 @@ class Accumulator:
         targets = None if outputs is None else _output_rows(_wide(outputs.detach()), spec)
         start = 0
         for rows in patches(x, spec):
-            self.total += rows.sum(dim=1)
+            if self.origin is None and rows.shape[1]:
+                self.origin = rows.mean(dim=1, keepdim=True)
+            if self.origin is None:  # an empty slice
+                continue
+            centred = rows - self.origin
+            self.total += centred.sum(dim=1)
             if targets is not None:
-                self._add_cross(rows, targets[:, start : start + rows.shape[1]])
+                self._add_cross(centred, targets[:, start : start + rows.shape[1]])
             start += rows.shape[1]
-            self._add_rows(rows)
+            self._add_rows(rows, centred)
         self.count += start
 
-    def _add_rows(self, rows: Tensor) -> None:
+    def _add_rows(self, rows: Tensor, centred: Tensor) -> None:
         held = sum(chunk.shape[1] for chunk in self.rows)
         if self.matrix is None and held + rows.shape[1] < self.spec.fan_in:
             self.rows.append(rows.clone())
@@ -168,9 +181,10 @@ class Accumulator:
             size = (self.spec.groups, self.spec.fan_in, self.spec.fan_in)
             self.matrix = torch.zeros(size, dtype=torch.float64, device=rows.device)
             if self.rows:
-                self._add_product(torch.cat(self.rows, dim=1))
+                assert self.origin is not None
+                self._add_product(torch.cat(self.rows, dim=1) - self.origin)
                 self.rows.clear()
-        self._add_product(rows)
+        self._add_product(centred)
 
     def _add_product(self, rows: Tensor) -> None:
         assert self.matrix is not None
@@ -196,19 +210,23 @@ class Accumulator:
 
     def finish(self, gradient: Tensor | None = None) -> LayerMoments | None:
         """The moments, or None if the layer never ran."""
-        if self.total is None or not self.count:
+        if self.total is None or self.origin is None:
             return None
         matrix = rows = None
+        origin = self.origin.double()[:, 0]  # (groups, fan_in)
+        offset = self.total / self.count
         if self.matrix is not None:
             lower = self.matrix.tril_()
-            full = lower + lower.tril(-1).transpose(1, 2)
-            matrix = to_kernel_order(full / self.count, self.spec, (1, 2))
+            full = (lower + lower.tril(-1).transpose(1, 2)) / self.count
+            cross = origin[:, :, None] * (offset + origin / 2)[:, None]
+            full += cross + cross.transpose(1, 2)
+            matrix = to_kernel_order(full, self.spec, (1, 2))
         else:
             rows = to_kernel_order(torch.cat(self.rows, dim=1), self.spec, (2,))
         return LayerMoments(
             self.spec,
             self.count,
-            to_kernel_order(self.total / self.count, self.spec, (1,)),
+            to_kernel_order(origin + offset, self.spec, (1,)),
             matrix,
             rows,
             tuple(sorted(self.sizes)),
@@ -219,8 +237,10 @@ class Accumulator:
         """``E[y xᵀ]`` (groups, out / groups, fan_in), ``E[y]`` and ``E‖y‖²``."""
         assert self.cross is not None
         assert self.output_total is not None
-        cross = to_kernel_order(self.cross / self.count, self.spec, (2,))
-        return cross, self.output_total / self.count, self.output_power / self.count
+        assert self.origin is not None
+        mean = self.output_total / self.count
+        cross = self.cross / self.count + mean[:, :, None] * self.origin.double()
+        return to_kernel_order(cross, self.spec, (2,)), mean, self.output_power / self.count
 
 
 def _wide(x: Tensor) -> Tensor:

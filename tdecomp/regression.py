@@ -14,6 +14,8 @@ from torch import Tensor
 # Towards the weights themselves in directions that the data never showed, as a share of the mean
 # input power: far below what float32 inputs resolve, far above what float64 rounds away.
 _RIDGE = 1e-10
+# How much stronger it gets until a matrix is positive definite.
+_MORE_RIDGE = 4.0
 # On the normal equations of the eliminated factor, whose columns may be all but dependent.
 _ELIMINATION_RIDGE = 1e-9
 
@@ -82,22 +84,40 @@ class SecondMoment:
 
     def solved(self, right: Tensor, ridge: float) -> Tensor:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
-        ridge += self.ridge
         if self.matrix is not None:
-            shifted = self.matrix + ridge * torch.eye(self.fan_in).to(self.matrix)
+            matrix = self.definite().matrix
+            assert matrix is not None
+            shifted = matrix + ridge * torch.eye(self.fan_in).to(matrix)
             solution: Tensor = torch.cholesky_solve(right.T, torch.linalg.cholesky(shifted)).T
             return solution
         # By the samples, which are fewer (the matrix inversion lemma).
+        ridge += self.ridge
         samples = self._rows @ self._rows.T
         shifted = samples + ridge * torch.eye(len(samples)).to(samples)
         inner = torch.cholesky_solve(self._rows @ right.T, torch.linalg.cholesky(shifted))
         result: Tensor = (right - (self._rows.T @ inner).T) / ridge
         return result
 
+    def definite(self) -> "SecondMoment":
+        """With a ridge that makes a matrix positive definite.
+
+        One that was summed up in float32 may have eigenvalues of either sign for directions that
+        the inputs hardly take.
+        """
+        if self.matrix is None:
+            return self
+        ridge = self.ridge
+        while True:
+            shifted = self.matrix + ridge * torch.eye(self.fan_in).to(self.matrix)
+            if not int(torch.linalg.cholesky_ex(shifted).info) or ridge > self.trace:
+                return SecondMoment(matrix=shifted)
+            ridge *= _MORE_RIDGE
+
     def lost(self, difference: Tensor) -> float:
         """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
         if self.matrix is not None:
-            return float(((difference @ self.matrix) * difference).sum())
+            # Rounding may leave less than nothing of what is met exactly.
+            return max(float(((difference @ self.matrix) * difference).sum()), 0.0)
         return float((difference @ self._rows.T).square().sum())
 
 
@@ -195,6 +215,7 @@ def variable_projection(
     θ : list of Tensor
     """
     project = features.project
+    moment = moment.definite()
     target = moment.applied(kernel)  # (out, fan_in)
     power = float((target * kernel).sum())
     parameters = [part.detach().clone(memory_format=torch.contiguous_format) for part in start]
