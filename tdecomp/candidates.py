@@ -1,5 +1,6 @@
 """What a rank selector is offered: for a layer and a method, its ranks, costs and losses."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -30,8 +31,7 @@ def layer_losses(
         mine = None if moments is None else moments.layers.get(site.name)
         fits: dict[Any, Any] = {}
         if moments is not None:
-            place = (site.name, weight.data_ptr(), weight._version)
-            fits = moments.fits.setdefault(place, {})
+            fits = moments.fits.setdefault((site.name, _digest(weight)), {})
         if mine is not None:
             mine = mine.to(weight.device)
         found.append(LayerLosses(weight, spec, mine, site.calls, rivals, cache=fits))
@@ -44,6 +44,12 @@ def layer_losses(
         for lost in found:
             lost.unit = sum(wholes) / len(wholes)
     return found
+
+
+def _digest(weight: nn.Parameter) -> bytes:
+    """Of the values, so that other weights never find these fits, however they came to be."""
+    values = weight.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=16).digest()
 
 
 def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candidate:

@@ -34,7 +34,12 @@ _OPTIONS = 48
 # Losses below this share of the whole count as this much, so that logarithms exist.
 _LEAST = 1e-12
 
-Lost = tuple[float, float]  # the loss, comparable over layers, and the layer's own relative error
+# The loss weighted by gradients (None where they are not known), and the layer's own share of its
+# output's variance or of its squared weights.
+Measured = tuple[float | None, float]
+Lost = tuple[float, float]  # the loss, comparable over layers, and the same share
+# A fit that failed: no option at any price.
+_FAILED: Measured = (math.inf, math.inf)
 
 
 @dataclass
@@ -113,8 +118,7 @@ class LayerLosses:
         with undisturbed(self.weight.device):
             nested = self.nested(decomposer)
             if nested is not None:
-                error = nested[_only(rank)][1]
-                return error if self._by_moments(decomposer) else math.sqrt(error)
+                return self.row_error(decomposer, nested[_only(rank)][1])
             if not isinstance(rank, tuple):
                 return None
             if self._by_moments(decomposer):
@@ -129,27 +133,33 @@ class LayerLosses:
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return math.sqrt(min(sum(tails), 1.0))
 
+    def row_error(self, decomposer: Decomposer, share: float) -> float:
+        """A share as a row has it: of the outputs' variance as it is, of squared weights the root.
+
+        The one is a row's ``output_error``, the other its ``weight_error``.
+        """
+        return share if self._by_moments(decomposer) else math.sqrt(share)
+
     def _by_moments(self, decomposer: Decomposer) -> bool:
         return self.moments is not None and decomposer.uses_moments
 
     def _importance(self) -> Tensor | None:
         return None if self.moments is None else self.moments.gradient
 
-    def _variance(self) -> float:
-        """What the errors are a share of."""
-        if self.moments is not None:
-            return self.moments.output_variance(self.weight)
-        return float(self.weight.detach().double().square().sum())
-
     def nested(self, decomposer: Decomposer) -> list[Lost] | None:
         """Loss and error at rank 0, 1, 2 …, of a method whose best fits are nested."""
-        key = (decomposer, "nested")
+        key = (*_key(decomposer), "nested")
         if key not in self.cache:
             self.cache[key] = self._nested_now(decomposer)
-        found: list[Lost] | None = self.cache[key]
-        return found
+        found: list[Measured] | None = self.cache[key]
+        return None if found is None else [self._in_unit(measured) for measured in found]
 
-    def _nested_now(self, decomposer: Decomposer) -> list[Lost] | None:
+    def _in_unit(self, measured: Measured) -> Lost:
+        # Not kept: with other layers left alone the unit is another one.
+        loss, error = measured
+        return self.unit * error if loss is None else loss, error
+
+    def _nested_now(self, decomposer: Decomposer) -> list[Measured] | None:
         kernels = decomposer.group_kernels(self.weight.detach().double(), self.spec)
         use = self._by_moments(decomposer) and self.moments is not None
         moments = self.moments.second_moments() if use and self.moments else [None] * len(kernels)
@@ -173,36 +183,36 @@ class LayerLosses:
                 assert weighed is not None
                 weighted = weighted + weighed
         assert isinstance(plain, Tensor)
-        variance = self._variance() if use else float(plain[0])
+        variance = float(plain[0])
+        if use and self.moments is not None:
+            variance = self.moments.output_variance(self.weight)
         errors = (plain / (variance or 1.0)).tolist()
         if importance is None:
-            return [(self.unit * error, error) for error in errors]
+            return [(None, error) for error in errors]
         assert isinstance(weighted, Tensor)
         return list(zip(weighted.tolist(), errors, strict=True))
 
     def fit(self, decomposer: Decomposer, rank: Rank) -> Lost:
-        key = (decomposer, rank)
+        key = (*_key(decomposer), rank)
         if key not in self.cache:
             self.cache[key] = self._fit_now(decomposer, rank)
-        lost: Lost = self.cache[key]
-        return lost
+        return self._in_unit(self.cache[key])
 
-    def _fit_now(self, decomposer: Decomposer, rank: Rank) -> Lost:
+    def _fit_now(self, decomposer: Decomposer, rank: Rank) -> Measured:
         by_moments = self.moments if self._by_moments(decomposer) else None
         second = None if by_moments is None else by_moments.second_moments()
         try:
             fitted = decomposer.factorize(self.weight, self.spec, rank, second)
         except (ValueError, torch.linalg.LinAlgError):
-            return self.unit, 1.0  # a fit that fails is no option
+            return _FAILED
         approximation = fitted.to(torch.float64).to_kernel()
         if by_moments is None or second is None:
-            whole = self._variance() if self.moments is None else float(self.weight.square().sum())
-            gone = (self.weight.detach().double() - approximation).square().sum()
-            error = float(gone) / (whole or 1.0)
-            return self.unit * error, error
+            weight = self.weight.detach().double()
+            lost = float((weight - approximation).square().sum())
+            return None, lost / (float(weight.square().sum()) or 1.0)
         error = by_moments.output_error(self.weight, approximation)
         if by_moments.gradient is None:
-            return self.unit * error, error
+            return None, error
         difference = by_moments.kernels(self.weight.detach().double() - approximation)
         out = self.spec.group_out
         loss = 0.0
@@ -257,10 +267,10 @@ class _Curve:
             self._fit(len(self._ranks) - 1)
 
     def options(self) -> list[Option]:
-        """Every rank of the ladder, those between fits by interpolation on a log-log scale."""
-        if not self._ranks:
+        """The ranks from one fit to another, those between by interpolation on a log-log scale."""
+        places = sorted(i for i, (loss, _) in self._known.items() if math.isfinite(loss))
+        if not places:
             return []
-        places = sorted(self._known)
         sizes = np.log([_size(rank) for rank in self._ranks])
         lines = []
         for values in zip(*(self._known[i] for i in places), strict=True):
@@ -270,10 +280,11 @@ class _Curve:
                 lines.append(np.exp(PchipInterpolator(sizes[places], falling)(sizes)))
             else:
                 lines.append(np.exp(np.interp(sizes, sizes[places], falling)))
-        return [
-            Option(rank, cost, float(loss), float(error))
+        everything = [
+            Option(rank, cost, float(loss), self._losses.row_error(self._decomposer, float(error)))
             for rank, cost, loss, error in zip(self._ranks, self._costs, *lines, strict=True)
         ]
+        return everything[places[0] : places[-1] + 1]
 
 
 def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
@@ -286,6 +297,11 @@ def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
         block = moments.gradient[g * out : (g + 1) * out, g * out : (g + 1) * out]
         loss += float((block * moment.between(kernel)).sum())
     return loss
+
+
+def _key(decomposer: Decomposer) -> tuple[str, str]:
+    # With its options. Decomposers need not be hashable.
+    return decomposer.name, repr(decomposer)
 
 
 def _only(rank: Rank) -> int:

@@ -14,6 +14,7 @@ from tdecomp.candidates import candidate, layer_losses
 from tdecomp.cost import Cost, chain_cost, total
 from tdecomp.decomposers.base import Decomposer, get_decomposer, registered
 from tdecomp.filters import Filters, matches, no_match
+from tdecomp.losses import LayerLosses
 from tdecomp.plans import Plan, planned_row
 from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.breakeven import by_parameters
@@ -135,24 +136,21 @@ def plan_from(
     wanted = {site.name for site in open_sites}
     moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
     by_name = {d.name: d for d in decomposers}
-    if open_sites:
-        losses = layer_losses(open_sites, able, moments)
-        candidates = [
-            [candidate(site, d, lost) for d in taking]
-            for site, taking, lost in zip(open_sites, able, losses, strict=True)
-        ]
-        everything = sum((p.numel() for p in model.parameters() if not _lazy(p)), 0)
-        whole = Cost(everything, None if seen is None else seen.total_macs)
-        rest = whole - total(c[0].before for c in candidates)
-        selected = selector.select(_with_progress(candidates, selector, source.progress), rest)
-        for site, choice, lost in zip(open_sites, selected, losses, strict=True):
-            if not allow_expansion:
-                choice = _guarded(choice)
-            if expect and choice.candidate is not None and choice.error is None:
-                assert choice.rank is not None
-                method = by_name[choice.candidate.method]
-                choice = replace(choice, error=lost.expected_error(method, choice.rank))
-            choices[site.name] = choice
+    losses = layer_losses(open_sites, able, moments)
+    candidates = [
+        [candidate(site, d, lost) for d in taking]
+        for site, taking, lost in zip(open_sites, able, losses, strict=True)
+    ]
+    everything = sum((p.numel() for p in model.parameters() if not _lazy(p)), 0)
+    whole = Cost(everything, None if seen is None else seen.total_macs)
+    rest = whole - total(c[0].before for c in candidates)
+    # Without any layer to choose for, too: a budget for the whole model has to say that it fails.
+    selected = selector.select(_with_progress(candidates, selector, source.progress), rest)
+    for site, choice, lost in zip(open_sites, selected, losses, strict=True):
+        if not allow_expansion:
+            choice = _guarded(choice)
+        error = _expected_error(choice, by_name, lost) if expect else None
+        choices[site.name] = replace(choice, error=error)
 
     counted: set[int] = set()
     rows = [_row(site, choices[site.name], by_name, counted) for site in sites]
@@ -160,6 +158,16 @@ def plan_from(
         rows, _everything_else(model, rows, None if seen is None else seen.total_macs), by_name
     )
     return planned, moments
+
+
+def _expected_error(
+    choice: Choice, decomposers: Mapping[str, Decomposer], losses: LayerLosses
+) -> float | None:
+    """Exact or a bound where the method has such; else what the selector's own fits say."""
+    if choice.candidate is None or choice.rank is None:
+        return None
+    error = losses.expected_error(decomposers[choice.candidate.method], choice.rank)
+    return choice.error if error is None else error
 
 
 def _with_progress(

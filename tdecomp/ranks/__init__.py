@@ -64,7 +64,7 @@ _EXPECTED = (
     "a positive int, a pair of them for Tucker-2, a float above 0 and below 1, one of "
     f"{', '.join(map(repr, _NAMED))}, a selector such as Ratio(0.5, of='macs'), "
     "Budget(macs=0.5), Energy(0.9) or VBMF(weaken=0.5), or a dict of layer names or globs to "
-    "any of these"
+    "any of these but a Budget, which is for the whole model"
 )
 
 __all__ = [

@@ -29,8 +29,8 @@ class Option:
     loss : float
         Comparable from layer to layer.
     error : float
-        The layer's own: the share of its output's variance that is lost, or without data that of
-        its weight's square.
+        The layer's own: the share of its output's variance that is lost, or without data
+        ``‖W − W̃‖ / ‖W‖``.
     """
 
     rank: Rank

@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tdecomp.chain import Rank
 from tdecomp.cost import Cost, total
-from tdecomp.ranks.base import NOTHING, Candidate, Choice, Option, RankSelector
+from tdecomp.ranks.base import NOTHING, Candidate, Choice, Option, RankSelector, is_share
 
-# How two budgets are traded against each other: the share of the first one in the price.
-_MIXTURES = np.linspace(0.0, 1.0, 9)
-_BISECTIONS = 60
+# Steps that the room is divided into for the exact search; what they round away is spent after.
+_LEVELS = 8192
+# Decimal logarithms of the price of a second budget, and halvings of the interval between them.
+_PRICES = (-9.0, 6.0)
+_BISECTIONS = 24
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,7 @@ class Budget(RankSelector):
             raise ValueError("Budget: expected macs=, params= or both, got neither")
         for name in ("macs", "params"):
             share = getattr(self, name)
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
-            if share is not None and not (number and 0 < share <= 1):
+            if share is not None and not is_share(share):
                 raise ValueError(
                     f"Budget: expected {name} above 0 and at most 1, a share of the whole model's, "
                     f"got {share!r}"
@@ -59,13 +61,16 @@ class Budget(RankSelector):
 
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         whole = rest + total(candidates[0].before for candidates in sites)
-        limits = self._limits(whole, sites)
+        limits = self._limits(whole)
         menus = [_Menu(candidates, self._amounts) for candidates in sites]
         room = limits - np.array(self._amounts(rest), dtype=float)
-        least = sum((menu.costs.min(axis=0) for menu in menus), np.zeros(len(limits)))
-        if np.any(least > room):
-            self._refuse(whole, rest, least, least > room)
-        picks = _cheapest_mixture(menus, room, least)
+        picks = _best_within(menus, room)
+        if picks is None:
+            raise ValueError(
+                f"Budget: {self._shortage(menus, room, whole, rest)} of the model with these "
+                "methods and layers. Expected a larger budget, more methods (methods='auto') or "
+                "fewer layers left alone"
+            )
         _spend(menus, picks, room)
         choices = [menu.choice(pick) for menu, pick in zip(menus, picks, strict=True)]
         return _refined(choices, sites, room, self._amounts)
@@ -77,28 +82,41 @@ class Budget(RankSelector):
     def _amounts(self, cost: Cost) -> list[int]:
         return [getattr(cost, name) or 0 for name, _ in self._named()]
 
-    def _limits(self, whole: Cost, sites: Sequence[Sequence[Candidate]]) -> NDArray[np.float64]:
-        if self.macs is not None and any(c[0].before.macs is None for c in sites):
+    def _limits(self, whole: Cost) -> NDArray[np.float64]:
+        if self.macs is not None and whole.macs is None:
             raise ValueError(
                 "Budget(macs=...): MACs are counted on example_inputs, got none; pass "
                 "example_inputs=..., or use Budget(params=...)"
             )
-        shares = np.array([share for _, share in self._named()])
+        shares = np.array([float(share) for _, share in self._named()])
         limits: NDArray[np.float64] = shares * np.array(self._amounts(whole), dtype=float)
         return limits
 
-    def _refuse(
-        self, whole: Cost, rest: Cost, least: NDArray[np.float64], missed: NDArray[np.bool_]
-    ) -> None:
-        words = []
-        for i, (name, share) in enumerate(self._named()):
-            if missed[i]:
-                amount, fixed = self._amounts(whole)[i], self._amounts(rest)[i]
-                reachable = math.ceil(1e4 * (least[i] + fixed) / max(amount, 1)) / 1e4
-                words.append(f"{name}={share} cannot be met: the least is {reachable:.4f}")
-        raise ValueError(
-            f"Budget: {'; '.join(words)} of the model with these methods and layers. Expected a "
-            "larger budget, more methods (methods='auto') or fewer layers left alone"
+    def _shortage(
+        self, menus: Sequence["_Menu"], room: NDArray[np.float64], whole: Cost, rest: Cost
+    ) -> str:
+        """What cannot be met, and the least that can."""
+
+        def least_share(i: int, spent: float) -> str:
+            amount, reached = self._amounts(whole)[i], spent + self._amounts(rest)[i]
+            digits = math.ceil(1e4 * reached / max(amount, 1))
+            while digits / 1e4 * amount < reached:  # as `_limits` would round it
+                digits += 1
+            return f"{digits / 1e4:.4f}"
+
+        least, named = _least(menus, room), self._named()
+        words = [
+            f"{name}={share} cannot be met: the least is {least_share(i, least[i])}"
+            for i, (name, share) in enumerate(named)
+            if least[i] > room[i]
+        ]
+        if words:
+            return "; ".join(words)
+        (first, macs), (second, params) = named
+        spent = _spent(menus, _knapsack(menus, [menu.costs[:, 1] for menu in menus], room[0]))
+        return (
+            f"{first}={macs} and {second}={params} cannot be met together: with {first}={macs} "
+            f"the least {second} is {least_share(1, spent[1])}"
         )
 
 
@@ -129,44 +147,71 @@ class _Menu:
         return Choice(candidate, option.rank, error=option.error)
 
 
-def _cheapest_mixture(
-    menus: Sequence[_Menu], room: NDArray[np.float64], least: NDArray[np.float64]
-) -> list[int]:
-    """The picks that lose least among those that some prices of the budgets lead to.
+def _best_within(menus: Sequence[_Menu], room: NDArray[np.float64]) -> list[int] | None:
+    """The picks that lose least within the room, or None if nothing fits.
 
-    At a price per unit each layer takes the option of least loss plus price; the lowest price at
-    which the sum stays within the room is found by bisection (Shoham and Gersho 1988, "Efficient
-    bit allocation for an arbitrary set of quantizers").
+    The first budget is met by dynamic programming, a second one by a price per unit that is
+    added to the losses: the lowest at which the sum fits, found by bisection (Shoham and Gersho
+    1988, "Efficient bit allocation for an arbitrary set of quantizers").
     """
-    mixtures = [np.ones(1)] if len(room) == 1 else [np.array([m, 1 - m]) for m in _MIXTURES]
-    scale = np.maximum(room, 1.0)
-    best, least_loss = [int(np.argmin(menu.costs.sum(axis=1))) for menu in menus], math.inf
-    for mixture in mixtures:
-        prices = mixture / scale
+    losses = [menu.losses for menu in menus]
+    if np.any(_least(menus, room) > room):
+        return None
+    if len(room) == 1:
+        return _knapsack(menus, losses, room[0])
+    unit = sum(float(menu.losses.max()) for menu in menus) / max(room[1], 1.0)
 
-        def picks(price: float, prices: NDArray[np.float64] = prices) -> list[int]:
-            return [int(np.argmin(m.losses + price * (m.costs @ prices))) for m in menus]
+    def picks(price: float) -> list[int]:
+        priced = [menu.losses + price * unit * menu.costs[:, 1] for menu in menus]
+        return _knapsack(menus, priced, room[0])
 
-        def fits(found: Sequence[int]) -> bool:
-            return bool(np.all(_spent(menus, found) <= room))
+    def fits(found: Sequence[int]) -> bool:
+        return bool(_spent(menus, found)[1] <= room[1])
 
-        low, high = -70.0, 70.0  # logarithms of the price
-        if not fits(picks(math.exp(high))):
-            continue
-        if fits(picks(0.0)):
-            return picks(0.0)
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if fits(picks(math.exp(middle))) else (middle, high)
-        found = picks(math.exp(high))
-        loss = sum(m.losses[p] for m, p in zip(menus, found, strict=True))
-        if loss < least_loss:
-            best, least_loss = found, loss
-    if math.isinf(least_loss) and np.any(_spent(menus, best) > room):
-        # The two budgets pull apart: start from the least of the tighter one.
-        tight = int(np.argmax(least / scale))
-        best = [int(np.argmin(menu.costs[:, tight])) for menu in menus]
+    if fits(free := picks(0.0)):
+        return free
+    best = _knapsack(menus, [menu.costs[:, 1] for menu in menus], room[0])
+    if not fits(best):
+        return None
+    low, high = _PRICES  # decimal logarithms
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if fits(found := picks(10**middle)):
+            best, high = found, middle
+        else:
+            low = middle
     return best
+
+
+def _knapsack(
+    menus: Sequence[_Menu], losses: Sequence[NDArray[np.float64]], room: float
+) -> list[int]:
+    """The picks of least loss whose first cost stays within the room, which all the least do."""
+    least = [menu.costs[:, 0].min() for menu in menus]
+    step = max(room - sum(least), 0.0) / _LEVELS or 1.0
+    reached = np.zeros(_LEVELS + 1)  # the least loss so far with at most so many steps spent
+    taken = np.zeros((len(menus), _LEVELS + 1), dtype=np.int32)
+    for menu, loss, base, row in zip(menus, losses, least, taken, strict=True):
+        steps = np.ceil((menu.costs[:, 0] - base) / step * (1 - 1e-12)).astype(np.int64)
+        following = np.full(_LEVELS + 1, math.inf)
+        for i in np.argsort(steps, kind="stable"):
+            if steps[i] > _LEVELS:
+                break
+            with_it = reached[: _LEVELS + 1 - steps[i]] + loss[i]
+            better = with_it < following[steps[i] :]
+            following[steps[i] :][better] = with_it[better]
+            row[steps[i] :][better] = i
+        reached = following
+    picks, level = [], _LEVELS
+    for menu, base, row in zip(reversed(menus), reversed(least), taken[::-1], strict=True):
+        picks.append(int(row[level]))
+        level -= int(np.ceil((menu.costs[picks[-1], 0] - base) / step * (1 - 1e-12)))
+    return picks[::-1]
+
+
+def _least(menus: Sequence[_Menu], room: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The least of each cost, whatever the others are."""
+    return sum((menu.costs.min(axis=0) for menu in menus), np.zeros_like(room))
 
 
 def _spent(menus: Sequence[_Menu], picks: Sequence[int]) -> NDArray[np.float64]:
@@ -205,46 +250,55 @@ def _refined(
     amounts: Callable[[Cost], list[int]],
 ) -> list[Choice]:
     """Ranks between the options: each raised by as much as still fits, largest error first."""
-
-    def cost(choice: Choice, candidates: Sequence[Candidate]) -> Cost:
-        if choice.candidate is None or choice.rank is None:
-            return candidates[0].before
-        return choice.candidate.cost(choice.rank)
-
-    spent = np.sum([amounts(cost(c, s)) for c, s in zip(choices, sites, strict=True)], axis=0)
-    left = room - spent
+    costs = [
+        candidates[0].before
+        if choice.candidate is None or choice.rank is None
+        else choice.candidate.cost(choice.rank)
+        for choice, candidates in zip(choices, sites, strict=True)
+    ]
+    left = room - sum((np.array(amounts(cost)) for cost in costs), np.zeros_like(room))
     refined = list(choices)
     for i in sorted(range(len(choices)), key=lambda i: -(choices[i].error or 0.0)):
         candidate, rank = choices[i].candidate, choices[i].rank
         if candidate is None or rank is None:
             continue
-        now = np.array(amounts(candidate.cost(rank)), dtype=float)
-        limit = candidate.before.deciding
-        larger = _larger_ranks(rank, candidate)
-
-        def fits(
-            rank: object, candidate: Candidate = candidate, now: NDArray[np.float64] = now,
-            limit: int = limit, left: NDArray[np.float64] = left,
-        ) -> bool:  # fmt: skip
-            new = candidate.cost(rank)  # type: ignore[arg-type]
-            return bool(np.all(np.array(amounts(new)) - now <= left)) and new.deciding < limit
-
-        low, high = 0, len(larger)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if fits(larger[middle]) else (low, middle)
-        if low:
-            refined[i] = Choice(candidate, larger[low - 1], error=choices[i].error)
-            left = left - (np.array(amounts(candidate.cost(larger[low - 1]))) - now)
+        now = np.array(amounts(costs[i]))
+        raised = _raised(rank, candidate, now + left, amounts)
+        left = left + now - np.array(amounts(candidate.cost(raised)))
+        refined[i] = replace(choices[i], rank=raised)
     return refined
 
 
-def _larger_ranks(rank: object, candidate: Candidate) -> Sequence[int | tuple[int, ...]]:
-    """The ranks above this one, in steps of one; of several ranks the first is raised last."""
-    limit = candidate.max_rank
-    if isinstance(rank, int) and isinstance(limit, int):
-        return range(rank + 1, limit + 1)
-    assert isinstance(rank, tuple)
-    assert isinstance(limit, tuple)
-    *kept, last = rank
-    return [(*kept, r) for r in range(last + 1, limit[-1] + 1)]
+def _raised(
+    rank: Rank,
+    candidate: Candidate,
+    limits: NDArray[np.float64],
+    amounts: Callable[[Cost], list[int]],
+) -> Rank:
+    """The largest rank from this one on that fits; of several ranks the first is raised last."""
+
+    def fits(rank: Rank) -> bool:
+        cost = candidate.cost(rank)
+        saves = cost.deciding < candidate.before.deciding
+        return saves and bool(np.all(np.array(amounts(cost)) <= limits))
+
+    if isinstance(rank, int):
+        assert isinstance(candidate.max_rank, int)
+        return _last(rank, candidate.max_rank, fits)
+    assert isinstance(candidate.max_rank, tuple)
+    ranks = list(rank)
+    for i in reversed(range(len(ranks))):
+
+        def fits_here(value: int, i: int = i) -> bool:
+            return fits((*ranks[:i], value, *ranks[i + 1 :]))
+
+        ranks[i] = _last(ranks[i], candidate.max_rank[i], fits_here)
+    return tuple(ranks)
+
+
+def _last(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The last whole number of a range that fits, where all up to it do; at least the first."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

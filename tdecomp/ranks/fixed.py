@@ -91,6 +91,15 @@ class ByLayer(RankSelector):
 
     selectors: Mapping[str, RankSelector] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for pattern, selector in self.selectors.items():
+            if selector.weighs_layers:
+                raise ValueError(
+                    f"layer {pattern!r}: {selector} is for the whole model; expected a rank or a "
+                    f"selector of one layer. Use rank={selector} by itself, with include= or "
+                    "exclude= for the layers that it may change, and Plan.edit for single ones"
+                )
+
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         names = [(c[0].layer, *c[0].aliases) for c in sites]
         choices = [Choice(reason="no rank was given for it")] * len(sites)
@@ -100,6 +109,11 @@ class ByLayer(RankSelector):
             for i, choice in zip(mine, chosen, strict=True):
                 choices[i] = choice
         return choices
+
+    def selector_of(self, names: Sequence[str]) -> RankSelector | None:
+        """The selector for a layer of these names, or None."""
+        pattern = self._pattern_of(names)
+        return None if pattern is None else self.selectors[pattern]
 
     def _pattern_of(self, names: Sequence[str]) -> str | None:
         exact = next((name for name in names if name in self.selectors), None)
