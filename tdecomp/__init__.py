@@ -28,6 +28,7 @@ from tdecomp.engine import Decomposition, apply, decompose
 from tdecomp.layer import LayerSpec
 from tdecomp.planning import plan
 from tdecomp.plans import Plan
+from tdecomp.progressive import reduce_ranks
 from tdecomp.ranks import VBMF, BreakEven, Budget, Energy, RankSelector, Ratio
 from tdecomp.recovery import Recovery, distill, recalibrate_batchnorm, refit
 from tdecomp.report import Report, Row
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "plan",
     "recalibrate_batchnorm",
+    "reduce_ranks",
     "refit",
     "register",
     "registered",

@@ -101,7 +101,7 @@ def decompose(
     source = Source(data, forward, max_batches, max_memory, progress)
     steps = Steps(recalibrate_batchnorm, refit, distill)
     steps.check(source)
-    listed = _optimizers(optimizers, inplace)
+    listed = check_optimizers(optimizers, inplace)
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
     planned, moments = plan_from(
         model, methods, rank, example_inputs, filters, source, allow_expansion, expect=False
@@ -168,7 +168,7 @@ def apply(
     source = Source(data, forward, max_batches, max_memory, progress)
     steps = Steps(recalibrate_batchnorm, refit, distill)
     steps.check(source)
-    listed = _optimizers(optimizers, inplace)
+    listed = check_optimizers(optimizers, inplace)
     moments = None
     if data is not None:
         sites = list(match_sites(model, plan).values())
@@ -177,9 +177,10 @@ def apply(
     return _apply(model, plan, moments, source, steps, inplace, listed)
 
 
-def _optimizers(
+def check_optimizers(
     optimizers: Optimizer | Sequence[Optimizer], inplace: bool
 ) -> tuple[Optimizer, ...]:
+    """The optimizers as a tuple; refuses what is none, and any without `inplace`."""
     listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):

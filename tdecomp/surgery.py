@@ -156,17 +156,19 @@ def _set_setter(holder: set[Any], item: Any) -> Callable[[Any], None]:
 
 
 def _old_parameters(replacements: Replacements) -> list[nn.Parameter]:
-    return [p for old in replacements for p in old.parameters(recurse=False)]
+    return [p for old in replacements for p in old.parameters()]
 
 
 def _successors(replacements: Replacements) -> dict[int, dict[str, nn.Parameter]]:
     """What takes each old parameter's place: all weights for the weight, the bias for the bias."""
     after: dict[int, dict[str, nn.Parameter]] = {}
     for old, chain in replacements.items():
-        for name, parameter in old.named_parameters(recurse=False):
-            after[id(parameter)] = {
-                key: new for key, new in chain.named_parameters() if key.endswith(f".{name}")
-            }
+        left = dict(chain.named_parameters())
+        for name, parameter in old.named_parameters():
+            # Of the weights of an earlier chain the first stands for all the new ones.
+            kind = name.rpartition(".")[2]
+            mine = [key for key in left if key.endswith(f".{kind}")]
+            after[id(parameter)] = {key: left.pop(key) for key in mine}
     return after
 
 
@@ -177,12 +179,13 @@ def _holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 def _follow(optimizer: Optimizer, replacements: Replacements) -> None:
     """New parameters take the old ones' places in their groups; the old ones' state goes."""
     after = _successors(replacements)
+    local = {id(p): name for old in replacements for name, p in old.named_parameters()}
     for group in optimizer.param_groups:
         if "param_names" in group:  # by position
             group["param_names"] = [
                 new
                 for name, p in zip(group["param_names"], group["params"], strict=True)
-                for new in _renamed(name, after.get(id(p)))
+                for new in _renamed(name, local.get(id(p), ""), after.get(id(p)))
             ]
         # In place: LBFGS holds on to the very list.
         group["params"][:] = [
@@ -196,9 +199,9 @@ def _follow(optimizer: Optimizer, replacements: Replacements) -> None:
         optimizer._numel_cache = None
 
 
-def _renamed(name: str, after: Mapping[str, nn.Parameter] | None) -> list[str]:
-    layer = name.rpartition(".")[0]
-    return [name] if after is None else [f"{layer}.{key}" if layer else key for key in after]
+def _renamed(name: str, local: str, after: Mapping[str, nn.Parameter] | None) -> list[str]:
+    layer = name.removesuffix(local)
+    return [name] if after is None else [f"{layer}{key}" for key in after]
 
 
 def _snapshot(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any]]:

@@ -77,7 +77,7 @@ ORDER = (
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",
     "losses", "candidates", "plotting", "report", "plans", "planning", "surgery",
-    "recovery.base", "recovery.*", "recovery", "checkpoint", "engine",
+    "recovery.base", "recovery.*", "recovery", "checkpoint", "engine", "progressive",
     "composer.closed_form", "composer.core", "composer.factorized", "composer.modules",
     "composer.apply", "composer",
 )  # fmt: skip

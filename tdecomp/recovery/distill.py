@@ -7,7 +7,7 @@ network as in Romero et al. 2015, "FitNets".
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tdecomp.batches import Batches, Forward, device_of, tensors_of
+from tdecomp.chain import Chain
+from tdecomp.recovery.augment import flip_and_shift
 from tdecomp.recovery.base import Recovery, adopt, both_untouched, lost_output
 
 # Checks of the whole model's error on the way, each of which may become the result.
 _CHECKS = 8
+_HINTS = 4
 _WARM_UP = 0.1
 _MAX_GRADIENT_NORM = 1.0
 
@@ -32,6 +35,7 @@ def distill(
     steps: int = 200,
     lr: float = 1e-3,
     hints: bool = True,
+    augment: Callable[[Any, torch.Generator], Any] | None = flip_and_shift,
     forward: Forward | None = None,
     max_batches: int | None = None,
     inplace: bool = False,
@@ -45,8 +49,8 @@ def distill(
     >>> recovery.error_after < recovery.error_before
     True
 
-    The loss is the squared distance to the original's outputs and, as hints, to those of its
-    direct children, each as a share of its variance. Both models run in evaluation mode (batch
+    The loss is the squared distance to the original's outputs and, as hints, to those of a few
+    layers or blocks on the way, each as a share of its variance. Both models run in evaluation mode (batch
     norm statistics stay, dropout is off); Adam trains all parameters that require gradients, its
     rate rising over the first tenth of the steps and falling to zero. The model that lost least on
     the first few hundred samples is kept, the one handed in included; an interrupt
@@ -64,7 +68,9 @@ def distill(
     lr : float
         The highest rate of Adam.
     hints : bool
-        Whether to compare the outputs of the model's direct children, too.
+        Whether to compare outputs inside the models, too.
+    augment : callable ``(batch, generator) -> batch``, optional
+        Varies each batch; by default images are mirrored and shifted a little, all else stays.
     forward, max_batches
         As for `tdecomp.calibrate`.
     inplace : bool
@@ -96,7 +102,11 @@ def distill(
     notes: tuple[str, ...] = ()
     try:
         with both_untouched(changed, original), torch.inference_mode(False), torch.enable_grad():
-            for _ in _training(changed, original, trained, source, steps, lr, hints, progress):
+            names = hinted(changed) if hints else []
+            training = _training(
+                changed, original, trained, source, steps, lr, names, augment, progress
+            )
+            for _ in training:
                 error = lost_output(changed, original, source)
                 if error < best_error:
                     best, best_error = copy.deepcopy(changed.state_dict()), error
@@ -117,7 +127,8 @@ def _training(
     batches: Batches,
     steps: int,
     lr: float,
-    hints: bool,
+    hints: Sequence[str],
+    augment: Callable[[Any, torch.Generator], Any] | None,
     progress: bool,
 ) -> Iterator[None]:
     """Train, pausing after each of a few stretches."""
@@ -127,11 +138,14 @@ def _training(
     )
     device = device_of(model)
     endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
+    generator = torch.Generator("cpu").manual_seed(0)
     pause = max(1, steps // _CHECKS)
     with _Outputs(model, hints) as mine, _Outputs(original, hints) as wanted:
         bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=not progress)
         for step in bar:
             batch = next(endless)
+            if augment is not None:
+                batch = augment(batch, generator)
             with torch.no_grad():
                 targets = wanted.of(original, batches, batch)
             loss = _distance(mine.of(model, batches, batch), targets)
@@ -161,24 +175,52 @@ def _distance(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-class _Outputs:
-    """The outputs of a model and, as hints, of its direct children that have parameters."""
+def hinted(model: nn.Module) -> list[str]:
+    """A few modules whose outputs are worth comparing: blocks that hold chains, evenly spread."""
 
-    def __init__(self, model: nn.Module, hints: bool) -> None:
-        self._children = dict(model.named_children()) if hints else {}
+    def holding(parent: nn.Module, name: str) -> list[str]:
+        prefix = f"{name}." if name else ""
+        children = [(prefix + n, c) for n, c in parent.named_children()]
+        return [n for n, c in children if any(isinstance(m, Chain) for m in c.modules())]
+
+    names = holding(model, "")
+    while names and len(names) < _HINTS:
+        # Too few blocks: look into those that hold any.
+        inside = [
+            deeper
+            for name in names
+            for deeper in (
+                holding(model.get_submodule(name), name)
+                if not isinstance(model.get_submodule(name), Chain)
+                else [name]
+            )
+        ]
+        if len(inside) <= len(names):
+            break
+        names = inside
+    if len(names) <= _HINTS:
+        return names
+    return [names[round(i * (len(names) - 1) / (_HINTS - 1))] for i in range(_HINTS)]
+
+
+class _Outputs:
+    """The outputs of a model and, as hints, of some modules in it."""
+
+    def __init__(self, model: nn.Module, hints: Sequence[str]) -> None:
+        known = dict(model.named_modules())
+        self._hinted = {name: known[name] for name in hints if name in known}
         self._found: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Outputs":
-        for name, child in self._children.items():
-            if any(True for _ in child.parameters()):
+        for name, module in self._hinted.items():
 
-                def take(_: Any, __: Any, output: Any, name: str = name) -> None:
-                    if isinstance(output, Tensor) and output.is_floating_point():
-                        # What follows may change it in place.
-                        self._found[name] = output.clone()
+            def take(_: Any, __: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, Tensor) and output.is_floating_point():
+                    # What follows may change it in place.
+                    self._found[name] = output.clone()
 
-                self._stack.callback(child.register_forward_hook(take).remove)
+            self._stack.callback(module.register_forward_hook(take).remove)
         return self
 
     def __exit__(self, *_: Any) -> None:

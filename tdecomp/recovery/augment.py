@@ -1,0 +1,41 @@
+"""More images out of few: what a decomposed model is to be like the original on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Smaller maps are no images, or too small to be shifted.
+_LEAST_SIDE = 8
+# The largest shift, as a share of the shorter side.
+_SHIFT = 1 / 8
+
+
+def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
+    """Mirror each image of a batch or not, and shift it a little, at random.
+
+    >>> flip_and_shift(torch.ones(2, 3, 8, 8), torch.Generator()).shape
+    torch.Size([2, 3, 8, 8])
+
+    The original says what comes of the images, so that no label can become wrong. Only floating
+    tensors (batch, channels, height, width) of at least 8×8 are images; all else stays.
+    """
+    if isinstance(batch, dict):
+        return {key: flip_and_shift(value, generator) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [flip_and_shift(value, generator) for value in batch]
+    image = isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point()
+    if not image or min(batch.shape[2:]) < _LEAST_SIDE:
+        return batch
+    count, _, height, width = batch.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    batch = torch.where(mirrored.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
+    most = int(_SHIFT * min(height, width))
+    padded = functional.pad(batch, (most,) * 4, mode="reflect")
+    corners = torch.randint(0, 2 * most + 1, (count, 2), generator=generator).tolist()
+    crops = [
+        image[:, top : top + height, left : left + width]
+        for image, (top, left) in zip(padded, corners, strict=True)
+    ]
+    return torch.stack(crops)
