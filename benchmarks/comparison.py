@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 import tdecomp
 from benchmarks.data import Dataset
+from benchmarks.output_error import output_errors
 from benchmarks.settings import Setting, parse_rank
 from benchmarks.timing import Latency, interleaved_latencies
 from benchmarks.training import accuracy, fine_tune
 from tdecomp.tracing import no_fast_path
 
 ORIGINAL = "original"
+JUDGED_IMAGES = 512  # for the output errors, of those that the accuracy is measured on
 LAYER_FIELDS = (
     "name",
     "method",
@@ -42,12 +44,13 @@ class Protocol:
     batch_size: int
     seed: int
     rounds: int
+    data_images: int = 0
     progress: bool = True
 
 
 @dataclass
 class Measurement:
-    """One line of the table; accuracies are None without data, the rest where it does not apply."""
+    """One line of the table; what needs data is None without, the rest where it does not apply."""
 
     label: str
     method: str | None
@@ -56,6 +59,8 @@ class Measurement:
     macs: int
     params_ratio: float = 1.0
     macs_ratio: float = 1.0
+    data: bool = False
+    refit: bool = False
     latency: Latency | None = None
     layers_changed: int | None = None
     layers_total: int | None = None
@@ -63,9 +68,17 @@ class Measurement:
     linear_ranks: str = ""
     decompose_seconds: float | None = None
     weight_error: float | None = None
+    output_error: float | None = None
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The method, and what its factors were fitted to if not to the weights."""
+        if self.method is None or self.rank is None:
+            return self.label
+        return self.method + Setting(self.method, self.rank, self.data, self.refit).suffix
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +90,16 @@ class Comparison:
 
     measurements: list[Measurement]
     refused: dict[str, str]
+    calibration_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Unlabelled images, what the layers saw of them, and the seconds that this took."""
+
+    batches: list[Tensor]
+    moments: tdecomp.Moments
+    seconds: float
 
 
 def compare(
@@ -98,9 +121,13 @@ def compare(
     measurements = {ORIGINAL: Measurement(ORIGINAL, None, None, params, macs)}
     networks = {ORIGINAL: copy.deepcopy(model)}
     refused = {}
-    for setting in tqdm(list(settings), "decomposing", leave=False, disable=quiet):
+    settings = list(settings)
+    seen = None
+    if data is not None and any(setting.data for setting in settings):
+        seen = _calibrate(model, data, protocol)
+    for setting in tqdm(settings, "decomposing", leave=False, disable=quiet):
         try:
-            network, measurement = _decompose(model, setting, example, protocol.min_channels)
+            network, measurement = _decompose(model, setting, example, protocol.min_channels, seen)
         except ValueError as error:  # such as VBMF on CP; the other settings still stand
             refused[setting.label] = str(error)
             continue
@@ -115,12 +142,21 @@ def compare(
     for label, network in networks.items():
         measurements[label].latency = latencies[label]
         if data is not None:
+            _measure_output_error(model, network, measurements[label], data)
             _measure_accuracy(network, measurements[label], data, protocol)
-    return Comparison(list(measurements.values()), refused)
+    seconds = None if seen is None else seen.seconds
+    return Comparison(list(measurements.values()), refused, seconds)
+
+
+def _calibrate(model: nn.Module, data: Dataset, protocol: Protocol) -> Seen:
+    batches = data.train.unlabelled(protocol.data_images, protocol.batch_size, protocol.seed)
+    start = time.perf_counter()
+    moments = tdecomp.calibrate(model, batches, progress=False)
+    return Seen(batches, moments, time.perf_counter() - start)
 
 
 def _decompose(
-    model: nn.Module, setting: Setting, example: Tensor, min_channels: int
+    model: nn.Module, setting: Setting, example: Tensor, min_channels: int, seen: Seen | None
 ) -> tuple[nn.Module, Measurement]:
     start = time.perf_counter()
     result = tdecomp.decompose(
@@ -130,8 +166,11 @@ def _decompose(
         example_inputs=example,
         min_channels=min_channels,
         min_features=min_channels,
+        data=seen.moments if seen is not None and setting.data else None,
         progress=False,
     )
+    if seen is not None and setting.refit:
+        tdecomp.refit(result.model, model, seen.batches, inplace=True, progress=False)
     seconds = time.perf_counter() - start
     rows = list(result.report)
     ranks = [(row.method, row.rank) for row in rows if row.rank is not None]
@@ -142,10 +181,12 @@ def _decompose(
         setting.rank,
         params=count_params(result.model),
         macs=count_macs(result.model, example),
+        data=setting.data,
+        refit=setting.refit,
         layers_changed=len(ranks),
         layers_total=len(rows),
-        ranks=summarise_ranks([rank for method, rank in ranks if method == setting.method]),
-        linear_ranks=summarise_ranks([rank for method, rank in ranks if method != setting.method]),
+        ranks=_convolutions(setting.method, ranks),
+        linear_ranks=summarise_ranks([r for m, r in ranks if m != setting.method and m == LINEAR]),
         decompose_seconds=seconds,
         weight_error=sum(errors) / len(errors) if errors else None,
         layers=[_layer(row) for row in rows],

@@ -51,6 +51,11 @@ class Split:
         """Return the model's inputs and the labels at some positions."""
         return self.normalise(self.images[index]), self.labels[index]
 
+    def unlabelled(self, count: int, batch_size: int, seed: int) -> list[Tensor]:
+        """Draw `count` images, or all there are, as batches of inputs without their labels."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return list(self.normalise(self.images[chosen]).split(batch_size))
+
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every image once, in batches."""
         for start in range(0, len(self), batch_size):

@@ -6,33 +6,49 @@ from typing import Any
 import tdecomp
 
 LINEAR_METHOD = "svd"
+GROUPS = ("auto", "dense")  # several methods each, Linear layers' included
+BUDGET = "budget"
 RANK_SYNTAX = (
     "a float for a share of the MACs (0.5), an int for a rank (32), a pair for Tucker-2 (32,48), "
-    "vbmf, vbmf:WEAKEN, breakeven or energy:SHARE"
+    "vbmf, vbmf:WEAKEN, breakeven, energy:SHARE, or budget:SHARE for one budget of the model's MACs"
 )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A convolution's method and the rank as it was written; Linear layers are left to SVD."""
+    """A convolution's method and the rank as it was written; Linear layers are left to SVD.
+
+    With `data` the fits are to what the layers see, with `refit` they are made once more, in the
+    order of the network.
+    """
 
     method: str
     rank: str
+    data: bool = False
+    refit: bool = False
 
     @property
     def label(self) -> str:
-        return f"{self.method} {self.rank}"
+        return f"{self.method} {self.rank}{self.suffix}"
 
     @property
-    def methods(self) -> list[str]:
+    def suffix(self) -> str:
+        """What the name of the method does not say."""
+        return " + data" * self.data + " + refit" * self.refit
+
+    @property
+    def methods(self) -> str | list[str]:
         """What to pass to tdecomp: the method for convolutions, then the one for Linear layers."""
-        return [self.method] if self.method == LINEAR_METHOD else [self.method, LINEAR_METHOD]
+        alone = self.method == LINEAR_METHOD or self.method in GROUPS
+        return self.method if alone else [self.method, LINEAR_METHOD]
 
 
 def parse_rank(text: str) -> Any:
     """Turn a rank as written on a command line into what tdecomp takes."""
     name, _, argument = text.partition(":")
     try:
+        if name == BUDGET:
+            return tdecomp.Budget(macs=float(argument))
         if name == "energy":
             return tdecomp.Energy(float(argument))
         if name == "vbmf":

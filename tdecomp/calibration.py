@@ -499,4 +499,5 @@ def _check_finite(name: str, moments: LayerMoments) -> None:
 
 
 def _spec(layer: nn.Module) -> LayerSpec:
-    return LayerSpec.of(layer)
+    """Of a layer, or of the one that a chain replaced."""
+    return getattr(layer, "replaced", None) or LayerSpec.of(layer)

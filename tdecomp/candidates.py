@@ -12,12 +12,15 @@ from tdecomp.calibration import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.linalg import Spectrum, undisturbed
 from tdecomp.losses import LayerLosses, whole_loss
-from tdecomp.ranks.base import Candidate, Option
+from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Option
 from tdecomp.sites import Site
 
 
 def layer_losses(
-    sites: Sequence[Site], methods: Sequence[Sequence[Decomposer]], moments: Moments | None
+    sites: Sequence[Site],
+    methods: Sequence[Sequence[Decomposer]],
+    moments: Moments | None,
+    largest_share: float = LARGEST_SHARE,
 ) -> list[LayerLosses]:
     """For each site what its ranks lose, in one unit for all of them.
 
@@ -34,7 +37,7 @@ def layer_losses(
             fits = moments.fits.setdefault((site.name, _digest(weight)), {})
         if mine is not None:
             mine = mine.to(weight.device)
-        found.append(LayerLosses(weight, spec, mine, site.calls, rivals, cache=fits))
+        found.append(LayerLosses(weight, spec, mine, site.calls, rivals, largest_share, cache=fits))
     if any(lost.moments is not None and lost.moments.gradient is not None for lost in found):
         wholes = []
         for lost in found:

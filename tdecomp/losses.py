@@ -17,16 +17,14 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.layer import Call, LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import LayerMoments
-from tdecomp.ranks.base import Option
+from tdecomp.ranks.base import LARGEST_SHARE, Option
 
-# The share of the layer's cost at which an iterative method is fitted first, to see whether it is
+# The share of the largest cost worth considering at which an iterative method is fitted first, to see whether it is
 # worth fitting at the ends of its ladder of ranks, too: a method that loses so many times as much
 # as another one does at about that cost is not.
-_PROBE = 0.3
+_PROBE = 1 / 3
 _ABOUT = 1.15
 _HOPELESS = 1.3
-# The largest rank of a ladder keeps this share of the layer's cost: few budgets ask for more.
-_LARGEST = 0.9
 # The smallest rank of a ladder, as a share of the largest that pays.
 _SMALLEST = 0.06
 # Ranks that become options, fitted or in between.
@@ -56,6 +54,8 @@ class LayerLosses:
         What one pass of the example inputs asks of the layer.
     rivals : sequence of Decomposer
         All methods that are to be chosen from.
+    largest_share : float
+        Of the layer's own cost, that a rank may keep to be worth an iterative fit.
     unit : float
         What losing the whole output of a layer without known gradients counts for.
     cache : mutable mapping
@@ -67,6 +67,7 @@ class LayerLosses:
     moments: LayerMoments | None
     calls: Sequence[Call] | None = None
     rivals: Sequence[Decomposer] = ()
+    largest_share: float = LARGEST_SHARE
     unit: float = 1.0
     cache: MutableMapping[Any, Any] = field(default_factory=dict)
     _curves: dict[str, "_Curve"] = field(default_factory=dict)
@@ -89,11 +90,11 @@ class LayerLosses:
     def ladder(self, decomposer: Decomposer) -> list[Rank]:
         """Ranks from a small one to one that nearly costs the layer, on a log scale."""
         largest, cost = decomposer.max_rank(self.spec), self.cost(decomposer)
-        limit = _LARGEST * self.before.deciding
+        nested = self.nested(decomposer) is not None
+        limit = (LARGEST_SHARE if nested else self.largest_share) * self.before.deciding
         if isinstance(largest, int):
             paying = _largest_within(largest, cost, limit)
-            low = 1 if self.nested(decomposer) else math.ceil(_SMALLEST * paying)
-            return list(_spaced(low, paying))
+            return list(_spaced(1 if nested else math.ceil(_SMALLEST * paying), paying))
         ranks = [r for r in _descent(largest, cost) if cost(r).deciding <= limit]
         return [ranks[i - 1] for i in _spaced(1, len(ranks))]
 
@@ -235,7 +236,7 @@ class _Curve:
         if nested is not None:
             self._known = {i: nested[_only(rank)] for i, rank in enumerate(self._ranks)}
         elif self._ranks:
-            wanted = _PROBE * losses.before.deciding
+            wanted = _PROBE * losses.largest_share * losses.before.deciding
             gaps = [abs(cost.deciding - wanted) for cost in self._costs]
             self._fit(gaps.index(min(gaps)))
 

@@ -136,7 +136,7 @@ def plan_from(
     wanted = {site.name for site in open_sites}
     moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
     by_name = {d.name: d for d in decomposers}
-    losses = layer_losses(open_sites, able, moments)
+    losses = layer_losses(open_sites, able, moments, selector.largest_share)
     candidates = [
         [candidate(site, d, lost) for d in taking]
         for site, taking, lost in zip(open_sites, able, losses, strict=True)

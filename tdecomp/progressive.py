@@ -85,7 +85,7 @@ def reduce_ranks(
     source = Source(data, forward, max_batches, progress=progress)
     selector = get_selector(rank)
     moments = _moments(model, chains, source, gradients=selector.weighs_layers)
-    candidates = _candidates(plan, merged, moments)
+    candidates = _candidates(plan, merged, moments, selector.largest_share)
     rest = plan.after - total(c[0].before for c in candidates)
     _refuse_larger(selector, candidates)
     choices = selector.select(candidates, rest)
@@ -158,14 +158,14 @@ def _moments(
 
 
 def _candidates(
-    plan: Plan, merged: dict[str, nn.Module], moments: Moments | None
+    plan: Plan, merged: dict[str, nn.Module], moments: Moments | None, largest_share: float
 ) -> list[list[Candidate]]:
     sites = [
         Site(plan[name].names, layer, plan[name].layer, calls=plan[name].calls)
         for name, layer in merged.items()
     ]
     methods = [[plan.decomposers[plan[site.name].method or ""]] for site in sites]
-    losses = layer_losses(sites, methods, moments)
+    losses = layer_losses(sites, methods, moments, largest_share)
     found = []
     for site, (decomposer,), lost in zip(sites, methods, losses, strict=True):
         row = plan[site.name]

@@ -16,6 +16,8 @@ from tdecomp.cost import Cost
 from tdecomp.linalg import Spectrum
 
 NOTHING = Cost(0, 0)
+# Of a layer's cost, that a chain may keep to be worth considering.
+LARGEST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class RankSelector(ABC):
 
     # Whether it weighs layers against each other, so that gradients are worth their time.
     weighs_layers: ClassVar[bool] = False
+
+    @property
+    def largest_share(self) -> float:
+        """Of a layer's own cost, that its chain may keep to be worth an iterative fit."""
+        return LARGEST_SHARE
 
     @abstractmethod
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:

@@ -10,13 +10,24 @@ from numpy.typing import NDArray
 
 from tdecomp.chain import Rank
 from tdecomp.cost import Cost, total
-from tdecomp.ranks.base import NOTHING, Candidate, Choice, Option, RankSelector, is_share
+from tdecomp.ranks.base import (
+    LARGEST_SHARE,
+    NOTHING,
+    Candidate,
+    Choice,
+    Option,
+    RankSelector,
+    is_share,
+)
 
 # Steps that the room is divided into for the exact search; what they round away is spent after.
 _LEVELS = 8192
 # Decimal logarithms of the price of a second budget, and halvings of the interval between them.
 _PRICES = (-9.0, 6.0)
 _BISECTIONS = 24
+
+# Times its part of the budget that a layer may keep.
+_GENEROUS = 4.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,11 @@ class Budget(RankSelector):
                     f"Budget: expected {name} above 0 and at most 1, a share of the whole model's, "
                     f"got {share!r}"
                 )
+
+    @property
+    def largest_share(self) -> float:
+        """A layer that keeps several times its part of the budget is as good as left whole."""
+        return min(LARGEST_SHARE, _GENEROUS * max(share for _, share in self._named()))
 
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         whole = rest + total(candidates[0].before for candidates in sites)
