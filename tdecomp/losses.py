@@ -19,9 +19,9 @@ from tdecomp.linalg import undisturbed
 from tdecomp.moments import LayerMoments
 from tdecomp.ranks.base import LARGEST_SHARE, Option
 
-# The share of the largest cost worth considering at which an iterative method is fitted first, to see whether it is
-# worth fitting at the ends of its ladder of ranks, too: a method that loses so many times as much
-# as another one does at about that cost is not.
+# The share of the largest cost worth considering at which an iterative method is fitted first, to
+# see whether it is worth fitting at the ends of its ladder of ranks, too: a method that loses so
+# many times as much as another one does at about that cost is not.
 _PROBE = 1 / 3
 _ABOUT = 1.15
 _HOPELESS = 1.3

@@ -52,9 +52,9 @@ def distill(
     The loss is the squared distance to the original's outputs and, as hints, to those of a few
     layers or blocks on the way, each as a share of its variance. Both models run in evaluation
     mode (batch norm statistics stay, dropout is off); Adam trains all parameters that require
-    gradients, its rate rising over the first tenth of the steps and falling to zero. The model that lost least on
-    the first few hundred samples is kept, the one handed in included; an interrupt
-    (KeyboardInterrupt) ends the training with the best so far.
+    gradients, its rate rising over the first tenth of the steps and falling to zero. The model
+    that lost least on the first few hundred samples is kept, the one handed in included; an
+    interrupt (KeyboardInterrupt) ends the training with the best so far.
 
     Parameters
     ----------
