@@ -22,6 +22,8 @@ from tdecomp.tracing import no_fast_path, untouched
 
 # Examples whose gradients say how much each layer's outputs matter: ranks need no more.
 _GRADIENT_SAMPLES = 128
+# Of these at a time the activations are kept.
+_GRADIENTS_AT_A_TIME = 16
 
 
 class Moments(Mapping[str, LayerMoments]):
@@ -126,7 +128,7 @@ class Moments(Mapping[str, LayerMoments]):
         Raises
         ------
         ValueError
-            If the file holds no moments, or those of a newer format.
+            If the file holds no moments, those of a newer format, or is damaged.
         """
         try:
             with safe_open(file, "pt") as opened:
@@ -136,21 +138,41 @@ class Moments(Mapping[str, LayerMoments]):
             raise ValueError(f"{file}: not a safetensors file: {error}") from error
         if text is None:
             raise ValueError(f"{file}: holds no moments; expected a file that Moments.save wrote")
-        header = json.loads(text)
-        if header["format"] != _FORMAT:
+        try:
+            header = json.loads(text)
+            if header["format"] != _FORMAT:
+                raise ValueError(
+                    f"{file}: moments format {header['format']!r}; this version reads {_FORMAT}"
+                )
+            _check_tensors(file, header["layers"], tensors)
+            layers = {
+                name: LayerMoments(
+                    spec=LayerSpec.from_dict(entry["spec"]),
+                    count=entry["count"],
+                    sizes=tuple(tuple(size) for size in entry["sizes"]),
+                    **{part: tensors.get(f"{name}/{part}") for part in _TENSORS},  # type: ignore[arg-type]
+                )
+                for name, entry in header["layers"].items()
+            }
+            return cls(layers, tuple(header["unreached"]), header["samples"], header["peak_bytes"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{file}: moments format {header['format']!r}; this version reads {_FORMAT}"
-            )
-        layers = {
-            name: LayerMoments(
-                spec=LayerSpec.from_dict(entry["spec"]),
-                count=entry["count"],
-                sizes=tuple(tuple(size) for size in entry["sizes"]),
-                **{part: tensors.get(f"{name}/{part}") for part in _TENSORS},  # type: ignore[arg-type]
-            )
-            for name, entry in header["layers"].items()
-        }
-        return cls(layers, tuple(header["unreached"]), header["samples"], header["peak_bytes"])
+                f"{file}: its header is not that of moments ({type(error).__name__}: {error}); "
+                "expected a file that Moments.save wrote"
+            ) from error
+
+
+def _check_tensors(file: Any, names: Collection[str], tensors: Collection[str]) -> None:
+    lacking = [f"{name}/mean" for name in names if f"{name}/mean" not in tensors]
+    lacking += [
+        f"{name}/matrix"
+        for name in names
+        if f"{name}/matrix" not in tensors and f"{name}/rows" not in tensors
+    ]
+    if lacking:
+        raise ValueError(
+            f"{file}: lacks the moments {', '.join(map(repr, lacking))}; the file is damaged"
+        )
 
 
 _FORMAT = 1
@@ -390,7 +412,14 @@ class _Slopes:
         self._generator = torch.Generator("cpu").manual_seed(0)
 
     def add(self, model: nn.Module, batch: Any, batches: Batches) -> None:
-        """Run one batch, forwards and backwards."""
+        """Run one batch, forwards and backwards, a few samples at a time where it can be cut."""
+        if isinstance(batch, Tensor) and batch.dim() > 1:
+            for few in batch.split(_GRADIENTS_AT_A_TIME):
+                self._add(model, few, batches)
+        else:
+            self._add(model, batch, batches)
+
+    def _add(self, model: nn.Module, batch: Any, batches: Batches) -> None:
         anchors: list[Tensor] = []
 
         def mark(name: str, output: Tensor) -> Tensor:
