@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tdecomp.layer import Call, LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import LayerMoments
 from tdecomp.ranks.base import LARGEST_SHARE, Option
+from tdecomp.regression import SecondMoment
 
 # The share of the largest cost worth considering at which an iterative method is fitted first, to
 # see whether it is worth fitting at the ends of its ladder of ranks, too: a method that loses so
@@ -163,7 +164,7 @@ class LayerLosses:
     def _nested_now(self, decomposer: Decomposer) -> list[Measured] | None:
         kernels = decomposer.group_kernels(self.weight.detach().double(), self.spec)
         use = self._by_moments(decomposer) and self.moments is not None
-        moments = self.moments.second_moments() if use and self.moments else [None] * len(kernels)
+        moments = self._second if use else [None] * len(kernels)
         importance = self._importance() if use else None
         blocks: Sequence[Tensor | None] = [None] * len(kernels)
         if importance is not None:
@@ -186,7 +187,7 @@ class LayerLosses:
         assert isinstance(plain, Tensor)
         variance = float(plain[0])
         if use and self.moments is not None:
-            variance = self.moments.output_variance(self.weight)
+            variance = self._variance
         errors = (plain / (variance or 1.0)).tolist()
         if importance is None:
             return [(None, error) for error in errors]
@@ -201,7 +202,7 @@ class LayerLosses:
 
     def _fit_now(self, decomposer: Decomposer, rank: Rank) -> Measured:
         by_moments = self.moments if self._by_moments(decomposer) else None
-        second = None if by_moments is None else by_moments.second_moments()
+        second = None if by_moments is None else self._second
         try:
             fitted = decomposer.factorize(self.weight, self.spec, rank, second)
         except (ValueError, torch.linalg.LinAlgError):
@@ -211,16 +212,27 @@ class LayerLosses:
             weight = self.weight.detach().double()
             lost = float((weight - approximation).square().sum())
             return None, lost / (float(weight.square().sum()) or 1.0)
-        error = by_moments.output_error(self.weight, approximation)
-        if by_moments.gradient is None:
-            return None, error
         difference = by_moments.kernels(self.weight.detach().double() - approximation)
+        lost = loss = 0.0
         out = self.spec.group_out
-        loss = 0.0
         for g, (moment, gone) in enumerate(zip(second, difference, strict=True)):
-            block = by_moments.gradient[g * out : (g + 1) * out, g * out : (g + 1) * out]
-            loss += float((block * (moment.applied(gone) @ gone.T)).sum())
-        return max(loss, 0.0), error
+            outputs = moment.between(gone)  # (out, out), of their error
+            lost += float(outputs.trace())
+            if by_moments.gradient is not None:
+                block = by_moments.gradient[g * out : (g + 1) * out, g * out : (g + 1) * out]
+                loss += float((block * outputs).sum())
+        error = lost / self._variance if self._variance > 0 else float(lost > 0)
+        return None if by_moments.gradient is None else max(loss, 0.0), error
+
+    @cached_property
+    def _second(self) -> list[SecondMoment]:
+        assert self.moments is not None
+        return self.moments.second_moments()
+
+    @cached_property
+    def _variance(self) -> float:
+        assert self.moments is not None
+        return self.moments.output_variance(self.weight)
 
 
 class _Curve:

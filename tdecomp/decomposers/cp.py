@@ -365,7 +365,8 @@ class CP(Decomposer):
         before = self._start(kernel, rank) if start is None else start
         assert isinstance(before, CPFactors)
         fitted = fit_cp_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
-        return better(kernel, moment, fitted, before)
+        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        return fitted if draft else better(kernel, moment, fitted, before)
 
     def draft(self) -> "CP":
         return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))

@@ -167,7 +167,8 @@ class Spatial(Decomposer):
         before = self.fit(kernel, rank) if start is None else start
         assert isinstance(before, SpatialFactors)
         fitted = fit_spatial_to(kernel, before, moment, self.n_iter_max, self.tol)
-        return better(kernel, moment, fitted, before)
+        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        return fitted if draft else better(kernel, moment, fitted, before)
 
     def draft(self) -> "Spatial":
         return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))

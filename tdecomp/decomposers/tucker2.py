@@ -200,7 +200,8 @@ class Tucker2(Decomposer):
         before = self.fit(kernel, rank) if start is None else start
         assert isinstance(before, Tucker2Factors)
         fitted = fit_tucker2_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
-        return better(kernel, moment, fitted, before)
+        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        return fitted if draft else better(kernel, moment, fitted, before)
 
     def draft(self) -> "Tucker2":
         return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
