@@ -176,14 +176,45 @@ def _tensors_in(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
         yield from _tensors_in(part, (*within, id(value)))
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        moved = value.to(device, non_blocking=True)
+def in_parts(batch: Any, size: int, most: int) -> list[Any]:
+    """The first `most` samples of a batch, `size` at a time.
+
+    >>> [len(x) for x, _ in in_parts((torch.zeros(9, 2), torch.zeros(9)), 4, 7)]
+    [4, 3]
+
+    Cut are all tensors that are as long as the first one. A batch of another kind than tensors in
+    containers is one part, as it is.
+    """
+    samples = count_samples(batch)
+
+    def part(start: int) -> Any:
+        def cut(tensor: Tensor) -> Tensor:
+            long = tensor.dim() > 0 and len(tensor) == samples
+            return tensor[start : min(start + size, most)] if long else tensor
+
+        return _each_tensor(batch, cut)
+
+    if samples <= size or count_samples(part(0)) == samples:
+        return [batch]
+    return [part(start) for start in range(0, min(samples, most), size)]
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device, non_blocking=True)
         # Inference tensors can take no part in what gradients are taken of.
         return moved.clone() if moved.is_inference() else moved
+
+    return _each_tensor(batch, move)
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers with every tensor in them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _each_tensor(item, change) for key, item in value.items()}
     if isinstance(value, tuple):
         make = getattr(type(value), "_make", type(value))  # a namedtuple takes items one by one
-        return make([_moved(item, device) for item in value])
-    return [_moved(item, device) for item in value] if isinstance(value, list) else value
+        return make([_each_tensor(item, change) for item in value])
+    return [_each_tensor(item, change) for item in value] if isinstance(value, list) else value

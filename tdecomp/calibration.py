@@ -13,7 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tdecomp.batches import Batches, Forward, count_samples, device_of, tensors_of
+from tdecomp.batches import (
+    Batches,
+    Forward,
+    count_samples,
+    device_of,
+    in_parts,
+    tensors_of,
+)
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import Accumulator, LayerMoments, output_rows
@@ -350,13 +357,14 @@ def _one_pass(
     gradients: bool,
     progress: bool,
 ) -> tuple[dict[str, Accumulator], dict[str, Tensor], int, int]:
-    sums = _empty(layers)
-    slopes = _Slopes(layers)
+    sums = {name: Accumulator(_spec(layer)) for name, layer in layers.items()}
+    slopes = _Slopes(layers) if gradients else None
     samples = peak = 0
-    without: Exception | None = None
+    watching = True
 
     def watch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sums[name].add(next(iter((*args, *kwargs.values()))))
+        if watching:
+            sums[name].add(next(iter((*args, *kwargs.values()))))
 
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
@@ -367,33 +375,24 @@ def _one_pass(
                 lambda _, args, kwargs, name=name: watch(name, args, kwargs), with_kwargs=True
             )
             stack.callback(handle.remove)
-        for number, batch in enumerate(batches.bar(device_of(model), title, progress)):
-            slope = gradients and samples < _GRADIENT_SAMPLES
-            if slope:
+        for batch in batches.bar(device_of(model), title, progress):
+            with torch.no_grad():
+                batches.run(model, batch)
+            if slopes is not None and samples < _GRADIENT_SAMPLES:
+                watching = False
                 try:
-                    slopes.add(model, batch, batches)
-                except Exception as error:
-                    if number:
-                        raise
-                    # Either the batch is wrong, as the pass below will say, or the model runs
-                    # only forwards. What the sums have of this batch is dropped.
-                    sums, gradients, slope, without = _empty(layers), False, False, error
-            if not slope:
-                with torch.no_grad():
-                    batches.run(model, batch)
+                    slopes.add(model, batch, batches, _GRADIENT_SAMPLES - samples)
+                except Exception as error:  # the model runs forwards, as has just been seen
+                    slopes = None
+                    warnings.warn(
+                        "calibrate: no gradients can be taken through this model, so that a budget "
+                        f"will weigh its layers alike ({type(error).__name__}: {error})",
+                        stacklevel=4,
+                    )
+                watching = True
             samples += count_samples(batch)
             peak = max(peak, sum(s.nbytes for s in sums.values()))
-    if without is not None:
-        warnings.warn(
-            "calibrate: no gradients can be taken through this model, so that a budget will weigh "
-            f"its layers alike ({type(without).__name__}: {without})",
-            stacklevel=4,
-        )
-    return sums, slopes.finish(), samples, peak
-
-
-def _empty(layers: Mapping[str, nn.Module]) -> dict[str, Accumulator]:
-    return {name: Accumulator(_spec(layer)) for name, layer in layers.items()}
+    return sums, {} if slopes is None else slopes.finish(), samples, peak
 
 
 class _Slopes:
@@ -411,12 +410,20 @@ class _Slopes:
         self._samples = 0
         self._generator = torch.Generator("cpu").manual_seed(0)
 
-    def add(self, model: nn.Module, batch: Any, batches: Batches) -> None:
-        """Run one batch, forwards and backwards, a few samples at a time where it can be cut."""
-        if isinstance(batch, Tensor) and batch.dim() > 1:
-            for few in batch.split(_GRADIENTS_AT_A_TIME):
+    def add(self, model: nn.Module, batch: Any, batches: Batches, most: int) -> None:
+        """Run the first samples of a batch forwards and backwards, a few at a time.
+
+        Where the model takes no part of the batch, as of a long sequence, all of it at once.
+        """
+        parts = in_parts(batch, _GRADIENTS_AT_A_TIME, most)
+        before = dict(self._sums), self._samples
+        try:
+            for few in parts:
                 self._add(model, few, batches)
-        else:
+        except Exception:
+            if len(parts) == 1:
+                raise
+            self._sums, self._samples = before
             self._add(model, batch, batches)
 
     def _add(self, model: nn.Module, batch: Any, batches: Batches) -> None:

@@ -12,6 +12,7 @@ from tdecomp.batches import (
     call_model,
     count_samples,
     device_of,
+    in_parts,
     tensors_of,
 )
 
@@ -158,6 +159,21 @@ def test_inference_tensors_become_ordinary_ones():
 )
 def test_samples_are_the_length_of_the_first_tensor(batch, samples):
     assert count_samples(batch) == samples
+
+
+def test_parts_of_a_batch_are_cut_alike():
+    batch = {"x": torch.arange(9), "y": (torch.arange(9), "text", torch.arange(3), torch.zeros(()))}
+    parts = in_parts(batch, 4, 7)
+    assert [part["x"].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert [part["y"][0].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert all(part["y"][1] == "text" and len(part["y"][2]) == 3 for part in parts)
+    assert len(in_parts(torch.zeros(9, 2), 4, 100)) == 3
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(4, 2), Example(torch.zeros(9)), "text", [3]])
+def test_batch_that_is_small_or_of_another_kind_is_one_part(batch):
+    (part,) = in_parts(batch, 4, 100)
+    assert part is batch
 
 
 def test_tensors_of_any_output_in_order():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdecomp
+from tdecomp import calibration
 from tdecomp.batches import call_model
 from tdecomp.calibration import Moments, calibrate
 from tdecomp.moments import Accumulator
@@ -302,7 +303,9 @@ def test_layers_in_groups_see_the_same(capsys):
     with unchanged(model := small()):
         grouped = calibrate(model, batches, forward=counted, max_memory=limit)
     assert "calibrate 3/3" in capsys.readouterr().err
-    assert len(calls) == 1 + 3 * 3  # one batch to see how much there is
+    assert (
+        len(calls) == 1 + 3 * 2 * 3
+    )  # one to see how much there is, then with and without gradients
     check_same(grouped, whole, bound=1e-12)
     assert grouped.samples == whole.samples == 12
     assert grouped.peak_bytes < whole.peak_bytes
@@ -466,7 +469,8 @@ def tiny():
 
 @pytest.mark.parametrize("frozen", ["none", "first", "all"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_gradients_are_those_of_the_jacobians(frozen, mode):
+def test_gradients_are_those_of_the_jacobians(frozen, mode, monkeypatch):
+    monkeypatch.setattr(calibration, "_GRADIENT_SAMPLES", 1440)
     model = tiny()
     if frozen == "all":
         model.requires_grad_(False)
@@ -474,7 +478,7 @@ def test_gradients_are_those_of_the_jacobians(frozen, mode):
         model[0].requires_grad_(False)
     x = torch.randn(24, 2, 3, 3, generator=torch.Generator().manual_seed(1))
     with mode(), unchanged(model):
-        # Many draws of the mixture on the same images, in one batch.
+        # Many draws of the mixture on the same images.
         moments = taken(model, [x.repeat(60, 1, 1, 1)])
     expected = jacobian_moments(model, x)
     for name, gradient in expected.items():
@@ -490,10 +494,31 @@ def test_gradients_are_of_the_first_samples_only():
         return model(batch)
 
     taken(small(), [images(100)] * 4, forward=counted)
-    assert calls == [True, True, False, False]
+    # Sixteen samples at a time, up to 128.
+    assert calls == [False] + [True] * 7 + [False] + [True] * 2 + [False] * 2
     calls.clear()
     taken(small(), [images(100)] * 2, forward=counted, gradients=False)
     assert calls == [False, False]
+
+
+class Sequence(nn.Module):
+    """Takes one sequence of 40 vectors, each of which acts on all."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(x.reshape(40, 6)).cumsum(0)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, "label"), Example], ids=str)
+def test_batch_that_cannot_be_cut_is_taken_whole(wrap):
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    forward = (lambda m, b: m(b.image)) if wrap is Example else None
+    moments = taken(Sequence(), [wrap(x)], forward=forward)
+    assert moments["layer"].count == 40
+    assert moments["layer"].gradient is not None
 
 
 def test_gradients_are_the_same_every_time():
