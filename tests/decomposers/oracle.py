@@ -17,6 +17,7 @@ from tdecomp.chain import Chain
 from tdecomp.cost import chain_cost
 from tdecomp.decomposers import Decomposer
 from tdecomp.layer import STOCK_LAYERS, LayerSpec
+from tdecomp.regression import SecondMoment
 from tests.geometries import GEOMETRIES
 
 # torch says so of the layer itself: padding="same" with an even kernel copies the input.
@@ -28,6 +29,9 @@ HALF_TO_DOUBLE = {
     torch.float16: 2e-3,
     torch.bfloat16: 2e-2,
 }
+
+# What a layer may see: enough, fewer samples than inputs, a dead channel, inputs that are copies.
+MOMENT_KINDS = ("full", "few", "dead", "copied")
 
 
 def distance(actual, expected):
@@ -50,6 +54,11 @@ class DecomposerCase:
     drawn: ClassVar[st.SearchStrategy]  # geometries that it takes
     dense: ClassVar[LayerSpec]  # a layer that it takes, with room for some ranks
     least_error: ClassVar[float] = 0.0  # relative, where a smaller one is not promised
+
+    @property
+    def fitter(self):
+        """The method with as many iterations as a fit to data is judged by."""
+        return self.decomposer
 
     def takes(self, spec):
         raise NotImplementedError
@@ -291,9 +300,226 @@ class DecomposerCase:
             factorization = self.decomposer.factorize(weight, self.dense, rank)
             assert distance(factorization.to_kernel(), weight) < 1e-5
 
+    # -- the fit to data ------------------------------------------------------------------------
+
+    def rows(self, spec, kind="full", seed=5):
+        """Inputs (samples, fan_in) over √samples: many, few, or with dead or copied entries."""
+        generator = torch.Generator().manual_seed(seed)
+        samples = 4 if kind == "few" else 6 * spec.fan_in
+        mixed = torch.randn(spec.fan_in, spec.fan_in, generator=generator).double()
+        scales = torch.logspace(0.5, -0.5, spec.fan_in).double()
+        rows = torch.randn(samples, spec.fan_in, generator=generator).double() @ (scales * mixed)
+        if kind == "dead":
+            rows.unflatten(1, (spec.group_in, -1))[:, 0] = 0
+        if kind == "copied":
+            rows[:, 1::2] = rows[:, ::2][:, : rows[:, 1::2].shape[1]]
+        return rows / samples**0.5
+
+    def moment(self, spec, kind="full", seed=5):
+        rows = self.rows(spec, kind, seed)
+        return SecondMoment(rows=rows) if kind == "few" else SecondMoment(matrix=rows.T @ rows)
+
+    def lost(self, factorization, weight, moments):
+        """The share of the outputs' power, summed over groups."""
+        spec = factorization.spec
+        kernels = weight.double().flatten(1).chunk(spec.groups)
+        gone = (weight - factorization.to_kernel()).double().flatten(1).chunk(spec.groups)
+        lost = sum(m.lost(d) for m, d in zip(moments, gone, strict=True))
+        return lost / sum(m.lost(k) for m, k in zip(moments, kernels, strict=True))
+
+    @pytest.mark.parametrize("kind", MOMENT_KINDS)
+    def test_fit_to_data_loses_no_more_of_the_outputs_than_one_to_the_weights(self, kind):
+        weight, moments = self.weight(self.dense), [self.moment(self.dense, kind)]
+        for rank in self.ranks(self.dense):
+            by_weight = self.fitter.factorize(weight, self.dense, rank)
+            by_data = self.fitter.factorize(weight, self.dense, rank, moments)
+            lost = self.lost(by_data, weight, moments)
+            assert lost <= self.lost(by_weight, weight, moments) + 1e-12
+            assert all(torch.isfinite(w).all() for w in by_data.stage_weights())
+            shapes = [tuple(w.shape) for w in by_weight.stage_weights()]
+            assert [tuple(w.shape) for w in by_data.stage_weights()] == shapes
+
+    def test_fit_to_data_gains_where_inputs_are_unequal(self):
+        weight, moments = self.weight(self.dense), [self.moment(self.dense)]
+        rank = self.ranks(self.dense)[1]
+        by_weight = self.fitter.factorize(weight, self.dense, rank)
+        by_data = self.fitter.factorize(weight, self.dense, rank, moments)
+        assert self.lost(by_data, weight, moments) < 0.95 * self.lost(by_weight, weight, moments)
+
+    def test_rows_and_their_matrix_give_the_same_fit(self):
+        weight, rows = self.weight(self.dense), self.rows(self.dense)
+        rank = self.ranks(self.dense)[1]
+        by_rows, by_matrix = (
+            self.fitter.factorize(weight, self.dense, rank, [moment])
+            for moment in (SecondMoment(rows=rows), SecondMoment(matrix=rows.T @ rows))
+        )
+        assert distance(by_rows.to_kernel(), by_matrix.to_kernel()) < 1e-3
+
+    def test_fit_to_data_starts_from_given_factors(self):
+        weight, moments = self.weight(self.dense), [self.moment(self.dense)]
+        rank = self.ranks(self.dense)[1]
+        once = self.fitter.factorize(weight, self.dense, rank, moments)
+        again = self.fitter.factorize(weight, self.dense, rank, moments, start=once)
+        assert self.lost(again, weight, moments) <= self.lost(once, weight, moments) * (1 + 1e-9)
+
+    def test_moment_without_power_leaves_the_fit_to_the_weights(self):
+        zero = SecondMoment(matrix=torch.zeros(self.dense.fan_in, self.dense.fan_in).double())
+        weight = self.weight(self.dense)
+        for rank in self.ranks(self.dense):
+            fitted = self.fitter.factorize(weight, self.dense, rank, [zero])
+            by_weight = self.fitter.factorize(weight, self.dense, rank)
+            lost, least = (distance(f.to_kernel(), weight) for f in (fitted, by_weight))
+            assert lost <= least + 1e-6
+
+    def test_groups_are_fitted_to_their_own_data(self):
+        spec = replace(
+            self.dense,
+            in_channels=2 * self.dense.in_channels,
+            out_channels=2 * self.dense.out_channels,
+            groups=2,
+        )
+        parts = [self.weight(self.dense, seed=seed) for seed in (0, 1)]
+        moments = [self.moment(self.dense, seed=seed) for seed in (5, 6)]
+        rank = self.ranks(self.dense)[1]
+        alone = [
+            self.fitter.factorize(part, self.dense, rank, [moment]).to_kernel()
+            for part, moment in zip(parts, moments, strict=True)
+        ]
+        both = self.fitter.factorize(torch.cat(parts), spec, rank, moments).to_kernel()
+        assert torch.equal(both, torch.cat(alone))
+
+    def test_fit_to_data_is_deterministic_and_leaves_everything_alone(self):
+        weight, moment = nn.Parameter(self.weight(self.dense)), self.moment(self.dense)
+        before = weight.detach().clone(), moment.matrix.clone()
+        rank = self.ranks(self.dense)[1]
+        first = self.fitter.factorize(weight, self.dense, rank, [moment]).stage_weights()
+        torch.manual_seed(99)
+        state = torch.get_rng_state()
+        with torch.inference_mode(), torch.autocast("cpu"):
+            again = self.fitter.factorize(weight, self.dense, rank, [moment])
+        second = again.stage_weights()
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert torch.equal(state, torch.get_rng_state())
+        assert torch.equal(weight, before[0])
+        assert torch.equal(moment.matrix, before[1])
+        assert not any(w.requires_grad or w.is_inference() for w in second)
+
+    @pytest.mark.parametrize("scale", [1e-6, 1e6])
+    @pytest.mark.parametrize("of", ["kernel", "inputs"])
+    def test_scales_of_kernel_and_inputs_do_not_matter(self, scale, of):
+        weight, moment = self.weight(self.dense), self.moment(self.dense)
+        rank = self.ranks(self.dense)[1]
+        usual = self.fitter.factorize(weight, self.dense, rank, [moment])
+        if of == "kernel":
+            scaled = self.fitter.factorize(scale * weight, self.dense, rank, [moment])
+            assert distance(scaled.to_kernel(), scale * usual.to_kernel()) < 1e-6
+        else:
+            larger = SecondMoment(matrix=scale**2 * moment.matrix)
+            scaled = self.fitter.factorize(weight, self.dense, rank, [larger])
+            assert distance(scaled.to_kernel(), usual.to_kernel()) < 1e-3
+
+    @pytest.mark.parametrize("dtype", list(HALF_TO_DOUBLE), ids=str)
+    def test_fit_to_data_has_the_dtype_of_the_layer(self, dtype):
+        weight, moments = self.weight(self.dense, dtype), [self.moment(self.dense)]
+        rank = self.ranks(self.dense)[1]
+        fitted = self.fitter.factorize(weight, self.dense, rank, moments)
+        assert {w.dtype for w in fitted.stage_weights()} == {dtype}
+        precise = self.fitter.factorize(weight.double(), self.dense, rank, moments)
+        lost, least = (self.lost(f, weight, moments) for f in (fitted, precise))
+        assert lost == pytest.approx(least, rel=30 * HALF_TO_DOUBLE[dtype])
+
+    @pytest.mark.parametrize("zero", [False, True])
+    def test_fit_of_a_kernel_of_rank_one_or_none_to_data(self, zero):
+        weight = torch.ones((), dtype=torch.float64)
+        for size in self.dense.weight_shape:
+            weight = weight[..., None] * torch.linspace(-1, 2, size).double()
+        weight = 0 * weight if zero else weight
+        for kind in MOMENT_KINDS:
+            moments = [self.moment(self.dense, kind)]
+            for rank in self.ranks(self.dense):
+                fitted = self.fitter.factorize(weight, self.dense, rank, moments)
+                gone = (weight - fitted.to_kernel()).flatten(1)
+                power = moments[0].lost(weight.flatten(1)) or 1.0
+                assert moments[0].lost(gone) / power < 1e-9
+                assert all(torch.isfinite(w).all() for w in fitted.stage_weights())
+
+    # -- a chain back to its factors ------------------------------------------------------------
+
+    def test_factors_come_back_from_their_stages(self):
+        weight = self.weight(self.dense)
+        for rank in self.ranks(self.dense):
+            (factors,) = self.decomposer.factorize(weight, self.dense, rank).groups
+            again = self.decomposer.factors_of(factors.stage_weights())
+            assert type(again) is type(factors)
+            assert torch.equal(again.to_kernel(), factors.to_kernel())
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(again.stage_weights(), factors.stage_weights(), strict=True)
+            )
+
+    @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
+    def test_factors_come_back_from_a_chain(self, geometry):
+        layer, spec = geometry.layer(), geometry.spec
+        rank = self.ranks(spec)[0]
+        factorization = self.decomposer.factorize(layer.weight, spec, rank)
+        chain = self.decomposer.assemble(layer, factorization, rank)
+        again = self.decomposer.factorization_of(chain, spec)
+        assert (again.spec, len(again.groups)) == (spec, spec.groups)
+        assert torch.equal(again.to_kernel(), factorization.to_kernel())
+
+    # -- estimates ------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("kind", [None, *MOMENT_KINDS])
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_losses_at_every_rank_are_those_of_the_fits(self, kind, weighted):
+        weight = self.weight(self.dense)
+        moment = None if kind is None else self.moment(self.dense, kind)
+        out = self.dense.out_channels
+        root = self.weight(LayerSpec(out, out), seed=7)
+        importance = root @ root.T if weighted else None
+        losses = self.fitter.lost_at_every_rank(weight, moment, importance)
+        if losses is None:
+            return
+        weights = torch.eye(out).double() if importance is None else importance
+        seen = torch.eye(self.dense.fan_in).double()
+        if moment is not None:
+            seen = moment.matrix if moment.matrix is not None else moment.rows.T @ moment.rows
+        largest = self.fitter.max_rank(self.dense)
+        assert losses.shape == (largest + 1,)
+        for rank in range(largest + 1):
+            gone = weight
+            if rank:
+                moments = None if moment is None else [moment]
+                fitted = self.fitter.factorize(weight, self.dense, rank, moments)
+                gone = weight - fitted.to_kernel()
+            gone = gone.flatten(1)
+            lost = (weights @ gone @ seen @ gone.T).trace().item()
+            assert losses[rank].item() == pytest.approx(lost, rel=1e-6, abs=1e-8 * losses[0].item())
+
+    def test_draft_is_the_same_method_and_nearly_as_good(self):
+        draft = self.fitter.draft()
+        assert type(draft) is type(self.fitter)
+        assert draft.max_rank(self.dense) == self.fitter.max_rank(self.dense)
+        weight, moments = self.weight(self.dense), [self.moment(self.dense)]
+        for rank in self.ranks(self.dense):
+            quick, best = (
+                self.lost(d.factorize(weight, self.dense, rank, moments), weight, moments)
+                for d in (draft, self.fitter)
+            )
+            assert quick <= 1.5 * best + 1e-2
+
 
 class ExactMethodCase(DecomposerCase):
     """Methods that lose nothing at their largest useful rank."""
+
+    @pytest.mark.parametrize("kind", MOMENT_KINDS)
+    def test_full_rank_fit_to_data_equals_the_kernel(self, kind):
+        weight, moment = self.weight(self.dense), self.moment(self.dense, kind)
+        rank = self.fitter.max_rank(self.dense)
+        fitted = self.fitter.factorize(weight, self.dense, rank, [moment])
+        assert moment.lost((weight - fitted.to_kernel()).flatten(1)) < 1e-9 * moment.trace
+        if kind == "full":
+            assert distance(fitted.to_kernel(), weight) < 1e-5
 
     @pytest.mark.parametrize(
         "dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str

@@ -15,6 +15,10 @@ class CPCase(DecomposerCase):
     dense = LayerSpec.of(nn.Conv2d(5, 6, (3, 2)))
     least_error = 1e-8  # alternating least squares with a ridge
 
+    @property
+    def fitter(self):
+        return type(self.decomposer)(n_iter_max=30)
+
     def takes(self, spec):
         return spec.ndim > 0
 
