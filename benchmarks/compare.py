@@ -21,13 +21,14 @@ from benchmarks.data import Dataset, digits, image_folder
 from benchmarks.figure import draw_comparison
 from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.models import DEFAULT, TORCHVISION, InputFormat, input_format, load_model
-from benchmarks.settings import RANK_SYNTAX, Setting, parse_rank
+from benchmarks.settings import BUDGET, GROUPS, RANK_SYNTAX, Setting, parse_rank
 from benchmarks.table import format_table
 
 DEFAULT_MODEL = "digits_vgg"
 DEFAULT_METHODS = ("cp", "cp-separable", "tucker2", "lowrank")
-DEFAULT_RANK = "0.5"
+DEFAULT_RANK = "0.1"
 DEFAULT_FINETUNE = 100
+DEFAULT_DATA_IMAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="for the convolutions, each with svd on Linear layers "
-        f"(default: {' '.join(DEFAULT_METHODS)})",
+        help=f"for the convolutions, each with svd on Linear layers, or {' or '.join(GROUPS)} "
+        f"(default: {' '.join(DEFAULT_METHODS)}, and where there is data auto with one budget)",
     )
     parser.add_argument(
         "--rank",
         nargs="+",
         metavar="RANK",
-        help=f"{RANK_SYNTAX}; several make one line each "
+        help=f"{RANK_SYNTAX}; several make one line, or two with data, each "
         f"(default: {DEFAULT_RANK}, and vbmf for tucker2)",
     )
     parser.add_argument(
@@ -115,10 +116,18 @@ def build_parser() -> argparse.ArgumentParser:
         f"(default: {DEFAULT_FINETUNE} where there is data)",
     )
     parser.add_argument(
+        "--data-images",
+        type=_count,
+        metavar="N",
+        help="fit every network once more, to what its layers see in N training images without "
+        "their labels, and a network with a budget only so; 0 for weights alone "
+        f"(default: {DEFAULT_DATA_IMAGES:,}, or all there are, where there is data)",
+    )
+    parser.add_argument(
         "--batch-size",
         type=_positive,
         default=64,
-        help="of the fine-tuning and of the latency (default: %(default)s)",
+        help="of the images without labels, the fine-tuning and the latency (default: %(default)s)",
     )
     parser.add_argument(
         "--val-images",
@@ -134,21 +143,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Read the model and the data; a ValueError says which option is wrong, and why."""
-    settings = choose_settings(options.methods, options.rank)
-    images = input_format(options.model)
     own_data = options.model == DEFAULT_MODEL
+    data_images = _default(options.data_images, DEFAULT_DATA_IMAGES)
+    if not own_data and options.data is None:
+        if options.finetune or options.data_images:
+            name = "--finetune" if options.finetune else "--data-images"
+            raise ValueError(f"{name} needs --data FOLDER")
+        data_images = 0
+    settings = choose_settings(options.methods, options.rank, data=data_images > 0)
+    images = input_format(options.model)
     if own_data and options.data is not None:
         raise ValueError(f"{options.model} takes 8×8 digits and brings them; leave out --data")
-    if not own_data and options.data is None and options.finetune:
-        raise ValueError("--finetune needs --data FOLDER")
     model = load_model(options.model, options.weights, seed=options.seed)
-    steps = DEFAULT_FINETUNE if options.finetune is None else options.finetune
+    steps = _default(options.finetune, DEFAULT_FINETUNE)
     data = digits() if own_data else None
     if options.data is not None:
         data = image_folder(
             options.data,
             images,
-            train_images=steps * options.batch_size,
+            train_images=max(steps * options.batch_size, data_images),
             val_images=options.val_images,
             seed=options.seed,
         )
@@ -159,24 +172,39 @@ def prepare(options: argparse.Namespace) -> Job:
         batch_size=options.batch_size,
         seed=options.seed,
         rounds=options.rounds,
+        data_images=min(data_images, 0 if data is None else len(data.train)),
     )
     return Job(model, images, data, settings, protocol)
 
 
-def choose_settings(methods: Sequence[str] | None, ranks: Sequence[str] | None) -> list[Setting]:
-    """Every method at every rank; by default also Tucker-2 with the ranks that VBMF finds."""
+def choose_settings(
+    methods: Sequence[str] | None, ranks: Sequence[str] | None, *, data: bool = False
+) -> list[Setting]:
+    """Every method at every rank, with data each of them twice: fitted to weights, then to data.
+
+    By default also Tucker-2 with the ranks that VBMF finds and, with data, one budget for each
+    share of the MACs.
+    """
+    known = (*tdecomp.registered(), *GROUPS)
     for method in methods or ():
-        if method not in tdecomp.registered():
-            known = ", ".join(tdecomp.registered())
-            raise ValueError(f"unknown method {method!r}; there are {known}")
+        if method not in known:
+            raise ValueError(f"unknown method {method!r}; there are {', '.join(known)}")
     for rank in ranks or ():
         parse_rank(rank)
-    settings = [
-        Setting(method, rank)
-        for rank, method in itertools.product(ranks or (DEFAULT_RANK,), methods or DEFAULT_METHODS)
-    ]
-    if ranks is None and any(setting.method == "tucker2" for setting in settings):
-        settings.append(Setting("tucker2", "vbmf"))
+    chosen = list(itertools.product(methods or DEFAULT_METHODS, ranks or (DEFAULT_RANK,)))
+    if ranks is None and any(method == "tucker2" for method, _ in chosen):
+        chosen.append(("tucker2", "vbmf"))
+    if methods is None and data:
+        shares = [r for r in ranks or (DEFAULT_RANK,) if isinstance(parse_rank(r), tdecomp.Ratio)]
+        chosen += [("auto", f"{BUDGET}:{share}") for share in shares]
+    settings: list[Setting] = []
+    for method, rank in chosen:
+        if data and rank.startswith(BUDGET):
+            settings.append(Setting(method, rank, data=True, refit=True))
+            continue
+        settings.append(Setting(method, rank))
+        if data:
+            settings.append(Setting(method, rank, data=True))
     return list(dict.fromkeys(settings))
 
 
@@ -248,6 +276,27 @@ def _notes(job: Job, comparison: Comparison) -> list[str]:
             f"layers with fewer than {protocol.min_channels} channels or features on one side are "
             "left alone (--min-channels)"
         )
+    if job.data is not None:
+        notes.append(
+            "output error: the share of a layer's output variance lost, the mean over the changed "
+            "layers, each run on the inputs that the original gives it for images judged by"
+        )
+    if comparison.calibration_seconds is not None:
+        notes.append(
+            f"+ data: the same chains, fitted to what the layers see in {protocol.data_images:,} "
+            f"training images without labels (one pass for all lines: "
+            f"{comparison.calibration_seconds:.1f} s, not in their fit)"
+        )
+    if any(setting.refit for setting in job.settings):
+        notes.append(
+            "+ refit: then every chain once more, in the order of the network, on the inputs that "
+            "the smaller network gives it; its errors by layer say little of the whole network's"
+        )
+    if any(setting.rank.startswith(BUDGET) for setting in job.settings):
+        notes.append(
+            f"{BUDGET}: one share of the model's MACs, and the method and rank of every layer "
+            "that lose least for it; of ranks the table says how many layers got which method"
+        )
     if job.data is not None and protocol.finetune:
         notes.append(
             "every network, the original too, is fine-tuned with labels for the same "
@@ -270,6 +319,10 @@ def _check_classes(
             f"{options.model} tells {outputs} classes apart, but {options.data} has "
             f"{data.classes} class folders"
         )
+
+
+def _default(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
 
 
 def _plain(value: object) -> object:

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from tqdm import tqdm
 import tdecomp
 from benchmarks.data import Dataset
 from benchmarks.output_error import output_errors
-from benchmarks.settings import Setting, parse_rank
+from benchmarks.settings import GROUPS, LINEAR_METHOD, Setting, parse_rank
 from benchmarks.timing import Latency, interleaved_latencies
 from benchmarks.training import accuracy, fine_tune
 from tdecomp.tracing import no_fast_path
@@ -31,6 +32,7 @@ LAYER_FIELDS = (
     "macs_before",
     "macs_after",
     "weight_error",
+    "output_error",
     "fit_seconds",
 )
 
@@ -174,6 +176,7 @@ def _decompose(
     seconds = time.perf_counter() - start
     rows = list(result.report)
     ranks = [(row.method, row.rank) for row in rows if row.rank is not None]
+    linear = [rank for method, rank in ranks if method == LINEAR_METHOD != setting.method]
     errors = [row.weight_error for row in rows if row.weight_error is not None]
     return result.model, Measurement(
         setting.label,
@@ -185,16 +188,37 @@ def _decompose(
         refit=setting.refit,
         layers_changed=len(ranks),
         layers_total=len(rows),
-        ranks=_convolutions(setting.method, ranks),
-        linear_ranks=summarise_ranks([r for m, r in ranks if m != setting.method and m == LINEAR]),
+        ranks=_convolutions(setting, ranks),
+        linear_ranks=summarise_ranks(linear),
         decompose_seconds=seconds,
-        weight_error=sum(errors) / len(errors) if errors else None,
+        weight_error=sum(errors) / len(errors) if errors and not setting.refit else None,
         layers=[_layer(row) for row in rows],
     )
 
 
+def _convolutions(setting: Setting, ranks: Sequence[tuple[str | None, Any]]) -> str:
+    """The ranks of a method, or of a group of methods on how many layers each one is."""
+    if setting.method not in GROUPS:
+        return summarise_ranks([rank for method, rank in ranks if method == setting.method])
+    counts = Counter(method for method, _ in ranks if method != LINEAR_METHOD)
+    return ", ".join(f"{count} {method}" for method, count in counts.most_common())
+
+
 def _layer(row: Any) -> dict[str, Any]:
     return {name: getattr(row, name) for name in LAYER_FIELDS}
+
+
+def _measure_output_error(
+    model: nn.Module, network: nn.Module, measurement: Measurement, data: Dataset
+) -> None:
+    """In place of what the fits say of themselves, what comes out for images they did not see."""
+    changed = [layer for layer in measurement.layers if layer["method"] is not None]
+    batches = data.val.unlabelled(JUDGED_IMAGES, batch_size=64, seed=0)
+    errors = output_errors(model, network, [layer["name"] for layer in changed], batches)
+    for layer in changed:
+        layer["output_error"] = errors[layer["name"]]
+    if errors:
+        measurement.output_error = sum(errors.values()) / len(errors)
 
 
 def _measure_accuracy(

@@ -4,14 +4,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import offset_copy
 
 from benchmarks.comparison import ORIGINAL, Measurement
+from benchmarks.settings import BUDGET
 from benchmarks.timing import Latency
 
 # Okabe & Ito's colours, which stay apart for the colour-blind; black is the original's.
@@ -20,6 +23,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P")
 RING, DOT = 10, 5
 SAME_MACS = 0.03
 MARKER_WIDTH = 11  # points
+TINT = 0.35  # how much of its colour a ring holds for fits to data
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def draw_comparison(
         left.yaxis.set_major_formatter(PercentFormatter(1.0))
         _finish(left, "MACs / the original's (ties side by side)")
         _finish(right, "measured latency / the original's")
-    figure.legend(handles=_legend(styles, finetune), loc="outside right center", frameon=False)
+    handles = _legend(styles, finetune, data=any(m.data for m in measurements))
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
 
@@ -73,7 +78,10 @@ def _styles(measurements: Sequence[Measurement]) -> dict[str, Style]:
 
 
 def _macs_places(measurements: Sequence[Measurement]) -> dict[str, Place]:
-    """Where several networks have about the same MACs, as is the point, they stand side by side."""
+    """Where several networks have about the same MACs, as is the point, they stand side by side.
+
+    Fits of one method, to weights and to data, stand above each other.
+    """
     groups: list[list[Measurement]] = []
     for m in sorted(measurements, key=lambda m: m.macs_ratio):
         if groups and m.macs_ratio - groups[-1][0].macs_ratio < SAME_MACS:
@@ -83,8 +91,10 @@ def _macs_places(measurements: Sequence[Measurement]) -> dict[str, Place]:
     order = {m.label: i for i, m in enumerate(measurements)}
     places = {}
     for group in groups:
-        for i, m in enumerate(sorted(group, key=lambda m: order[m.label])):
-            shift = MARKER_WIDTH * (i - (len(group) - 1) / 2)
+        group.sort(key=lambda m: order[m.label])
+        columns = list(dict.fromkeys((m.method, m.rank) for m in group))
+        for m in group:
+            shift = MARKER_WIDTH * (columns.index((m.method, m.rank)) - (len(columns) - 1) / 2)
             places[m.label] = Place(m.macs_ratio, shift=shift)
     return places
 
@@ -105,13 +115,16 @@ def _draw_accuracies(
         points = [y for y in (m.accuracy_before, m.accuracy_after) if y is not None]
         moved = offset_copy(axes.transData, axes.get_figure(root=True), place.shift, units="points")
         lines = axes.plot([place.x] * len(points), points, lw=1, ls=":")
-        lines += axes.plot(place.x, points[0], style.marker, ms=RING, mfc="none", mew=1.3)
+        fill = _tinted(style.colour) if m.data else "none"
+        lines += axes.plot(place.x, points[0], style.marker, ms=RING, mfc=fill, mew=1.3)
         if len(points) > 1:
             lines += axes.plot(place.x, points[1], style.marker, ms=DOT)
         if place.spread is not None:
             lines += axes.plot(place.spread, [points[-1]] * 2, lw=1.5, alpha=0.6)
         for line in lines:  # moved only now: a moved line no longer counts for the axes' limits
             line.set(color=style.colour, transform=moved)
+            if line.get_markersize() == RING:
+                line.set_markerfacecolor(fill)
         _name_rank(axes, m, place.x, points[-1], style)
 
 
@@ -140,8 +153,10 @@ def _draw_latencies(
 
 
 def _name_rank(axes: Axes, m: Measurement, x: float, y: float, style: Style) -> None:
-    """Say the ranks that the MACs do not tell."""
-    if m.rank is not None and not m.rank.replace(".", "").isdecimal():
+    """Say the ranks that the MACs do not tell, once."""
+    if m.rank is None or m.data:
+        return
+    if not m.rank.removeprefix(f"{BUDGET}:").replace(".", "").isdecimal():
         offset = (8, 4)
         axes.annotate(
             m.rank, (x, y), offset, textcoords="offset points", fontsize=8, color=style.colour
@@ -150,20 +165,30 @@ def _name_rank(axes: Axes, m: Measurement, x: float, y: float, style: Style) -> 
 
 def _finish(axes: Axes, label: str) -> None:
     axes.set_xlabel(label)
-    axes.set_xlim(0, max(1.1, axes.get_xlim()[1]))
+    axes.set_xlim(-0.1, max(1.1, axes.get_xlim()[1]))  # room for ties beside a small share
     axes.axvline(1.0, color="grey", lw=0.8, ls="--", zorder=0)
     axes.grid(alpha=0.3, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(styles: dict[str, Style], finetune: int) -> list[Line2D]:
-    def entry(label: str, colour: str, marker: str, size: int, fill: str | None = None) -> Line2D:
+def _tinted(colour: str) -> tuple[float, float, float]:
+    """A pale form of a colour; transparency would also fade the edge of a marker."""
+    red, green, blue = (1 - TINT * (1 - part) for part in to_rgb(colour))
+    return red, green, blue
+
+
+def _legend(styles: dict[str, Style], finetune: int, *, data: bool) -> list[Line2D]:
+    def entry(label: str, colour: str, marker: str, size: int, fill: Any = None) -> Line2D:
         return Line2D(
             [], [], ls="", marker=marker, color=colour, ms=size, mfc=fill or colour, label=label
         )
 
     handles = [entry(method, style.colour, style.marker, 8) for method, style in styles.items()]
-    if finetune:
+    if data:
+        handles.append(entry("fitted to weights", "grey", "o", RING, "none"))
+        handles.append(entry("fitted to data", "grey", "o", RING, _tinted("grey")))
+    elif finetune:
         handles.append(entry("before fine-tuning", "grey", "o", RING, "none"))
+    if finetune:
         handles.append(entry(f"after {finetune} steps", "grey", "o", DOT))
     return handles

@@ -13,7 +13,7 @@ MISSING = "–"
 def format_table(measurements: Sequence[Measurement], *, finetune: int) -> str:
     """One line for each network; columns without any value are left out."""
     columns = {
-        "method": [m.method or m.label for m in measurements],
+        "method": [m.title for m in measurements],
         "rank": [m.rank or MISSING for m in measurements],
         "layers\nchanged": [_layers(m) for m in measurements],
         "ranks": [m.ranks or MISSING for m in measurements],
@@ -21,8 +21,9 @@ def format_table(measurements: Sequence[Measurement], *, finetune: int) -> str:
         "params": [_amount(m.params, m.params_ratio) for m in measurements],
         "MACs": [_amount(m.macs, m.macs_ratio) for m in measurements],
         "latency": [_latency(m.latency) for m in measurements],
-        "decompose\n(s)": [_number(m.decompose_seconds, ".2f") for m in measurements],
+        "fit (s)": [_number(m.decompose_seconds, ".2f") for m in measurements],
         "weight\nerror": [_number(m.weight_error, ".3f") for m in measurements],
+        "output\nerror": [_number(m.output_error, ".3f") for m in measurements],
         "accuracy\n(%)": [_percent(m.accuracy_before) for m in measurements],
         f"after {finetune}\nsteps (%)": [_percent(m.accuracy_after) for m in measurements],
     }

@@ -21,6 +21,15 @@ def numbered(n: int) -> Split:
     return Split(images, torch.arange(n), Normalisation(1.0, (0.0,), (1.0,)))
 
 
+def test_unlabelled_batches_are_drawn_without_replacement():
+    batches = numbered(10).unlabelled(7, batch_size=4, seed=0)
+    assert [len(batch) for batch in batches] == [4, 3]
+    values = torch.cat(batches).flatten().tolist()
+    assert len(set(values)) == 7
+    assert values != sorted(values)
+    assert torch.cat(numbered(10).unlabelled(99, batch_size=4, seed=0)).numel() == 10
+
+
 def test_digits_are_split_the_same_way_every_time():
     first, again = digits(), digits()
     assert (len(first.train), len(first.val)) == (1257, 540)
