@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdecomp.chain import Rank
 from tdecomp.cost import Cost, chain_cost
-from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer
 from tdecomp.layer import Call, LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import LayerMoments
@@ -96,7 +96,8 @@ class LayerLosses:
         if isinstance(largest, int):
             paying = _largest_within(largest, cost, limit)
             return list(_spaced(1 if nested else math.ceil(_SMALLEST * paying), paying))
-        ranks = [r for r in _descent(largest, cost) if cost(r).deciding <= limit]
+        least = _SMALLEST * limit
+        ranks = [r for r in _descent(largest, cost) if least <= cost(r).deciding <= limit]
         return [ranks[i - 1] for i in _spaced(1, len(ranks))]
 
     def cost(self, decomposer: Decomposer) -> Callable[[Rank], Cost]:
@@ -124,7 +125,9 @@ class LayerLosses:
             if not isinstance(rank, tuple):
                 return None
             if self._by_moments(decomposer):
-                return self.fit(decomposer.draft(), rank)[1]  # what a few iterations reach
+                return self.fit(decomposer.brief(DRAFT_ITERATIONS), rank)[
+                    1
+                ]  # what a few iterations reach
             spectra = decomposer.spectra(self.weight, self.spec)
         if spectra is None:
             return None
@@ -254,7 +257,9 @@ class _Curve:
 
     def _fit(self, i: int) -> None:
         if i not in self._known:
-            self._known[i] = self._losses.fit(self._decomposer.draft(), self._ranks[i])
+            self._known[i] = self._losses.fit(
+                self._decomposer.brief(DRAFT_ITERATIONS), self._ranks[i]
+            )
 
     def hopeless_beside(self, others: Iterable["_Curve"]) -> bool:
         """Whether, where it was fitted, another method loses far less at about that cost."""

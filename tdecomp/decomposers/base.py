@@ -130,8 +130,9 @@ class Decomposer(ABC):
         del kernel, moment, importance
         return None
 
-    def draft(self) -> "Decomposer":
-        """A quicker version of itself, for an estimate of what a rank loses."""
+    def brief(self, iterations: int) -> "Decomposer":
+        """Itself with no more iterations than this, for drafts and for starts that are good."""
+        del iterations
         return self
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Factors | None:

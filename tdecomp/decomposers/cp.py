@@ -368,8 +368,8 @@ class CP(Decomposer):
         draft = self.n_iter_max <= DRAFT_ITERATIONS
         return fitted if draft else better(kernel, moment, fitted, before)
 
-    def draft(self) -> "CP":
-        return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
+    def brief(self, iterations: int) -> "CP":
+        return replace(self, n_iter_max=min(self.n_iter_max, iterations))
 
     def _start(self, kernel: Tensor, rank: int) -> CPFactors:
         """What a fit to data starts from: a fit to the weights, or a draft's few sweeps."""

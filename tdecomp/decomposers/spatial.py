@@ -170,8 +170,8 @@ class Spatial(Decomposer):
         draft = self.n_iter_max <= DRAFT_ITERATIONS
         return fitted if draft else better(kernel, moment, fitted, before)
 
-    def draft(self) -> "Spatial":
-        return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
+    def brief(self, iterations: int) -> "Spatial":
+        return replace(self, n_iter_max=min(self.n_iter_max, iterations))
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None

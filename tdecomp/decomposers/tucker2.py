@@ -203,8 +203,8 @@ class Tucker2(Decomposer):
         draft = self.n_iter_max <= DRAFT_ITERATIONS
         return fitted if draft else better(kernel, moment, fitted, before)
 
-    def draft(self) -> "Tucker2":
-        return replace(self, n_iter_max=min(self.n_iter_max, DRAFT_ITERATIONS))
+    def brief(self, iterations: int) -> "Tucker2":
+        return replace(self, n_iter_max=min(self.n_iter_max, iterations))
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
         first, core, last = stage_weights

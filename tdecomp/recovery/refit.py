@@ -27,6 +27,10 @@ from tdecomp.recovery.base import Pair, Recovery, adopt, both_untouched, lost_ou
 _RIDGE = 1e-2
 
 
+# From the chain's own factors, which are good already.
+_ITERATIONS = 25
+
+
 def refit(
     model: nn.Module,
     original: nn.Module,
@@ -166,7 +170,7 @@ def _seen(
 def _refit_chain(pair: Pair, sums: Accumulator) -> tuple[float, float]:
     """Solve for the chain's factors again; the shares of the output lost before and after."""
     chain, spec = pair.chain, pair.spec
-    decomposer = _decomposer(pair)
+    decomposer = _decomposer(pair).brief(_ITERATIONS)
     moments = sums.finish()
     assert moments is not None
     cross, mean_output, power = sums.mean_cross()
