@@ -27,7 +27,7 @@ _PRICES = (-9.0, 6.0)
 _BISECTIONS = 24
 
 # Times its part of the budget that a layer may keep.
-_GENEROUS = 4.0
+_GENEROUS = 3.0
 
 
 @dataclass(frozen=True)
