@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from tdecomp.calibration import Source
-from tdecomp.recovery.base import Recovery
+from tdecomp.recovery.base import Recovery, chains_not_in
 from tdecomp.recovery.batchnorm import recalibrate_batchnorm
 from tdecomp.recovery.distill import distill
 from tdecomp.recovery.refit import refit
+
+_ORDER = ("recalibrate_batchnorm", "refit", "distill")
+_NOTHING = "no layer was decomposed"
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class Steps:
 
     def check(self, source: Source) -> None:
         """Refuse data that the steps cannot be taken with, before anything is done."""
-        for name in ("recalibrate_batchnorm", "refit", "distill"):
+        for name in _ORDER:
             if getattr(self, name):
                 source.batches(name).again(name)
 
     def run(self, model: nn.Module, original: nn.Module, source: Source) -> tuple[Recovery, ...]:
         """Take the steps on `model` itself."""
+        if not chains_not_in(original, model):
+            names = [name for name in _ORDER if getattr(self, name)]
+            return tuple(Recovery(model, n, 0.0, 0.0, {}, (_NOTHING,)) for n in names)
         done: list[Recovery] = []
         common = {
             "forward": source.forward,

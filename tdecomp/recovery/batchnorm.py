@@ -1,14 +1,15 @@
 """Batch norm statistics taken anew on the decomposed model's own activations."""
 
-import copy
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdecomp.batches import Batches, Forward, device_of
-from tdecomp.recovery.base import Recovery, adopt, lost_output
+from tdecomp.batches import Forward, device_of
+from tdecomp.recovery.base import Recovery, Yardstick, adopt, batches_for, copy_of
 from tdecomp.tracing import untouched
 
 
@@ -53,31 +54,60 @@ def recalibrate_batchnorm(
     Raises
     ------
     ValueError
-        As `tdecomp.calibrate`.
+        For NaN or infinities in a batch norm's inputs, and as `tdecomp.calibrate`.
     """
-    source = Batches(batches, "recalibrate_batchnorm", forward, max_batches)
+    source = batches_for("recalibrate_batchnorm", batches, forward, max_batches)
+    yardstick = None
     if original is not None:
         source.again("an error taken before and after")
-    changed = copy.deepcopy(model)
-    norms = [m for m in changed.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = float("nan") if original is None else lost_output(changed, original, source)
-    momenta = [norm.momentum for norm in norms]
+        yardstick = Yardstick(original, source)
+    changed = copy_of(model)
+    norms = {
+        name: module
+        for name, module in changed.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    before = math.nan if yardstick is None else yardstick.lost_by(changed)
+    momenta = {name: norm.momentum for name, norm in norms.items()}
     with untouched(changed), torch.no_grad():
-        for norm in norms:
+        for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None  # the plain average over the batches
             norm.train()
         for batch in source.bar(device_of(changed), "batch norm", progress):
             source.run(changed, batch)
-        statistics = [{k: b.clone() for k, b in norm.named_buffers()} for norm in norms]
+        # Those that no batch reached keep what they have.
+        statistics = {
+            name: [value.clone() for value in norm._buffers.values() if value is not None]
+            for name, norm in norms.items()
+            if norm.num_batches_tracked is None or norm.num_batches_tracked > 0
+        }
+    _check_finite(statistics)
     with torch.no_grad():
-        for norm, momentum, found in zip(norms, momenta, statistics, strict=True):
-            norm.momentum = momentum
-            for name, buffer in norm.named_buffers():
-                buffer.copy_(found[name])
-    after = float("nan") if original is None else lost_output(changed, original, source)
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+            held = [value for value in norm._buffers.values() if value is not None]
+            for buffer, value in zip(held, statistics.get(name, held), strict=True):
+                buffer.copy_(value)
+    after = math.nan if yardstick is None else yardstick.lost_by(changed)
     if inplace:
         adopt(model, changed)
         changed = model
-    notes = () if norms else ("the model has no batch norm that keeps statistics",)
-    return Recovery(changed, "recalibrate_batchnorm", before, after, {}, notes)
+    return Recovery(changed, "recalibrate_batchnorm", before, after, {}, _notes(norms, statistics))
+
+
+def _check_finite(statistics: Mapping[str, Sequence[Tensor]]) -> None:
+    for name, values in statistics.items():
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise ValueError(
+                f"recalibrate_batchnorm: layer {name!r}: its inputs hold NaN or infinities; "
+                "expected finite activations. Look at the batches and at the layers before it"
+            )
+
+
+def _notes(norms: Collection[str], reached: Collection[str]) -> tuple[str, ...]:
+    if not norms:
+        return ("the model has no batch norm that keeps statistics",)
+    missed = [name for name in norms if name not in reached]
+    words = f"{len(norms) - len(missed)} batch norms"
+    return (words, f"no batch reached {', '.join(missed)}") if missed else (words,)

@@ -18,7 +18,14 @@ from tqdm import tqdm
 from tdecomp.batches import Batches, Forward, device_of, tensors_of
 from tdecomp.chain import Chain
 from tdecomp.recovery.augment import flip_and_shift
-from tdecomp.recovery.base import Recovery, adopt, both_untouched, lost_output
+from tdecomp.recovery.base import (
+    Recovery,
+    Yardstick,
+    adopt,
+    batches_for,
+    both_untouched,
+    copy_of,
+)
 
 # Checks of the whole model's error on the way, each of which may become the result.
 _CHECKS = 8
@@ -90,14 +97,19 @@ def distill(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"distill: expected steps of at least 1, got {steps!r}")
-    source = Batches(batches, "distill", forward, max_batches)
-    source.again("distill")
-    with torch.inference_mode(False):
-        changed = copy.deepcopy(model)
-    before = lost_output(changed, original, source)
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
+        raise ValueError(f"distill: expected a finite rate above 0, got lr={lr!r}")
+    source = batches_for("distill", batches, forward, max_batches)
+    source.again("a training")
+    changed = copy_of(model)
+    yardstick = Yardstick(original, source)
+    before = yardstick.lost_by(changed)
     trained = [p for p in changed.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("distill: no parameter of the model requires gradients; expected some")
+        raise ValueError(
+            "distill: no parameter of the model requires gradients, so that nothing can be "
+            "trained; expected some: model.requires_grad_(True)"
+        )
     best, best_error = copy.deepcopy(changed.state_dict()), before
     notes: tuple[str, ...] = ()
     try:
@@ -107,7 +119,7 @@ def distill(
                 changed, original, trained, source, steps, lr, names, augment, progress
             )
             for _ in training:
-                error = lost_output(changed, original, source)
+                error = yardstick.lost_by(changed)
                 if error < best_error:
                     best, best_error = copy.deepcopy(changed.state_dict()), error
     except KeyboardInterrupt:
@@ -153,7 +165,7 @@ def _training(
             if not math.isfinite(value):
                 raise ValueError(
                     f"distill: the loss is {value} after {step - 1} steps; expected a finite "
-                    f"one: try a lower rate than lr={lr:g}"
+                    f"one: try a lower rate than lr={lr:g}, and look for NaN in the batches"
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -4,7 +4,6 @@ Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classifica
 Detection", section 3.3: asymmetric reconstruction, in the order of the network.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,11 +15,20 @@ from tqdm import tqdm
 
 from tdecomp.batches import Batches, Forward, device_of
 from tdecomp.chain import Chain
-from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer
+from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer, registered
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import Accumulator, LayerMoments
-from tdecomp.recovery.base import Pair, Recovery, adopt, both_untouched, lost_output, pairs_of
+from tdecomp.recovery.base import (
+    Pair,
+    Recovery,
+    Yardstick,
+    adopt,
+    batches_for,
+    both_untouched,
+    copy_of,
+    pairs_of,
+)
 
 # Towards the original kernel, as a share of the inputs' mean power, for as many samples as inputs
 # to each output; with more samples it goes down in proportion.
@@ -78,26 +86,50 @@ def refit(
     ValueError
         If the model was not decomposed from this original, and as `tdecomp.calibrate`.
     """
-    source = Batches(batches, "refit", forward, max_batches)
-    source.again("refit")
-    changed = copy.deepcopy(model)
-    before = lost_output(changed, original, source)
+    source = batches_for("refit", batches, forward, max_batches)
+    source.again("a pass for each chain")
+    changed = copy_of(model)
     pairs = pairs_of(changed, original, "refit")
+    yardstick = Yardstick(original, source)
+    before = yardstick.lost_by(changed)
     layers: dict[str, tuple[float, float]] = {}
     notes: list[str] = []
     with both_untouched(changed, original), torch.no_grad():
-        pairs, calls = _in_network_order(changed, pairs, source)
-        for pair in tqdm(pairs, desc="refit", unit="layer", disable=not progress):
-            if pair.spec.transposed or not _decomposer(pair).uses_moments:
-                notes.append(f"{pair.name} left as it was: {pair.chain.method} on {pair.spec.kind}")
+        ordered, calls = _in_network_order(changed, pairs, source)
+        notes += [_left(p, "the first batch does not reach it") for p in pairs if p not in ordered]
+        for pair in tqdm(ordered, desc="refit", unit="layer", disable=not progress):
+            before_chain, reason = _factors_of(pair)
+            if before_chain is None:
+                notes.append(_left(pair, reason))
                 continue
             sums = _sums(changed, original, pair, calls[pair.chain], source)
-            layers[pair.name] = _refit_chain(pair, sums)
-    after = lost_output(changed, original, source)
+            layers[pair.name] = _refit_chain(pair, before_chain, sums)
+    after = yardstick.lost_by(changed)
     if inplace:
         adopt(model, changed)
         changed = model
     return Recovery(changed, "refit", before, after, layers, tuple(notes))
+
+
+def _left(pair: Pair, reason: str) -> str:
+    return f"{pair.name!r} ({pair.spec}) left as it was: {reason}"
+
+
+def _factors_of(pair: Pair) -> tuple[Factorization | None, str]:
+    """The factors that the chain holds, or None and the reason why it cannot be refitted."""
+    method = pair.chain.method
+    if pair.spec.transposed:
+        return None, "transposed convolutions have no moments"
+    if any(isinstance(part, Chain) for part in pair.chain):
+        return None, "it was decomposed in several steps"
+    if method not in registered():
+        return None, f"{method!r} is not registered (tdecomp.register)"
+    decomposer = _decomposer(pair)
+    if not decomposer.uses_moments:
+        return None, f"{method} uses no moments"
+    with undisturbed(_parameter(pair.layer.weight).device):
+        factors = decomposer.factorization_of(pair.chain, pair.spec)
+    return factors, f"{method} cannot tell the factors of its chain"
 
 
 def _decomposer(pair: Pair) -> Decomposer:
@@ -136,7 +168,14 @@ def _sums(
     for batch in batches.on(device_of(model)):
         wanted = _seen(original, pair.layer, batch, batches, calls, lambda _, output: output)
         inputs = _seen(model, pair.chain, batch, batches, calls, lambda args, _: args[0])
-        for x, y in zip(inputs, wanted, strict=True):
+        # Both run alike; a batch may call the chain less often than the first one did.
+        for x, y in zip(inputs, wanted, strict=False):
+            if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(y).all()):
+                raise ValueError(
+                    f"refit: layer {pair.name!r} ({pair.spec}): its inputs or the original's "
+                    "outputs hold NaN or infinities; expected finite activations. Look at the "
+                    "batches and at the layers before it"
+                )
             sums.add(x, y)
     return sums
 
@@ -167,19 +206,17 @@ def _seen(
     return found
 
 
-def _refit_chain(pair: Pair, sums: Accumulator) -> tuple[float, float]:
+def _refit_chain(pair: Pair, before: Factorization, sums: Accumulator) -> tuple[float, float]:
     """Solve for the chain's factors again; the shares of the output lost before and after."""
     chain, spec = pair.chain, pair.spec
     decomposer = _decomposer(pair).brief(_ITERATIONS)
     moments = sums.finish()
-    assert moments is not None
+    if moments is None:
+        raise ValueError(f"refit: layer {pair.name!r} ({spec}): the batches hold no samples")
     cross, mean_output, power = sums.mean_cross()
     weight = pair.layer.weight
     assert isinstance(weight, nn.Parameter)
     with undisturbed(weight.device):
-        before = decomposer.factorization_of(chain, spec)
-        if before is None:
-            return float("nan"), float("nan")
         target = _target(moments, cross, mean_output, weight)
         fitted = decomposer.factorize(
             spec.from_forward_layout(target), spec, _rank(chain), moments.second_moments(), before
@@ -187,6 +224,10 @@ def _refit_chain(pair: Pair, sums: Accumulator) -> tuple[float, float]:
         problem = _Problem(moments, cross, mean_output, power)
         error_before = problem.lost(before, _bias(chain))
         bias = problem.best_bias(fitted) if spec.bias else None
+        # As the chain is going to hold them.
+        dtype = _parameter(chain[-1].weight).dtype
+        fitted = fitted.to(dtype).to(torch.float64)
+        bias = None if bias is None else bias.to(dtype)
         error_after = problem.lost(fitted, bias)
         if error_after < error_before:
             _put(chain, fitted, bias)
