@@ -497,7 +497,7 @@ class DecomposerCase:
             assert losses[rank].item() == pytest.approx(lost, rel=1e-6, abs=1e-8 * losses[0].item())
 
     def test_draft_is_the_same_method_and_nearly_as_good(self):
-        draft = self.fitter.draft()
+        draft = self.fitter.brief(8)
         assert type(draft) is type(self.fitter)
         assert draft.max_rank(self.dense) == self.fitter.max_rank(self.dense)
         weight, moments = self.weight(self.dense), [self.moment(self.dense)]
@@ -583,3 +583,34 @@ class MatrixMethodCase(ExactMethodCase):
             self.weight(self.dense), self.dense, rank
         ).stage_weights()
         assert first.norm().item() == pytest.approx(second.norm().item())
+
+
+class PrincipalOutputsCase(MatrixMethodCase):
+    """Methods whose fit to data has a closed form: the principal components of the outputs."""
+
+    @pytest.mark.parametrize("kind", MOMENT_KINDS)
+    @pytest.mark.parametrize("shift", [0.0, 3.0], ids=["centred", "shifted"])
+    def test_fit_to_data_is_the_best_low_rank_approximation_of_the_outputs(self, kind, shift):
+        weight = self.weight(self.dense)
+        rows = self.rows(self.dense, kind)
+        rows = rows + shift * rows.std()
+        outputs = (rows @ weight.flatten(1).T).numpy()  # (samples, out)
+        values = np.linalg.svd(outputs, compute_uv=False)
+        whole = (values**2).sum()
+        for moment in (SecondMoment(rows=rows), SecondMoment(matrix=rows.T @ rows)):
+            for rank in range(1, self.decomposer.max_rank(self.dense) + 1):
+                fitted = self.decomposer.factorize(weight, self.dense, rank, [moment])
+                approximated = (rows @ fitted.to_kernel().flatten(1).T).numpy()
+                lost = ((outputs - approximated) ** 2).sum()
+                assert lost == pytest.approx((values[rank:] ** 2).sum(), rel=1e-6, abs=1e-9 * whole)
+
+    def test_both_layers_share_the_norm_of_each_component(self):
+        fitted = self.decomposer.factorize(
+            self.weight(self.dense),
+            self.dense,
+            self.ranks(self.dense)[1],
+            [self.moment(self.dense)],
+        )
+        first, second = fitted.stage_weights()
+        norms = first.flatten(1).norm(dim=1)
+        assert distance(second.flatten(1).norm(dim=0), norms) < 1e-10

@@ -6,7 +6,7 @@ from torch import nn
 
 from tdecomp.decomposers import CP, CPSeparable, cp
 from tdecomp.layer import LayerSpec
-from tests.decomposers.oracle import DecomposerCase, distance
+from tests.decomposers.oracle import MOMENT_KINDS, DecomposerCase, distance
 from tests.geometries import geometries
 
 
@@ -30,6 +30,16 @@ class CPCase(DecomposerCase):
         for rank in self.ranks(self.dense):
             fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, rank)
             (factors,) = fitted.groups
+            norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])  # (modes, R)
+            assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
+
+    @pytest.mark.parametrize("kind", MOMENT_KINDS)
+    def test_components_of_a_fit_to_data_are_balanced(self, kind):
+        for rank in self.ranks(self.dense):
+            moments = [self.moment(self.dense, kind)]
+            (factors,) = self.fitter.factorize(
+                self.weight(self.dense), self.dense, rank, moments
+            ).groups
             norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])  # (modes, R)
             assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
 

@@ -3,11 +3,11 @@ from torch import nn
 
 from tdecomp.decomposers import LowRank
 from tdecomp.layer import LayerSpec
-from tests.decomposers.oracle import MatrixMethodCase
+from tests.decomposers.oracle import PrincipalOutputsCase
 from tests.geometries import geometries
 
 
-class TestLowRank(MatrixMethodCase):
+class TestLowRank(PrincipalOutputsCase):
     decomposer = LowRank()
     drawn = geometries()
     dense = LayerSpec.of(nn.Conv2d(4, 10, (3, 2)))

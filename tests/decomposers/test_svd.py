@@ -2,11 +2,11 @@ from torch import nn
 
 from tdecomp.decomposers import SVD
 from tdecomp.layer import LayerSpec
-from tests.decomposers.oracle import MatrixMethodCase
+from tests.decomposers.oracle import PrincipalOutputsCase
 from tests.geometries import geometries
 
 
-class TestSVD(MatrixMethodCase):
+class TestSVD(PrincipalOutputsCase):
     decomposer = SVD()
     drawn = geometries(ndims=(0, 1, 2, 3), largest_kernel=1)
     dense = LayerSpec.of(nn.Conv2d(10, 8, 1))
