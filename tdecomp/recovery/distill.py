@@ -110,6 +110,12 @@ def distill(
             "distill: no parameter of the model requires gradients, so that nothing can be "
             "trained; expected some: model.requires_grad_(True)"
         )
+    if any(p.dtype == torch.float16 for p in trained):
+        raise ValueError(
+            "distill: got parameters of float16, in which Adam's squared gradients vanish; "
+            "expected float32 or bfloat16: distill model.float() and original.float(), then "
+            "call half()"
+        )
     best, best_error = copy.deepcopy(changed.state_dict()), before
     notes: tuple[str, ...] = ()
     try:
