@@ -366,7 +366,7 @@ class CP(Decomposer):
         assert isinstance(before, CPFactors)
         fitted = fit_cp_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
         draft = self.n_iter_max <= DRAFT_ITERATIONS
-        return fitted if draft else better(kernel, moment, fitted, before)
+        return fitted if draft else better(kernel, moment, fitted, before.balanced())
 
     def brief(self, iterations: int) -> "CP":
         return replace(self, n_iter_max=min(self.n_iter_max, iterations))

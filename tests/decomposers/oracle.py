@@ -362,6 +362,15 @@ class DecomposerCase:
         again = self.fitter.factorize(weight, self.dense, rank, moments, start=once)
         assert self.lost(again, weight, moments) <= self.lost(once, weight, moments) * (1 + 1e-9)
 
+    @pytest.mark.parametrize("kind", MOMENT_KINDS)
+    def test_few_iterations_from_good_factors_keep_what_was_gained(self, kind):
+        weight, moments = self.weight(self.dense), [self.moment(self.dense, kind)]
+        for rank in self.ranks(self.dense):
+            once = self.fitter.factorize(weight, self.dense, rank, moments)
+            again = self.fitter.brief(4).factorize(weight, self.dense, rank, moments, once)
+            lost, before = (self.lost(f, weight, moments) for f in (again, once))
+            assert lost <= before * (1 + 1e-6) + 1e-9
+
     def test_moment_without_power_leaves_the_fit_to_the_weights(self):
         zero = SecondMoment(matrix=torch.zeros(self.dense.fan_in, self.dense.fan_in).double())
         weight = self.weight(self.dense)

@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from tdecomp.decomposers import CP, CPSeparable, cp
+from tdecomp.decomposers.base import Factorization
 from tdecomp.layer import LayerSpec
+from tdecomp.regression import SecondMoment
 from tests.decomposers.oracle import MOMENT_KINDS, DecomposerCase, distance
 from tests.geometries import geometries
 
@@ -42,6 +45,19 @@ class CPCase(DecomposerCase):
             ).groups
             norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])  # (modes, R)
             assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
+
+    def test_factors_that_a_fit_to_data_started_from_come_out_balanced(self):
+        weight, kernel_size = self.weight(self.dense), self.dense.kernel_size
+        zero = SecondMoment(matrix=torch.zeros(self.dense.fan_in, self.dense.fan_in).double())
+        (factors,) = self.fitter.factorize(weight, self.dense, 3).groups
+        first, second, *others = factors.factors
+        lopsided = replace(factors, factors=(100 * first, second / 100, *others))
+        for moment in (self.moment(self.dense), zero):
+            start = Factorization(self.dense, (lopsided,))
+            (again,) = self.fitter.factorize(weight, self.dense, 3, [moment], start).groups
+            norms = torch.stack([factor.norm(dim=0) for factor in again.factors])  # (modes, R)
+            assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
+            assert again.kernel_size == kernel_size
 
     def test_balancing_keeps_the_kernel(self):
         fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, 3)
