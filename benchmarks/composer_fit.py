@@ -15,8 +15,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional
 
+import tdecomp
 from benchmarks.machine import describe_machine, describe_versions
 from tdecomp.composer import LowRankSolution, factorize_conv2d
+from tdecomp.decomposers.base import get_decomposer
 
 CHANNELS, SIZE, MAPS = 256, 14, 32
 RANK = 64
@@ -76,6 +78,11 @@ def closed_form(conv: nn.Conv2d, maps: Tensor, rank: int) -> LowRankSolution:
     return factorize_conv2d(maps, conv.weight, rank=rank, biasA=conv.bias, padding=conv.padding)
 
 
+def decomposed(conv: nn.Conv2d, maps: Tensor, rank: int) -> nn.Module:
+    """The chain of the library's own `lowrank`, with everything that goes on around its fit."""
+    return tdecomp.decompose(conv, "lowrank", rank=rank, data=maps, progress=False).model
+
+
 @torch.no_grad()
 def measured_nmse(conv: nn.Conv2d, maps: Tensor, kernel: Tensor) -> float:
     """The error of a kernel with the best bias for it, by running it."""
@@ -86,10 +93,11 @@ def measured_nmse(conv: nn.Conv2d, maps: Tensor, kernel: Tensor) -> float:
 
 
 def compare(conv: nn.Conv2d, maps: Tensor, rank: int, repeats: int = REPEATS) -> dict[str, Fit]:
-    """Time both in turn, the first one of each kind unmeasured, and judge both the same way."""
+    """Time all in turn, the first one of each kind unmeasured, and judge them the same way."""
     fits: dict[str, Callable[[], Tensor]] = {
         "alternating": lambda: alternating_fit(conv, maps, rank),
         "closed form": lambda: _product(closed_form(conv, maps, rank)),
+        "lowrank, data=": lambda: _kernel(decomposed(conv, maps, rank)),
     }
     kernels = {name: fit() for name, fit in fits.items()}
     seconds = np.array([[_seconds(fit) for fit in fits.values()] for _ in range(repeats)])
@@ -111,6 +119,14 @@ def _product(solution: LowRankSolution) -> Tensor:
     assert solution.Wa is not None
     assert solution.Wb is not None
     return torch.einsum("or,rikl->oikl", solution.Wb.flatten(1), solution.Wa)
+
+
+def _kernel(chain: nn.Module) -> Tensor:
+    assert isinstance(chain, tdecomp.Chain)
+    assert chain.replaced is not None
+    factors = get_decomposer("lowrank").factorization_of(chain, chain.replaced)
+    assert factors is not None
+    return factors.to_kernel().float()
 
 
 def main() -> None:

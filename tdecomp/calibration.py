@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tdecomp.batches import (
     Batches,
@@ -346,7 +348,11 @@ def calibrate_layers(
             if moments is not None:
                 _check_finite(name, moments)
                 found[name] = moments
-    return Moments(found, tuple(name for name in layers if name not in found), samples, peak)
+    unreached = tuple(name for name in layers if name not in found)
+    moments_of_all = Moments(found, unreached, samples, peak)
+    if progress:
+        tqdm.write(f"calibrate: {moments_of_all!r}", file=sys.stderr)
+    return moments_of_all
 
 
 def _one_pass(

@@ -264,7 +264,7 @@ def _fit(site: Site, row: Row, plan: Plan, moments: Moments | None) -> tuple[Cha
         lost = relative_error(weight, approximation)
         lost_output = shift = None
         if seen is not None:
-            lost_output = seen.output_error(weight, approximation)
+            lost_output = seen.output_error(weight, approximation, second)
             gone = weight.double() - approximation.double()
             shift = seen.mean_output(gone) if site.spec.bias else None
     if not math.isfinite(lost):

@@ -1,5 +1,6 @@
 """What each layer sees: second moments of its input patches, and how much its outputs matter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -66,20 +67,26 @@ class LayerMoments:
             rows = rows - self.mean[:, None, :].to(dtype)
         return [SecondMoment(rows=group) for group in rows / max(self.count, 1) ** 0.5]
 
-    def output_variance(self, weight: Tensor) -> float:
-        """``E‖y − E y‖²`` of the layer's outputs with this weight."""
-        about_mean = replace(self, spec=replace(self.spec, bias=True)).second_moments()
-        kernels = self.kernels(weight)
-        return sum(m.lost(k) for m, k in zip(about_mean, kernels, strict=True))
+    def output_variance(
+        self, weight: Tensor, second: Sequence[SecondMoment] | None = None
+    ) -> float:
+        """``E‖y − E y‖²`` of the layer's outputs with this weight; see `output_error`."""
+        if second is None or not self.spec.bias:
+            second = replace(self, spec=replace(self.spec, bias=True)).second_moments()
+        return sum(m.lost(k) for m, k in zip(second, self.kernels(weight), strict=True))
 
-    def output_error(self, weight: Tensor, approximation: Tensor) -> float:
+    def output_error(
+        self, weight: Tensor, approximation: Tensor, second: Sequence[SecondMoment] | None = None
+    ) -> float:
         """The share of the outputs' variance that is lost, with the bias corrected for the mean.
 
-        ``E‖(W − W̃) x‖² / E‖W x − E[W x]‖²``, both weights in the layer's own layout.
+        ``E‖(W − W̃) x‖² / E‖W x − E[W x]‖²``, both weights in the layer's own layout; `second`
+        is what `second_moments` gave, where it is at hand.
         """
+        second = self.second_moments() if second is None else second
         difference = self.kernels(weight.detach().double() - approximation.detach().double())
-        lost = sum(m.lost(d) for m, d in zip(self.second_moments(), difference, strict=True))
-        variance = self.output_variance(weight)
+        lost = sum(m.lost(d) for m, d in zip(second, difference, strict=True))
+        variance = self.output_variance(weight, second)
         return lost / variance if variance > 0 else float(lost > 0)
 
     def mean_output(self, weight: Tensor) -> Tensor:
@@ -216,10 +223,13 @@ class Accumulator:
         origin = self.origin.double()[:, 0]  # (groups, fan_in)
         offset = self.total / self.count
         if self.matrix is not None:
-            lower = self.matrix.tril_()
-            full = (lower + lower.tril(-1).transpose(1, 2)) / self.count
-            cross = origin[:, :, None] * (offset + origin / 2)[:, None]
-            full += cross + cross.transpose(1, 2)
+            # In place: this is the largest thing there is.
+            full = self.matrix.tril_()
+            full += full.tril(-1).transpose(1, 2)
+            full /= self.count
+            half = (offset + origin / 2)[:, None]
+            full.baddbmm_(origin[:, :, None], half)
+            full.baddbmm_(half.transpose(1, 2), origin[:, None])
             matrix = to_kernel_order(full, self.spec, (1, 2))
         else:
             rows = to_kernel_order(torch.cat(self.rows, dim=1), self.spec, (2,))

@@ -8,7 +8,6 @@ order of the weight.
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -94,8 +93,8 @@ def _padding(spec: LayerSpec) -> list[int]:
 
 def to_kernel_order(values: Tensor, spec: LayerSpec, dims: tuple[int, ...]) -> Tensor:
     """Entries ordered (*kernel, in / groups) along `dims`, reordered as (in / groups, *kernel)."""
-    index = torch.arange(spec.fan_in, device=values.device)
-    order = index.reshape(spec.kernel_volume, spec.group_in).T.reshape(-1)
-    for dim in dims:
-        values = values.index_select(dim, order)
-    return values
+    shape = values.shape
+    for dim in sorted(dims, reverse=True):
+        split = values.unflatten(dim, (spec.kernel_volume, spec.group_in))
+        values = split.transpose(dim, dim + 1)
+    return values.reshape(shape)
