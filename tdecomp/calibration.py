@@ -516,12 +516,13 @@ def _grouped(
     for name, layer in layers.items():
         spec = _spec(layer)
         wide, known = spec.groups * spec.fan_in, rows[name] * len(batches)
-        need = 8 * wide * spec.fan_in if not 0 < known < spec.fan_in else 4 * wide * known
+        each = 8 if next(layer.parameters()).dtype == torch.float64 else 4
+        need = 8 * wide * spec.fan_in if not 0 < known < spec.fan_in else each * wide * known
         if need > max_memory:
             raise ValueError(
                 f"calibrate: layer {name!r} ({spec}) alone needs {need:,} bytes; expected "
                 f"max_memory of at least that, got {max_memory:,}; fewer batches (max_batches) "
-                "or exclude=[...] need less"
+                f"need less, as does a plan or decompose with exclude=[{name!r}]"
             )
         if not groups or need > free:
             groups.append([])

@@ -323,6 +323,8 @@ def test_rows_need_less_than_a_matrix():
     assert taken(model, [x, x], max_memory=100_000)[""].count == 20
     with pytest.raises(ValueError, match=r"layer '' .*alone needs 8,000,000 bytes"):
         taken(model, [torch.ones(1000, 1000)], max_memory=100_000)
+    with pytest.raises(ValueError, match=r"layer '' .*alone needs 160,000 bytes"):
+        taken(model.double(), [x.double(), x.double()], max_memory=100_000)
 
 
 def test_too_little_memory_says_how_much_is_needed():
