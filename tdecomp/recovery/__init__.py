@@ -10,13 +10,15 @@ from tdecomp.recovery.batchnorm import recalibrate_batchnorm
 from tdecomp.recovery.distill import distill
 from tdecomp.recovery.refit import refit
 
-_ORDER = ("recalibrate_batchnorm", "refit", "distill")
+# A refitted chain gives what the layer gave, which the old statistics are those of; only what is
+# still missing is for new ones to make up for.
+_ORDER = ("refit", "recalibrate_batchnorm", "distill")
 _NOTHING = "no layer was decomposed"
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Which of them to take, in the order in which they are taken."""
+    """Which of them to take: the refit first, the fine-tuning last."""
 
     recalibrate_batchnorm: bool = False
     refit: bool = False
@@ -43,12 +45,12 @@ class Steps:
             "inplace": True,
             "progress": source.progress,
         }
+        if self.refit:
+            done.append(refit(model, original, source.data, **common))  # type: ignore[arg-type]
         if self.recalibrate_batchnorm:
             done.append(
                 recalibrate_batchnorm(model, source.data, original=original, **common)  # type: ignore[arg-type]
             )
-        if self.refit:
-            done.append(refit(model, original, source.data, **common))  # type: ignore[arg-type]
         if self.distill:
             done.append(distill(model, original, source.data, **common))  # type: ignore[arg-type]
         return tuple(done)

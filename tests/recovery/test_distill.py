@@ -1,0 +1,192 @@
+"""Label-free fine-tuning: it learns, keeps the best, and leaves all else alone."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import tdecomp
+from tdecomp import distill
+from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors
+from tests.unchanged import unchanged
+
+SHORT = {"steps": 12, **QUIET}
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("hints", [True, False])
+def test_it_lowers_the_error_and_touches_neither_model(hints):
+    original, batches = convnet().train(), images()
+    model = decomposed(original, "lowrank", rank=2).train()
+    random = torch.get_rng_state()
+    with unchanged(original, model):
+        recovery = distill(model, original, batches, steps=30, hints=hints, **QUIET)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert recovery.error_after < 0.9 * recovery.error_before
+    assert recovery.model is not model
+    assert all(m.training for m in recovery.model.modules())
+    assert all(p.grad is None for p in recovery.model.parameters())
+    assert all(map(torch.equal, recovery.model.buffers(), model.buffers()))
+    assert not any(m._forward_hooks for m in recovery.model.modules())
+    assert str(recovery).startswith("distill: output error")
+
+
+def test_the_same_batches_give_the_same_model():
+    original, batches = mlp(), vectors()
+    model = decomposed(original)
+    first, second = (distill(model, original, batches, **SHORT).model for _ in range(2))
+    assert same(weights(first), weights(second))
+
+
+def test_the_result_is_the_best_of_what_was_seen_never_worse_than_what_was_given():
+    original, batches = mlp(), vectors()
+    model = decomposed(original)
+    recovery = distill(model, original, batches, lr=3.0, hints=False, **SHORT)
+    assert recovery.error_after == recovery.error_before
+    assert same(weights(recovery.model), weights(model))
+
+
+class Interrupted:
+    """Batches that are interrupted after so many, as by somebody at the keyboard."""
+
+    def __init__(self, batches, after):
+        self.batches, self.left = batches, after
+
+    def __iter__(self):
+        for batch in itertools.cycle(self.batches):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_interrupt_keeps_the_best_so_far(inplace):
+    original, batches = mlp(), vectors(4, size=256)
+    model = decomposed(original)
+    given = weights(model)
+    data = Interrupted(batches, 1 + 60)  # one for the error
+    with unchanged(original):
+        recovery = distill(
+            model, original, data, steps=80, max_batches=1000, inplace=inplace, **QUIET
+        )
+    assert recovery.notes == ("interrupted: the best model so far",)
+    assert recovery.error_after < recovery.error_before
+    assert (recovery.model is model) == inplace
+    assert not same(weights(recovery.model), given)
+    assert all(p.grad is None for p in recovery.model.parameters())
+    at_once = distill(decomposed(original), original, Interrupted(batches, 1), **SHORT)
+    assert at_once.error_after == at_once.error_before
+
+
+def test_frozen_parameters_stay():
+    original, batches = mlp(), vectors()
+    model = decomposed(original, include="0")
+    model[2].requires_grad_(False)
+    recovery = distill(model, original, batches, **SHORT)
+    assert same(weights(recovery.model[2]), weights(model[2]))
+    assert not recovery.model[2].weight.requires_grad
+    assert not same(weights(recovery.model[0]), weights(model[0]))
+    model.requires_grad_(False)
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"no parameter .* requires gradients.*requires_grad_\(Tr"),
+    ):
+        distill(model, original, batches, inplace=True, **SHORT)
+
+
+def test_in_place_with_gradients_of_its_own():
+    original, batches = mlp(), vectors()
+    model = decomposed(original)
+    copied = distill(model, original, batches, **SHORT)
+    model(batches[0]).sum().backward()
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters]
+    assert distill(model, original, batches, inplace=True, **SHORT).model is model
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(p.grad is g for p, g in zip(parameters, gradients, strict=True))
+    assert same(weights(model), weights(copied.model))
+
+
+def test_a_loss_that_is_not_finite():
+    original, batches = mlp(), vectors(5)
+    model = decomposed(original)
+    with (
+        unchanged(model, original),
+        pytest.raises(ValueError, match=r"the loss is (inf|nan) after .*lower rate than lr=1e\+25"),
+    ):
+        distill(model, original, batches, lr=1e25, inplace=True, **SHORT)
+    late = [*batches, torch.full((4, 16), torch.nan)]
+    with (
+        unchanged(model, original),
+        pytest.raises(ValueError, match="the loss is nan after 5 steps.*look for NaN in the batch"),
+    ):
+        distill(model, original, late, inplace=True, **SHORT)
+    with pytest.raises(ValueError, match="original model's outputs .*NaN.*Look at the batches"):
+        distill(model, original, late[-1:], **SHORT)
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 1.5, "many", None])
+def test_steps_that_cannot_be(steps):
+    with pytest.raises(ValueError, match="distill: expected steps of at least 1, got"):
+        distill(mlp(), mlp(), vectors(), steps=steps)
+
+
+@pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), True, "fast", None])
+def test_rates_that_cannot_be(lr):
+    with pytest.raises(ValueError, match="distill: expected a finite rate above 0, got lr="):
+        distill(mlp(), mlp(), vectors(), lr=lr)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: (x for x in vectors()), "got generator.*expected a DataLoader or a list"),
+        (list, "distill: got no batches"),
+        (lambda: [torch.zeros(0, 16)], "hold no samples"),
+        (lambda: [torch.zeros(4, 5)], "distill: the model rejected a batch"),
+        (lambda: tdecomp.calibrate(mlp(), vectors(), **QUIET), "distill runs .*got moments"),
+    ],
+)
+def test_batches_that_cannot_be_used(make, words):
+    original = mlp()
+    with pytest.raises(ValueError, match=words):
+        distill(decomposed(original), original, make(), **SHORT)
+
+
+def test_another_model_s_outputs():
+    original, batches = mlp(), vectors()
+    with pytest.raises(ValueError, match=r"\(64, 8\).*\(64, 5\).*expected the original"):
+        distill(mlp(), nn.Sequential(*list(original)[:4], nn.Linear(20, 5)), batches, **SHORT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_precisions(dtype):
+    original, batches = convnet(dtype=dtype), images(dtype=dtype)
+    recovery = distill(decomposed(original, "lowrank", 2), original, batches, **SHORT)
+    assert recovery.error_after < recovery.error_before
+    assert all(p.dtype is dtype for p in recovery.model.parameters())
+
+
+def test_float16_is_refused_in_words():
+    original, batches = convnet(dtype=torch.float16), images(dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"float16, .*expected float32 or bfloat16"):
+        distill(decomposed(original, "lowrank", 2), original, batches, **SHORT)
+
+
+def test_one_step_without_gradients_around_it():
+    original, batches = mlp(), vectors()
+    model = decomposed(original)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            recovery = distill(model, original, batches, steps=1, **QUIET)
+        assert recovery.error_after <= recovery.error_before
+        assert all(p.requires_grad for p in recovery.model.parameters())
