@@ -46,10 +46,17 @@ def lowrank_quarter(model: nn.Module) -> None:
     tdecomp.decompose(model, "lowrank", rank=0.25, progress=False)
 
 
+def calibrate(model: nn.Module) -> None:
+    """What every layer sees of sixteen noise images at 224×224, eight at a time."""
+    images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    tdecomp.calibrate(model, images.split(8), progress=False)
+
+
 TASKS: dict[str, Callable[[nn.Module], None]] = {
     "VBMF ranks of every convolution": vbmf_ranks,
     "tucker2, rank='vbmf'": tucker2_by_vbmf,
     "lowrank, rank=0.25": lowrank_quarter,
+    "calibrate, 16 images": calibrate,
 }
 WEIGHTS = ("random", "planted")
 

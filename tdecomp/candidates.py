@@ -57,12 +57,11 @@ def _digest(weight: nn.Parameter) -> bytes:
 
 def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candidate:
     """The site and the method as a selector sees them."""
-    spec, weight = losses.spec, losses.weight
+    spec = losses.spec
 
-    @cache
     def spectra() -> tuple[Spectrum, ...] | None:
         try:
-            return decomposer.spectra(weight, spec)
+            return losses.spectra(decomposer)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"layer {site.name!r} ({spec}): its singular values cannot be computed ({error}); "

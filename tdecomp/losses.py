@@ -15,7 +15,7 @@ from tdecomp.chain import Rank
 from tdecomp.cost import Cost, chain_cost
 from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer
 from tdecomp.layer import Call, LayerSpec
-from tdecomp.linalg import undisturbed
+from tdecomp.linalg import Spectrum, undisturbed
 from tdecomp.moments import LayerMoments
 from tdecomp.ranks.base import LARGEST_SHARE, Option
 from tdecomp.regression import SecondMoment
@@ -72,6 +72,7 @@ class LayerLosses:
     unit: float = 1.0
     cache: MutableMapping[Any, Any] = field(default_factory=dict)
     _curves: dict[str, "_Curve"] = field(default_factory=dict)
+    _spectra: dict[str, tuple[Spectrum, ...] | None] = field(default_factory=dict)
     _costs: dict[str, Callable[[Rank], Cost]] = field(default_factory=dict)
 
     def options(self, decomposer: Decomposer) -> list[Option]:
@@ -125,10 +126,9 @@ class LayerLosses:
             if not isinstance(rank, tuple):
                 return None
             if self._by_moments(decomposer):
-                return self.fit(decomposer.brief(DRAFT_ITERATIONS), rank)[
-                    1
-                ]  # what a few iterations reach
-            spectra = decomposer.spectra(self.weight, self.spec)
+                # What a few iterations reach.
+                return self.fit(decomposer.brief(DRAFT_ITERATIONS), rank)[1]
+            spectra = self.spectra(decomposer)
         if spectra is None:
             return None
         tails = [
@@ -137,6 +137,12 @@ class LayerLosses:
         ]
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return math.sqrt(min(sum(tails), 1.0))
+
+    def spectra(self, decomposer: Decomposer) -> tuple[Spectrum, ...] | None:
+        """The decomposer's spectra of this weight, computed once."""
+        if decomposer.name not in self._spectra:
+            self._spectra[decomposer.name] = decomposer.spectra(self.weight, self.spec)
+        return self._spectra[decomposer.name]
 
     def row_error(self, decomposer: Decomposer, share: float) -> float:
         """A share as a row has it: of the outputs' variance as it is, of squared weights the root.
