@@ -422,14 +422,12 @@ class _Slopes:
         Where the model takes no part of the batch, as of a long sequence, all of it at once.
         """
         parts = in_parts(batch, _GRADIENTS_AT_A_TIME, most)
-        before = dict(self._sums), self._samples
         try:
             for few in parts:
                 self._add(model, few, batches)
         except Exception:
             if len(parts) == 1:
                 raise
-            self._sums, self._samples = before
             self._add(model, batch, batches)
 
     def _add(self, model: nn.Module, batch: Any, batches: Batches) -> None:

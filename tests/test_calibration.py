@@ -166,9 +166,16 @@ def test_wrong_max_batches(limit):
 
 @pytest.mark.parametrize("model", [MODELS["encoder"], MODELS["attention"]], ids=["encoder", "mha"])
 def test_fast_paths_hide_nothing_and_are_on_again_afterwards(model):
+    inside = []
+
+    def forward(model, batch):
+        inside.append(torch.backends.mha.get_fastpath_enabled())
+        return model(batch)
+
     assert torch.backends.mha.get_fastpath_enabled()
-    moments = taken(model.build(), [model.inputs(4)])
+    moments = taken(model.build(), [model.inputs(4)], forward=forward, max_memory=10**6)
     assert moments.unreached == ()
+    assert inside == [False] * 3
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -498,6 +505,9 @@ def test_gradients_are_of_the_first_samples_only():
     taken(small(), [images(100)] * 4, forward=counted)
     # Sixteen samples at a time, up to 128.
     assert calls == [False] + [True] * 7 + [False] + [True] * 2 + [False] * 2
+    calls.clear()
+    taken(small(), [images(16)] * 10, forward=counted)
+    assert calls == [False, True] * 8 + [False] * 2
     calls.clear()
     taken(small(), [images(100)] * 2, forward=counted, gradients=False)
     assert calls == [False, False]
