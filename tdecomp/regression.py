@@ -7,6 +7,7 @@ Frobenius norm of the weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,13 +88,13 @@ class SecondMoment:
         if self.matrix is not None:
             matrix = self.definite().matrix
             assert matrix is not None
-            shifted = matrix + ridge * torch.eye(self.fan_in).to(matrix)
+            shifted = _ridged(matrix, ridge)
             solution: Tensor = torch.cholesky_solve(right.T, torch.linalg.cholesky(shifted)).T
             return solution
         # By the samples, which are fewer (the matrix inversion lemma).
         ridge += self.ridge
         samples = self._rows @ self._rows.T
-        shifted = samples + ridge * torch.eye(len(samples)).to(samples)
+        shifted = _ridged(samples, ridge)
         inner = torch.cholesky_solve(self._rows @ right.T, torch.linalg.cholesky(shifted))
         result: Tensor = (right - (self._rows.T @ inner).T) / ridge
         return result
@@ -106,12 +107,20 @@ class SecondMoment:
         """
         if self.matrix is None:
             return self
+        return SecondMoment(matrix=_ridged(self.matrix, self._definite_ridge))
+
+    @cached_property
+    def _definite_ridge(self) -> float:
+        assert self.matrix is not None
         ridge = self.ridge
-        while True:
-            shifted = self.matrix + ridge * torch.eye(self.fan_in).to(self.matrix)
-            if not int(torch.linalg.cholesky_ex(shifted).info) or ridge > self.trace:
-                return SecondMoment(matrix=shifted)
+        # What is not finite never gets there, and is for the fit to complain of.
+        while ridge < self.trace and self._indefinite(ridge):
             ridge *= _MORE_RIDGE
+        return ridge
+
+    def _indefinite(self, ridge: float) -> bool:
+        assert self.matrix is not None
+        return bool(torch.linalg.cholesky_ex(_ridged(self.matrix, ridge)).info)
 
     def lost(self, difference: Tensor) -> float:
         """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
@@ -119,6 +128,12 @@ class SecondMoment:
             # Rounding may leave less than nothing of what is met exactly.
             return max(float(((difference @ self.matrix) * difference).sum()), 0.0)
         return float((difference @ self._rows.T).square().sum())
+
+
+def _ridged(matrix: Tensor, ridge: float) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal().add_(ridge)
+    return shifted
 
 
 def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
