@@ -127,10 +127,12 @@ def test_a_loss_that_is_not_finite():
     late = [*batches, torch.full((4, 16), torch.nan)]
     with (
         unchanged(model, original),
-        pytest.raises(ValueError, match="the loss is nan after 5 steps.*look for NaN in the batch"),
+        pytest.raises(
+            ValueError, match=r"the loss is nan after 5 steps.*look for NaN in the batch"
+        ),
     ):
         distill(model, original, late, inplace=True, **SHORT)
-    with pytest.raises(ValueError, match="original model's outputs .*NaN.*Look at the batches"):
+    with pytest.raises(ValueError, match=r"original model's outputs .*NaN.*Look at the batches"):
         distill(model, original, late[-1:], **SHORT)
 
 

@@ -106,7 +106,7 @@ def test_in_place_it_is_the_same_model_with_the_same_parameters():
 
 
 def test_in_place_all_or_nothing():
-    original, batches = mlp(), vectors()
+    original = mlp()
     model = decomposed(original)
     # Enough samples in front that the error of the whole model never sees the bad batch.
     bad = [*vectors(5), torch.zeros(2, 5)]
@@ -152,7 +152,7 @@ def test_a_model_that_was_not_decomposed_or_from_another_one():
         ValueError, match=r"chain '2' replaced Linear\(24→20\), the original has Linear\(24→22\)"
     ):
         refit(decomposed(original), wider, batches, **QUIET)
-    with pytest.raises(ValueError, match="chain '4' replaced .*the original has no such layer"):
+    with pytest.raises(ValueError, match=r"chain '4' replaced .*the original has no such layer"):
         refit(decomposed(original), mlp()[:4], batches, **QUIET)
     with pytest.raises(ValueError, match=r"chain '0' replaced .*, the original has ReLU; expected"):
         refit(decomposed(original), nn.Sequential(nn.ReLU(), *mlp()), batches, **QUIET)
