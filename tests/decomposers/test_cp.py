@@ -8,7 +8,6 @@ from torch import nn
 from tdecomp.decomposers import CP, CPSeparable, cp
 from tdecomp.decomposers.base import Factorization
 from tdecomp.layer import LayerSpec
-from tdecomp.regression import SecondMoment
 from tests.decomposers.oracle import MOMENT_KINDS, DecomposerCase, distance
 from tests.geometries import geometries
 
@@ -46,18 +45,19 @@ class CPCase(DecomposerCase):
             norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])  # (modes, R)
             assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
 
-    def test_factors_that_a_fit_to_data_started_from_come_out_balanced(self):
-        weight, kernel_size = self.weight(self.dense), self.dense.kernel_size
-        zero = SecondMoment(matrix=torch.zeros(self.dense.fan_in, self.dense.fan_in).double())
+    @pytest.mark.parametrize("wrong", [2.0, float("nan")])
+    def test_start_is_kept_where_it_is_better_and_comes_out_balanced(self, wrong, monkeypatch):
+        weight = self.weight(self.dense)
         (factors,) = self.fitter.factorize(weight, self.dense, 3).groups
         first, second, *others = factors.factors
         lopsided = replace(factors, factors=(100 * first, second / 100, *others))
-        for moment in (self.moment(self.dense), zero):
-            start = Factorization(self.dense, (lopsided,))
-            (again,) = self.fitter.factorize(weight, self.dense, 3, [moment], start).groups
-            norms = torch.stack([factor.norm(dim=0) for factor in again.factors])  # (modes, R)
-            assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
-            assert again.kernel_size == kernel_size
+        start = Factorization(self.dense, (lopsided,))
+        monkeypatch.setattr(cp, "fit_cp_to", lambda _, start, *__: start.scaled(wrong))
+        moment = self.moment(self.dense)
+        (again,) = self.fitter.factorize(weight, self.dense, 3, [moment], start).groups
+        assert distance(again.to_kernel(), factors.to_kernel()) < 1e-10
+        norms = torch.stack([factor.norm(dim=0) for factor in again.factors])  # (modes, R)
+        assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
 
     def test_balancing_keeps_the_kernel(self):
         fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, 3)
