@@ -1,7 +1,7 @@
 """What the ways of getting accuracy back share: pairs of layers, and the error they lower."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +146,8 @@ class Yardstick:
     """How far models are from one original, always on the same samples.
 
     A DataLoader that shuffles would give others each time, and their difference would be taken
-    for that of the models.
+    for that of the models. `vary` changes each batch first, e.g. where the models were fitted to
+    these very samples.
 
     Raises
     ------
@@ -154,12 +155,15 @@ class Yardstick:
         If the original's outputs hold no floating-point tensor, or are not finite.
     """
 
-    def __init__(self, original: nn.Module, batches: Batches) -> None:
+    def __init__(
+        self, original: nn.Module, batches: Batches, vary: Callable[[Any], Any] | None = None
+    ) -> None:
         self._batches = batches
         self._seen: list[tuple[Any, list[Tensor]]] = []
         samples = 0
         with untouched(original), no_fast_path(), torch.no_grad():
-            for batch in batches.on(device_of(original)):
+            for given in batches.on(device_of(original)):
+                batch = given if vary is None else vary(given)
                 wanted = [y.clone() for y in tensors_of(batches.run(original, batch))]
                 self._seen.append((batch, wanted))
                 samples += count_samples(batch)

@@ -31,6 +31,7 @@ from tdecomp.recovery.base import (
 _CHECKS = 8
 _HINTS = 4
 _WARM_UP = 0.1
+_YARDSTICK_SEED = 1
 _MAX_GRADIENT_NORM = 1.0
 
 
@@ -60,8 +61,8 @@ def distill(
     layers or blocks on the way, each as a share of its variance. Both models run in evaluation
     mode (batch norm statistics stay, dropout is off); Adam trains all parameters that require
     gradients, its rate rising over the first tenth of the steps and falling to zero. The model
-    that lost least on the first few hundred samples is kept, the one handed in included; an
-    interrupt (KeyboardInterrupt) ends the training with the best so far.
+    that lost least on variants of the first few hundred samples is kept, the one handed in
+    included; an interrupt (KeyboardInterrupt) ends the training with the best so far.
 
     Parameters
     ----------
@@ -102,7 +103,10 @@ def distill(
     source = batches_for("distill", batches, forward, max_batches)
     source.again("a training")
     changed = copy_of(model)
-    yardstick = Yardstick(original, source)
+    # Other variants than those of the training, but the same ones each time.
+    generator = torch.Generator("cpu").manual_seed(_YARDSTICK_SEED)
+    vary = None if augment is None else lambda batch: augment(batch, generator)
+    yardstick = Yardstick(original, source, vary)
     before = yardstick.lost_by(changed)
     trained = [p for p in changed.parameters() if p.requires_grad]
     if not trained:
