@@ -340,3 +340,24 @@ def test_how_the_model_is_called_and_how_many_batches():
     ).model
     for a, b in zip(wanted.parameters(), found.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Worse(tdecomp.SVD):
+    """Whose fit to data is no fit at all."""
+
+    name = "worse"
+
+    def fit_to(self, kernel, rank, moment, start=None):
+        return super().fit_to(kernel, rank, moment, start).scaled(9.0)
+
+
+def test_a_layer_is_left_as_it_was_where_nothing_is_won(monkeypatch):
+    monkeypatch.setattr("tdecomp.decomposers.base._REGISTRY", {})
+    tdecomp.register(Worse)
+    original, batches = mlp(), vectors()
+    model = decomposed(original, "worse")
+    recovery = refit(model, original, batches, **QUIET)
+    assert recovery.error_after == recovery.error_before
+    for before, after in recovery.layers.values():
+        assert after == before
+    assert all(map(torch.equal, model.parameters(), recovery.model.parameters()))
