@@ -37,7 +37,6 @@ def test_the_whole_pipeline_says_what_each_step_did():
     assert names == list(ALL)
     refit, batchnorm, distill = result.report.recovery
     assert refit.error_after == batchnorm.error_before
-    assert batchnorm.error_after == distill.error_before
     assert refit.error_after < refit.error_before
     assert distill.error_after < distill.error_before
     summary = result.report.summary()
