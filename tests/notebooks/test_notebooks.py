@@ -9,6 +9,7 @@ import pytest
 from notebooks.execute import FOLDER, run
 
 FIRST = FOLDER / "01_decompose_a_pretrained_vgg.ipynb"
+SECOND = FOLDER / "02_one_budget.ipynb"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 600_000  # bytes
 # Appended to the notebook: what its variables hold at the end.
@@ -24,15 +25,28 @@ print(json.dumps({
     "bit_equal": bit_equal,
 }))
 """
+SECOND_PROBE = """
+import json
+
+print(json.dumps({
+    "seen": sorted(moments),
+    "layers": [row.name for row in plan],
+    "fits": fits,
+    "kept": [p.report.after.macs / p.report.before.macs for p, _, _ in steps.values()],
+    "errors": [[r.error_before, r.error_after, d.error_after] for _, r, d in steps.values()],
+    "comparison": comparison,
+    "original": measure(model),
+}))
+"""
 
 
-def execute(path, **environment):
+def execute(path, probe=PROBE, **environment):
     """The notebook's outputs, and the values of its variables that the probe prints."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
+    notebook.cells.append(nbformat.v4.new_code_cell(probe, id="probe"))
     run(notebook, environment)
-    probe = notebook.cells.pop()
-    return notebook, json.loads(probe.outputs[0].text)
+    probed = notebook.cells.pop()
+    return notebook, json.loads(probed.outputs[0].text)
 
 
 def outputs(notebook):
@@ -68,7 +82,7 @@ def test_a_committed_notebook_is_tidy_and_has_its_outputs(path):
 
 
 def test_no_notebook_is_missing_here():
-    assert FIRST in NOTEBOOKS
+    assert [FIRST, SECOND] == NOTEBOOKS
 
 
 def test_the_first_notebook_runs_as_it_is_and_its_story_holds():
@@ -114,3 +128,34 @@ def test_it_runs_on_torchvisions_resnet18():
     assert all(line["MACs"] == pytest.approx(0.5, abs=0.05) for line in values["comparison"])
     printed = "".join(o.get("text", "") for o in outputs(notebook))
     assert "not measured: no labelled images" in printed
+
+
+def test_the_second_notebook_runs_and_its_story_holds():
+    notebook, values = execute(SECOND, SECOND_PROBE)
+    assert_clean(notebook)
+    assert len(pictures(notebook)) == 4
+    assert values["seen"] == sorted(values["layers"])
+
+    for by_weights, by_data in zip(values["fits"][::2], values["fits"][1::2], strict=True):
+        assert by_weights["rank"] == by_data["rank"]
+        assert by_data["output error"] < by_weights["output error"]
+        assert by_data["weight error"] > by_weights["weight error"]
+
+    assert all(
+        kept <= share for kept, share in zip(values["kept"], [0.1, 0.2, 0.05, 0.02], strict=True)
+    )
+    for before, refitted, distilled in values["errors"]:
+        assert refitted < 0.1 * before
+        assert distilled <= refitted
+
+    lost = {}
+    for point in values["comparison"]:
+        lost.setdefault(point["line"], []).append(point["outputs lost"])
+    assert len(lost) == 5
+    assert all(len(points) == 4 for points in lost.values())
+    for refitted, rough in zip(
+        lost["one budget + refit"], lost["uniform, by weights"], strict=True
+    ):
+        assert refitted < 0.2 * rough
+    best = [p for p in values["comparison"] if p["line"] == "one budget + refit + distill"]
+    assert all(point["accuracy"] > values["original"] - 0.04 for point in best)
