@@ -32,6 +32,8 @@ _CHECKS = 8
 _HINTS = 4
 _WARM_UP = 0.1
 _YARDSTICK_SEED = 1
+# Root mean square of the entries for which the rate is taken as it is.
+_USUAL_SIZE = 0.2
 _MAX_GRADIENT_NORM = 1.0
 
 
@@ -74,7 +76,8 @@ def distill(
     steps : int
         One batch each.
     lr : float
-        The highest rate of Adam.
+        The highest rate of Adam, for parameters with entries of about 0.2 and more; where they are
+        smaller so is the rate.
     hints : bool
         Whether to compare outputs inside the models, too.
     augment : callable ``(batch, generator) -> batch``, optional
@@ -154,9 +157,11 @@ def _training(
     progress: bool,
 ) -> Iterator[None]:
     """Train, pausing after each of a few stretches."""
-    optimizer = torch.optim.Adam(trained, lr=lr)
+    # Adam's steps are as long for small entries as for large ones: the rate is in proportion.
+    rates = [lr * min(1.0, _size(parameter) / _USUAL_SIZE) for parameter in trained]
+    optimizer = torch.optim.Adam([{"params": [parameter]} for parameter in trained], lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=max(steps, 2), pct_start=_WARM_UP
+        optimizer, rates, total_steps=max(steps, 2), pct_start=_WARM_UP
     )
     device = device_of(model)
     endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
@@ -185,6 +190,12 @@ def _training(
             bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
             if step % pause == 0 or step == steps:
                 yield
+
+
+def _size(parameter: nn.Parameter) -> float:
+    """The root mean square of its entries; of one that is zero so far, the usual."""
+    size = float(parameter.detach().double().square().mean().sqrt())
+    return size if size > 0 else _USUAL_SIZE
 
 
 def _distance(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
