@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.batches import Batches, Forward, device_of
+from tdecomp.batches import Batches, Forward, count_samples, device_of
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer, registered
 from tdecomp.layer import LayerSpec
@@ -35,6 +35,10 @@ from tdecomp.recovery.base import (
 _RIDGE = 1e-2
 
 
+# Samples, and patches for each entry of one, that tell all there is to know of a layer: early
+# layers have thousands of patches in every image and need not see all of them.
+_SAMPLES = 512
+_PATCHES = 64
 # From the chain's own factors, which are good already.
 _ITERATIONS = 25
 
@@ -60,7 +64,7 @@ def refit(
     Chains are taken in the order in which they run. For each, the batches go through both models
     up to there, second moments are summed up, and all its factors (and its bias) are solved for
     again, so that its output for the decomposed model's own activations comes nearest to the
-    original's. Activations are not kept.
+    original's. Activations are not kept, and a layer sees no more batches than it has use for.
 
     Parameters
     ----------
@@ -165,6 +169,7 @@ def _sums(
 ) -> Accumulator:
     """The moments of the chain's inputs together with the original layer's outputs."""
     sums = Accumulator(pair.spec, with_outputs=True)
+    samples = 0
     for batch in batches.on(device_of(model)):
         wanted = _seen(original, pair.layer, batch, batches, calls, lambda _, output: output)
         inputs = _seen(model, pair.chain, batch, batches, calls, lambda args, _: args[0])
@@ -177,6 +182,9 @@ def _sums(
                     "batches and at the layers before it"
                 )
             sums.add(x, y)
+        samples += count_samples(batch)
+        if samples >= _SAMPLES and sums.count >= _PATCHES * pair.spec.fan_in:
+            break
     return sums
 
 
