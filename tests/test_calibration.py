@@ -524,7 +524,9 @@ class Sequence(nn.Module):
         return self.layer(x.reshape(40, 6)).cumsum(0)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, "label"), Example], ids=["tensor", "labels", "own"])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, "label"), Example], ids=["tensor", "labels", "own"]
+)
 def test_batch_that_cannot_be_cut_is_taken_whole(wrap):
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     forward = (lambda m, b: m(b.image)) if wrap is Example else None
