@@ -531,7 +531,10 @@ def _grouped(
 
 
 def _check_finite(name: str, moments: LayerMoments) -> None:
-    for part in (moments.matrix, moments.rows, moments.mean):
+    matrix = moments.matrix
+    # Whatever is not finite in the rest of a second moment is not on its diagonal either.
+    diagonal = None if matrix is None else matrix.diagonal(dim1=1, dim2=2)
+    for part in (diagonal, moments.rows, moments.mean):
         if part is not None and not bool(torch.isfinite(part).all()):
             raise ValueError(
                 f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities; "
