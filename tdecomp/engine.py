@@ -25,7 +25,7 @@ from tdecomp.recovery import Steps
 from tdecomp.recovery.base import adopt
 from tdecomp.report import Report, Row
 from tdecomp.sites import Site
-from tdecomp.surgery import copy_with, replace_in, unoptimized
+from tdecomp.surgery import as_optimizers, copy_with, replace_in, unoptimized
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,7 @@ def check_optimizers(
     optimizers: Optimizer | Sequence[Optimizer], inplace: bool
 ) -> tuple[Optimizer, ...]:
     """The optimizers as a tuple; refuses what is none, and any without `inplace`."""
-    listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
-    for optimizer in listed:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                "optimizers: expected a torch.optim.Optimizer or a sequence of them, got "
-                f"{type(optimizer).__name__}"
-            )
+    listed = as_optimizers(optimizers)
     if listed and not inplace:
         raise ValueError(
             "optimizers: a copy has new parameters, which no optimizer knows; use inplace=True, "

@@ -154,9 +154,6 @@ class LayerLosses:
     def _by_moments(self, decomposer: Decomposer) -> bool:
         return self.moments is not None and decomposer.uses_moments
 
-    def _importance(self) -> Tensor | None:
-        return None if self.moments is None else self.moments.gradient
-
     def nested(self, decomposer: Decomposer) -> list[Lost] | None:
         """Loss and error at rank 0, 1, 2 …, of a method whose best fits are nested."""
         key = (*_key(decomposer), "nested")
@@ -174,14 +171,8 @@ class LayerLosses:
         kernels = decomposer.group_kernels(self.weight.detach().double(), self.spec)
         use = self._by_moments(decomposer) and self.moments is not None
         moments = self._second if use else [None] * len(kernels)
-        importance = self._importance() if use else None
-        blocks: Sequence[Tensor | None] = [None] * len(kernels)
-        if importance is not None:
-            out = self.spec.group_out
-            blocks = [
-                importance[g * out : (g + 1) * out, g * out : (g + 1) * out]
-                for g in range(self.spec.groups)
-            ]
+        importance = self.moments.gradient_blocks() if use and self.moments is not None else None
+        blocks: Sequence[Tensor | None] = importance or [None] * len(kernels)
         plain: Tensor | float = 0.0
         weighted: Tensor | float = 0.0
         for kernel, moment, block in zip(kernels, moments, blocks, strict=True):
@@ -222,16 +213,14 @@ class LayerLosses:
             lost = float((weight - approximation).square().sum())
             return None, lost / (float(weight.square().sum()) or 1.0)
         difference = by_moments.kernels(self.weight.detach().double() - approximation)
-        lost = loss = 0.0
-        out = self.spec.group_out
-        for g, (moment, gone) in enumerate(zip(second, difference, strict=True)):
-            outputs = moment.between(gone)  # (out, out), of their error
-            lost += float(outputs.trace())
-            if by_moments.gradient is not None:
-                block = by_moments.gradient[g * out : (g + 1) * out, g * out : (g + 1) * out]
-                loss += float((block * outputs).sum())
+        outputs = [m.between(gone) for m, gone in zip(second, difference, strict=True)]  # of errors
+        lost = sum(float(group.trace()) for group in outputs)
         error = lost / self._variance if self._variance > 0 else float(lost > 0)
-        return None if by_moments.gradient is None else max(loss, 0.0), error
+        blocks = by_moments.gradient_blocks()
+        if blocks is None:
+            return None, error
+        loss = sum(float((b * group).sum()) for b, group in zip(blocks, outputs, strict=True))
+        return max(loss, 0.0), error
 
     @cached_property
     def _second(self) -> list[SecondMoment]:
@@ -313,14 +302,11 @@ class _Curve:
 
 def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
     """The loss of a layer's whole output, or None where its gradients are not known."""
-    if moments.gradient is None:
+    blocks = moments.gradient_blocks()
+    if blocks is None:
         return None
-    out, loss = moments.spec.group_out, 0.0
-    pairs = zip(moments.second_moments(), moments.kernels(weight), strict=True)
-    for g, (moment, kernel) in enumerate(pairs):
-        block = moments.gradient[g * out : (g + 1) * out, g * out : (g + 1) * out]
-        loss += float((block * moment.between(kernel)).sum())
-    return loss
+    groups = zip(blocks, moments.second_moments(), moments.kernels(weight), strict=True)
+    return sum(float((block * moment.between(k)).sum()) for block, moment, k in groups)
 
 
 def _key(decomposer: Decomposer) -> tuple[str, str]:

@@ -98,6 +98,14 @@ class LayerMoments:
         """Each group's kernel as a float64 matrix (out / groups, fan_in)."""
         return list(weight.detach().double().flatten(1).chunk(self.spec.groups))
 
+    def gradient_blocks(self) -> list[Tensor] | None:
+        """Each group's own block (out / groups, out / groups) of the gradient's second moment."""
+        if self.gradient is None:
+            return None
+        size = self.spec.group_out
+        places = range(0, self.spec.out_channels, size)
+        return [self.gradient[at : at + size, at : at + size] for at in places]
+
     def merged(self, other: "LayerMoments", share: float) -> "LayerMoments":
         """Those of both sets of inputs; `share` is this one's part of all examples."""
         other = other.to(self.mean.device)

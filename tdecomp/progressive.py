@@ -217,7 +217,7 @@ def _refitted(
         gone = weight.double() - kernel.double()
         shift = seen.mean_output(gone) if seen is not None and spec.bias else None
         chain = decomposer.assemble(layer, fitted, rank, shift)
-        lost = None if seen is None else seen.output_error(weight, kernel)
+        lost = None if seen is None else seen.output_error(weight, kernel, second)
         changed = planned_row(row, decomposer, rank)
         return chain.train(old.training), replace(
             changed,

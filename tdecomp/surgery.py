@@ -70,6 +70,20 @@ def replace_in(
         undo.pop_all()
 
 
+def as_optimizers(
+    optimizers: Optimizer | Sequence[Optimizer] | None,
+) -> tuple[Optimizer, ...]:
+    """The optimizers as a tuple; a TypeError for anything that is none."""
+    listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
+    for optimizer in listed:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "optimizers: expected a torch.optim.Optimizer or a sequence of them, got "
+                f"{type(optimizer).__name__}"
+            )
+    return listed
+
+
 def unoptimized(
     model: nn.Module, replacements: Replacements, optimizers: Sequence[Optimizer]
 ) -> list[str]:

@@ -16,7 +16,7 @@ from tdecomp.composer.modules import (
 from tdecomp.filters import Filters
 from tdecomp.planning import check_weight
 from tdecomp.sites import Site, find_sites
-from tdecomp.surgery import replace_in, unoptimized
+from tdecomp.surgery import as_optimizers, replace_in, unoptimized
 
 
 def apply_factorization(
@@ -66,13 +66,7 @@ def apply_factorization(
     TypeError, ValueError
         If an argument is not of its kind, the model is wrapped, or a weight is not finite.
     """
-    listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
-    for optimizer in listed:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                "optimizers: expected a torch.optim.Optimizer or a sequence of them, got "
-                f"{type(optimizer).__name__}"
-            )
+    listed = as_optimizers(optimizers)
     sizes = {"latent_channels": latent_channels, "latent_features": latent_features}
     for option, size in sizes.items():
         resolve_size(option, size, 1)
