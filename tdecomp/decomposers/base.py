@@ -19,7 +19,7 @@ from tdecomp.linalg import Spectrum, frobenius_norm, spectrum, undisturbed
 from tdecomp.regression import SecondMoment
 
 # Of iterative fits that only say what a rank would lose.
-DRAFT_ITERATIONS = 6
+DRAFT_ITERATIONS = 8
 
 
 class Factors(ABC):
