@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,7 @@ class Budget(RankSelector):
         whole = rest + total(candidates[0].before for candidates in sites)
         limits = self._limits(whole)
         menus = [_Menu(candidates, self._amounts) for candidates in sites]
-        room = limits - np.array(self._amounts(rest), dtype=float)
+        room = limits - np.array(self._amounts(rest), dtype=np.int64)
         picks = _best_within(menus, room)
         if picks is None:
             raise ValueError(
@@ -98,25 +98,25 @@ class Budget(RankSelector):
     def _amounts(self, cost: Cost) -> list[int]:
         return [getattr(cost, name) or 0 for name, _ in self._named()]
 
-    def _limits(self, whole: Cost) -> NDArray[np.float64]:
+    def _limits(self, whole: Cost) -> NDArray[np.int64]:
         if self.macs is not None and whole.macs is None:
             raise ValueError(
                 "Budget(macs=...): MACs are counted on example_inputs, got none; pass "
                 "example_inputs=..., or use Budget(params=...)"
             )
-        shares = np.array([float(share) for _, share in self._named()])
-        limits: NDArray[np.float64] = shares * np.array(self._amounts(whole), dtype=float)
-        return limits
+        shares = (float(share) for _, share in self._named())
+        pairs = zip(shares, self._amounts(whole), strict=True)
+        return np.array([math.floor(share * amount) for share, amount in pairs], dtype=np.int64)
 
     def _shortage(
-        self, menus: Sequence["_Menu"], room: NDArray[np.float64], whole: Cost, rest: Cost
+        self, menus: Sequence["_Menu"], room: NDArray[np.int64], whole: Cost, rest: Cost
     ) -> str:
         """What cannot be met, and the least that can."""
 
-        def least_share(i: int, spent: float) -> str:
+        def least_share(i: int, spent: int) -> str:
             amount, reached = self._amounts(whole)[i], spent + self._amounts(rest)[i]
             digits = math.ceil(1e4 * reached / max(amount, 1))
-            while digits / 1e4 * amount < reached:  # as `_limits` would round it
+            while math.floor(digits / 1e4 * amount) < reached:  # as `_limits` would round it
                 digits += 1
             return f"{digits / 1e4:.4f}"
 
@@ -153,7 +153,7 @@ class _Menu:
                     entries.append((candidate, option, cost, option.loss))
         entries.sort(key=lambda entry: (entry[2], entry[3]))
         self.entries = entries
-        self.costs = np.array([entry[2] for entry in entries], dtype=float)  # (options, budgets)
+        self.costs = np.array([entry[2] for entry in entries], dtype=np.int64)  # (options, budgets)
         self.losses = np.array([entry[3] for entry in entries])
 
     def choice(self, pick: int) -> Choice:
@@ -163,7 +163,7 @@ class _Menu:
         return Choice(candidate, option.rank, error=option.error)
 
 
-def _best_within(menus: Sequence[_Menu], room: NDArray[np.float64]) -> list[int] | None:
+def _best_within(menus: Sequence[_Menu], room: NDArray[np.int64]) -> list[int] | None:
     """The picks that lose least within the room, or None if nothing fits.
 
     The first budget is met by dynamic programming, a second one by a price per unit that is
@@ -199,45 +199,50 @@ def _best_within(menus: Sequence[_Menu], room: NDArray[np.float64]) -> list[int]
     return best
 
 
-def _knapsack(
-    menus: Sequence[_Menu], losses: Sequence[NDArray[np.float64]], room: float
-) -> list[int]:
+def _knapsack(menus: Sequence[_Menu], losses: Sequence[NDArray[Any]], room: int) -> list[int]:
     """The picks of least loss whose first cost stays within the room, which all the least do."""
     least = [menu.costs[:, 0].min() for menu in menus]
-    step = max(room - sum(least), 0.0) / _LEVELS or 1.0
+    spare = room - sum(least)
+    firsts = zip(menus, least, strict=True)
+    steps = [_steps(menu.costs[:, 0] - base, spare) for menu, base in firsts]
     reached = np.zeros(_LEVELS + 1)  # the least loss so far with at most so many steps spent
     taken = np.zeros((len(menus), _LEVELS + 1), dtype=np.int32)
-    for menu, loss, base, row in zip(menus, losses, least, taken, strict=True):
-        steps = np.ceil((menu.costs[:, 0] - base) / step * (1 - 1e-12)).astype(np.int64)
+    for needed, loss, row in zip(steps, losses, taken, strict=True):
         following = np.full(_LEVELS + 1, math.inf)
-        for i in np.argsort(steps, kind="stable"):
-            if steps[i] > _LEVELS:
+        for i in np.argsort(needed, kind="stable"):
+            if needed[i] > _LEVELS:
                 break
-            with_it = reached[: _LEVELS + 1 - steps[i]] + loss[i]
-            better = with_it < following[steps[i] :]
-            following[steps[i] :][better] = with_it[better]
-            row[steps[i] :][better] = i
+            with_it = reached[: _LEVELS + 1 - needed[i]] + loss[i]
+            better = with_it < following[needed[i] :]
+            following[needed[i] :][better] = with_it[better]
+            row[needed[i] :][better] = i
         reached = following
     picks, level = [], _LEVELS
-    for menu, base, row in zip(reversed(menus), reversed(least), taken[::-1], strict=True):
+    for needed, row in zip(reversed(steps), taken[::-1], strict=True):
         picks.append(int(row[level]))
-        level -= int(np.ceil((menu.costs[picks[-1], 0] - base) / step * (1 - 1e-12)))
+        level -= int(needed[picks[-1]])
     return picks[::-1]
 
 
-def _least(menus: Sequence[_Menu], room: NDArray[np.float64]) -> NDArray[np.float64]:
+def _steps(extra: NDArray[np.int64], spare: int) -> NDArray[np.int64]:
+    """The levels that each cost takes, rounded up: in whole numbers, where no share is lost."""
+    rounded: NDArray[np.int64] = -(-extra * _LEVELS // max(spare, 1))
+    return np.where(extra > spare, _LEVELS + 1, rounded)
+
+
+def _least(menus: Sequence[_Menu], room: NDArray[np.int64]) -> NDArray[np.int64]:
     """The least of each cost, whatever the others are."""
     return sum((menu.costs.min(axis=0) for menu in menus), np.zeros_like(room))
 
 
-def _spent(menus: Sequence[_Menu], picks: Sequence[int]) -> NDArray[np.float64]:
-    spent: NDArray[np.float64] = np.sum(
+def _spent(menus: Sequence[_Menu], picks: Sequence[int]) -> NDArray[np.int64]:
+    spent: NDArray[np.int64] = np.sum(
         [m.costs[p] for m, p in zip(menus, picks, strict=True)], axis=0
     )
     return spent
 
 
-def _spend(menus: Sequence[_Menu], picks: list[int], room: NDArray[np.float64]) -> None:
+def _spend(menus: Sequence[_Menu], picks: list[int], room: NDArray[np.int64]) -> None:
     """Use what is left: the exchange that saves most loss for what it costs, until none fits."""
     scale = np.maximum(room, 1.0)
     while True:
@@ -262,7 +267,7 @@ def _spend(menus: Sequence[_Menu], picks: list[int], room: NDArray[np.float64]) 
 def _refined(
     choices: list[Choice],
     sites: Sequence[Sequence[Candidate]],
-    room: NDArray[np.float64],
+    room: NDArray[np.int64],
     amounts: Callable[[Cost], list[int]],
 ) -> list[Choice]:
     """Ranks between the options: each raised by as much as still fits, largest error first."""
@@ -288,7 +293,7 @@ def _refined(
 def _raised(
     rank: Rank,
     candidate: Candidate,
-    limits: NDArray[np.float64],
+    limits: NDArray[np.int64],
     amounts: Callable[[Cost], list[int]],
 ) -> Rank:
     """The largest rank from this one on that fits; of several ranks the first is raised last."""

@@ -518,3 +518,9 @@ def test_a_budget_is_no_rank_of_single_layers():
         ValueError, match=r"layer '0': Budget\(macs=0.5.*\) is for the whole model.*include="
     ):
         tdecomp.plan(mlp(), "svd", rank={"0": Budget(macs=0.5), "2": 4}, **QUIET)
+
+
+@pytest.mark.parametrize("share", [1 - 2**-53, 1 - 1e-12, 1 - 1e-6])
+def test_a_share_just_below_the_whole_is_met(share):
+    plan = tdecomp.plan(nn.Linear(16, 16), "svd", rank=Budget(params=share), **QUIET)
+    assert plan.after.params < plan.before.params
