@@ -9,7 +9,7 @@
 
 from importlib.metadata import version as _version
 
-from tdecomp.calibration import Moments, calibrate
+from tdecomp.calibration import calibrate
 from tdecomp.chain import Chain
 from tdecomp.checkpoint import load
 from tdecomp.decomposers import (
@@ -26,6 +26,7 @@ from tdecomp.decomposers import (
 )
 from tdecomp.engine import Decomposition, apply, decompose
 from tdecomp.layer import LayerSpec
+from tdecomp.moments import Moments
 from tdecomp.planning import plan
 from tdecomp.plans import Plan
 from tdecomp.progressive import reduce_ranks

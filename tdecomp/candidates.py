@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdecomp.calibration import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.linalg import Spectrum, undisturbed
 from tdecomp.losses import LayerLosses, whole_loss
+from tdecomp.moments import Moments
 from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Option
 from tdecomp.sites import Site
 

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from tdecomp import checkpoint
 from tdecomp.batches import Forward
-from tdecomp.calibration import Moments, Source, watchable
+from tdecomp.calibration import Source, watchable
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.filters import Filters
 from tdecomp.linalg import frobenius_norm, undisturbed
+from tdecomp.moments import Moments
 from tdecomp.planning import Methods, as_patterns, check_weight, plan_from
 from tdecomp.plans import Plan, match_sites
 from tdecomp.recovery import Steps

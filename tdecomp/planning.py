@@ -9,12 +9,13 @@ from torch import nn
 from tqdm import tqdm
 
 from tdecomp.batches import Forward
-from tdecomp.calibration import Moments, Source
+from tdecomp.calibration import Source
 from tdecomp.candidates import candidate, layer_losses
 from tdecomp.cost import Cost, chain_cost, total
 from tdecomp.decomposers.base import Decomposer, get_decomposer, registered
 from tdecomp.filters import Filters, matches, no_match
 from tdecomp.losses import LayerLosses
+from tdecomp.moments import Moments
 from tdecomp.plans import Plan, planned_row
 from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.breakeven import by_parameters

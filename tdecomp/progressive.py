@@ -9,13 +9,14 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from tdecomp.batches import Forward
-from tdecomp.calibration import Moments, Source, calibrate_layers, watchable
+from tdecomp.calibration import Source, calibrate_layers, watchable
 from tdecomp.candidates import candidate, layer_losses
 from tdecomp.chain import Chain, Rank
 from tdecomp.cost import chain_cost, total
 from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.engine import Decomposition, check_optimizers
 from tdecomp.linalg import undisturbed
+from tdecomp.moments import Moments
 from tdecomp.plans import Plan, planned_row
 from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.fixed import Fixed, exceeds

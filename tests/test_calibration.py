@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import tdecomp
 from tdecomp import calibration
 from tdecomp.batches import call_model
-from tdecomp.calibration import Moments, calibrate
-from tdecomp.moments import Accumulator
+from tdecomp.calibration import calibrate
+from tdecomp.moments import Accumulator, Moments
 from tdecomp.sites import find_sites
 from tests.decomposers.oracle import distance
 from tests.models import MODELS, TwoInputs

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.batches import Batches, Forward, count_samples, device_of, tensors_of
-from tdecomp.calibration import Moments
 from tdecomp.chain import Chain
 from tdecomp.layer import STOCK_LAYERS, LayerSpec
+from tdecomp.moments import Moments
 from tdecomp.surgery import copy_with
 from tdecomp.tracing import no_fast_path, untouched
 
