@@ -225,8 +225,7 @@ def _apply(
             )
         replace_in(model, chains, optimizers)
         if changed is not model:
-            adopt(model, changed)
-            changed = model
+            changed = adopt(model, changed)
     return Decomposition(changed, Report(rows, plan.everything_else, recovered), plan)
 
 

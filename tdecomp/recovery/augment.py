@@ -1,10 +1,16 @@
 """More images out of few: what a decomposed model is to be like the original on."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tdecomp.batches import Batches, tensors_of
+
+# Varies a batch at random.
+Augment = Callable[[Any, torch.Generator], Any]
 
 # Smaller maps are no images, or too small to be shifted.
 _LEAST_SIDE = 8
@@ -39,3 +45,18 @@ def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
         for image, (top, left) in zip(padded, corners, strict=True)
     ]
     return torch.stack(crops)
+
+
+def varied(
+    batches: Batches, device: torch.device, augment: Augment | None, passes: int
+) -> Iterator[Any]:
+    """The batches as they are, and then in variants, for whoever needs more than there are."""
+    yield from batches.on(device)
+    for number in range(1, passes if augment is not None else 1):
+        generator = torch.Generator("cpu").manual_seed(number)
+        for batch in batches.on(device):
+            assert augment is not None
+            other = augment(batch, generator)
+            if all(a is b for a, b in zip(tensors_of(batch), tensors_of(other), strict=True)):
+                return  # nothing that it varies
+            yield other

@@ -221,9 +221,10 @@ def _variance(outputs: Sequence[Sequence[Tensor]]) -> float:
     return centred if not centred <= _ROUNDING * power else power
 
 
-def adopt(model: nn.Module, other: nn.Module) -> None:
-    """Copy every parameter and buffer of a model of the same structure."""
+def adopt(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The model with every parameter and buffer of another one of the same structure."""
     state = model.state_dict()
     with torch.no_grad():
         for name, value in other.state_dict().items():
             state[name].copy_(value)
+    return model

@@ -90,9 +90,7 @@ def recalibrate_batchnorm(
             for buffer, value in zip(held, statistics.get(name, held), strict=True):
                 buffer.copy_(value)
     after = math.nan if yardstick is None else yardstick.lost_by(changed)
-    if inplace:
-        adopt(model, changed)
-        changed = model
+    changed = adopt(model, changed) if inplace else changed
     return Recovery(changed, "recalibrate_batchnorm", before, after, {}, _notes(norms, statistics))
 
 

@@ -7,7 +7,7 @@ network as in Romero et al. 2015, "FitNets".
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tdecomp.batches import Batches, Forward, device_of, tensors_of
 from tdecomp.chain import Chain
-from tdecomp.recovery.augment import flip_and_shift
+from tdecomp.recovery.augment import Augment, flip_and_shift
 from tdecomp.recovery.base import (
     Recovery,
     Yardstick,
@@ -35,6 +35,9 @@ _YARDSTICK_SEED = 1
 # Root mean square of the entries for which the rate is taken as it is.
 _USUAL_SIZE = 0.2
 _MAX_GRADIENT_NORM = 1.0
+_HIGHEST_RATE = 1e-3
+# Of the squared error of the outputs, what one step at the highest rate may change them by.
+_PART_OF_THE_ERROR = 0.04
 
 
 def distill(
@@ -43,9 +46,9 @@ def distill(
     batches: Any,
     *,
     steps: int = 200,
-    lr: float = 1e-3,
+    lr: float | None = None,
     hints: bool = True,
-    augment: Callable[[Any, torch.Generator], Any] | None = flip_and_shift,
+    augment: Augment | None = flip_and_shift,
     forward: Forward | None = None,
     max_batches: int | None = None,
     inplace: bool = False,
@@ -75,9 +78,10 @@ def distill(
         As for `tdecomp.calibrate`; a list or a DataLoader, gone through as often as needed.
     steps : int
         One batch each.
-    lr : float
+    lr : float, optional
         The highest rate of Adam, for parameters with entries of about 0.2 and more; where they are
-        smaller so is the rate.
+        smaller so is the rate. By default as much, up to 1e-3, as keeps what a step of it in a
+        random direction does to the outputs well below what is wrong with them.
     hints : bool
         Whether to compare outputs inside the models, too.
     augment : callable ``(batch, generator) -> batch``, optional
@@ -101,7 +105,8 @@ def distill(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"distill: expected steps of at least 1, got {steps!r}")
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
+    known = isinstance(lr, (int, float)) and not isinstance(lr, bool)
+    if lr is not None and not (known and 0 < lr < math.inf):
         raise ValueError(f"distill: expected a finite rate above 0, got lr={lr!r}")
     source = batches_for("distill", batches, forward, max_batches)
     source.again("a training")
@@ -139,9 +144,7 @@ def distill(
         notes = ("interrupted: the best model so far",)
     changed.load_state_dict(best)
     changed.zero_grad(set_to_none=True)
-    if inplace:
-        adopt(model, changed)
-        changed = model
+    changed = adopt(model, changed) if inplace else changed
     return Recovery(changed, "distill", before, best_error, {}, notes)
 
 
@@ -151,14 +154,17 @@ def _training(
     trained: list[nn.Parameter],
     batches: Batches,
     steps: int,
-    lr: float,
+    lr: float | None,
     hints: Sequence[str],
-    augment: Callable[[Any, torch.Generator], Any] | None,
+    augment: Augment | None,
     progress: bool,
 ) -> Iterator[None]:
     """Train, pausing after each of a few stretches."""
     # Adam's steps are as long for small entries as for large ones: the rate is in proportion.
-    rates = [lr * min(1.0, _size(parameter) / _USUAL_SIZE) for parameter in trained]
+    sizes = [min(1.0, _size(parameter) / _USUAL_SIZE) for parameter in trained]
+    if lr is None:
+        lr = _rate(model, original, trained, sizes, batches, augment)
+    rates = [lr * size for size in sizes]
     optimizer = torch.optim.Adam([{"params": [parameter]} for parameter in trained], lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=max(steps, 2), pct_start=_WARM_UP
@@ -190,6 +196,42 @@ def _training(
             bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
             if step % pause == 0 or step == steps:
                 yield
+
+
+def _rate(
+    model: nn.Module,
+    original: nn.Module,
+    trained: Sequence[nn.Parameter],
+    sizes: Sequence[float],
+    batches: Batches,
+    augment: Augment | None,
+) -> float:
+    """The highest rate at which a step is a small part of what is left to be learnt.
+
+    A step of Adam is about as long as the rate in every entry. What it does to the outputs, if the
+    signs are random, goes with the square of the rate.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    batch = next(batches.on(device_of(model)))
+    if augment is not None:
+        batch = augment(batch, generator)
+    with torch.no_grad():
+        wanted = tensors_of(batches.run(original, batch))
+        before = [z.clone() for z in tensors_of(batches.run(model, batch))]
+        held = [parameter.detach().clone() for parameter in trained]
+        for parameter, size in zip(trained, sizes, strict=True):
+            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+            parameter.add_(signs.to(parameter), alpha=_HIGHEST_RATE * size)
+        moved = tensors_of(batches.run(model, batch))
+        for parameter, value in zip(trained, held, strict=True):
+            parameter.copy_(value)
+        wrong, done = _squares(before, wanted), _squares(moved, before)
+    share = wrong / done if done > 0 else 1.0
+    return _HIGHEST_RATE * min(1.0, math.sqrt(_PART_OF_THE_ERROR * share))
+
+
+def _squares(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
 
 
 def _size(parameter: nn.Parameter) -> float:

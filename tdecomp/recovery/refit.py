@@ -19,6 +19,7 @@ from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer, 
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import Accumulator, LayerMoments
+from tdecomp.recovery.augment import Augment, flip_and_shift, varied
 from tdecomp.recovery.base import (
     Pair,
     Recovery,
@@ -39,6 +40,8 @@ _RIDGE = 1e-2
 # layers have thousands of patches in every image and need not see all of them.
 _SAMPLES = 512
 _PATCHES = 64
+# Over the batches, where there are fewer: as they are first, then in variants.
+_PASSES = 4
 # From the chain's own factors, which are good already.
 _ITERATIONS = 25
 
@@ -48,6 +51,7 @@ def refit(
     original: nn.Module,
     batches: Any,
     *,
+    augment: Augment | None = flip_and_shift,
     forward: Forward | None = None,
     max_batches: int | None = None,
     inplace: bool = False,
@@ -74,6 +78,9 @@ def refit(
         What it was made from.
     batches : iterable of batches
         As for `tdecomp.calibrate`; a list or a DataLoader, as there is a pass for each chain.
+    augment : callable ``(batch, generator) -> batch``, optional
+        Varies batches, for layers that the batches hold too few patches for; by default images
+        are mirrored and shifted a little, all else stays.
     forward, max_batches
         As for `tdecomp.calibrate`.
     inplace : bool
@@ -106,12 +113,10 @@ def refit(
             if before_chain is None:
                 notes.append(_left(pair, reason))
                 continue
-            sums = _sums(changed, original, pair, calls[pair.chain], source)
+            sums = _sums(changed, original, pair, calls[pair.chain], source, augment)
             layers[pair.name] = _refit_chain(pair, before_chain, sums)
     after = yardstick.lost_by(changed)
-    if inplace:
-        adopt(model, changed)
-        changed = model
+    changed = adopt(model, changed) if inplace else changed
     return Recovery(changed, "refit", before, after, layers, tuple(notes))
 
 
@@ -165,12 +170,17 @@ def _in_network_order(
 
 
 def _sums(
-    model: nn.Module, original: nn.Module, pair: Pair, calls: int, batches: Batches
+    model: nn.Module,
+    original: nn.Module,
+    pair: Pair,
+    calls: int,
+    batches: Batches,
+    augment: Augment | None,
 ) -> Accumulator:
     """The moments of the chain's inputs together with the original layer's outputs."""
     sums = Accumulator(pair.spec, with_outputs=True)
     samples = 0
-    for batch in batches.on(device_of(model)):
+    for batch in varied(batches, device_of(model), augment, _PASSES):
         wanted = _seen(original, pair.layer, batch, batches, calls, lambda _, output: output)
         inputs = _seen(model, pair.chain, batch, batches, calls, lambda args, _: args[0])
         # Both run alike; a batch may call the chain less often than the first one did.
