@@ -199,6 +199,20 @@ def in_parts(batch: Any, size: int, most: int) -> list[Any]:
     return [part(start) for start in range(0, min(samples, most), size)]
 
 
+def channels_last(batch: Any) -> Any:
+    """The batch with the channels of its images next to each other in memory.
+
+    The models' convolutions then keep that layout, in which chains run and train much faster on
+    CPUs. A model that calls `view` may not take it.
+    """
+
+    def lay_out(tensor: Tensor) -> Tensor:
+        image = tensor.dim() == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if image else tensor
+
+    return _each_tensor(batch, lay_out)
+
+
 def _moved(batch: Any, device: torch.device) -> Any:
     def move(tensor: Tensor) -> Tensor:
         moved = tensor.to(device, non_blocking=True)

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.batches import Batches, Forward, device_of, tensors_of
+from tdecomp.batches import (
+    BatchError,
+    Batches,
+    Forward,
+    channels_last,
+    device_of,
+    tensors_of,
+)
 from tdecomp.chain import Chain
 from tdecomp.recovery.augment import Augment, flip_and_shift
 from tdecomp.recovery.base import (
@@ -173,12 +180,15 @@ def _training(
     endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
     generator = torch.Generator("cpu").manual_seed(0)
     pause = max(1, steps // _CHECKS)
+    quick = _take_channels_last((model, original), batches)
     with _Outputs(model, hints) as mine, _Outputs(original, hints) as wanted:
         bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=not progress)
         for step in bar:
             batch = next(endless)
             if augment is not None:
                 batch = augment(batch, generator)
+            if quick:
+                batch = channels_last(batch)
             with torch.no_grad():
                 targets = wanted.of(original, batches, batch)
             loss = _distance(mine.of(model, batches, batch), targets)
@@ -196,6 +206,16 @@ def _training(
             bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
             if step % pause == 0 or step == steps:
                 yield
+
+
+def _take_channels_last(models: Sequence[nn.Module], batches: Batches) -> bool:
+    try:
+        for model in models:
+            with torch.no_grad():
+                batches.run(model, channels_last(next(batches.on(device_of(model)))))
+    except BatchError:
+        return False
+    return True
 
 
 def _rate(

@@ -67,6 +67,25 @@ def test_the_rate_is_lower_where_there_is_less_to_learn(amount):
     assert recovery.error_after < 0.2 * recovery.error_before
 
 
+class Viewing(nn.Module):
+    """What many models do between convolutions and classifier; it takes no other layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.classifier = convnet()[:6], nn.Linear(12 * 64, 4)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).view(len(x), -1))
+
+
+def test_models_that_view_their_maps_in_one_layout_only():
+    original, batches = Viewing(), images()
+    with pytest.raises(RuntimeError, match="view"):
+        original(batches[0].contiguous(memory_format=torch.channels_last))
+    recovery = distill(decomposed(original, "lowrank"), original, batches, **SHORT)
+    assert recovery.error_after < recovery.error_before
+
+
 class Interrupted:
     """Batches that are interrupted after so many, as by somebody at the keyboard."""
 
