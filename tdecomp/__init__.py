@@ -9,6 +9,7 @@
 
 from importlib.metadata import version as _version
 
+from tdecomp.augment import flip_and_shift
 from tdecomp.calibration import calibrate
 from tdecomp.chain import Chain
 from tdecomp.checkpoint import load
@@ -63,6 +64,7 @@ __all__ = [
     "calibrate",
     "decompose",
     "distill",
+    "flip_and_shift",
     "load",
     "plan",
     "recalibrate_batchnorm",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tdecomp.augment import PASSES, Augment, variants
 from tdecomp.batches import (
     Batches,
     Forward,
@@ -24,6 +25,8 @@ from tdecomp.tracing import no_fast_path, untouched
 
 # Examples whose gradients say how much each layer's outputs matter: ranks need no more.
 _GRADIENT_SAMPLES = 128
+# Patches for each entry of one, from which on a layer needs no variants of the batches.
+_ENOUGH = 16
 
 
 def calibrate(
@@ -34,6 +37,7 @@ def calibrate(
     max_batches: int | None = None,
     max_memory: int | None = None,
     gradients: bool = True,
+    augment: Augment | None = None,
     progress: bool = True,
 ) -> Moments:
     """Run unlabelled batches through a model and sum up what each layer sees.
@@ -61,6 +65,10 @@ def calibrate(
     gradients : bool
         Also take, from the first few batches, the gradients at the layers' outputs, by which a
         whole-model budget weighs the layers.
+    augment : callable ``(batch, generator) -> batch``, optional
+        Varies batches, in further passes for layers that the batches hold few patches for:
+        `tdecomp.flip_and_shift` for pictures. A fit to few patches is good on these alone, and a
+        budget would take it for better than it is.
     progress : bool
         Show a bar over the batches.
 
@@ -83,6 +91,7 @@ def calibrate(
         Batches(batches, "calibrate", forward, max_batches),
         max_memory=max_memory,
         gradients=gradients,
+        augment=augment,
         progress=progress,
     )
 
@@ -96,6 +105,7 @@ class Source:
     max_batches: int | None = None
     max_memory: int | None = None
     progress: bool = True
+    augment: Augment | None = None
 
     def batches(self, wanted_by: str) -> Batches:
         """The batches, for steps that moments are not enough for."""
@@ -129,6 +139,7 @@ class Source:
             self.batches("data"),
             max_memory=self.max_memory,
             gradients=gradients,
+            augment=self.augment,
             progress=self.progress,
         )
 
@@ -166,6 +177,7 @@ def calibrate_layers(
     *,
     max_memory: int | None = None,
     gradients: bool = False,
+    augment: Augment | None = None,
     progress: bool = True,
 ) -> Moments:
     """`calibrate` for some layers, by name."""
@@ -173,13 +185,17 @@ def calibrate_layers(
     samples = peak = 0
     groups = [list(layers)]
     if max_memory is not None:
-        groups = _grouped(model, layers, batches, max_memory)
+        groups = _grouped(model, layers, batches, max_memory, 1 if augment is None else PASSES)
     if len(groups) > 1:
         batches.again("a max_memory")
+    if augment is not None:
+        batches.again("augment")
     for number, names in enumerate(groups, 1):
         watched = {name: layers[name] for name in names}
         title = "calibrate" if len(groups) == 1 else f"calibrate {number}/{len(groups)}"
-        sums, slopes, samples, held = _one_pass(model, watched, batches, title, gradients, progress)
+        sums, slopes, samples, held = _summed(
+            model, watched, batches, title, gradients, augment, progress
+        )
         peak = max(peak, held)
         for name in names:
             moments = sums.pop(name).finish(slopes.get(name))
@@ -193,12 +209,13 @@ def calibrate_layers(
     return moments_of_all
 
 
-def _one_pass(
+def _summed(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Batches,
     title: str,
     gradients: bool,
+    augment: Augment | None,
     progress: bool,
 ) -> tuple[dict[str, Accumulator], dict[str, Tensor], int, int]:
     sums = {name: Accumulator(_spec(layer)) for name, layer in layers.items()}
@@ -207,9 +224,10 @@ def _one_pass(
         slopes = OutputGradients({name: (layer, _spec(layer)) for name, layer in layers.items()})
     samples = peak = 0
     watching = True
+    enough: set[str] = set()
 
     def watch(name: str, x: Tensor) -> None:
-        if watching:
+        if watching and name not in enough:
             sums[name].add(x)
 
     with _inputs_shown(model, layers, watch), torch.inference_mode(False):
@@ -229,6 +247,13 @@ def _one_pass(
                     )
                 watching = True
             samples += count_samples(batch)
+            peak = max(peak, sum(s.nbytes for s in sums.values()))
+        for batch in variants(batches, device_of(model), augment):
+            enough.update(n for n, s in sums.items() if s.count >= _ENOUGH * s.spec.fan_in)
+            if len(enough) == len(sums):
+                break
+            with torch.no_grad():
+                batches.run(model, batch)
             peak = max(peak, sum(s.nbytes for s in sums.values()))
     return sums, {} if slopes is None else slopes.finish(), samples, peak
 
@@ -253,7 +278,11 @@ def _inputs_shown(
 
 
 def _grouped(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, max_memory: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Batches,
+    max_memory: int,
+    passes: int,
 ) -> list[list[str]]:
     """Layers in groups whose sums stay under the limit, as far as the first batch tells."""
     batches.again("a max_memory")
@@ -274,7 +303,7 @@ def _grouped(
     free = 0
     for name, layer in layers.items():
         spec = _spec(layer)
-        wide, known = spec.groups * spec.fan_in, rows[name] * len(batches)
+        wide, known = spec.groups * spec.fan_in, rows[name] * len(batches) * passes
         each = 8 if next(layer.parameters()).dtype == torch.float64 else 4
         need = 8 * wide * spec.fan_in if not 0 < known < spec.fan_in else each * wide * known
         if need > max_memory:

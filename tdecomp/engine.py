@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from tdecomp import checkpoint
+from tdecomp.augment import Augment, flip_and_shift
 from tdecomp.batches import Forward
 from tdecomp.calibration import Source, watchable
 from tdecomp.chain import Chain
@@ -80,6 +81,7 @@ def decompose(
     refit: bool = False,
     recalibrate_batchnorm: bool = False,
     distill: bool = False,
+    augment: Augment | None = flip_and_shift,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     progress: bool = True,
@@ -99,8 +101,10 @@ def decompose(
     Decomposition
         With `.model` and `.report`.
     """
-    source = Source(data, forward, max_batches, max_memory, progress)
     steps = Steps(recalibrate_batchnorm, refit, distill)
+    # What is refitted or distilled is meant for more than these batches.
+    augment = augment if refit or distill else None
+    source = Source(data, forward, max_batches, max_memory, progress, augment)
     steps.check(source)
     listed = check_optimizers(optimizers, inplace)
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
@@ -121,6 +125,7 @@ def apply(
     refit: bool = False,
     recalibrate_batchnorm: bool = False,
     distill: bool = False,
+    augment: Augment | None = flip_and_shift,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     progress: bool = True,
@@ -148,6 +153,9 @@ def apply(
     refit, recalibrate_batchnorm, distill : bool
         Get accuracy back afterwards, in this order; see `tdecomp.refit`,
         `tdecomp.recalibrate_batchnorm` and `tdecomp.distill`. They need batches as `data`.
+    augment : callable ``(batch, generator) -> batch``, optional
+        With refit or distill, what varies batches, also for layers that see few patches of them;
+        by default images are mirrored and shifted a little. None where that makes no sense.
     inplace : bool
         Change `model` itself, wholly or, on an error, not at all. By default a copy is changed.
     optimizers : Optimizer or sequence of them
@@ -166,8 +174,10 @@ def apply(
     ValueError
         If the plan does not fit the model, or a weight cannot be factorized; names the layer.
     """
-    source = Source(data, forward, max_batches, max_memory, progress)
     steps = Steps(recalibrate_batchnorm, refit, distill)
+    # What is refitted or distilled is meant for more than these batches.
+    augment = augment if refit or distill else None
+    source = Source(data, forward, max_batches, max_memory, progress, augment)
     steps.check(source)
     listed = check_optimizers(optimizers, inplace)
     moments = None

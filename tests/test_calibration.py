@@ -665,3 +665,36 @@ def test_options_reach_the_calibration_of_a_plan(capsys):
         tdecomp.plan(
             model, "svd", rank=2, data=[batch], forward=forward, max_memory=1, progress=False
         )
+
+
+# Variants ----------------------------------------------------------------------------------------
+
+
+def mirrored(batch, _):
+    return batch.flip(-1)
+
+
+def test_layers_that_see_few_patches_see_variants_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    plain = calibrate(model, batches, progress=False)
+    moments = calibrate(model, batches, augment=mirrored, progress=False)
+    # The convolution has 288 patches of 27 entries, the Linear 8 inputs of 144: only it goes on.
+    assert (plain["0"].count, moments["0"].count) == (288, 16 * 27)
+    assert (plain["3"].count, moments["3"].count) == (8, 4 * 8)
+    assert moments.samples == plain.samples == 8
+    both = [*batches, *(3 * [x.flip(-1) for x in batches])]
+    expected = calibrate(model, both, progress=False)
+    torch.testing.assert_close(moments["3"].rows, expected["3"].rows)
+    assert torch.equal(moments["3"].gradient, plain["3"].gradient)
+
+
+def test_batches_that_augment_leaves_alone_are_seen_once():
+    model, batches = nn.Linear(12, 2), [torch.randn(4, 12)]
+    moments = calibrate(model, batches, augment=tdecomp.flip_and_shift, progress=False)
+    assert moments[""].count == 4
+
+
+def test_variants_need_batches_that_come_again():
+    with pytest.raises(ValueError, match="augment goes through the batches more than once"):
+        calibrate(nn.Linear(12, 2), iter([torch.randn(4, 12)]), augment=mirrored, progress=False)

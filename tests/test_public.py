@@ -73,7 +73,8 @@ def test_examples_in_docstrings(name):
 # A file imports only from the lines above its own, or from its own line in this order.
 ORDER = (
     "layer", "chain", "cost", "filters", "tracing", "sites", "linalg", "regression", "patches",
-    "batches", "moments.layer", "moments.accumulator", "moments.*", "moments", "calibration",
+    "batches", "augment", "moments.layer", "moments.accumulator", "moments.*", "moments",
+    "calibration",
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",
     "losses", "candidates", "plotting", "report", "plans", "planning", "surgery",

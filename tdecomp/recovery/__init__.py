@@ -45,14 +45,15 @@ class Steps:
             "inplace": True,
             "progress": source.progress,
         }
+        varied = {**common, "augment": source.augment}
         if self.refit:
-            done.append(refit(model, original, source.data, **common))  # type: ignore[arg-type]
+            done.append(refit(model, original, source.data, **varied))  # type: ignore[arg-type]
         if self.recalibrate_batchnorm:
             done.append(
                 recalibrate_batchnorm(model, source.data, original=original, **common)  # type: ignore[arg-type]
             )
         if self.distill:
-            done.append(distill(model, original, source.data, **common))  # type: ignore[arg-type]
+            done.append(distill(model, original, source.data, **varied))  # type: ignore[arg-type]
         return tuple(done)
 
 

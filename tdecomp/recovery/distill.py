@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tdecomp.augment import Augment, flip_and_shift
 from tdecomp.batches import (
     BatchError,
     Batches,
@@ -24,7 +25,6 @@ from tdecomp.batches import (
     tensors_of,
 )
 from tdecomp.chain import Chain
-from tdecomp.recovery.augment import Augment, flip_and_shift
 from tdecomp.recovery.base import (
     Recovery,
     Yardstick,

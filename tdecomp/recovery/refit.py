@@ -4,6 +4,7 @@ Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classifica
 Detection", section 3.3: asymmetric reconstruction, in the order of the network.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tdecomp.augment import Augment, flip_and_shift, variants
 from tdecomp.batches import Batches, Forward, count_samples, device_of
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer, registered
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import Accumulator, LayerMoments
-from tdecomp.recovery.augment import Augment, flip_and_shift, varied
 from tdecomp.recovery.base import (
     Pair,
     Recovery,
@@ -40,8 +41,6 @@ _RIDGE = 1e-2
 # layers have thousands of patches in every image and need not see all of them.
 _SAMPLES = 512
 _PATCHES = 64
-# Over the batches, where there are fewer: as they are first, then in variants.
-_PASSES = 4
 # From the chain's own factors, which are good already.
 _ITERATIONS = 25
 
@@ -180,7 +179,9 @@ def _sums(
     """The moments of the chain's inputs together with the original layer's outputs."""
     sums = Accumulator(pair.spec, with_outputs=True)
     samples = 0
-    for batch in varied(batches, device_of(model), augment, _PASSES):
+    device = device_of(model)
+    # First the batches as they are, then more of them, if there are too few.
+    for batch in itertools.chain(batches.on(device), variants(batches, device, augment)):
         wanted = _seen(original, pair.layer, batch, batches, calls, lambda _, output: output)
         inputs = _seen(model, pair.chain, batch, batches, calls, lambda args, _: args[0])
         # Both run alike; a batch may call the chain less often than the first one did.

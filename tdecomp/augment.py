@@ -12,6 +12,9 @@ from tdecomp.batches import Batches, tensors_of
 # Varies a batch at random.
 Augment = Callable[[Any, torch.Generator], Any]
 
+# Over the batches: as they are, and in variants.
+PASSES = 4
+
 # Smaller maps are no images, or too small to be shifted.
 _LEAST_SIDE = 8
 # The largest shift, as a share of the shorter side.
@@ -47,12 +50,9 @@ def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
     return torch.stack(crops)
 
 
-def varied(
-    batches: Batches, device: torch.device, augment: Augment | None, passes: int
-) -> Iterator[Any]:
-    """The batches as they are, and then in variants, for whoever needs more than there are."""
-    yield from batches.on(device)
-    for number in range(1, passes if augment is not None else 1):
+def variants(batches: Batches, device: torch.device, augment: Augment | None) -> Iterator[Any]:
+    """The batches again and again, varied: for those who need more than there are."""
+    for number in range(1, PASSES if augment is not None else 1):
         generator = torch.Generator("cpu").manual_seed(number)
         for batch in batches.on(device):
             assert augment is not None
