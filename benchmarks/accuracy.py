@@ -96,7 +96,9 @@ class Network:
 def measure(network: Network, cases: Sequence[Case], *, steps: int) -> Iterator[Result]:
     """Calibrate once, and take every case through plan, apply, refit and distill."""
     moments, calibrating = network.timed(
-        lambda: tdecomp.calibrate(network.model, network.batches, progress=False)
+        lambda: tdecomp.calibrate(
+            network.model, network.batches, augment=tdecomp.flip_and_shift, progress=False
+        )
     )
     for case in cases:
         moments.fits.clear()  # each line pays for its own plan
