@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tdecomp.batches import Batches, tensors_of
+from tdecomp.batches import Batches, each_tensor, tensors_of
 
 # Varies a batch at random.
 Augment = Callable[[Any, torch.Generator], Any]
@@ -30,11 +30,11 @@ def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
     The original says what comes of the images, so that no label can become wrong. Only floating
     tensors (batch, channels, height, width) of at least 8×8 are images; all else stays.
     """
-    if isinstance(batch, dict):
-        return {key: flip_and_shift(value, generator) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [flip_and_shift(value, generator) for value in batch]
-    image = isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point()
+    return each_tensor(batch, lambda tensor: _varied(tensor, generator))
+
+
+def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
+    image = batch.dim() == 4 and batch.is_floating_point()
     if not image or min(batch.shape[2:]) < _LEAST_SIDE:
         return batch
     count, _, height, width = batch.shape

@@ -192,7 +192,7 @@ def in_parts(batch: Any, size: int, most: int) -> list[Any]:
             long = tensor.dim() > 0 and len(tensor) == samples
             return tensor[start : min(start + size, most)] if long else tensor
 
-        return _each_tensor(batch, cut)
+        return each_tensor(batch, cut)
 
     if samples <= size or count_samples(part(0)) == samples:
         return [batch]
@@ -210,7 +210,7 @@ def channels_last(batch: Any) -> Any:
         image = tensor.dim() == 4
         return tensor.contiguous(memory_format=torch.channels_last) if image else tensor
 
-    return _each_tensor(batch, lay_out)
+    return each_tensor(batch, lay_out)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -219,16 +219,16 @@ def _moved(batch: Any, device: torch.device) -> Any:
         # Inference tensors can take no part in what gradients are taken of.
         return moved.clone() if moved.is_inference() else moved
 
-    return _each_tensor(batch, move)
+    return each_tensor(batch, move)
 
 
-def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same containers with every tensor in them changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _each_tensor(item, change) for key, item in value.items()}
+        return {key: each_tensor(item, change) for key, item in value.items()}
     if isinstance(value, tuple):
         make = getattr(type(value), "_make", type(value))  # a namedtuple takes items one by one
-        return make([_each_tensor(item, change) for item in value])
-    return [_each_tensor(item, change) for item in value] if isinstance(value, list) else value
+        return make([each_tensor(item, change) for item in value])
+    return [each_tensor(item, change) for item in value] if isinstance(value, list) else value
