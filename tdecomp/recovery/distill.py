@@ -37,6 +37,7 @@ from tdecomp.recovery.base import (
 # Checks of the whole model's error on the way, each of which may become the result.
 _CHECKS = 8
 _HINTS = 4
+_HINT_WEIGHT = 3.0
 _WARM_UP = 0.1
 _YARDSTICK_SEED = 1
 # Root mean square of the entries for which the rate is taken as it is.
@@ -260,10 +261,12 @@ def _size(parameter: nn.Parameter) -> float:
     return size if size > 0 else _USUAL_SIZE
 
 
-def _distance(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    """The sum over all outputs of the squared distance, as a share of the variance."""
+def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) -> Tensor:
+    """The sum over outputs and hints of the squared distance, as a share of the variance."""
     terms = [
-        (mine[name] - target).square().mean() / target.var(unbiased=False).clamp_min(1e-12)
+        (_HINT_WEIGHT if isinstance(name, str) else 1.0)
+        * (mine[name] - target).square().mean()
+        / target.var(unbiased=False).clamp_min(1e-12)
         for name, target in wanted.items()
         if name in mine and mine[name].shape == target.shape
     ]
@@ -271,28 +274,22 @@ def _distance(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
 
 
 def hinted(model: nn.Module) -> list[str]:
-    """A few modules whose outputs are worth comparing: blocks that hold chains, evenly spread."""
+    """A few modules whose outputs are worth comparing: blocks that hold chains, evenly spread.
 
-    def holding(parent: nn.Module, name: str) -> list[str]:
+    A chain alone is none: what it gives before norm and activation is not what the next one sees.
+    """
+
+    def blocks(name: str) -> list[str]:
         prefix = f"{name}." if name else ""
-        children = [(prefix + n, c) for n, c in parent.named_children()]
-        return [n for n, c in children if any(isinstance(m, Chain) for m in c.modules())]
-
-    names = holding(model, "")
-    while names and len(names) < _HINTS:
-        # Too few blocks: look into those that hold any.
-        inside = [
-            deeper
-            for name in names
-            for deeper in (
-                holding(model.get_submodule(name), name)
-                if not isinstance(model.get_submodule(name), Chain)
-                else [name]
-            )
+        return [
+            prefix + child
+            for child, module in model.get_submodule(name).named_children()
+            if not isinstance(module, Chain) and any(isinstance(m, Chain) for m in module.modules())
         ]
-        if len(inside) <= len(names):
-            break
-        names = inside
+
+    names = blocks("")
+    while len(names) == 1 and blocks(names[0]):
+        names = blocks(names[0])
     if len(names) <= _HINTS:
         return names
     return [names[round(i * (len(names) - 1) / (_HINTS - 1))] for i in range(_HINTS)]
@@ -304,7 +301,7 @@ class _Outputs:
     def __init__(self, model: nn.Module, hints: Sequence[str]) -> None:
         known = dict(model.named_modules())
         self._hinted = {name: known[name] for name in hints if name in known}
-        self._found: dict[str, Tensor] = {}
+        self._found: dict[str | int, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Outputs":
@@ -321,8 +318,8 @@ class _Outputs:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
-    def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str, Tensor]:
-        """The outputs of one call, by name."""
+    def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:
+        """The outputs of one call by their positions, the hints by their modules' names."""
         self._found = {}
         outputs = tensors_of(batches.run(model, batch))
-        return {**self._found, **{f"output {i}": z for i, z in enumerate(outputs)}}
+        return {**self._found, **dict(enumerate(outputs))}

@@ -9,6 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import distill
+from tdecomp.recovery.distill import hinted
 from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors
 from tests.unchanged import unchanged
 
@@ -65,6 +66,26 @@ def test_the_rate_is_lower_where_there_is_less_to_learn(amount):
             parameter += amount * parameter.std(correction=0) * noise
     recovery = distill(model, original, batches, steps=30, hints=False, **QUIET)
     assert recovery.error_after < 0.2 * recovery.error_before
+
+
+def blocks(*sizes):
+    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (mlp(), []),  # chains alone are no blocks
+        (blocks(16, 16, 16, 16), ["0", "1", "2"]),
+        (nn.Sequential(nn.Sequential(blocks(16, 16, 16)), nn.ReLU()), ["0.0.0", "0.0.1"]),
+        (blocks(*[16] * 11), ["0", "3", "6", "9"]),
+        (nn.Sequential(blocks(16, 16), nn.Linear(16, 4)), ["0.0"]),
+    ],
+    ids=["flat", "blocks", "nested", "many", "one"],
+)
+def test_hints_come_from_a_few_blocks(model, names):
+    assert hinted(decomposed(model, "svd", rank=2)) == names
 
 
 class Viewing(nn.Module):
