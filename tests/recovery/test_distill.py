@@ -74,7 +74,7 @@ def blocks(*sizes):
 
 
 @pytest.mark.parametrize(
-    ("model", "names"),
+    "model, names",
     [
         (mlp(), []),  # chains alone are no blocks
         (blocks(16, 16, 16, 16), ["0", "1", "2"]),
