@@ -34,7 +34,7 @@ class Accumulator:
     rows: list[Tensor] = field(default_factory=list)
     cross: Tensor | None = None  # (groups, out / groups, fan_in)
     output_total: Tensor | None = None  # (groups, out / groups)
-    output_power: float = 0.0
+    output_matrix: Tensor | None = None  # (groups, out / groups, out / groups)
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it (as the layer gives them)."""
@@ -84,13 +84,14 @@ class Accumulator:
                 total[start:, start : start + width] += group[:, start:].T @ block
 
     def _add_cross(self, rows: Tensor, targets: Tensor) -> None:
-        if self.cross is None or self.output_total is None:
+        if self.cross is None or self.output_total is None or self.output_matrix is None:
             shape = (self.spec.groups, self.spec.group_out, self.spec.fan_in)
             self.cross = torch.zeros(shape, dtype=torch.float64, device=rows.device)
             self.output_total = self.cross.new_zeros(shape[:2])
+            self.output_matrix = self.cross.new_zeros(*shape[:2], shape[1])
         self.cross += targets.transpose(1, 2) @ rows
         self.output_total += targets.sum(dim=1)
-        self.output_power += float(targets.double().square().sum())
+        self.output_matrix += targets.transpose(1, 2) @ targets
 
     @property
     def nbytes(self) -> int:
@@ -125,14 +126,15 @@ class Accumulator:
             gradient,
         )
 
-    def mean_cross(self) -> tuple[Tensor, Tensor, float]:
-        """``E[y xᵀ]`` (groups, out / groups, fan_in), ``E[y]`` and ``E‖y‖²``."""
+    def mean_cross(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``E[y xᵀ]`` (groups, out / groups, fan_in), ``E[y]`` and ``E[y yᵀ]``, by groups."""
         assert self.cross is not None
         assert self.output_total is not None
+        assert self.output_matrix is not None
         assert self.origin is not None
         mean = self.output_total / self.count
         cross = self.cross / self.count + mean[:, :, None] * self.origin.double()
-        return to_kernel_order(cross, self.spec, (2,)), mean, self.output_power / self.count
+        return to_kernel_order(cross, self.spec, (2,)), mean, self.output_matrix / self.count
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class OutputGradients:
     def __init__(self, layers: Mapping[str, tuple[nn.Module, LayerSpec]]) -> None:
         self._layers = layers
         self._sums: dict[str, Tensor] = {}
-        self._samples = 0
+        self.samples = 0
         self._generator = torch.Generator("cpu").manual_seed(0)
 
     def add(self, model: nn.Module, batch: Any, batches: Batches, most: int) -> None:
@@ -71,7 +71,7 @@ class OutputGradients:
                     for z in outputs
                 ]
                 torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
-        self._samples += count_samples(batch)
+        self.samples += count_samples(batch)
 
     def _take(self, name: str, slope: Tensor) -> None:
         with undisturbed(slope.device):
@@ -80,7 +80,7 @@ class OutputGradients:
             self._sums[name] = self._sums[name] + product if name in self._sums else product
 
     def finish(self) -> dict[str, Tensor]:
-        found = {name: total / max(self._samples, 1) for name, total in self._sums.items()}
+        found = {name: total / max(self.samples, 1) for name, total in self._sums.items()}
         return {name: g for name, g in found.items() if bool(torch.isfinite(g).all())}
 
 

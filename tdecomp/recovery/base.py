@@ -36,7 +36,7 @@ class Recovery:
         hundred samples; NaN without an original.
     layers : dict of str to tuple of float
         For steps that go layer by layer, the share of each original output's variance that was
-        lost before and after.
+        lost before and after, each direction of it counted as the model's outputs feel it.
     notes : tuple of str
     """
 

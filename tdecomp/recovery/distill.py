@@ -45,7 +45,7 @@ _USUAL_SIZE = 0.2
 _MAX_GRADIENT_NORM = 1.0
 _HIGHEST_RATE = 1e-3
 # Of the squared error of the outputs, what one step at the highest rate may change them by.
-_PART_OF_THE_ERROR = 0.04
+_PART_OF_THE_ERROR = 0.02
 
 
 def distill(

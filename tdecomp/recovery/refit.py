@@ -7,7 +7,6 @@ Detection", section 3.3: asymmetric reconstruction, in the order of the network.
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from tdecomp.chain import Chain
 from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer, registered
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import undisturbed
-from tdecomp.moments import Accumulator, LayerMoments
+from tdecomp.moments import Accumulator, OutputGradients
 from tdecomp.recovery.base import (
     Pair,
     Recovery,
@@ -31,16 +30,14 @@ from tdecomp.recovery.base import (
     copy_of,
     pairs_of,
 )
-
-# Towards the original kernel, as a share of the inputs' mean power, for as many samples as inputs
-# to each output; with more samples it goes down in proportion.
-_RIDGE = 1e-2
-
+from tdecomp.recovery.matching import Match
 
 # Samples, and patches for each entry of one, that tell all there is to know of a layer: early
 # layers have thousands of patches in every image and need not see all of them.
 _SAMPLES = 512
 _PATCHES = 64
+# Whose gradients say how much a layer's outputs matter.
+_GRADIENT_SAMPLES = 256
 # From the chain's own factors, which are good already.
 _ITERATIONS = 25
 
@@ -50,6 +47,7 @@ def refit(
     original: nn.Module,
     batches: Any,
     *,
+    gradients: bool = True,
     augment: Augment | None = flip_and_shift,
     forward: Forward | None = None,
     max_batches: int | None = None,
@@ -67,7 +65,8 @@ def refit(
     Chains are taken in the order in which they run. For each, the batches go through both models
     up to there, second moments are summed up, and all its factors (and its bias) are solved for
     again, so that its output for the decomposed model's own activations comes nearest to the
-    original's. Activations are not kept, and a layer sees no more batches than it has use for.
+    original's, above all where that matters. Activations are not kept, and a layer sees no more
+    batches than it has use for.
 
     Parameters
     ----------
@@ -77,6 +76,9 @@ def refit(
         What it was made from.
     batches : iterable of batches
         As for `tdecomp.calibrate`; a list or a DataLoader, as there is a pass for each chain.
+    gradients : bool
+        Let errors in a layer's outputs count as the original model's own outputs would feel them,
+        by the gradients of random mixtures of these; else all alike.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches, for layers that the batches hold too few patches for; by default images
         are mirrored and shifted a little, all else stays.
@@ -107,13 +109,18 @@ def refit(
     with both_untouched(changed, original), torch.no_grad():
         ordered, calls = _in_network_order(changed, pairs, source)
         notes += [_left(p, "the first batch does not reach it") for p in pairs if p not in ordered]
+        slopes, samples = _gradients(original, ordered, source) if gradients else ({}, 0)
+        if gradients and not slopes:
+            notes.append("no gradients can be taken, so that all outputs of a layer count alike")
         for pair in tqdm(ordered, desc="refit", unit="layer", disable=not progress):
             before_chain, reason = _factors_of(pair)
             if before_chain is None:
                 notes.append(_left(pair, reason))
                 continue
             sums = _sums(changed, original, pair, calls[pair.chain], source, augment)
-            layers[pair.name] = _refit_chain(pair, before_chain, sums)
+            with undisturbed(device_of(pair.chain)):
+                match = _match(pair, sums, slopes.get(pair.name), samples)
+                layers[pair.name] = _refit_chain(pair, before_chain, match)
     after = yardstick.lost_by(changed)
     changed = adopt(model, changed) if inplace else changed
     return Recovery(changed, "refit", before, after, layers, tuple(notes))
@@ -225,83 +232,43 @@ def _seen(
     return found
 
 
-def _refit_chain(pair: Pair, before: Factorization, sums: Accumulator) -> tuple[float, float]:
-    """Solve for the chain's factors again; the shares of the output lost before and after."""
-    chain, spec = pair.chain, pair.spec
-    decomposer = _decomposer(pair).brief(_ITERATIONS)
-    moments = sums.finish()
+def _match(pair: Pair, sums: Accumulator, gradient: Tensor | None, samples: int) -> Match:
+    moments = sums.finish(gradient)
     if moments is None:
-        raise ValueError(f"refit: layer {pair.name!r} ({spec}): the batches hold no samples")
-    cross, mean_output, power = sums.mean_cross()
-    weight = pair.layer.weight
-    assert isinstance(weight, nn.Parameter)
-    with undisturbed(weight.device):
-        target = _target(moments, cross, mean_output, weight)
-        fitted = decomposer.factorize(
-            spec.from_forward_layout(target), spec, _rank(chain), moments.second_moments(), before
-        )
-        problem = _Problem(moments, cross, mean_output, power)
-        error_before = problem.lost(before, _bias(chain))
-        bias = problem.best_bias(fitted) if spec.bias else None
-        # As the chain is going to hold them.
-        dtype = _parameter(chain[-1].weight).dtype
-        fitted = fitted.to(dtype).to(torch.float64)
-        bias = None if bias is None else bias.to(dtype)
-        error_after = problem.lost(fitted, bias)
-        if error_after < error_before:
-            _put(chain, fitted, bias)
+        raise ValueError(f"refit: layer {pair.name!r} ({pair.spec}): the batches hold no samples")
+    return Match(sums, moments, _parameter(pair.layer.weight), samples)
+
+
+def _refit_chain(pair: Pair, before: Factorization, match: Match) -> tuple[float, float]:
+    """Solve for the chain's factors again; the shares of the output lost before and after."""
+    chain = pair.chain
+    fitted = match.fit(_decomposer(pair).brief(_ITERATIONS), _rank(chain), before)
+    old = _bias(chain)
+    bias = match.best_bias(fitted) if pair.spec.bias else None
+    # As the chain is going to hold them.
+    dtype = _parameter(chain[-1].weight).dtype
+    fitted = fitted.to(dtype).to(torch.float64)
+    bias = None if bias is None else bias.to(dtype)
+    error_before, error_after = match.lost(before, old), match.lost(fitted, bias)
+    if error_after < error_before:
+        _put(chain, fitted, bias)
     return error_before, min(error_before, error_after)
 
 
-class _Problem:
-    """How far a chain's outputs are from the original's, by the moments of both."""
-
-    def __init__(
-        self, moments: LayerMoments, cross: Tensor, mean_output: Tensor, power: float
-    ) -> None:
-        self._moments, self._cross = moments, cross
-        self._mean_output, self._power = mean_output, power
-        self._second = _uncentred(moments).second_moments()
-        self._variance = power - float(mean_output.square().sum())
-
-    def best_bias(self, fitted: Factorization) -> Tensor:
-        return self._mean_output.flatten() - self._moments.mean_output(fitted.to_kernel())
-
-    def lost(self, fitted: Factorization, bias: Tensor | None) -> float:
-        """``E‖y − K̃ x̃ − b̃‖²`` as a share of the variance of y."""
-        kernels = self._moments.kernels(fitted.to_kernel())
-        lost = self._power
-        for kernel, second, cross in zip(kernels, self._second, self._cross, strict=True):
-            lost += second.lost(kernel) - 2.0 * float((kernel * cross).sum())
-        if bias is not None:
-            bias = bias.double()
-            reached = self._moments.mean_output(fitted.to_kernel())
-            lost += float((bias * (bias + 2.0 * (reached - self._mean_output.flatten()))).sum())
-        return max(lost, 0.0) / self._variance if self._variance > 0 else 0.0
-
-
-def _uncentred(moments: LayerMoments) -> LayerMoments:
-    return replace(moments, spec=replace(moments.spec, bias=False))
-
-
-def _target(moments: LayerMoments, cross: Tensor, mean_output: Tensor, weight: Tensor) -> Tensor:
-    """The kernel that, without any restriction, comes nearest to the original's outputs.
-
-    Where the samples say little it stays with the original kernel.
-    """
-    spec, targets = moments.spec, []
-    groups = zip(
-        moments.kernels(weight), moments.second_moments(), cross, mean_output, moments.mean,
-        strict=True,
-    )  # fmt: skip
-    for kernel, second, together, output, mean in groups:
-        if spec.bias:
-            together = together - output[:, None] * mean[None]
-        missing = together - second.applied(kernel)  # (out, fan_in)
-        power = second.trace / spec.fan_in
-        ridge = _RIDGE * power * spec.fan_in / max(moments.count, 1)
-        targets.append(kernel + second.solved(missing, ridge))
-    return torch.cat(targets).reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
+def _gradients(
+    original: nn.Module, pairs: Sequence[Pair], batches: Batches
+) -> tuple[dict[str, Tensor], int]:
+    """How much each layer's outputs matter, where it can be told, and by how many samples."""
+    slopes = OutputGradients({pair.name: (pair.layer, pair.spec) for pair in pairs})
+    with torch.inference_mode(False):
+        try:
+            for batch in batches.on(device_of(original)):
+                slopes.add(original, batch, batches, _GRADIENT_SAMPLES - slopes.samples)
+                if slopes.samples >= _GRADIENT_SAMPLES:
+                    break
+        except Exception:  # the model runs forwards, as has just been seen
+            return {}, 0
+    return slopes.finish(), slopes.samples
 
 
 def _rank(chain: Chain) -> Any:

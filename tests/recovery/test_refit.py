@@ -40,13 +40,47 @@ def test_it_lowers_every_layer_s_error_and_the_model_s(method, rank):
 def test_the_layers_errors_are_those_of_their_outputs_on_their_own_inputs():
     original, batches = mlp(), vectors()
     model = decomposed(original, rank=4)
-    recovery = refit(model, original, batches, **QUIET)
+    recovery = refit(model, original, batches, gradients=False, **QUIET)
     with torch.no_grad():
         x = torch.cat(batches)
         wanted = original[:3](x)
         got = recovery.model[:3](x)
     lost = (got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
     assert recovery.layers["2"][1] == pytest.approx(float(lost), rel=1e-3)
+
+
+def blind(seed=0):
+    """A model whose last layer hardly looks at half of what the first one says."""
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 6)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model:
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+    model[1].weight[:, ::2] *= 1e-3
+    return model
+
+
+def test_outputs_count_as_the_model_feels_them():
+    original, batches = blind(), vectors()
+    model = decomposed(original, rank={"0": 5})
+    weighed = refit(model, original, batches, **QUIET)
+    alike = refit(model, original, batches, gradients=False, **QUIET)
+    # Rank 5 is nearly enough for the six outputs that are looked at, and for twelve it is not.
+    assert weighed.error_after < 0.5 * alike.error_after
+
+
+def test_models_without_gradients_are_refitted_all_the_same():
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            return self.inner(x.detach()).detach()
+
+    original, batches = Detached(), vectors()
+    recovery = refit(decomposed(original), original, batches, **QUIET)
+    assert recovery.error_after < recovery.error_before
+    assert any("no gradients" in note for note in recovery.notes)
 
 
 def test_of_full_rank_it_is_least_squares_on_the_inputs_that_the_layer_really_gets():
