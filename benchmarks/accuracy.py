@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=int, default=1024, help="unlabelled (default: 1024)")
     parser.add_argument(
-        "--steps", type=int, default=200, help="of the distillation; 0 leaves it out (default: 200)"
+        "--steps", type=int, default=150, help="of the distillation; 0 leaves it out (default: 150)"
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the unlabelled images")
     options = parser.parse_args(arguments)

@@ -53,7 +53,7 @@ def distill(
     original: nn.Module,
     batches: Any,
     *,
-    steps: int = 200,
+    steps: int = 150,
     lr: float | None = None,
     hints: bool = True,
     augment: Augment | None = flip_and_shift,
