@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tdecomp import checkpoint
 from tdecomp.augment import Augment, flip_and_shift
 from tdecomp.batches import Forward
-from tdecomp.calibration import Source, watchable
+from tdecomp.calibration import watchable
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.filters import Filters
@@ -27,6 +27,7 @@ from tdecomp.recovery import Steps
 from tdecomp.recovery.base import adopt
 from tdecomp.report import Report, Row
 from tdecomp.sites import Site
+from tdecomp.source import Source
 from tdecomp.surgery import as_optimizers, copy_with, replace_in, unoptimized
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from tqdm import tqdm
 
 from tdecomp.batches import Forward
-from tdecomp.calibration import Source
 from tdecomp.candidates import candidate, layer_losses
 from tdecomp.cost import Cost, chain_cost, total
 from tdecomp.decomposers.base import Decomposer, get_decomposer, registered
@@ -21,6 +20,7 @@ from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.breakeven import by_parameters
 from tdecomp.report import Row
 from tdecomp.sites import Site, find_sites
+from tdecomp.source import Source
 
 # Names that stand for several methods; () is all that there are.
 _GROUPS: Mapping[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from tdecomp.batches import Forward
-from tdecomp.calibration import Source, calibrate_layers, watchable
+from tdecomp.calibration import calibrate_layers, watchable
 from tdecomp.candidates import candidate, layer_losses
 from tdecomp.chain import Chain, Rank
 from tdecomp.cost import chain_cost, total
@@ -22,6 +22,7 @@ from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.fixed import Fixed, exceeds
 from tdecomp.report import Report, Row
 from tdecomp.sites import Site
+from tdecomp.source import Source
 from tdecomp.surgery import copy_with, replace_in
 
 

@@ -74,7 +74,7 @@ def test_examples_in_docstrings(name):
 ORDER = (
     "layer", "chain", "cost", "filters", "tracing", "sites", "linalg", "regression", "patches",
     "batches", "augment", "moments.layer", "moments.accumulator", "moments.*", "moments",
-    "calibration",
+    "calibration", "source",
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",
     "losses", "candidates", "plotting", "report", "plans", "planning", "surgery",

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tdecomp.calibration import Source
 from tdecomp.recovery.base import Recovery, chains_not_in
 from tdecomp.recovery.batchnorm import recalibrate_batchnorm
 from tdecomp.recovery.distill import distill
 from tdecomp.recovery.refit import refit
+from tdecomp.source import Source
 
 # A refitted chain gives what the layer gave, which the old statistics are those of; only what is
 # still missing is for new ones to make up for.

@@ -8,7 +8,6 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from tdecomp.batches import (
     device_of,
     tensors_of,
 )
-from tdecomp.chain import Chain
 from tdecomp.recovery.base import (
     Recovery,
     Yardstick,
@@ -33,10 +31,10 @@ from tdecomp.recovery.base import (
     both_untouched,
     copy_of,
 )
+from tdecomp.recovery.hints import Outputs, hinted
 
 # Checks of the whole model's error on the way, each of which may become the result.
 _CHECKS = 8
-_HINTS = 4
 _HINT_WEIGHT = 3.0
 _WARM_UP = 0.1
 _YARDSTICK_SEED = 1
@@ -182,7 +180,7 @@ def _training(
     generator = torch.Generator("cpu").manual_seed(0)
     pause = max(1, steps // _CHECKS)
     quick = _take_channels_last((model, original), batches)
-    with _Outputs(model, hints) as mine, _Outputs(original, hints) as wanted:
+    with Outputs(model, hints) as mine, Outputs(original, hints) as wanted:
         bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=not progress)
         for step in bar:
             batch = next(endless)
@@ -271,55 +269,3 @@ def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) ->
         if name in mine and mine[name].shape == target.shape
     ]
     return torch.stack(terms).sum()
-
-
-def hinted(model: nn.Module) -> list[str]:
-    """A few modules whose outputs are worth comparing: blocks that hold chains, evenly spread.
-
-    A chain alone is none: what it gives before norm and activation is not what the next one sees.
-    """
-
-    def blocks(name: str) -> list[str]:
-        prefix = f"{name}." if name else ""
-        return [
-            prefix + child
-            for child, module in model.get_submodule(name).named_children()
-            if not isinstance(module, Chain) and any(isinstance(m, Chain) for m in module.modules())
-        ]
-
-    names = blocks("")
-    while len(names) == 1 and blocks(names[0]):
-        names = blocks(names[0])
-    if len(names) <= _HINTS:
-        return names
-    return [names[round(i * (len(names) - 1) / (_HINTS - 1))] for i in range(_HINTS)]
-
-
-class _Outputs:
-    """The outputs of a model and, as hints, of some modules in it."""
-
-    def __init__(self, model: nn.Module, hints: Sequence[str]) -> None:
-        known = dict(model.named_modules())
-        self._hinted = {name: known[name] for name in hints if name in known}
-        self._found: dict[str | int, Tensor] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "_Outputs":
-        for name, module in self._hinted.items():
-
-            def take(_: Any, __: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor) and output.is_floating_point():
-                    # What follows may change it in place.
-                    self._found[name] = output.clone()
-
-            self._stack.callback(module.register_forward_hook(take).remove)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
-
-    def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:
-        """The outputs of one call by their positions, the hints by their modules' names."""
-        self._found = {}
-        outputs = tensors_of(batches.run(model, batch))
-        return {**self._found, **dict(enumerate(outputs))}
