@@ -25,7 +25,7 @@ from tdecomp.regression import SecondMoment
 # many times as much as another one does at about that cost is not.
 _PROBE = 1 / 3
 _ABOUT = 1.15
-_HOPELESS = 1.3
+_HOPELESS = 1.05
 # The smallest rank of a ladder, as a share of the largest that pays.
 _SMALLEST = 0.06
 # Ranks that become options, fitted or in between.
