@@ -28,7 +28,7 @@ from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, 
 from tdecomp.regression import Features, SecondMoment, variable_projection
 
 # Sweeps by which the starts are compared, and those at the end that take back what the ridge cost.
-_TRIAL_SWEEPS = 20
+_TRIAL_SWEEPS = 10
 _LAST_SWEEPS = 5
 _JITTER = 1e-2
 # A relative error below which the kernel counts as being of the rank asked for.
@@ -37,6 +37,10 @@ _EXACT = 1e-2
 _MAX_COMPONENT_NORMS = 5.0
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-3
+# How many singular vectors a kernel is compressed to, in ranks, and the share of its size that the
+# rest may have for that to be worth it.
+_SPAN = 1.0
+_WORTHWHILE = 0.5
 # Always on the factors, so that the normal equations of a rank-deficient kernel can be solved.
 _TRACE_RIDGE = 1e-10
 
@@ -142,16 +146,23 @@ def fit_cp(
         return CPFactors(zeros, kernel_size)
     kernel = kernel / norm
     bound = _MAX_COMPONENT_NORMS * rank**0.5
+    core, bases = _compressed(kernel, rank)
     trial = min(_TRIAL_SWEEPS, options.n_iter_max)
-    starts = _starts(kernel, rank, options.random_state)
-    tries = [_parafac(kernel, rank, start, trial, options.tol, ridge=0.0) for start in starts]
+    starts = _starts(core, rank, options.random_state)
+    tries = [_parafac(core, rank, start, trial, options.tol, ridge=0.0) for start in starts]
     start, errors = min(tries, key=lambda fit: fit[1][-1])
     # A kernel that has this very rank wants no ridge; every other fit is an approximation.
     exact = errors[-1] < _EXACT
     plain = [(start, 0.0)] if exact else []
     ridged = [(starts[0], strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
     for factors, ridge in plain + (ridged if options.l2_reg else ridged[:1]):
-        fitted = CPFactors(tuple(_sweep(kernel, rank, factors, ridge, options)), kernel_size)
+        swept = _sweep(core, rank, factors, ridge, options)
+        outer = [base @ factor for base, factor in zip(bases, swept, strict=False)]
+        # On the kernel itself, and without the ridge.
+        polished, _ = _parafac(
+            kernel, rank, [*outer, *swept[len(bases) :]], _LAST_SWEEPS, tol=0.0, ridge=0.0
+        )
+        fitted = CPFactors(tuple(polished), kernel_size)
         if fitted.component_norms() <= bound:
             return fitted.balanced().scaled(norm)
     raise ValueError(
@@ -160,14 +171,26 @@ def fit_cp(
     )
 
 
+def _compressed(kernel: Tensor, rank: int) -> tuple[Tensor, list[Tensor]]:
+    """The kernel in the leading singular vectors of its outputs and inputs, and these vectors.
+
+    Sweeps cost a fraction there, and the components of a fit of a low rank lie nearly in their
+    span (Bro and Andersson 1998, "Improving the speed of multiway algorithms: Part II.
+    Compression"). Where little is gained the kernel as it is, and no vectors.
+    """
+    sizes = [min(size, math.ceil(_SPAN * rank)) for size in kernel.shape[:2]]
+    if math.prod(sizes) > _WORTHWHILE * math.prod(kernel.shape[:2]):
+        return kernel, []
+    bases = [left_singular_vectors(unfold(kernel, mode), size) for mode, size in enumerate(sizes)]
+    return mode_products(kernel, [base.T for base in bases], modes=[0, 1]), bases
+
+
 def _sweep(
     kernel: Tensor, rank: int, start: list[Tensor], ridge: float, options: ALSOptions
 ) -> list[Tensor]:
-    """All sweeps from `start`, the last few of them without the ridge."""
+    """All sweeps from `start` but the last few."""
     sweeps = max(1, options.n_iter_max - _LAST_SWEEPS)
-    best, _ = _parafac(kernel, rank, start, sweeps, options.tol, ridge)
-    polished, _ = _parafac(kernel, rank, best, _LAST_SWEEPS, 0.0, ridge=0.0)
-    return polished
+    return _parafac(kernel, rank, start, sweeps, options.tol, ridge)[0]
 
 
 def _parafac(

@@ -94,15 +94,20 @@ def test_with_the_default_ridge_it_is_bounded_and_close(method, sweeps, noise):
 
 def ridges_tried(monkeypatch):
     tried = []
-    sweep = cp._sweep
+    sweep, norms = cp._sweep, cp.CPFactors.component_norms
 
-    def spy(kernel, rank, start, ridge, options):
-        fitted = sweep(kernel, rank, start, ridge, options)
-        norms = cp.CPFactors(tuple(fitted), (4,)).component_norms()
-        tried.append((ridge, norms))
-        return fitted
+    def sweep_spy(kernel, rank, start, ridge, options):
+        tried.append([ridge, None])
+        return sweep(kernel, rank, start, ridge, options)
 
-    monkeypatch.setattr(cp, "_sweep", spy)
+    def norms_spy(factors):
+        found = norms(factors)
+        if tried and tried[-1][1] is None:  # the first one asked for is the fit's own
+            tried[-1][1] = found
+        return found
+
+    monkeypatch.setattr(cp, "_sweep", sweep_spy)
+    monkeypatch.setattr(cp.CPFactors, "component_norms", norms_spy)
     return tried
 
 
