@@ -19,7 +19,7 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor
 
 from benchmarks.machine import describe_machine, describe_versions
-from tdecomp.decomposers.base import Decomposer, get_decomposer
+from tdecomp.decomposers.base import get_decomposer, relative_error
 from tdecomp.layer import LayerSpec
 from tdecomp.ranks.evb import evb_rank
 
@@ -59,8 +59,8 @@ def _spec(weight: Tensor) -> LayerSpec:
     return LayerSpec.of(torch.nn.Conv2d(weight.shape[1], weight.shape[0], 3, bias=False))
 
 
-def _fitted(method: str | Decomposer, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    decomposer = get_decomposer(method) if isinstance(method, str) else method
+def _fitted(method: str, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    decomposer = get_decomposer(method)
     return lambda weight: decomposer.factorize(weight, _spec(weight), rank).to_kernel()
 
 
@@ -143,7 +143,7 @@ def measure(case: Case, kind: str, repeats: int) -> list[str]:
 def _told(found: Tensor | tuple[int, ...], weight: Tensor) -> str:
     if isinstance(found, tuple):
         return str(found)
-    return f"{float((found - weight).norm() / weight.norm()):.4f}"
+    return f"{relative_error(weight, found):.4f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -52,10 +52,11 @@ def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
 
 def variants(batches: Batches, device: torch.device, augment: Augment | None) -> Iterator[Any]:
     """The batches again and again, varied: for those who need more than there are."""
-    for number in range(1, PASSES if augment is not None else 1):
+    if augment is None:
+        return
+    for number in range(1, PASSES):
         generator = torch.Generator("cpu").manual_seed(number)
         for batch in batches.on(device):
-            assert augment is not None
             other = augment(batch, generator)
             if all(a is b for a, b in zip(tensors_of(batch), tensors_of(other), strict=True)):
                 return  # nothing that it varies

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tdecomp.augment import PASSES, Augment, variants
-from tdecomp.batches import (
-    Batches,
-    Forward,
-    count_samples,
-    device_of,
-)
+from tdecomp.batches import Batches, Forward, count_samples, device_of
 from tdecomp.layer import LayerSpec
 from tdecomp.moments import Accumulator, LayerMoments, Moments, OutputGradients
 from tdecomp.sites import find_sites
@@ -116,8 +111,6 @@ def calibrate_layers(
     groups = [list(layers)]
     if max_memory is not None:
         groups = _grouped(model, layers, batches, max_memory, 1 if augment is None else PASSES)
-    if len(groups) > 1:
-        batches.again("a max_memory")
     if augment is not None:
         batches.again("augment")
     for number, names in enumerate(groups, 1):

@@ -103,10 +103,7 @@ def decompose(
         With `.model` and `.report`.
     """
     steps = Steps(recalibrate_batchnorm, refit, distill)
-    # What is refitted or distilled is meant for more than these batches.
-    augment = augment if refit or distill else None
-    source = Source(data, forward, max_batches, max_memory, progress, augment)
-    steps.check(source)
+    source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
     listed = check_optimizers(optimizers, inplace)
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
     planned, moments = plan_from(
@@ -176,10 +173,7 @@ def apply(
         If the plan does not fit the model, or a weight cannot be factorized; names the layer.
     """
     steps = Steps(recalibrate_batchnorm, refit, distill)
-    # What is refitted or distilled is meant for more than these batches.
-    augment = augment if refit or distill else None
-    source = Source(data, forward, max_batches, max_memory, progress, augment)
-    steps.check(source)
+    source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
     listed = check_optimizers(optimizers, inplace)
     moments = None
     if data is not None:

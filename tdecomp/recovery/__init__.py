@@ -1,6 +1,6 @@
 """Getting accuracy back without labels: each way alone, or several as steps of `decompose`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -27,11 +27,15 @@ class Steps:
     def __bool__(self) -> bool:
         return self.recalibrate_batchnorm or self.refit or self.distill
 
-    def check(self, source: Source) -> None:
-        """Refuse data that the steps cannot be taken with, before anything is done."""
+    def take(self, source: Source) -> Source:
+        """The data as these steps use it; what they cannot be taken with is refused at once.
+
+        What is refitted or distilled is meant for more than these batches, all else for just them.
+        """
         for name in _ORDER:
             if getattr(self, name):
                 source.batches(name).again(name)
+        return source if self.refit or self.distill else replace(source, augment=None)
 
     def run(self, model: nn.Module, original: nn.Module, source: Source) -> tuple[Recovery, ...]:
         """Take the steps on `model` itself."""
