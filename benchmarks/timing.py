@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
-from tqdm import trange
+
+from tdecomp.latency import Time
+from tdecomp.latency.timing import by_turns, ratio
 
 
 @dataclass(frozen=True)
@@ -33,33 +34,15 @@ def interleaved_latencies(
 
     The first model is the reference: ratios are taken within a round, medians over the rounds.
     """
-    timers = {
-        name: Timer(
-            "model(x)", globals={"model": model, "x": x}, num_threads=torch.get_num_threads()
-        )
-        for name, model in models.items()
-    }
-    repeats = {name: _repeats(timer, min_block) for name, timer in timers.items()}
-    quiet = None if progress else True  # None: only where there is no terminal
-    seconds = np.empty((rounds, len(timers)))
-    order = list(enumerate(timers))
-    for i in trange(rounds, desc="latency", leave=False, disable=quiet):
-        for j, name in order:
-            seconds[i, j] = timers[name].timeit(repeats[name]).mean
-        order.reverse()  # so that no model always follows the same neighbour
-    ratios = seconds / seconds[:, :1]
-    return {
-        name: Latency(*_summary(seconds[:, j]), *_summary(ratios[:, j]))
-        for j, name in enumerate(timers)
-    }
-
-
-def _repeats(timer: Timer, min_block: float) -> int:
-    """How many passes fill a block; this is the warm-up, too."""
-    timer.timeit(2)
-    return max(1, round(min_block / timer.timeit(3).mean))
-
-
-def _summary(values: np.ndarray) -> tuple[float, tuple[float, float]]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return float(median), (float(low), float(high))
+    seconds = by_turns(
+        [partial(model, x) for model in models.values()],
+        rounds=rounds,
+        min_block=min_block,
+        progress="latency" if progress else None,
+    )
+    found = {}
+    for i, name in enumerate(models):
+        time, share = Time.over(seconds[:, i]), ratio(seconds, i, 0)
+        quartiles = ((time.low, time.high), (share.low, share.high))
+        found[name] = Latency(time.median, quartiles[0], share.median, quartiles[1])
+    return found

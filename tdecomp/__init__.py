@@ -26,6 +26,7 @@ from tdecomp.decomposers import (
     registered,
 )
 from tdecomp.engine import Decomposition, apply, decompose
+from tdecomp.latency import Profile, profile
 from tdecomp.layer import LayerSpec
 from tdecomp.moments import Moments
 from tdecomp.planning import plan
@@ -53,6 +54,7 @@ __all__ = [
     "LowRank",
     "Moments",
     "Plan",
+    "Profile",
     "RankSelector",
     "Ratio",
     "Recovery",
@@ -67,6 +69,7 @@ __all__ = [
     "flip_and_shift",
     "load",
     "plan",
+    "profile",
     "recalibrate_batchnorm",
     "reduce_ranks",
     "refit",

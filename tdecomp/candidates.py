@@ -13,6 +13,7 @@ from tdecomp.linalg import Spectrum, undisturbed
 from tdecomp.losses import LayerLosses, whole_loss
 from tdecomp.moments import Moments
 from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Option
+from tdecomp.ranks.ladder import ANY_RANK, Rounding
 from tdecomp.sites import Site
 
 
@@ -21,6 +22,7 @@ def layer_losses(
     methods: Sequence[Sequence[Decomposer]],
     moments: Moments | None,
     largest_share: float = LARGEST_SHARE,
+    rounding: Rounding = ANY_RANK,
 ) -> list[LayerLosses]:
     """For each site what its ranks lose, in one unit for all of them.
 
@@ -37,7 +39,11 @@ def layer_losses(
             fits = moments.fits.setdefault((site.name, _digest(weight)), {})
         if mine is not None:
             mine = mine.to(weight.device)
-        found.append(LayerLosses(weight, spec, mine, site.calls, rivals, largest_share, cache=fits))
+        found.append(
+            LayerLosses(
+                weight, spec, mine, site.calls, rivals, largest_share, rounding=rounding, cache=fits
+            )
+        )
     if any(lost.moments is not None and lost.moments.gradient is not None for lost in found):
         wholes = []
         for lost in found:
@@ -81,4 +87,5 @@ def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candid
         spectra=spectra,
         options=options,
         aliases=site.names[1:],
+        rounded=losses.rounding != ANY_RANK,
     )

@@ -1,25 +1,31 @@
 """Parameters and MACs of layers and of the chains that may replace them."""
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tdecomp.layer import Call, LayerSpec
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and MACs over the observed calls (None where nothing was observed)."""
+    """Parameters, and over the observed calls MACs and measured seconds (None where unknown)."""
 
     params: int
     macs: int | None = None
+    latency: float | None = None
 
     def __add__(self, other: "Cost") -> "Cost":
-        known = self.macs is not None and other.macs is not None
-        return Cost(self.params + other.params, self.macs + other.macs if known else None)  # type: ignore[operator]
+        return self._with(other, operator.add)
 
     def __sub__(self, other: "Cost") -> "Cost":
-        known = self.macs is not None and other.macs is not None
-        return Cost(self.params - other.params, self.macs - other.macs if known else None)  # type: ignore[operator]
+        return self._with(other, operator.sub)
+
+    def _with(self, other: "Cost", act: Callable[[Any, Any], Any]) -> "Cost":
+        pairs = ((self.macs, other.macs), (self.latency, other.latency))
+        macs, latency = (None if a is None or b is None else act(a, b) for a, b in pairs)
+        return Cost(act(self.params, other.params), macs, latency)
 
     @property
     def deciding(self) -> int:
@@ -36,9 +42,17 @@ class Cost:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """The sum; a layer whose MACs are not known by itself adds none, they are part of the rest."""
+    """The sum; a layer whose MACs are not known by itself adds none, they are part of the rest.
+
+    The same holds for seconds, where those of any are known.
+    """
     listed = list(costs)
-    return Cost(sum(cost.params for cost in listed), sum(cost.macs or 0 for cost in listed))
+    timed = [cost.latency for cost in listed if cost.latency is not None]
+    return Cost(
+        sum(cost.params for cost in listed),
+        sum(cost.macs or 0 for cost in listed),
+        sum(timed) if timed else None,
+    )
 
 
 def chain_cost(stages: Sequence[LayerSpec], calls: Sequence[Call] | None) -> Cost:
@@ -46,7 +60,7 @@ def chain_cost(stages: Sequence[LayerSpec], calls: Sequence[Call] | None) -> Cos
 
     >>> conv = LayerSpec(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0))
     >>> chain_cost([conv], [Call(1, (8, 8))])
-    Cost(params=36928, macs=589824)
+    Cost(params=36928, macs=589824, latency=None)
     """
     params = sum(stage.params for stage in stages)
     if calls is None:

@@ -18,17 +18,22 @@ from tdecomp.batches import Forward
 from tdecomp.calibration import watchable
 from tdecomp.chain import Chain
 from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.decomposers.methods import Methods
 from tdecomp.filters import Filters
+from tdecomp.latency import Profile, Speed, measured_speed
+from tdecomp.latency.setting import in_layout
 from tdecomp.linalg import frobenius_norm, undisturbed
 from tdecomp.moments import Moments
-from tdecomp.planning import Methods, as_patterns, check_weight, plan_from
+from tdecomp.planning import as_patterns, check_weight, plan_from
 from tdecomp.plans import Plan, match_sites
+from tdecomp.ranks import Budget
 from tdecomp.recovery import Steps
 from tdecomp.recovery.base import adopt
 from tdecomp.report import Report, Row
 from tdecomp.sites import Site
 from tdecomp.source import Source
 from tdecomp.surgery import as_optimizers, copy_with, replace_in, unoptimized
+from tdecomp.timed import Clock
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ def decompose(
     recalibrate_batchnorm: bool = False,
     distill: bool = False,
     augment: Augment | None = flip_and_shift,
+    profile: Profile | None = None,
+    only_if_faster: bool = False,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     progress: bool = True,
@@ -95,7 +102,8 @@ def decompose(
     (8, 8)
 
     The parameters are those of `plan` and of `apply`, and so are the errors; an error leaves the
-    model as it was.
+    model as it was. Where ranks come from a `Budget`, or with measured times, the result is timed
+    against the original on `example_inputs`, and the report says how it compares.
 
     Returns
     -------
@@ -106,10 +114,13 @@ def decompose(
     source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
     listed = check_optimizers(optimizers, inplace)
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
+    clock = Clock(profile, only_if_faster)
     planned, moments = plan_from(
-        model, methods, rank, example_inputs, filters, source, allow_expansion, expect=False
+        model, methods, rank, example_inputs, filters, source, allow_expansion, clock, expect=False
     )
-    return _apply(model, planned, moments, source, steps, inplace, listed)
+    timed = planned.speed is not None or isinstance(rank, Budget)
+    inputs = example_inputs if timed else None
+    return _apply(model, planned, moments, source, steps, inplace, listed, inputs)
 
 
 def apply(
@@ -124,6 +135,7 @@ def apply(
     recalibrate_batchnorm: bool = False,
     distill: bool = False,
     augment: Augment | None = flip_and_shift,
+    example_inputs: Any = None,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     progress: bool = True,
@@ -154,6 +166,9 @@ def apply(
     augment : callable ``(batch, generator) -> batch``, optional
         With refit or distill, what varies batches, also for layers that see few patches of them;
         by default images are mirrored and shifted a little. None where that makes no sense.
+    example_inputs : Tensor, tuple or dict, optional
+        With these the result is timed against the original, in the mode that the plan's profile
+        was taken in.
     inplace : bool
         Change `model` itself, wholly or, on an error, not at all. By default a copy is changed.
     optimizers : Optimizer or sequence of them
@@ -180,7 +195,7 @@ def apply(
         sites = list(match_sites(model, plan).values())
         planned = [row.name for row in plan if row.method is not None]
         moments = source.moments(model, sites, planned, gradients=False)
-    return _apply(model, plan, moments, source, steps, inplace, listed)
+    return _apply(model, plan, moments, source, steps, inplace, listed, example_inputs)
 
 
 def check_optimizers(
@@ -204,6 +219,7 @@ def _apply(
     steps: Steps,
     inplace: bool,
     optimizers: tuple[Optimizer, ...],
+    example_inputs: Any,
 ) -> Decomposition:
     sites = match_sites(model, plan)
     chains: dict[nn.Module, Chain] = {}
@@ -220,6 +236,7 @@ def _apply(
     # A copy first, in any case: the steps after it may fail, and compare with the original.
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = steps.run(changed, model, source) if steps else ()
+    speed = None if example_inputs is None else _speed(model, changed, chains, plan, example_inputs)
     if inplace:
         missing = unoptimized(model, chains, optimizers)
         if missing:
@@ -231,7 +248,25 @@ def _apply(
         replace_in(model, chains, optimizers)
         if changed is not model:
             changed = adopt(model, changed)
-    return Decomposition(changed, Report(rows, plan.everything_else, recovered), plan)
+    if plan.speed is not None:
+        in_layout(changed, (speed or plan.speed).layout)
+    return Decomposition(changed, Report(rows, plan.everything_else, recovered, speed), plan)
+
+
+def _speed(
+    model: nn.Module,
+    changed: nn.Module,
+    chains: dict[nn.Module, Chain],
+    plan: Plan,
+    example_inputs: Any,
+) -> Speed | None:
+    """The time of the result against the original's, or None of a model that has no copy."""
+    if changed is model:
+        try:
+            changed = copy_with(model, chains)
+        except ValueError:
+            return None
+    return measured_speed(model, changed, plan.speed, example_inputs)
 
 
 def _fit(site: Site, row: Row, plan: Plan, moments: Moments | None) -> tuple[Chain, Row]:

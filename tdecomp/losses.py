@@ -18,6 +18,7 @@ from tdecomp.layer import Call, LayerSpec
 from tdecomp.linalg import Spectrum, undisturbed
 from tdecomp.moments import LayerMoments
 from tdecomp.ranks.base import LARGEST_SHARE, Option
+from tdecomp.ranks.ladder import ANY_RANK, Rounding, rank_steps
 from tdecomp.regression import SecondMoment
 
 # The share of the largest cost worth considering at which an iterative method is fitted first, to
@@ -59,6 +60,8 @@ class LayerLosses:
         Of the layer's own cost, that a rank may keep to be worth an iterative fit.
     unit : float
         What losing the whole output of a layer without known gradients counts for.
+    rounding : Rounding
+        The multiples that ranks shall be of.
     cache : mutable mapping
         Of fits already made, e.g. for another budget.
     """
@@ -70,6 +73,7 @@ class LayerLosses:
     rivals: Sequence[Decomposer] = ()
     largest_share: float = LARGEST_SHARE
     unit: float = 1.0
+    rounding: Rounding = ANY_RANK
     cache: MutableMapping[Any, Any] = field(default_factory=dict)
     _curves: dict[str, "_Curve"] = field(default_factory=dict)
     _spectra: dict[str, tuple[Spectrum, ...] | None] = field(default_factory=dict)
@@ -91,15 +95,16 @@ class LayerLosses:
 
     def ladder(self, decomposer: Decomposer) -> list[Rank]:
         """Ranks from a small one to one that nearly costs the layer, on a log scale."""
-        largest, cost = decomposer.max_rank(self.spec), self.cost(decomposer)
         nested = self.nested(decomposer) is not None
-        limit = (LARGEST_SHARE if nested else self.largest_share) * self.before.deciding
-        if isinstance(largest, int):
-            paying = _largest_within(largest, cost, limit)
-            return list(_spaced(1 if nested else math.ceil(_SMALLEST * paying), paying))
-        least = _SMALLEST * limit
-        ranks = [r for r in _descent(largest, cost) if least <= cost(r).deciding <= limit]
-        return [ranks[i - 1] for i in _spaced(1, len(ranks))]
+        share = LARGEST_SHARE if nested else self.largest_share
+        return rank_steps(
+            decomposer.max_rank(self.spec),
+            self.cost(decomposer),
+            share * self.before.deciding,
+            0.0 if nested else _SMALLEST,
+            _OPTIONS,
+            self.rounding,
+        )
 
     def cost(self, decomposer: Decomposer) -> Callable[[Rank], Cost]:
         """What a rank costs on the calls that were observed."""
@@ -321,31 +326,3 @@ def _only(rank: Rank) -> int:
 
 def _size(rank: Rank) -> int:
     return math.prod(rank) if isinstance(rank, tuple) else rank
-
-
-def _largest_within(largest: int, cost: Callable[[Rank], Cost], limit: float) -> int:
-    low, high = 0, largest
-    while low < high:
-        middle = (low + high + 1) // 2
-        if cost(middle).deciding <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _spaced(low: int, high: int) -> list[int]:
-    """At most so many whole numbers from `low` to `high`, evenly spaced on a log scale."""
-    if high < 1:
-        return []
-    low = max(1, min(low, high))
-    return sorted({round(x) for x in np.geomspace(low, high, _OPTIONS).tolist()})
-
-
-def _descent(largest: tuple[int, ...], cost: Callable[[Rank], Cost]) -> list[Rank]:
-    """Ranks from the smallest to the largest, along a common fraction."""
-    fractions = np.geomspace(1 / max(largest), 1.0, 2 * _OPTIONS).tolist()
-    ranks: dict[Rank, None] = {}
-    for fraction in fractions:
-        ranks[tuple(max(1, round(fraction * limit)) for limit in largest)] = None
-    return sorted(ranks, key=lambda rank: cost(rank).deciding)

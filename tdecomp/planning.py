@@ -11,23 +11,20 @@ from tqdm import tqdm
 from tdecomp.batches import Forward
 from tdecomp.candidates import candidate, layer_losses
 from tdecomp.cost import Cost, chain_cost, total
-from tdecomp.decomposers.base import Decomposer, get_decomposer, registered
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.methods import Methods, listed_methods
 from tdecomp.filters import Filters, matches, no_match
+from tdecomp.latency import Profile
 from tdecomp.losses import LayerLosses
 from tdecomp.moments import Moments
 from tdecomp.plans import Plan, planned_row
 from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.breakeven import by_parameters
+from tdecomp.ranks.ladder import ANY_RANK, Rounding
 from tdecomp.report import Row
 from tdecomp.sites import Site, find_sites
 from tdecomp.source import Source
-
-# Names that stand for several methods; () is all that there are.
-_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "auto": (),
-    "dense": ("svd", "lowrank", "spatial", "tucker2"),
-}
-Methods = str | Decomposer | Sequence[str | Decomposer]
+from tdecomp.timed import Clock, TimedChoice
 
 
 def plan(
@@ -46,6 +43,8 @@ def plan(
     forward: Forward | None = None,
     max_batches: int | None = None,
     max_memory: int | None = None,
+    profile: Profile | None = None,
+    only_if_faster: bool = False,
     progress: bool = True,
 ) -> Plan:
     """Choose a method and a rank for every layer, without changing anything.
@@ -79,6 +78,13 @@ def plan(
         What the layers see, without labels: errors are then those of the layers' outputs.
     forward, max_batches, max_memory
         How the model is called with a batch, and limits; see `tdecomp.calibrate`.
+    profile : Profile, optional
+        Measured times, from `tdecomp.profile`: rows then have them, the plan says how long the
+        whole model will take, in the profile's mode, and a Budget prefers ranks that the machine
+        likes. Budget(latency=...) and `only_if_faster` take a profile of their own if none is
+        given, in eager mode and the model's layout.
+    only_if_faster : bool
+        Leave alone each layer whose chain is not measurably faster.
     progress : bool
         Show bars.
 
@@ -95,8 +101,9 @@ def plan(
     """
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
     source = Source(data, forward, max_batches, max_memory, progress)
+    clock = Clock(profile, only_if_faster)
     planned, _ = plan_from(
-        model, methods, rank, example_inputs, filters, source, allow_expansion, expect=True
+        model, methods, rank, example_inputs, filters, source, allow_expansion, clock, expect=True
     )
     return planned
 
@@ -109,12 +116,14 @@ def plan_from(
     filters: Filters,
     source: Source,
     allow_expansion: bool,
+    clock: Clock,
     *,
     expect: bool,
 ) -> tuple[Plan, Moments | None]:
     """The plan, and the moments it was made with; without `expect` errors are not foreseen."""
     selector = get_selector(rank)
-    decomposers = _decomposers(methods)
+    decomposers = listed_methods(methods)
+    clock.refuse_without(example_inputs, selector)
     sites, seen = find_sites(model, filters, example_inputs)
 
     open_sites: list[Site] = []
@@ -137,7 +146,9 @@ def plan_from(
     wanted = {site.name for site in open_sites}
     moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
     by_name = {d.name: d for d in decomposers}
-    losses = layer_losses(open_sites, able, moments, selector.largest_share)
+    times = clock.profile_for(selector, model, example_inputs, decomposers, source.progress)
+    rounding = _rounding(selector, times)
+    losses = layer_losses(open_sites, able, moments, selector.largest_share, rounding)
     candidates = [
         [candidate(site, d, lost) for d in taking]
         for site, taking, lost in zip(open_sites, able, losses, strict=True)
@@ -146,7 +157,24 @@ def plan_from(
     whole = Cost(everything, None if seen is None else seen.total_macs)
     rest = whole - total(c[0].before for c in candidates)
     # Without any layer to choose for, too: a budget for the whole model has to say that it fails.
-    selected = selector.select(_with_progress(candidates, selector, source.progress), rest)
+    ready = _with_progress(candidates, selector, source.progress)
+    timed = None
+    if times is None:
+        selected = selector.select(ready, rest)
+    else:
+        timed = TimedChoice(
+            model,
+            example_inputs,
+            open_sites,
+            ready,
+            by_name,
+            selector,
+            rest,
+            times,
+            clock.only_if_faster,
+            _as_it_is if allow_expansion else _guarded,
+        ).best()
+        selected = timed.choices
     for site, choice, lost in zip(open_sites, selected, losses, strict=True):
         if not allow_expansion:
             choice = _guarded(choice)
@@ -155,9 +183,11 @@ def plan_from(
 
     counted: set[int] = set()
     rows = [_row(site, choices[site.name], by_name, counted) for site in sites]
-    planned = Plan(
-        rows, _everything_else(model, rows, None if seen is None else seen.total_macs), by_name
-    )
+    if timed is not None:
+        rows = [timed.on(row) for row in rows]
+    macs = None if seen is None else seen.total_macs
+    others = _everything_else(model, rows, macs, None if timed is None else timed.rest)
+    planned = Plan(rows, others, by_name, None if timed is None else timed.speed.expected)
     return planned, moments
 
 
@@ -214,28 +244,19 @@ def check_weight(site: Site) -> None:
             )
 
 
-def _decomposers(methods: Methods) -> list[Decomposer]:
-    if isinstance(methods, str) and methods in _GROUPS:
-        return [get_decomposer(name) for name in _GROUPS[methods] or registered()]
-    listed = [methods] if isinstance(methods, (str, Decomposer)) else _listed(methods)
-    if not listed:
-        raise ValueError("methods: expected at least one method, got an empty sequence")
-    found = [get_decomposer(method) for method in listed]
-    names = [d.name for d in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"methods: each at most once, got {', '.join(map(repr, twice))} twice")
-    return found
-
-
-def _listed(methods: Any) -> list[Any]:
-    # Anything that is no sequence is one method, which get_decomposer will refuse in words.
-    return list(methods) if isinstance(methods, (list, tuple)) else [methods]
-
-
 def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
     """A filter as the user writes it: one pattern, several, or none."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+
+def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
+    if selector.round_to is not None:
+        return Rounding(selector.round_to, forced=True)
+    return ANY_RANK if profile is None else profile.rounding
+
+
+def _as_it_is(choice: Choice) -> Choice:
+    return choice
 
 
 def _guarded(choice: Choice) -> Choice:
@@ -279,9 +300,11 @@ def _row(
     return planned_row(row, decomposers[choice.candidate.method], choice.rank)
 
 
-def _everything_else(model: nn.Module, rows: Sequence[Row], total_macs: int | None) -> Cost:
+def _everything_else(
+    model: nn.Module, rows: Sequence[Row], total_macs: int | None, rest: float | None
+) -> Cost:
     params = sum(p.numel() for p in model.parameters() if not _lazy(p))
-    return Cost(params, total_macs) - total(row.before for row in rows)
+    return replace(Cost(params, total_macs) - total(row.before for row in rows), latency=rest)
 
 
 def _lazy(parameter: nn.Parameter) -> bool:

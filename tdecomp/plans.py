@@ -9,6 +9,7 @@ from torch import nn
 
 from tdecomp.cost import Cost, chain_cost
 from tdecomp.decomposers.base import Decomposer, get_decomposer
+from tdecomp.latency import Speed
 from tdecomp.layer import LayerSpec
 from tdecomp.ranks.base import spread
 from tdecomp.report import Row, Table, calls_from_list, cost_from_dict
@@ -30,6 +31,8 @@ class Plan(Table):
     everything_else : Cost
     decomposers : mapping of str to Decomposer
         The methods that the rows name, with their options.
+    speed : Speed or None
+        With a profile, how long the whole model took with chains like these.
     """
 
     title = "layers to be"
@@ -39,8 +42,9 @@ class Plan(Table):
         rows: Sequence[Row],
         everything_else: Cost,
         decomposers: Mapping[str, Decomposer],
+        speed: Speed | None = None,
     ) -> None:
-        super().__init__(rows, everything_else)
+        super().__init__(rows, everything_else, speed)
         used = {row.method for row in rows}
         self.decomposers = {name: d for name, d in decomposers.items() if name in used}
 
@@ -80,12 +84,14 @@ class Plan(Table):
                 "options; register this one under a name of its own"
             )
         edited = planned_row(
-            replace(row, note=None, expected_error=None),
+            replace(row, note=None, expected_error=None, latency_after=None),
             decomposer,
             row.rank if rank is None else rank,
         )
         rows = [edited if old is row else old for old in self.rows]
-        return Plan(rows, self.everything_else, {**self.decomposers, decomposer.name: decomposer})
+        speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
+        named = {**self.decomposers, decomposer.name: decomposer}
+        return Plan(rows, self.everything_else, named, speed)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with the options of its methods."""
@@ -115,7 +121,8 @@ class Plan(Table):
             rows = [_row_from_dict(row, decomposers) for row in data["rows"]]
             if len({row.name for row in rows}) < len(rows):
                 raise TypeError("a layer has two rows")
-            return cls(rows, cost_from_dict(data["everything_else"]), decomposers)
+            speed = None if data.get("speed") is None else Speed.from_dict(data["speed"])
+            return cls(rows, cost_from_dict(data["everything_else"]), decomposers, speed)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a plan's JSON: {type(error).__name__}: {error}") from error
 
@@ -217,6 +224,8 @@ def _row_from_dict(data: dict[str, Any], decomposers: Mapping[str, Decomposer]) 
         reason=data["reason"],
         note=data["note"],
         expected_error=data.get("expected_error"),
+        latency_before=data.get("latency_before"),
+        latency_after=data.get("latency_after"),
         calls=calls_from_list(data["calls"]),
     )
     if data["method"] is None:
@@ -224,4 +233,4 @@ def _row_from_dict(data: dict[str, Any], decomposers: Mapping[str, Decomposer]) 
     planned = planned_row(row, decomposers[data["method"]], data["rank"])
     if (planned.params_after, planned.macs_after) == (data["params_after"], data["macs_after"]):
         return planned
-    return replace(planned, expected_error=None)  # edited: nobody expected this
+    return replace(planned, expected_error=None, latency_after=None)  # edited: nobody expected it

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from tdecomp.chain import Rank
 from tdecomp.cost import Cost, total
+from tdecomp.latency.whole import Speed
 from tdecomp.layer import Call, LayerSpec
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Row:
         ‖W − W̃‖ / ‖W‖ in the Frobenius norm, of the weights as they are stored.
     output_error : float or None
         The share of the output's variance that is lost, by the moments; None without data.
+    latency_before, latency_after : float or None
+        Measured seconds, of one pass of the example inputs, of the layer and of the chain alone,
+        both in the layout of the result; None without a profile.
     fit_seconds : float or None
     component_norms : float or None
         For CP, the sum of the components' norms over the kernel's: far above √rank they cancel.
@@ -66,17 +70,19 @@ class Row:
     expected_error: float | None = None
     weight_error: float | None = None
     output_error: float | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
     fit_seconds: float | None = None
     component_norms: float | None = None
     calls: tuple[Call, ...] | None = None
 
     @property
     def before(self) -> Cost:
-        return Cost(self.params_before, self.macs_before)
+        return Cost(self.params_before, self.macs_before, self.latency_before)
 
     @property
     def after(self) -> Cost:
-        return Cost(self.params_after, self.macs_after)
+        return Cost(self.params_after, self.macs_after, self.latency_after)
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data."""
@@ -96,6 +102,8 @@ class Row:
             "expected_error": self.expected_error,
             "weight_error": self.weight_error,
             "output_error": self.output_error,
+            "latency_before": self.latency_before,
+            "latency_after": self.latency_after,
             "fit_seconds": self.fit_seconds,
             "component_norms": self.component_norms,
             "calls": None
@@ -112,12 +120,17 @@ class Table:
     rows : tuple of Row
     everything_else : Cost
         Parameters and MACs of all that is no row; the same before and after.
+    speed : Speed or None
+        The whole model's time against the original's, where it was measured.
     """
 
     title = "layers"
 
-    def __init__(self, rows: Sequence[Row], everything_else: Cost) -> None:
+    def __init__(
+        self, rows: Sequence[Row], everything_else: Cost, speed: Speed | None = None
+    ) -> None:
         self.rows = tuple(rows)
+        self.speed = speed
         self.everything_else = everything_else
         self._by_name = {name: row for row in self.rows for name in row.names}
 
@@ -152,6 +165,7 @@ class Table:
             "everything_else": _cost_dict(self.everything_else),
             "before": _cost_dict(self.before),
             "after": _cost_dict(self.after),
+            "speed": None if self.speed is None else self.speed.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -181,7 +195,7 @@ class Table:
                 "; without example_inputs: costs are parameters, and only attention layers of "
                 "known classes were checked for weights that are read from outside"
             )
-        return words
+        return words if self.speed is None else f"{words}; {self.speed}"
 
     def plot(self) -> "Figure":
         """Each layer's MACs (parameters where none were observed) before and after, and its error.
@@ -211,15 +225,12 @@ class Table:
         )
 
     def _render(self, style: str) -> str:
-        headers = ["layer", "", "method", "rank", "params", "MACs", *_ERRORS, "notes"]
+        headers = ["layer", "", "method", "rank", "params", "MACs", "ms", *_ERRORS, "notes"]
         body = [_cells(row) for row in self.rows]
         other, before, after = self.everything_else, self.before, self.after
-        lines = [
-            ["everything else", _count(other.params), _count(other.macs)],
-            ["total", _arrow(before.params, after.params), _arrow(before.macs, after.macs)],
-        ]
+        lines = (("everything else", other, other), ("total", before, after))
         blank = [""] * (len(_ERRORS) + 1)
-        body += [[title, "", "", "", params, macs, *blank] for title, params, macs in lines]
+        body += [[title, "", "", "", *_costs(was, now), *blank] for title, was, now in lines]
         shown = [i for i in range(len(headers)) if any(line[i] for line in body)]
         return str(
             tabulate(
@@ -242,9 +253,13 @@ class Report(Table):
     """
 
     def __init__(
-        self, rows: Sequence[Row], everything_else: Cost, recovery: Sequence[Any] = ()
+        self,
+        rows: Sequence[Row],
+        everything_else: Cost,
+        recovery: Sequence[Any] = (),
+        speed: Speed | None = None,
     ) -> None:
-        super().__init__(rows, everything_else)
+        super().__init__(rows, everything_else, speed)
         self.recovery = tuple(recovery)
 
     def summary(self) -> str:
@@ -253,7 +268,7 @@ class Report(Table):
 
 
 _ERRORS = ("expected error", "weight error", "output error")
-_RIGHT = {"params", "MACs", *_ERRORS}
+_RIGHT = {"params", "MACs", "ms", *_ERRORS}
 
 
 def _cells(row: Row) -> list[str]:
@@ -268,14 +283,26 @@ def _cells(row: Row) -> list[str]:
         "" if row.layer is None else str(row.layer),
         row.method or "—",
         rank,
-        _arrow(row.params_before, row.params_after),
-        _arrow(row.macs_before, row.macs_after),
+        *_costs(row.before, row.after),
         *(
             "" if error is None else f"{error:.4f}"
             for error in (row.expected_error, row.weight_error, row.output_error)
         ),
         "; ".join(word for word in words if word),
     ]
+
+
+def _costs(before: Cost, after: Cost) -> tuple[str, str, str]:
+    return (
+        _arrow(before.params, after.params),
+        _arrow(before.macs, after.macs),
+        _milliseconds(before.latency, after.latency),
+    )
+
+
+def _milliseconds(before: float | None, after: float | None) -> str:
+    words = ["" if seconds is None else f"{1e3 * seconds:.3g}" for seconds in (before, after)]
+    return words[0] if before == after else " → ".join(word for word in words if word)
 
 
 def _arrow(before: int | None, after: int | None) -> str:
@@ -302,13 +329,13 @@ def _count(value: int | None) -> str:
     return f"{amount:.{digits}f}{prefix}"
 
 
-def _cost_dict(cost: Cost) -> dict[str, int | None]:
-    return {"params": cost.params, "macs": cost.macs}
+def _cost_dict(cost: Cost) -> dict[str, float | None]:
+    return {"params": cost.params, "macs": cost.macs, "latency": cost.latency}
 
 
 def cost_from_dict(data: dict[str, Any]) -> Cost:
     """The inverse of a cost's plain data."""
-    return Cost(data["params"], data["macs"])
+    return Cost(data["params"], data["macs"], data.get("latency"))
 
 
 def calls_from_list(data: Sequence[Any] | None) -> tuple[Call, ...] | None:

@@ -126,7 +126,7 @@ def test_plain_data(name, inputs):
             assert plain[field] == getattr(row, field)
     for part in ("before", "after", "everything_else"):
         cost = getattr(report, part)
-        assert data[part] == {"params": cost.params, "macs": cost.macs}
+        assert data[part] == {"params": cost.params, "macs": cost.macs, "latency": cost.latency}
 
 
 def test_names_that_do_not_exist():

@@ -62,6 +62,9 @@ class Candidate:
         The ranks worth considering, computed when called.
     aliases : tuple of str
         The layer's other names.
+    rounded : bool
+        Whether the options are multiples that the hardware likes, between which there is nothing
+        to be gained.
     """
 
     layer: str
@@ -72,6 +75,7 @@ class Candidate:
     spectra: Callable[[], tuple[Spectrum, ...] | None]
     options: Callable[[], Sequence[Option]] = tuple
     aliases: tuple[str, ...] = ()
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Choice:
     reason: str | None = None
     note: str | None = None
     error: float | None = None
+    loss: float = 0.0
 
 
 class RankSelector(ABC):
@@ -90,6 +95,10 @@ class RankSelector(ABC):
 
     # Whether it weighs layers against each other, so that gradients are worth their time.
     weighs_layers: ClassVar[bool] = False
+
+    # The share of the original's time that is asked for, and the multiple that ranks shall have.
+    latency: float | None = None
+    round_to: int | None = None
 
     @property
     def largest_share(self) -> float:

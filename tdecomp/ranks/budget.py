@@ -20,6 +20,9 @@ from tdecomp.ranks.base import (
     is_share,
 )
 
+# In this order: the first is met by an exact search.
+_NAMES = ("latency", "macs", "params")
+_PER_SECOND = 1e9
 # Steps that the room is divided into for the exact search; what they round away is spent after.
 _LEVELS = 8192
 # Decimal logarithms of the price of a second budget, and halvings of the interval between them.
@@ -29,13 +32,16 @@ _BISECTIONS = 24
 # Times its part of the budget that a layer may keep.
 _GENEROUS = 3.0
 
+# What each option of each layer is to be judged by.
+Losses = Sequence[NDArray[Any]]
+
 
 @dataclass(frozen=True)
 class Budget(RankSelector):
     """At most this share of the whole model, where it loses least.
 
     >>> Budget(macs=0.5)
-    Budget(macs=0.5, params=None)
+    Budget(macs=0.5, params=None, latency=None, round_to=None)
 
     Each layer gets the method and the rank, or is left whole, such that the sum of the expected
     losses is least. With moments (``data=``) the loss of a layer is the variance of its output's
@@ -44,13 +50,19 @@ class Budget(RankSelector):
     Parameters
     ----------
     macs, params : float, optional
-        The share of the whole model's that may be kept, above 0 and at most 1. With both, both
+        The share of the whole model's that may be kept, above 0 and at most 1. Of several, all
         are met.
+    latency : float, optional
+        The share of the whole model's time: measured, see `tdecomp.profile`, and corrected after
+        the model that was chosen has been timed as a whole.
+    round_to : int, optional
+        Take only ranks that are multiples of this; of ranks that cannot get so large, the largest.
+        By default any rank, and with measured times multiples of what the machine likes.
 
     Raises
     ------
     ValueError
-        If neither is given, or one is out of range; and when planning, if no choice of ranks
+        If none is given, or one is out of range; and when planning, if no choice of ranks
         meets the budget: the message says what is the least that can be reached.
     """
 
@@ -58,11 +70,19 @@ class Budget(RankSelector):
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
+    round_to: int | None = None
 
     def __post_init__(self) -> None:
-        if self.macs is None and self.params is None:
-            raise ValueError("Budget: expected macs=, params= or both, got neither")
-        for name in ("macs", "params"):
+        if all(getattr(self, name) is None for name in _NAMES):
+            raise ValueError("Budget: expected macs=, params= or latency=, or several, got none")
+        whole = isinstance(self.round_to, int) and not isinstance(self.round_to, bool)
+        if self.round_to is not None and not (whole and self.round_to >= 1):
+            raise ValueError(
+                f"Budget: expected round_to to be a whole number of at least 1, got "
+                f"{self.round_to!r}"
+            )
+        for name in _NAMES:
             share = getattr(self, name)
             if share is not None and not is_share(share):
                 raise ValueError(
@@ -80,7 +100,7 @@ class Budget(RankSelector):
         limits = self._limits(whole)
         menus = [_Menu(candidates, self._amounts) for candidates in sites]
         room = limits - np.array(self._amounts(rest), dtype=np.int64)
-        picks = _best_within(menus, room)
+        picks = _within(menus, room)
         if picks is None:
             raise ValueError(
                 f"Budget: {self._shortage(menus, room, whole, rest)} of the model with these "
@@ -89,20 +109,29 @@ class Budget(RankSelector):
             )
         _spend(menus, picks, room)
         choices = [menu.choice(pick) for menu, pick in zip(menus, picks, strict=True)]
+        if self.latency is not None:
+            return choices  # times are known at the options only
         return _refined(choices, sites, room, self._amounts)
 
     def _named(self) -> list[tuple[str, float]]:
-        shares = (("macs", self.macs), ("params", self.params))
+        shares = ((name, getattr(self, name)) for name in _NAMES)
         return [(name, share) for name, share in shares if share is not None]
 
     def _amounts(self, cost: Cost) -> list[int]:
-        return [getattr(cost, name) or 0 for name, _ in self._named()]
+        """In whole numbers, in which no sum loses anything: of seconds, nanoseconds."""
+        amounts = ((name, getattr(cost, name) or 0) for name, _ in self._named())
+        return [round(_PER_SECOND * a) if name == "latency" else a for name, a in amounts]
 
     def _limits(self, whole: Cost) -> NDArray[np.int64]:
         if self.macs is not None and whole.macs is None:
             raise ValueError(
                 "Budget(macs=...): MACs are counted on example_inputs, got none; pass "
                 "example_inputs=..., or use Budget(params=...)"
+            )
+        if self.latency is not None and whole.latency is None:
+            raise ValueError(
+                "Budget(latency=...): nothing was timed; expected a plan with example_inputs=..., "
+                "for which layers are timed, or profile=..."
             )
         shares = (float(share) for _, share in self._named())
         pairs = zip(shares, self._amounts(whole), strict=True)
@@ -128,11 +157,13 @@ class Budget(RankSelector):
         ]
         if words:
             return "; ".join(words)
-        (first, macs), (second, params) = named
-        spent = _spent(menus, _knapsack(menus, [menu.costs[:, 1] for menu in menus], room[0]))
+        last = next(n for n in range(2, len(named) + 1) if _within(menus, room[:n]) is None) - 1
+        spent = _least_of(menus, last, room)
+        before = " and ".join(f"{name}={share}" for name, share in named[:last])
+        name, share = named[last]
         return (
-            f"{first}={macs} and {second}={params} cannot be met together: with {first}={macs} "
-            f"the least {second} is {least_share(1, spent[1])}"
+            f"{before} and {name}={share} cannot be met together: with {before} the least {name} "
+            f"is {least_share(last, spent)}"
         )
 
 
@@ -160,33 +191,38 @@ class _Menu:
         candidate, option, _, _ = self.entries[pick]
         if candidate is None or option is None:
             return Choice(reason="left whole: the budget is better spent on it")
-        return Choice(candidate, option.rank, error=option.error)
+        return Choice(candidate, option.rank, error=option.error, loss=option.loss)
 
 
-def _best_within(menus: Sequence[_Menu], room: NDArray[np.int64]) -> list[int] | None:
-    """The picks that lose least within the room, or None if nothing fits.
+def _within(
+    menus: Sequence[_Menu], room: NDArray[np.int64], losses: Losses | None = None
+) -> list[int] | None:
+    """The picks that lose least within the room, or None if nothing was found that fits.
 
-    The first budget is met by dynamic programming, a second one by a price per unit that is
+    The first budget is met by dynamic programming, each further one by a price per unit that is
     added to the losses: the lowest at which the sum fits, found by bisection (Shoham and Gersho
     1988, "Efficient bit allocation for an arbitrary set of quantizers").
     """
-    losses = [menu.losses for menu in menus]
+    losses = [menu.losses for menu in menus] if losses is None else losses
+    last = len(room) - 1
     if np.any(_least(menus, room) > room):
         return None
-    if len(room) == 1:
+    if last == 0:
         return _knapsack(menus, losses, room[0])
-    unit = sum(float(menu.losses.max()) for menu in menus) / max(room[1], 1.0)
+    unit = sum(float(loss.max()) for loss in losses) / max(room[last], 1.0)
 
-    def picks(price: float) -> list[int]:
-        priced = [menu.losses + price * unit * menu.costs[:, 1] for menu in menus]
-        return _knapsack(menus, priced, room[0])
+    def picks(price: float) -> list[int] | None:
+        pairs = zip(menus, losses, strict=True)
+        priced = [loss + price * unit * menu.costs[:, last] for menu, loss in pairs]
+        return _within(menus, room[:last], priced)
 
-    def fits(found: Sequence[int]) -> bool:
-        return bool(_spent(menus, found)[1] <= room[1])
+    def fits(found: Sequence[int] | None) -> bool:
+        return found is not None and bool(_spent(menus, found)[last] <= room[last])
 
-    if fits(free := picks(0.0)):
+    free = picks(0.0)
+    if free is None or fits(free):
         return free
-    best = _knapsack(menus, [menu.costs[:, 1] for menu in menus], room[0])
+    best = _within(menus, room[:last], [menu.costs[:, last] for menu in menus])
     if not fits(best):
         return None
     low, high = _PRICES  # decimal logarithms
@@ -199,7 +235,14 @@ def _best_within(menus: Sequence[_Menu], room: NDArray[np.int64]) -> list[int] |
     return best
 
 
-def _knapsack(menus: Sequence[_Menu], losses: Sequence[NDArray[Any]], room: int) -> list[int]:
+def _least_of(menus: Sequence[_Menu], budget: int, room: NDArray[np.int64]) -> int:
+    """The least of one cost that was found with those before it within the room."""
+    picks = _within(menus, room[:budget], [menu.costs[:, budget] for menu in menus])
+    assert picks is not None
+    return int(_spent(menus, picks)[budget])
+
+
+def _knapsack(menus: Sequence[_Menu], losses: Losses, room: int) -> list[int]:
     """The picks of least loss whose first cost stays within the room, which all the least do."""
     least = [menu.costs[:, 0].min() for menu in menus]
     spare = room - sum(least)
@@ -231,8 +274,8 @@ def _steps(extra: NDArray[np.int64], spare: int) -> NDArray[np.int64]:
 
 
 def _least(menus: Sequence[_Menu], room: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The least of each cost, whatever the others are."""
-    return sum((menu.costs.min(axis=0) for menu in menus), np.zeros_like(room))
+    """The least of each cost within the first budgets, whatever the others are."""
+    return sum((m.costs.min(axis=0)[: len(room)] for m in menus), np.zeros_like(room))
 
 
 def _spent(menus: Sequence[_Menu], picks: Sequence[int]) -> NDArray[np.int64]:
@@ -281,7 +324,7 @@ def _refined(
     refined = list(choices)
     for i in sorted(range(len(choices)), key=lambda i: -(choices[i].error or 0.0)):
         candidate, rank = choices[i].candidate, choices[i].rank
-        if candidate is None or rank is None:
+        if candidate is None or rank is None or candidate.rounded:
             continue
         now = np.array(amounts(costs[i]))
         raised = _raised(rank, candidate, now + left, amounts)

@@ -484,7 +484,7 @@ def test_shares_that_cannot_be(name, share):
 
 
 def test_neither():
-    with pytest.raises(ValueError, match="expected macs=, params= or both, got neither"):
+    with pytest.raises(ValueError, match="expected macs=, params= or latency="):
         Budget()
 
 
