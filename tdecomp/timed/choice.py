@@ -1,5 +1,6 @@
 """A choice of ranks with measured times: guarded, rehearsed as a whole, corrected."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,13 +9,14 @@ from torch import nn
 
 from tdecomp.cost import Cost
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.latency import Profile, Speed, compare, profile
+from tdecomp.latency import Profile, Speed, compare
 from tdecomp.latency.layers import random_weights
 from tdecomp.latency.pairs import Pair, Pairs
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 from tdecomp.report import Row
 from tdecomp.sites import Site
 from tdecomp.surgery import copy_with
+from tdecomp.timed.in_model import InModel, Point
 
 # Choices that are timed as a whole model, at most, and how close to what was asked for is enough.
 _REHEARSALS = 4
@@ -23,46 +25,11 @@ _CLOSE = 0.02
 # saved, for which even a budget near 1 counts as so much.
 _ROUNDS = (9, 27)
 _LEAST_SAVING = 0.05
-# How much slower or faster chains can be in the model than they were alone.
-_CORRECTION = (0.25, 4.0)
-
-
-@dataclass(frozen=True)
-class Clock:
-    """The times that a plan is to be made with, if any."""
-
-    profile: Profile | None = None
-    only_if_faster: bool = False
-
-    def refuse_without(self, example_inputs: Any, selector: RankSelector) -> None:
-        """Times are those of a call: refuse to look for them without inputs."""
-        asked = {
-            "only_if_faster=True": self.only_if_faster,
-            "Budget(latency=...)": selector.latency is not None,
-            "profile=...": self.profile is not None,
-        }
-        for name, wanted in asked.items():
-            if wanted and example_inputs is None:
-                raise ValueError(
-                    f"{name}: times are those of one call of the model, got no example_inputs; "
-                    "expected inputs of the batch size that is going to be used"
-                )
-
-    def profile_for(
-        self,
-        selector: RankSelector,
-        model: nn.Module,
-        example_inputs: Any,
-        methods: Sequence[Decomposer],
-        progress: bool,
-    ) -> Profile | None:
-        """The profile that was given, checked, a new one where one is needed, or None."""
-        if self.profile is not None:
-            self.profile.check(model, example_inputs)
-            return self.profile
-        if selector.latency is None and not self.only_if_faster:
-            return None
-        return profile(model, example_inputs, list(methods), progress=progress)
+# What a budget with `only_if_faster` gives of its loss for time, and how the price is searched for:
+# in decimal logarithms, relative to the loss over the time of all layers.
+_GIVEN = 0.2
+_PRICES = (-3.0, 2.0)
+_BISECTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -113,20 +80,9 @@ class TimedChoice:
     only_if_faster: bool
     guard: Callable[[Choice], Choice]
     _pairs: Pairs = field(init=False)
-    _scales: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self._pairs = Pairs(self.model, self.profile)
-        self._scales = {layout: self._scale(layout) for layout in self.profile.layouts}
-
-    def _scale(self, layout: str) -> float:
-        """Below 1 where the layers take longer alone than the whole model with all of them."""
-        alone = sum(
-            self.profile.layer(site.spec, site.calls or (), layout)
-            for site in self.sites
-            if site.spec is not None
-        )
-        return min(1.0, self.profile.whole[layout].median / alone) if alone > 0 else 1.0
 
     def best(self) -> Timed:
         """The better of what was found in each layout.
@@ -156,45 +112,65 @@ class TimedChoice:
         return missed, sum(choice.loss for choice in timed.choices)
 
     def _in_layout(self, layout: str) -> Timed:
-        wanted, found, factor = self.selector.latency, [], 1.0
+        original = self._original(layout)
+        known, points, found = InModel.alone(original[1], original[0]), [original], list[Timed]()
+        wanted = self.selector.latency
         for _ in range(_REHEARSALS):
-            timed = self._once(layout, factor)
+            timed = self._once(layout, known)
             found.append(timed)
-            ratio = timed.speed.predicted or 1.0
-            if wanted is None or abs(ratio / wanted - 1) <= _CLOSE or timed.speed.measured is None:
+            if wanted is None or self._close(timed):
                 break
-            corrected = self._factor(timed, layout)
-            if abs(corrected / factor - 1) < _CLOSE / 2:
+            points.append((self._seconds(timed.choices, layout), self._in_profile(timed)))
+            line = InModel.through(points, near=wanted * self._fastest_whole)
+            if line is None:
                 break
-            factor = corrected
+            known = line
         return min(found, key=self._worth)
 
-    def _factor(self, timed: Timed, layout: str) -> float:
-        """How much slower the chains were in the model than alone, all else taken as known."""
-        predicted = timed.speed.predicted or 1.0
-        seconds = predicted * timed.speed.seconds_before - timed.rest
-        alone = 0.0
-        for site, choice in zip(self.sites, timed.choices, strict=True):
-            if choice.candidate is None or choice.rank is None:
-                seconds -= self._layer(site, layout)
-            else:
-                alone += self._chain(site, choice.candidate.method, choice.rank, layout)
-        low, high = _CORRECTION
-        return min(max(seconds / alone, low), high) if alone > 0 else 1.0
+    def _original(self, layout: str) -> Point:
+        nothing = [Choice()] * len(self.sites)
+        return self._seconds(nothing, layout), self.profile.whole[layout].median
 
-    def _once(self, layout: str, factor: float) -> Timed:
+    @property
+    def _fastest_whole(self) -> float:
+        return self.profile.whole[self.profile.best_layout].median
+
+    def _in_profile(self, timed: Timed) -> float:
+        """Seconds of the whole as the profile would have them.
+
+        The machine may be in another mood by now, but for both models alike.
+        """
+        return (timed.speed.predicted or 1.0) * self._fastest_whole
+
+    def _close(self, timed: Timed) -> bool:
+        """Whether another choice would come no nearer to what was asked for."""
+        wanted, predicted = self.selector.latency, timed.speed.predicted or 1.0
+        nothing_changed = all(choice.candidate is None for choice in timed.choices)
+        return wanted is None or nothing_changed or abs(predicted / wanted - 1) <= _CLOSE
+
+    def _seconds(self, choices: Sequence[Choice], layout: str) -> float:
+        """Of all layers alone, those that are chosen for decomposed."""
+        return sum(
+            self._layer(site, layout)
+            if choice.candidate is None or choice.rank is None
+            else self._chain(site, choice.candidate.method, choice.rank, layout)
+            for site, choice in zip(self.sites, choices, strict=True)
+        )
+
+    def _once(self, layout: str, known: InModel) -> Timed:
         """Choose, guard, and time the whole model of empty chains."""
         before = [self._layer(site, layout) for site in self.sites]
-        whole = self.profile.whole[layout].median
-        rest = max(0.0, whole - sum(before))
         candidates = [
-            [self._with_times(c, site, seconds, layout, factor) for c in offered]
-            for site, seconds, offered in zip(self.sites, before, self.candidates, strict=True)
+            [self._with_times(c, site, layout, known.factor) for c in offered]
+            for site, offered in zip(self.sites, self.candidates, strict=True)
         ]
-        selector = self._for_layout(layout)
-        remaining = replace(self.rest, latency=rest)
+        remaining = replace(self.rest, latency=known.rest)
+        selector = self._for_layout(layout, known)
         while True:
-            choices = [self.guard(c) for c in selector.select(candidates, remaining)]
+            try:
+                choices = [self.guard(c) for c in self._select(selector, candidates, remaining)]
+            except ValueError as error:
+                choices = self._fastest(candidates, layout, error)
             pairs = [self._pair(s, c, layout) for s, c in zip(self.sites, choices, strict=True)]
             slower = [i for i, pair in enumerate(pairs) if pair and self._not_worth_it(pair)]
             if not slower:
@@ -209,25 +185,83 @@ class TimedChoice:
             site.name: (whole, whole) if pair is None else (pair.before, pair.after)
             for site, pair, whole in zip(self.sites, pairs, before, strict=True)
         }
+        rest = max(0.0, self.profile.whole[layout].median - sum(before))
         return Timed(choices, seconds, self._rehearsed(choices, layout), rest)
+
+    def _select(
+        self, selector: RankSelector, candidates: Sequence[Sequence[Candidate]], rest: Cost
+    ) -> list[Choice]:
+        """What the selector takes; to be faster, a budget gives a little of what it keeps.
+
+        The highest price of time is found by bisection at which that little is not exceeded.
+        """
+        free = selector.select(candidates, rest)
+        if not (self.only_if_faster and selector.weighs_layers and selector.latency is None):
+            return free
+        lost = sum(choice.loss for choice in free)
+        seconds = sum(candidates[0].before.latency or 0.0 for candidates in candidates)
+        best, (low, high) = free, _PRICES
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            price = 10**middle * lost / seconds if seconds > 0 else 0.0
+            found = selector.select([[_priced(c, price) for c in o] for o in candidates], rest)
+            chosen = [replace(choice, loss=_true_loss(choice, price)) for choice in found]
+            if sum(choice.loss for choice in chosen) <= (1 + _GIVEN) * lost:
+                best, low = chosen, middle
+            else:
+                high = middle
+        return best
 
     def _not_worth_it(self, pair: Pair) -> bool:
         if self.only_if_faster:
             return not pair.faster
-        return self.selector.latency is not None and pair.ratio.median >= 1
+        return self.selector.latency is not None and pair.ratio.low >= 1
 
-    def _for_layout(self, layout: str) -> RankSelector:
-        """The selector that asks for the same time, of a model that is slower in this layout."""
+    def _for_layout(self, layout: str, known: InModel) -> RankSelector:
+        """The selector that asks for the same time, of a model that takes what is known here."""
         if self.selector.latency is None:
             return self.selector
-        whole = self.profile.whole
-        best = whole[self.profile.best_layout].median
-        share = min(1.0, self.selector.latency * best / whole[layout].median)
+        whole = known.rest + known.factor * self._original(layout)[0]
+        share = min(1.0, self.selector.latency * self._fastest_whole / whole)
+        if math.isclose(share, self.selector.latency, rel_tol=1e-6):
+            return self.selector
         return replace(self.selector, latency=share)  # type: ignore[type-var]
 
+    def _fastest(
+        self, candidates: Sequence[Sequence[Candidate]], layout: str, error: ValueError
+    ) -> list[Choice]:
+        """The choices that take least time, of which it is measured what they reach.
+
+        What a budget takes for impossible may be possible: the rest of a model takes less than
+        what its layers leave of it.
+        """
+        others = (getattr(self.selector, name, None) for name in ("macs", "params"))
+        if self.selector.latency is None or any(share is not None for share in others):
+            raise error
+        choices = []
+        for offered in candidates:
+            options = [(c, o) for c in offered for o in c.options()]
+            quickest = min(options, key=lambda pair: pair[1].cost.latency or 0.0, default=None)
+            if quickest is None:
+                choices.append(Choice(reason="no chain is faster"))
+            else:
+                candidate, option = quickest
+                found = Choice(candidate, option.rank, error=option.error, loss=option.loss)
+                choices.append(self.guard(found))
+        least = self._rehearsed(choices, layout).predicted or 1.0
+        if least > self.selector.latency:
+            raise ValueError(
+                f"Budget: latency={self.selector.latency} cannot be met: the least is {least:.3f} "
+                "of the model's time, measured with these methods and layers. Expected a larger "
+                "budget, more methods or fewer layers left alone"
+            ) from error
+        return choices
+
     def _with_times(
-        self, candidate: Candidate, site: Site, seconds: float, layout: str, factor: float
+        self, candidate: Candidate, site: Site, layout: str, factor: float
     ) -> Candidate:
+        whole = factor * self._layer(site, layout)
+
         def cost(rank: Any) -> Cost:
             latency = factor * self._chain(site, candidate.method, rank, layout)
             return replace(candidate.cost(rank), latency=latency)
@@ -236,7 +270,7 @@ class TimedChoice:
             timed = [replace(o, cost=cost(o.rank)) for o in candidate.options()]
             if not self.only_if_faster and self.selector.latency is None:
                 return timed
-            return [o for o in timed if (o.cost.latency or 0.0) < factor * seconds]
+            return [o for o in timed if (o.cost.latency or 0.0) < whole]
 
         listed = None
 
@@ -245,18 +279,17 @@ class TimedChoice:
             listed = options() if listed is None else listed
             return listed
 
-        before = replace(candidate.before, latency=seconds)
+        before = replace(candidate.before, latency=whole)
         return replace(candidate, before=before, cost=cost, options=once)
 
     def _layer(self, site: Site, layout: str) -> float:
         assert site.spec is not None
-        return self._scales[layout] * self.profile.layer(site.spec, site.calls or (), layout)
+        return self.profile.layer(site.spec, site.calls or (), layout)
 
     def _chain(self, site: Site, method: str, rank: Any, layout: str) -> float:
         assert site.spec is not None
         decomposer, calls = self.decomposers[method], site.calls or ()
-        seconds = self.profile.chain(decomposer, site.spec, rank, calls, layout)
-        return self._scales[layout] * seconds
+        return self.profile.chain(decomposer, site.spec, rank, calls, layout)
 
     def _pair(self, site: Site, choice: Choice, layout: str) -> Pair | None:
         if choice.candidate is None or choice.rank is None or not site.calls:
@@ -313,6 +346,27 @@ class TimedChoice:
             "so that a choice would be made on noise; expected a quieter machine: stop what else "
             "runs, take fewer threads (torch.set_num_threads), or use Budget(macs=...)"
         )
+
+
+def _priced(candidate: Candidate, price: float) -> Candidate:
+    """The candidate with the seconds that its options save as a gain, too."""
+    whole = candidate.before.latency or 0.0
+
+    def options() -> list[Option]:
+        return [
+            replace(o, loss=o.loss + price * ((o.cost.latency or 0.0) - whole))
+            for o in candidate.options()
+        ]
+
+    return replace(candidate, options=options)
+
+
+def _true_loss(choice: Choice, price: float) -> float:
+    if choice.candidate is None or choice.rank is None:
+        return 0.0
+    before = choice.candidate.before.latency or 0.0
+    after = choice.candidate.cost(choice.rank).latency or 0.0
+    return choice.loss - price * (after - before)
 
 
 def _without(candidate: Candidate, choice: Choice) -> Candidate:
