@@ -24,7 +24,7 @@ from tdecomp.decomposers.base import (
     check_iteration,
 )
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import left_singular_vectors, mode_products, torch_backend, unfold
+from tdecomp.linalg import leading_vectors, mode_products, torch_backend, unfold
 from tdecomp.regression import Features, SecondMoment, variable_projection
 
 # Sweeps by which the starts are compared, and those at the end that take back what the ridge cost.
@@ -181,7 +181,7 @@ def _compressed(kernel: Tensor, rank: int) -> tuple[Tensor, list[Tensor]]:
     sizes = [min(size, math.ceil(_SPAN * rank)) for size in kernel.shape[:2]]
     if math.prod(sizes) > _WORTHWHILE * math.prod(kernel.shape[:2]):
         return kernel, []
-    bases = [left_singular_vectors(unfold(kernel, mode), size) for mode, size in enumerate(sizes)]
+    bases = [leading_vectors(unfold(kernel, mode), size)[0] for mode, size in enumerate(sizes)]
     return mode_products(kernel, [base.T for base in bases], modes=[0, 1]), bases
 
 
@@ -272,7 +272,7 @@ def _singular_start(kernel: Tensor, rank: int, random_state: int) -> list[Tensor
     generator = torch.Generator("cpu").manual_seed(random_state)
     factors = []
     for mode, size in enumerate(kernel.shape):
-        leading = left_singular_vectors(unfold(kernel, mode), rank)  # (size, at most R)
+        leading, _ = leading_vectors(unfold(kernel, mode), rank)  # (size, at most R)
         noise = torch.randn(size, rank, generator=generator, device="cpu").to(leading) / size**0.5
         known = leading.shape[1]
         factors.append(torch.cat([leading + _JITTER * noise[:, :known], noise[:, known:]], dim=1))
@@ -284,8 +284,8 @@ def _diagonalisation_start(kernel: Tensor, rank: int) -> list[list[Tensor]]:
 
     Exact where the kernel has this rank; an empty list where the slices are singular.
     """
-    out = left_singular_vectors(unfold(kernel, 0), rank)
-    into = left_singular_vectors(unfold(kernel, 1), rank)
+    out, _ = leading_vectors(unfold(kernel, 0), rank)
+    into, _ = leading_vectors(unfold(kernel, 1), rank)
     slices = kernel.flatten(2)  # (out, in, kernel)
     core = mode_products(slices, [out.T, into.T], modes=[0, 1])  # (R, R, kernel)
     # Any two mixtures of the slices do; fixed, unequal ones keep the fit deterministic.
