@@ -26,7 +26,7 @@ def each(
     items: Sequence[Item],
     *,
     size: Callable[[Item], int],
-    done: Callable[[Item, Result], None] = lambda _item, _result: None,
+    done: Callable[[Item, Result], object] = lambda _item, _result: None,
 ) -> list[Result]:
     """``[function(item) for item in items]``, on one single-threaded worker for each torch thread.
 

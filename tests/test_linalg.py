@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tdecomp.linalg import leading_vectors, spectra
+from tdecomp.linalg import frobenius_norm, leading_vectors, spectra, tails
 
 
 def matrix(rows, columns, dtype=torch.float64, seed=0):
@@ -67,3 +67,40 @@ def test_spectra_are_by_unfolding_and_group():
     assert second.shape == (6, 4)
     assert first.squares.shape == second.squares.shape == (3, 4)
     torch.testing.assert_close(torch.from_numpy(first.squares), torch.from_numpy(second.squares))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (1, 4)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_tails_are_what_truncated_svds_lose(shape, scale):
+    given = matrix(*shape) * scale
+    squares = torch.linalg.svdvals(given) ** 2
+    expected = torch.stack([squares[r:].sum() for r in range(min(shape) + 1)])
+    torch.testing.assert_close(tails(given) / scale**2, expected / scale**2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e3])
+def test_norms_at_usual_scales(dtype, scale):
+    given = (matrix(4, 3) * scale).to(dtype)
+    expected = given.double().norm().item()
+    assert frobenius_norm(given) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype, scale",
+    [(torch.float32, 1e-40), (torch.float32, 1e-20), (torch.float32, 1e38),
+     (torch.float64, 1e-300), (torch.float64, 1e300)],
+)  # fmt: skip
+def test_norms_whose_squares_leave_the_range(dtype, scale):
+    given = torch.full((3, 3), scale, dtype=dtype)
+    assert frobenius_norm(given) == pytest.approx(3 * float(given[0, 0]), rel=1e-6)
+
+
+def test_norms_of_many_entries_keep_their_digits():
+    given = matrix(512, 4608, torch.float32)
+    assert frobenius_norm(given) == pytest.approx(given.double().norm().item(), rel=1e-6)
+
+
+def test_a_norm_tells_what_is_not_finite():
+    assert frobenius_norm(torch.tensor([1.0, float("nan")])) != frobenius_norm(torch.ones(2))
+    assert not frobenius_norm(torch.tensor([1.0, float("inf")])) < float("inf")

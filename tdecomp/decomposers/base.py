@@ -291,7 +291,10 @@ class Decomposer(ABC):
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
-    weight, approximation = weight.detach().double(), approximation.detach().double()
+    weight, approximation = weight.detach(), approximation.detach()
+    if torch.float64 not in (weight.dtype, approximation.dtype):
+        # A difference of float32 numbers is known to as many digits as they are.
+        weight, approximation = weight.float(), approximation.float()
     return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
 
 
