@@ -24,6 +24,8 @@ from tdecomp.layer import LayerSpec
 from tdecomp.linalg import leading_vectors, mode_products, truncated_svd, unfold
 from tdecomp.regression import Features, SecondMoment, variable_projection
 
+# Drafts are compared with one another, where a thousandth of the error decides nothing.
+_DRAFT_TOL = 1e-3
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-3
 
@@ -229,7 +231,8 @@ class Tucker2(Decomposer):
         return fitted if draft else better(kernel, moment, fitted, before)
 
     def brief(self, iterations: int) -> "Tucker2":
-        return replace(self, n_iter_max=min(self.n_iter_max, iterations))
+        tol = max(self.tol, _DRAFT_TOL)
+        return replace(self, n_iter_max=min(self.n_iter_max, iterations), tol=tol)
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
         first, core, last = stage_weights
