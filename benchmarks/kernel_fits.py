@@ -56,7 +56,9 @@ def kernel(channels: int, kind: str) -> Tensor:
 
 
 def _spec(weight: Tensor) -> LayerSpec:
-    return LayerSpec.of(torch.nn.Conv2d(weight.shape[1], weight.shape[0], 3, bias=False))
+    return LayerSpec.of(
+        torch.nn.Conv2d(weight.shape[1], weight.shape[0], 3, bias=False, device="meta")
+    )
 
 
 def _fitted(method: str, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -24,7 +24,8 @@ from tdecomp.latency import Profile, Speed, measured_speed
 from tdecomp.latency.setting import in_layout
 from tdecomp.linalg import frobenius_norm, undisturbed
 from tdecomp.moments import Moments
-from tdecomp.planning import as_patterns, check_weight, plan_from
+from tdecomp.parallel import each
+from tdecomp.planning import as_patterns, check_weight, entries, plan_from
 from tdecomp.plans import Plan, match_sites
 from tdecomp.ranks import Budget
 from tdecomp.recovery import Steps
@@ -223,16 +224,20 @@ def _apply(
 ) -> Decomposition:
     sites = match_sites(model, plan)
     chains: dict[nn.Module, Chain] = {}
-    rows: list[Row] = []
-    todo = sum(row.method is not None for row in plan)
-    with tqdm(total=todo, desc="decompose", unit="layer", disable=not source.progress) as bar:
-        for row in plan:
-            if row.method is not None:
-                site = sites[row.name]
-                bar.set_postfix_str(f"{row.method} {row.name}", refresh=True)
-                chains[site.module], row = _fit(site, row, plan, moments)
-                bar.update()
-            rows.append(row)
+    todo = [row for row in plan if row.method is not None]
+
+    def fit(row: Row) -> tuple[Chain, Row]:
+        return _fit(sites[row.name], row, plan, moments)
+
+    def show(row: Row, fitted: tuple[Chain, Row]) -> None:
+        chains[sites[row.name].module] = fitted[0]
+        bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)
+        bar.update()
+
+    with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not source.progress) as bar:
+        fitted = each(fit, todo, size=lambda row: entries(sites[row.name], moments), done=show)
+    changed_rows = {row.name: row for _, row in fitted}
+    rows = [changed_rows.get(row.name, row) for row in plan]
     # A copy first, in any case: the steps after it may fail, and compare with the original.
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = steps.run(changed, model, source) if steps else ()

@@ -3,6 +3,7 @@
 Nothing here forms a full square factor, and no setting of TensorLy's outlives a call.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,17 @@ from tensorly.backend.pytorch_backend import PyTorchBackend
 from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 from torch import Tensor
 
+from tdecomp.parallel import each, on_cpu
+
 # Columns that are turned to float64 at a time when a Gram matrix is summed up.
 _GRAM_CHUNK = 8192
+# Rows of its triangle that are computed at a time: fewer are wasted on the other triangle.
+_GRAM_ROWS = 128
+# The share of the squares below which those of a float64 matrix drown in its Gram matrix.
+_UNRESOLVED = 1e-12
+# Norms above which no square that matters is lost to the end of the range.
+_SMALLEST_NORMS = {torch.float32: 1e-12, torch.float64: 1e-140}
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 def _svd(matrix: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +113,14 @@ def mode_products(tensor: Tensor, matrices: Sequence[Tensor], modes: Sequence[in
 
 def frobenius_norm(tensor: Tensor) -> float:
     """The root of the sum of squares, also where the squares leave the range of float64."""
-    values = tensor.detach().double()
+    values = tensor.detach()
+    if values.numel() and values.dtype in _SMALLEST_NORMS:
+        # Row by row: over millions of entries a float32 sum would lose four digits.
+        rows = values.reshape(1 if values.dim() < 2 else len(values), -1)
+        norm = float(torch.linalg.vector_norm(rows, dim=1).double().norm())
+        if norm > _SMALLEST_NORMS[values.dtype] and math.isfinite(norm):
+            return norm
+    values = values.double()
     scale = float(values.abs().max()) if values.numel() else 0.0
     return scale * float((values / scale).norm()) if scale else 0.0
 
@@ -145,25 +162,53 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gram(matrix: Tensor, scale: float = 1.0) -> Tensor:
-    """``matrix @ matrix.T / scale²`` in float64, a slice of columns at a time."""
-    gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
+    """The lower triangle of ``matrix @ matrix.T / scale²`` in float64, some columns at a time.
+
+    `eigh` reads no more of it, and the rest would cost as much again.
+    """
+    rows = matrix.shape[0]
+    gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
     for chunk in matrix.split(_GRAM_CHUNK, dim=1):
-        block = chunk.double() / scale
-        gram.addmm_(block, block.T)
+        block = chunk.double()
+        if scale != 1.0:
+            block = block / scale
+        for start in range(0, rows, _GRAM_ROWS):
+            stop = min(start + _GRAM_ROWS, rows)
+            gram[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)
     return gram
 
 
-def left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """At most `rank` leading left singular vectors of a wide matrix, from its Gram matrix.
+def leading_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
+    """The `rank` leading left singular vectors, and the share of the squares outside their span.
 
-    Good to half of the precision, which is enough for a start that is iterated on.
+    >>> vectors, outside = leading_vectors(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), 1)
+    >>> vectors.shape, outside
+    (torch.Size([2, 1]), 0.2)
+
+    Orthonormal, also where the matrix is of a lower rank. They come from the Gram matrix of the
+    smaller side, in float64, or from an SVD where more is wanted than such a matrix tells.
     """
+    rows, columns = matrix.shape
+    by_columns = rank <= columns < rows
     try:
-        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
+        values, vectors = torch.linalg.eigh(_gram(matrix.T if by_columns else matrix))
     except torch.linalg.LinAlgError:
-        vectors = _svd(matrix)[0]
-    leading: Tensor = vectors[:, :rank]
-    return leading
+        return _leading_by_svd(matrix, rank)
+    squares = values.flip(0).clamp_min(0.0)
+    outside = float(squares[rank:].sum() / squares.sum().clamp_min(_TINY))
+    if matrix.dtype == torch.float64 and rank < rows and outside < _UNRESOLVED:
+        return _leading_by_svd(matrix, rank)
+    leading = vectors.flip(1)[:, :rank].to(matrix.dtype)
+    if by_columns:
+        # Only the span matters, and these columns are as long as the singular values.
+        leading = torch.linalg.qr(matrix @ leading).Q
+    return leading, outside
+
+
+def _leading_by_svd(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
+    u, s, _ = _svd(matrix, full_matrices=rank > matrix.shape[1])
+    squares = s.double().square()
+    return u[:, :rank], float(squares[rank:].sum() / squares.sum().clamp_min(_TINY))
 
 
 @dataclass(frozen=True)
@@ -183,24 +228,41 @@ class Spectrum:
     shape: tuple[int, int]
 
 
-def spectrum(matrices: Sequence[Tensor]) -> Spectrum:
-    """The spectrum of the unfoldings of a layer's groups, which all have one shape.
+def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
+    """For each unfolding its spectrum; an unfolding is one matrix per group, all of one shape.
 
     Only the squares are ever used, so the Gram matrix of the smaller side in float64 gives all
     the accuracy that a float32 kernel has, at a fraction of an SVD's cost.
     """
     # Squares of very small or large kernels leave even float64's range, and no selector minds.
-    scale = max(float(matrix.detach().abs().max()) for matrix in matrices) or 1.0
-    squares = np.stack([_squared_singular_values(m.detach(), scale) for m in matrices])
-    rows, columns = matrices[0].shape
-    return Spectrum(squares, (rows, columns))
+    largest = max(float(matrix.detach().abs().max()) for matrix in unfoldings[0]) or 1.0
+    matrices = [matrix.detach() for groups in unfoldings for matrix in groups]
+    squares = each(lambda matrix: _squared_singular_values(matrix, largest), matrices, size=on_cpu)
+    found = iter(squares)
+    return [
+        Spectrum(np.stack([next(found) for _ in groups]), (groups[0].shape[0], groups[0].shape[1]))
+        for groups in unfoldings
+    ]
+
+
+def tails(matrix: Tensor) -> Tensor:
+    """What the best approximations of rank 0, 1, 2 … lose: sums of squared singular values.
+
+    >>> tails(torch.diag(torch.tensor([1.0, 3.0])))
+    tensor([10.,  1.,  0.], dtype=torch.float64)
+    """
+    squares = torch.from_numpy(_squared_singular_values(matrix, 1.0)).clamp_min(0.0)
+    sums = squares.flip(0).cumsum(0).flip(0)  # the smallest first, so that none is lost
+    return torch.cat([sums, sums.new_zeros(1)])
 
 
 def _squared_singular_values(matrix: Tensor, scale: float) -> NDArray[np.float64]:
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    # Squares of float32 entries stay in float64's range as they are.
+    inner = scale if matrix.dtype == torch.float64 else 1.0
     try:
-        values = torch.linalg.eigvalsh(_gram(wide, scale)).flip(0)
+        values = torch.linalg.eigvalsh(_gram(wide, inner)).flip(0)
     except torch.linalg.LinAlgError:
-        values = (_svd(wide.double() / scale)[1]) ** 2
-    result: NDArray[np.float64] = values.cpu().numpy()
+        values = (_svd(wide.double() / inner)[1]) ** 2
+    result: NDArray[np.float64] = values.cpu().numpy() / (scale / inner) ** 2
     return result

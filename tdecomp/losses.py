@@ -82,13 +82,13 @@ class LayerLosses:
     def options(self, decomposer: Decomposer) -> list[Option]:
         """The ranks worth considering, those that save something."""
         with undisturbed(self.weight.device):
-            mine = self._curve(decomposer)
-            if mine.hopeless_beside(self._curve(other) for other in self.rivals):
+            mine = self.curve(decomposer)
+            if mine.hopeless or mine.hopeless_beside(self.curve(other) for other in self.rivals):
                 return []
             mine.complete()
             return mine.options()
 
-    def _curve(self, decomposer: Decomposer) -> "_Curve":
+    def curve(self, decomposer: Decomposer) -> "_Curve":
         if decomposer.name not in self._curves:
             self._curves[decomposer.name] = _Curve(self, decomposer)
         return self._curves[decomposer.name]
@@ -133,15 +133,26 @@ class LayerLosses:
             if self._by_moments(decomposer):
                 # What a few iterations reach.
                 return self.fit(decomposer.brief(DRAFT_ITERATIONS), rank)[1]
-            spectra = self.spectra(decomposer)
+            outside = self._outside(decomposer, rank)
+        # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
+        return None if outside is None else math.sqrt(min(sum(outside), 1.0))
+
+    def least(self, decomposer: Decomposer, rank: Rank) -> float | None:
+        """What no fit of these ranks can lose less than, where singular values tell; or None."""
+        if self._by_moments(decomposer) or not isinstance(rank, tuple):
+            return None
+        outside = self._outside(decomposer, rank)
+        return None if outside is None else self.unit * max(outside)
+
+    def _outside(self, decomposer: Decomposer, rank: tuple[int, ...]) -> list[float] | None:
+        """For each rank the share of the squared weights beyond it."""
+        spectra = self.spectra(decomposer)
         if spectra is None:
             return None
-        tails = [
+        return [
             float(np.clip(s.squares[:, r:], 0.0, None).sum() / (s.squares.sum() or 1.0))
             for s, r in zip(spectra, rank, strict=True)
         ]
-        # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
-        return math.sqrt(min(sum(tails), 1.0))
 
     def spectra(self, decomposer: Decomposer) -> tuple[Spectrum, ...] | None:
         """The decomposer's spectra of this weight, computed once."""
@@ -248,12 +259,25 @@ class _Curve:
         self._costs = [cost(rank) for rank in self._ranks]
         nested = losses.nested(decomposer)
         self._known: dict[int, Lost] = {}
+        self.hopeless = False
         if nested is not None:
             self._known = {i: nested[_only(rank)] for i, rank in enumerate(self._ranks)}
         elif self._ranks:
             wanted = _PROBE * losses.largest_share * losses.before.deciding
             gaps = [abs(cost.deciding - wanted) for cost in self._costs]
-            self._fit(gaps.index(min(gaps)))
+            probe = gaps.index(min(gaps))
+            self.hopeless = self._hopeless_unseen(probe)
+            if not self.hopeless:
+                self._fit(probe)
+
+    def _hopeless_unseen(self, probe: int) -> bool:
+        """Whether singular values say so without a fit, beside methods that need none either."""
+        losses = self._losses
+        nested = [other for other in losses.rivals if losses.nested(other) is not None]
+        least = losses.least(self._decomposer, self._ranks[probe]) if nested else None
+        return least is not None and any(
+            least > _HOPELESS * losses.curve(other).least_at(self._costs[probe]) for other in nested
+        )
 
     def _fit(self, i: int) -> None:
         if i not in self._known:

@@ -1,5 +1,6 @@
 """What to do with each layer: sites × decomposers × a rank selector make a Plan."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from tdecomp.filters import Filters, matches, no_match
 from tdecomp.latency import Profile
 from tdecomp.losses import LayerLosses
 from tdecomp.moments import Moments
+from tdecomp.parallel import each, on_cpu
 from tdecomp.plans import Plan, planned_row
 from tdecomp.ranks import ByLayer, Candidate, Choice, RankSelector, get_selector
 from tdecomp.ranks.breakeven import by_parameters
@@ -157,16 +159,17 @@ def plan_from(
     whole = Cost(everything, None if seen is None else seen.total_macs)
     rest = whole - total(c[0].before for c in candidates)
     # Without any layer to choose for, too: a budget for the whole model has to say that it fails.
-    ready = _with_progress(candidates, selector, source.progress)
+    if selector.weighs_layers:
+        _fit_options(open_sites, candidates, moments, source.progress)
     timed = None
     if times is None:
-        selected = selector.select(ready, rest)
+        selected = selector.select(candidates, rest)
     else:
         timed = TimedChoice(
             model,
             example_inputs,
             open_sites,
-            ready,
+            candidates,
             by_name,
             selector,
             rest,
@@ -201,15 +204,33 @@ def _expected_error(
     return choice.error if error is None else error
 
 
-def _with_progress(
-    candidates: Sequence[Sequence[Candidate]], selector: RankSelector, progress: bool
-) -> Sequence[Sequence[Candidate]]:
+def _fit_options(
+    sites: Sequence[Site],
+    candidates: Sequence[Sequence[Candidate]],
+    moments: Moments | None,
+    progress: bool,
+) -> None:
     """Fit what a selector that weighs layers is going to ask for, with a bar."""
-    if selector.weighs_layers:
-        for layer in tqdm(candidates, desc="plan", unit="layer", disable=not progress):
-            for one in layer:
-                one.options()
-    return candidates
+
+    def fit(layer: tuple[Site, Sequence[Candidate]]) -> None:
+        for one in layer[1]:
+            one.options()
+
+    def size(layer: tuple[Site, Sequence[Candidate]]) -> int:
+        return entries(layer[0], moments)
+
+    with tqdm(total=len(sites), desc="plan", unit="layer", disable=not progress) as bar:
+        layers = list(zip(sites, candidates, strict=True))
+        each(fit, layers, size=size, done=lambda _layer, _none: bar.update())
+
+
+def entries(site: Site, moments: Moments | None) -> int:
+    """How many numbers a fit of this layer works on; 0 where they are not the processor's."""
+    weight, spec = site.module.weight, site.spec
+    assert isinstance(weight, nn.Parameter)
+    if moments is None or spec is None or site.name not in moments:
+        return on_cpu(weight)
+    return max(on_cpu(weight), spec.fan_in**2) if on_cpu(weight) else 0
 
 
 def _check_entries(
@@ -235,6 +256,8 @@ def check_weight(site: Site) -> None:
                 f"layer {site.name!r} ({site.spec}): its {name} is on the meta device and has no "
                 "values; load the weights first (model.to_empty(device=...), load_state_dict)"
             )
+        if math.isfinite(float(parameter.detach().sum())):
+            continue  # nothing that is not finite leaves a sum finite, and sums are fast
         if not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise ValueError(

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import tdecomp
+from tdecomp import parallel
 from tdecomp.chain import Chain
-from tdecomp.decomposers import tucker2
+from tdecomp.decomposers import Decomposer, cp
 from tdecomp.tracing import as_call
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
@@ -244,7 +245,7 @@ def test_the_result_does_not_depend_on_the_global_seed(method):
 
 def test_the_backend_is_set_for_this_thread_only(monkeypatch):
     seen = []
-    original = tucker2.partial_tucker
+    original = cp.parafac
 
     def fit(*args, **kwargs):
         thread = threading.Thread(target=lambda: seen.append(tensorly.get_backend()))
@@ -253,9 +254,9 @@ def test_the_backend_is_set_for_this_thread_only(monkeypatch):
         seen.append(tensorly.get_backend())
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(tucker2, "partial_tucker", fit)
-    decompose(MODELS["conv"].build(), "tucker2")
-    assert seen == ["numpy", "pytorch"]
+    monkeypatch.setattr(cp, "parafac", fit)
+    decompose(MODELS["conv"].build(), "cp")
+    assert seen[:2] == ["numpy", "pytorch"]
 
 
 def test_the_backend_is_restored_after_a_failure(monkeypatch):
@@ -263,10 +264,59 @@ def test_the_backend_is_restored_after_a_failure(monkeypatch):
         assert tensorly.get_backend() == "pytorch"
         raise RuntimeError("no")
 
-    monkeypatch.setattr(tucker2, "partial_tucker", fail)
+    monkeypatch.setattr(cp, "parafac", fail)
     with pytest.raises(ValueError, match="RuntimeError: no"):
-        decompose(MODELS["conv"].build(), "tucker2")
+        decompose(MODELS["conv"].build(), "cp")
     assert tensorly.get_backend() == "numpy"
+
+
+# Side by side ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(parallel, "_LITTLE", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("rank", [2, "vbmf", tdecomp.Budget(params=0.6)], ids=str)
+def test_layers_side_by_side_are_those_one_by_one(monkeypatch, rank):
+    methods = METHODS if rank == 2 else ("lowrank", "tucker2", "svd")
+    results = [decompose(MODELS["nested"].build(), methods, rank) for _ in range(2)]
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(parallel, "_ALONE", 0)
+    results.append(decompose(MODELS["nested"].build(), methods, rank))
+    for result in results[1:]:
+        assert [row.name for row in result.report] == [row.name for row in results[0].report]
+        assert [row.rank for row in result.plan] == [row.rank for row in results[0].plan]
+        for one, other in zip(
+            result.model.parameters(), results[0].model.parameters(), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    for one, other in zip(
+        results[1].model.parameters(), results[0].model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_fit_that_fails_beside_others_names_its_layer(monkeypatch):
+    model = MODELS["nested"].build()
+    names = [row.name for row in decompose(model).report if row.method is not None]
+    usual = Decomposer.factorize
+
+    def factorize(self, weight, *args, **options):
+        if weight is model.get_submodule(names[1]).weight:
+            raise RuntimeError("no")
+        return usual(self, weight, *args, **options)
+
+    monkeypatch.setattr(Decomposer, "factorize", factorize)
+    with unchanged(model), pytest.raises(ValueError, match=f"layer '{names[1]}'.*RuntimeError: no"):
+        decompose(model)
 
 
 # The bar -----------------------------------------------------------------------------------------

@@ -163,6 +163,25 @@ def test_a_hopeless_method_is_fitted_once_only(monkeypatch):
     assert losses.options(get_decomposer("lowrank"))
 
 
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 9), (6, 3), (12, 12)])
+def test_no_fit_loses_less_than_singular_values_say(ranks):
+    losses, tucker2 = losses_of(convnet(), "3", ["tucker2"]), get_decomposer("tucker2")
+    loss, _ = losses.fit(tucker2, ranks)
+    assert losses.least(tucker2, ranks) <= loss + 1e-6
+    assert losses.least(get_decomposer("lowrank"), 3) is None
+
+
+def test_singular_values_say_that_a_method_is_hopeless_without_a_fit(monkeypatch):
+    fits = []
+    monkeypatch.setattr(LayerLosses, "_fit_now", lambda *_: fits.append(1))
+    # A matrix: Tucker-2 is the SVD with a core that costs and gains nothing.
+    model = nn.Sequential(nn.Conv2d(96, 80, 1, bias=False))
+    losses = losses_of(model, "0", ["tucker2", "svd"])
+    assert losses.options(get_decomposer("tucker2")) == []
+    assert losses.options(get_decomposer("svd"))
+    assert not fits
+
+
 class Listed(tdecomp.SVD):
     """Not hashable, as a plain dataclass with options is not."""
 

@@ -72,8 +72,9 @@ def test_examples_in_docstrings(name):
 
 # A file imports only from the lines above its own, or from its own line in this order.
 ORDER = (
-    "layer", "chain", "cost", "filters", "tracing", "sites", "linalg", "regression", "patches",
-    "batches", "augment", "moments.layer", "moments.accumulator", "moments.*", "moments",
+    "layer", "chain", "cost", "filters", "tracing", "sites", "parallel", "linalg",
+    "regression", "patches", "batches", "augment",
+    "moments.layer", "moments.accumulator", "moments.*", "moments",
     "calibration", "source",
     "decomposers.base", "decomposers.*", "decomposers",
     "ranks.base", "ranks.evb", "ranks.spectral", "ranks.*", "ranks",

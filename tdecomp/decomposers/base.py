@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdecomp.chain import Chain, Rank
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import Spectrum, frobenius_norm, spectrum, undisturbed
+from tdecomp.linalg import Spectrum, frobenius_norm, spectra, undisturbed
 from tdecomp.regression import SecondMoment
 
 # Of iterative fits that only say what a rank would lose.
@@ -226,7 +226,7 @@ class Decomposer(ABC):
             per_group = [self.unfoldings(k) for k in self.group_kernels(weight.detach(), spec)]
             if per_group[0] is None:
                 return None
-            return tuple(spectrum(matrices) for matrices in zip(*per_group, strict=True))
+            return tuple(spectra(list(zip(*per_group, strict=True))))
 
     def build(
         self,
@@ -291,7 +291,10 @@ class Decomposer(ABC):
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
-    weight, approximation = weight.detach().double(), approximation.detach().double()
+    weight, approximation = weight.detach(), approximation.detach()
+    if torch.float64 not in (weight.dtype, approximation.dtype):
+        # A difference of float32 numbers is known to as many digits as they are.
+        weight, approximation = weight.float(), approximation.float()
     return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
 
 

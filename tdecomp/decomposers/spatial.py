@@ -20,8 +20,8 @@ from tdecomp.decomposers.base import (
     check_iteration,
 )
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import truncated_svd
-from tdecomp.regression import Features, SecondMoment, nested_losses, variable_projection
+from tdecomp.linalg import tails, truncated_svd
+from tdecomp.regression import Features, SecondMoment, variable_projection
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,7 @@ class Spatial(Decomposer):
     ) -> Tensor | None:
         if moment is not None or importance is not None:
             return None  # only in the norm of the weights are the best fits nested
-        matrix = _matrix(kernel)
-        gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-        return nested_losses(gram, min(matrix.shape))
+        return tails(_matrix(kernel))
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> SpatialFactors:
         return SpatialFactors(*stage_weights)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdecomp.chain import Rank
 from tdecomp.decomposers.base import Decomposer, Factors
 from tdecomp.layer import LayerSpec
-from tdecomp.linalg import truncated_svd
+from tdecomp.linalg import tails, truncated_svd
 from tdecomp.regression import SecondMoment, leading_outputs, nested_losses
 
 
@@ -119,6 +119,8 @@ output_padding=(), groups=1, padding_mode='zeros', bias=False, transposed=False)
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
     ) -> Tensor:
         matrix = kernel.flatten(1)
+        if moment is None and importance is None:
+            return tails(matrix)
         outputs = matrix @ matrix.T if moment is None else moment.between(matrix)
         return nested_losses(outputs, min(matrix.shape), importance)
 

@@ -59,6 +59,34 @@ class CPCase(DecomposerCase):
         norms = torch.stack([factor.norm(dim=0) for factor in again.factors])  # (modes, R)
         assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
 
+    @pytest.mark.parametrize("kind", ["gaussian", "falling"])
+    def test_quick_makes_fewer_sweeps_and_loses_little(self, kind, monkeypatch):
+        spec = LayerSpec.of(nn.Conv2d(48, 40, 3))
+        weight = self.weight(spec)
+        if kind == "falling":
+            u, _, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+            weight = ((u * torch.arange(1.0, 41.0) ** -0.5) @ vh).reshape_as(weight)
+        original, errors, sweeps = cp.parafac, {}, {}
+        for effort in ("balanced", "quick"):
+            made = []
+
+            def count(*args, made=made, **options):
+                found = original(*args, **options)
+                made.append(len(found[1]))
+                return found
+
+            monkeypatch.setattr(cp, "parafac", count)
+            method = type(self.decomposer)(effort=effort)
+            errors[effort] = distance(method.factorize(weight, spec, 16).to_kernel(), weight)
+            sweeps[effort] = sum(made)
+        assert errors["quick"] <= 1.03 * errors["balanced"]
+        assert sweeps["quick"] <= 0.7 * sweeps["balanced"]
+
+    @pytest.mark.parametrize("effort", ["slow", "", None, 1, ["quick"]])
+    def test_unknown_effort(self, effort):
+        with pytest.raises(ValueError, match="expected effort to be 'balanced' or 'quick', got"):
+            replace(self.decomposer, effort=effort)
+
     def test_balancing_keeps_the_kernel(self):
         fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, 3)
         (factors,) = fitted.groups

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+import tensorly
+import torch
+from tensorly.decomposition import partial_tucker
 from torch import nn
 
 from tdecomp.decomposers import Tucker2
+from tdecomp.decomposers import tucker2 as module
 from tdecomp.layer import LayerSpec
 from tests.decomposers.oracle import ExactMethodCase, distance, middle
 from tests.geometries import geometries
@@ -95,3 +99,43 @@ class TestTucker2(ExactMethodCase):
         weight = (right @ weight.transpose(0, 1).flatten(1)).reshape(8, 9, 3, 3).transpose(0, 1)
         kernel = Tucker2().factorize(weight, spec, ranks).to_kernel()
         assert distance(kernel, weight) < 1e-10
+
+    @pytest.mark.parametrize("ranks", [(4, 6), (10, 3), (15, 20)])
+    @pytest.mark.parametrize("falling", [0.0, 0.5, 2.0])
+    def test_as_good_as_partial_tucker(self, ranks, falling):
+        spec = LayerSpec.of(nn.Conv2d(16, 24, 3))
+        weight = self.weight(spec)
+        weight = weight * torch.arange(1.0, 17.0).reshape(1, 16, 1, 1) ** -falling
+        into, out = ranks
+        with tensorly.backend_context("pytorch"):
+            (core, factors), _ = partial_tucker(weight, [out, into], modes=[0, 1], init="svd")
+            plain = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
+        ours = Tucker2().factorize(weight, spec, ranks).to_kernel()
+        assert distance(ours, weight) <= 1.001 * distance(plain, weight)
+
+    def test_a_start_that_is_as_good_as_any_is_not_swept(self, monkeypatch):
+        calls = []
+        original = module.leading_vectors
+
+        def count(*args):
+            calls.append(args)
+            return original(*args)
+
+        monkeypatch.setattr(module, "leading_vectors", count)
+        spec = LayerSpec.of(nn.Conv2d(12, 10, 1))  # a matrix: both unfoldings are the same one
+        weight = self.weight(spec)
+        kernel = Tucker2().factorize(weight, spec, (4, 4)).to_kernel()
+        assert len(calls) == 2
+        squares = torch.linalg.svdvals(weight.flatten(1)) ** 2
+        best = (squares[4:].sum() / squares.sum()).sqrt().item()
+        assert distance(kernel, weight) == pytest.approx(best, rel=1e-10)
+
+    def test_one_sweep_more_loses_no_more(self):
+        spec = LayerSpec.of(nn.Conv2d(16, 24, 3))
+        weight = self.weight(spec)
+        errors = [
+            distance(Tucker2(n, tol=0.0).factorize(weight, spec, (5, 7)).to_kernel(), weight)
+            for n in (1, 2, 4, 8, 50)
+        ]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[0] > errors[2] > errors[-1]
