@@ -1,47 +1,47 @@
 """Ranks and fits of single kernels, against the same made plainly with NumPy and TensorLy.
 
-Each pair is timed one after the other, ours first and theirs first by turns, and judged by the same
-relative error. Kernels are Gaussian, which is the slow case for all (nothing stands out), or have a
-spectrum that falls as those of trained layers do.
+Both ways are judged by the same relative error. Kernels are Gaussian, which is the slow case for
+all (nothing stands out), or have a spectrum that falls as those of trained layers do.
 """
 
-import argparse
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import tensorly
 import torch
-from tabulate import tabulate
 from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor
 
-from benchmarks.machine import describe_machine, describe_versions
-from tdecomp.decomposers.base import get_decomposer, relative_error
+from benchmarks.pairs import in_turns, row
+from tdecomp.decomposers import CPSeparable
+from tdecomp.decomposers.base import Decomposer, get_decomposer, relative_error
 from tdecomp.layer import LayerSpec
 from tdecomp.ranks.evb import evb_rank
 
 KERNELS = ("gaussian", "falling")
+Found = Tensor | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What was found, a kernel or ranks, and how long it took."""
+class Way:
+    """One of our ways to solve a problem, and what it must reach against the plain one."""
 
-    seconds: float
-    found: Tensor | tuple[int, ...]
+    find: Callable[[Tensor], Found]
+    times_faster: float
+    worse: float | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line: a problem, and the two ways to solve it."""
+    """A problem, our ways to solve it by what is added to its title, and the plain one."""
 
     title: str
     channels: int
-    ours: Callable[[Tensor], Tensor | tuple[int, ...]]
-    theirs: Callable[[Tensor], Tensor | tuple[int, ...]]
+    ours: Mapping[str, Way]
+    plain: Callable[[Tensor], Found]
 
 
 def kernel(channels: int, kind: str) -> Tensor:
@@ -61,7 +61,7 @@ def _spec(weight: Tensor) -> LayerSpec:
     )
 
 
-def _fitted(method: str, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def _fitted(method: str | Decomposer, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     decomposer = get_decomposer(method)
     return lambda weight: decomposer.factorize(weight, _spec(weight), rank).to_kernel()
 
@@ -72,7 +72,8 @@ def _vbmf(weight: Tensor) -> tuple[int, ...]:
     return tuple(evb_rank(s.squares[0], s.shape).rank for s in spectra)
 
 
-def _vbmf_by_full_svd(weight: Tensor) -> tuple[int, ...]:
+def vbmf_by_full_svd(weight: Tensor) -> tuple[int, ...]:
+    """Both ranks of Tucker-2, by the full SVDs of the usual EVBMF code."""
     ranks = []
     for mode in (1, 0):
         matrix = weight.movedim(mode, 0).flatten(1).numpy()
@@ -94,77 +95,65 @@ def _parafac(rank: int, *, joined: bool) -> Callable[[Tensor], Tensor]:
     return fit
 
 
-def _partial_tucker(ranks: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    def fit(weight: Tensor) -> Tensor:
-        with tensorly.backend_context("pytorch"):
-            (core, factors), _ = partial_tucker(weight, rank=list(ranks), modes=[0, 1], init="svd")
-            found: Tensor = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
-        return found
+def plain_tucker2(weight: Tensor, ranks: tuple[int, int]) -> Tensor:
+    """TensorLy's, at the ranks (in, out), multiplied back."""
+    with tensorly.backend_context("pytorch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
+        (core, factors), _ = partial_tucker(
+            weight, rank=list(ranks[::-1]), modes=[0, 1], init="svd"
+        )
+        found: Tensor = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
+    return found
 
-    return fit
+
+def _separable(channels: int, rank: int) -> Case:
+    quick = CPSeparable(effort="quick")
+    ways = {
+        "": Way(_fitted("cp-separable", rank), 10, 1.01),
+        ", quick": Way(_fitted(quick, rank), 20, 1.03),
+    }
+    plain = _parafac(rank, joined=False)
+    return Case(f"cp-separable, {channels} at {rank}", channels, ways, plain)
+
+
+def _joint(channels: int, rank: int) -> Case:
+    ways = {"": Way(_fitted("cp", rank), 5, 1.01)}
+    return Case(f"cp, {channels} at {rank}", channels, ways, _parafac(rank, joined=True))
 
 
 CASES = (
-    Case("VBMF ranks, 512", 512, _vbmf, _vbmf_by_full_svd),
-    Case("tucker2, 512 at (170, 170)", 512, _fitted("tucker2", (170, 170)),
-         _partial_tucker((170, 170))),
-    Case("cp-separable, 256 at 85", 256, _fitted("cp-separable", 85), _parafac(85, joined=False)),
-    Case("cp, 256 at 85", 256, _fitted("cp", 85), _parafac(85, joined=True)),
-    Case("cp-separable, 512 at 170", 512, _fitted("cp-separable", 170),
-         _parafac(170, joined=False)),
-    Case("cp, 512 at 170", 512, _fitted("cp", 170), _parafac(170, joined=True)),
-)  # fmt: skip
+    Case("VBMF ranks, 512", 512, {"": Way(_vbmf, 50)}, vbmf_by_full_svd),
+    Case(
+        "tucker2, 512 at (170, 170)",
+        512,
+        {"": Way(_fitted("tucker2", (170, 170)), 3, 1.001)},
+        partial(plain_tucker2, ranks=(170, 170)),
+    ),
+    _separable(256, 85),
+    _joint(256, 85),
+    _separable(512, 170),
+    _joint(512, 170),
+)
 
 
-def _timed(find: Callable[[Tensor], Tensor | tuple[int, ...]], weight: Tensor) -> Fit:
-    start = time.perf_counter()
-    found = find(weight)
-    return Fit(time.perf_counter() - start, found)
-
-
-def measure(case: Case, kind: str, repeats: int) -> list[str]:
-    """One row: times, their ratio, and what came out of both."""
-    weight = kernel(case.channels, kind)
-    pairs = []
-    for i in range(repeats):
-        order = (case.ours, case.theirs) if i % 2 == 0 else (case.theirs, case.ours)
-        fits = [_timed(find, weight) for find in order]
-        pairs.append(fits if i % 2 == 0 else fits[::-1])
-    ours, theirs = pairs[0]
-    ratio = float(np.median([b.seconds / a.seconds for a, b in pairs]))
-    return [
-        case.title,
-        kind,
-        *(f"{np.median([fit.seconds for fit in side]):.2f}" for side in zip(*pairs, strict=True)),
-        f"{ratio:.1f}",
-        _told(ours.found, weight),
-        _told(theirs.found, weight),
-    ]
-
-
-def _told(found: Tensor | tuple[int, ...], weight: Tensor) -> str:
-    if isinstance(found, tuple):
-        return str(found)
-    return f"{relative_error(weight, found):.4f}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one row per problem and kind of kernel."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_fits", description=__doc__)
-    parser.add_argument("--repeat", type=int, default=3, help="pairs of each problem (3)")
-    parser.add_argument("--only", default="", help="problems whose title holds this")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    options = parser.parse_args(arguments)
-    headers = ["512×512×3×3 and less", "kernel", "s", "s, plain", "times faster", "found", "plain"]
-    rows = []
+def rows(only: str, repeats: int, kernels: tuple[str, ...] = KERNELS) -> Iterator[list[str]]:
+    """One line per problem, way and kind of kernel, of the problems whose title holds `only`."""
     for case in CASES:
-        for kind in options.kernels:
-            if options.only in case.title:
-                rows.append(measure(case, kind, options.repeat))
-                print(tabulate(rows[-1:], headers, disable_numparse=True), flush=True)
-    print("\n" + tabulate(rows, headers, disable_numparse=True))
-    print(", ".join(f"{k} {v}" for k, v in (describe_machine() | describe_versions()).items()))
+        for kind in kernels if only in case.title else ():
+            yield from _measured(case, kind, repeats)
 
 
-if __name__ == "__main__":
-    main()
+def _measured(case: Case, kind: str, repeats: int) -> Iterator[list[str]]:
+    weight = kernel(case.channels, kind)
+    ways = {name: partial(way.find, weight) for name, way in case.ours.items()}
+    for name, sides in in_turns(ways, partial(case.plain, weight), repeats).items():
+        way, title = case.ours[name], case.title + name
+        if isinstance(sides.found, tuple):
+            told = (str(sides.found), str(sides.found_plainly))
+            yield row(title, kind, sides, at_least=way.times_faster, found=told)
+            continue
+        errors = (
+            relative_error(weight, sides.found),
+            relative_error(weight, sides.found_plainly),
+        )
+        yield row(title, kind, sides, at_least=way.times_faster, errors=errors, worse=way.worse)

@@ -19,6 +19,7 @@ from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 from torch import Tensor
 
 from tdecomp.parallel import each, on_cpu
+from tdecomp.sketch import sketched
 
 # Columns that are turned to float64 at a time when a Gram matrix is summed up.
 _GRAM_CHUNK = 8192
@@ -133,7 +134,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     (torch.Size([4, 2]), torch.Size([2]), torch.Size([2, 4]))
 
     Of a float32 matrix they come from the Gram matrix of its smaller side, in float64, so that
-    squaring the singular values loses nothing that float32 could tell.
+    squaring the singular values loses nothing that float32 could tell; for a low rank of a large
+    one from a sketch, as far as that is as good.
 
     Raises
     ------
@@ -154,8 +156,10 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] > matrix.shape[1]:
         v, s, uh = _gram_svd(matrix.T, rank)
         return uh.T, s, v.T
-    vectors = torch.linalg.eigh(_gram(matrix)).eigenvectors
-    u = vectors.flip(1)[:, :rank].to(matrix.dtype)  # (rows, rank)
+    u = sketched(matrix, rank)  # (rows, rank)
+    if u is None:
+        vectors = torch.linalg.eigh(_gram(matrix)).eigenvectors
+        u = vectors.flip(1)[:, :rank].to(matrix.dtype)
     projected = u.T @ matrix  # (rank, columns)
     s = projected.norm(dim=1)
     return u, s, projected / torch.where(s > 0, s, 1.0)[:, None]

@@ -72,7 +72,7 @@ def test_examples_in_docstrings(name):
 
 # A file imports only from the lines above its own, or from its own line in this order.
 ORDER = (
-    "layer", "chain", "cost", "filters", "tracing", "sites", "parallel", "linalg",
+    "layer", "chain", "cost", "filters", "tracing", "sites", "parallel", "sketch", "linalg",
     "regression", "patches", "batches", "augment",
     "moments.layer", "moments.accumulator", "moments.*", "moments",
     "calibration", "source",
