@@ -23,6 +23,7 @@ from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.models import DEFAULT, TORCHVISION, InputFormat, input_format, load_model
 from benchmarks.settings import BUDGET, GROUPS, RANK_SYNTAX, Setting, parse_rank
 from benchmarks.table import format_table
+from benchmarks.verdict import verdict
 
 DEFAULT_MODEL = "digits_vgg"
 DEFAULT_METHODS = ("cp", "cp-separable", "tucker2", "lowrank")
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print()
     for note in (*_notes(job, comparison), *_refusals(comparison)):
         print(f"* {note}")
+    print(f"\n{verdict(comparison.measurements)}\n")
     for path in write(options, job, comparison):
         print(f"written: {path}")
 
@@ -243,6 +245,7 @@ def write(options: argparse.Namespace, job: Job, comparison: Comparison) -> tupl
         "settings": [setting.label for setting in job.settings],
         "protocol": vars(job.protocol),
         "notes": list(_notes(job, comparison)),
+        "verdict": verdict(comparison.measurements),
         "refused": comparison.refused,
         "measurements": [m.to_dict() for m in comparison.measurements],
     }

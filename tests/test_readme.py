@@ -13,9 +13,15 @@ CODE, OUTPUT = re.findall(
     r"```(?:python)?\n(import torch, tdecomp.*?|layer +method.*?)```", README, re.S
 )
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-LATER, PIPELINE, STEPS, COMPOSER = (
+LATER, PIPELINE, STEPS, TIMES, COMPOSER = (
     next(block for block in BLOCKS if block.startswith(start))
-    for start in ("plan = tdecomp.plan", "from benchmarks.data", "moments = ", "from torch import")
+    for start in (
+        "plan = tdecomp.plan",
+        "from benchmarks.data",
+        "moments = ",
+        "times = ",
+        "from torch import",
+    )
 )
 
 
@@ -55,6 +61,8 @@ def test_the_examples_with_data_run() -> None:
         )  # fmt: skip
         exec(PIPELINE, names)
         exec(STEPS, names)
+        exec(TIMES, names)
+    assert "of the original's" in printed.getvalue()
     assert "output error" in printed.getvalue()
     assert "refit: output error" in printed.getvalue()
     assert "distill: output error" in printed.getvalue()
@@ -67,6 +75,6 @@ def test_the_example_for_users_of_composer_runs() -> None:
 
 
 def test_every_block_is_run_but_the_sketch_of_a_method() -> None:
-    assert set(BLOCKS) - {CODE, LATER, PIPELINE, STEPS, COMPOSER} == {
+    assert set(BLOCKS) - {CODE, LATER, PIPELINE, STEPS, TIMES, COMPOSER} == {
         block for block in BLOCKS if block.startswith("@tdecomp.register")
     }
