@@ -1,8 +1,8 @@
 """When does each method pay: measured time against MACs, over sizes of layers.
 
-Single 3×3 convolutions with as many outputs as inputs, in channels_last, and their chains at several
-ranks, timed by turns. Below the dashed line time falls as fast as MACs do; above 1 the chain is
-slower than the layer.
+Single 3×3 convolutions with as many outputs as inputs, in channels_last, and their chains at
+several ranks, timed by turns. On the dashed line time falls as fast as MACs do; above 1 the chain
+is slower than the layer.
 
     python -m benchmarks.pays
 """
@@ -69,10 +69,10 @@ def measure(channels: int, side: int, batch: int, multiple: int, count: int) -> 
     )
     shares = seconds[:, 1:] / seconds[:, :1]
     whole = chain_cost((spec,), (call,)).deciding
-    for (method, rank, stages), column in zip(chains, shares.T, strict=True):
+    for (method, at, stages), column in zip(chains, shares.T, strict=True):
         low, median, high = np.percentile(column, [25, 50, 75]).tolist()
         macs = chain_cost(stages, (call,)).deciding / whole
-        yield Point(channels, side, batch, method, rank, macs, median, low, high)
+        yield Point(channels, side, batch, method, at, macs, median, low, high)
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
@@ -84,11 +84,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
             axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
             axes.axhline(1.0, color="grey", linewidth=1)
             for method, colour, marker in zip(METHODS, COLOURS, MARKERS, strict=False):
-                mine = [
-                    p
-                    for p in points
-                    if (p.channels, p.batch, p.method) == (channels, batch, method)
-                ]
+                mine = _of(points, channels, batch, method)
                 axes.plot(
                     [p.macs for p in mine],
                     [p.time for p in mine],
@@ -120,15 +116,18 @@ def at_half(points: Sequence[Point]) -> Mapping[str, list[str]]:
         for channels, side in SIZES:
             columns["layer"].append(f"{channels}, {side}×{side}, batch {batch}")
             for method in METHODS:
-                mine = sorted(
-                    (p.macs, p.time)
-                    for p in points
-                    if (p.channels, p.batch, p.method) == (channels, batch, method)
-                )
-                inside = mine and mine[0][0] <= 0.5 <= mine[-1][0]
-                cell = f"{np.interp(0.5, *zip(*mine, strict=True)):.2f}" if inside else "–"
+                mine = _of(points, channels, batch, method)
+                macs, times = [p.macs for p in mine], [p.time for p in mine]
+                inside = bool(mine) and macs[0] <= 0.5 <= macs[-1]
+                cell = f"{float(np.interp(0.5, macs, times)):.2f}" if inside else "–"
                 columns.setdefault(method, []).append(cell)
     return columns
+
+
+def _of(points: Sequence[Point], channels: int, batch: int, method: str) -> list[Point]:
+    """The points of one line, by MACs."""
+    mine = [p for p in points if (p.channels, p.batch, p.method) == (channels, batch, method)]
+    return sorted(mine, key=lambda point: point.macs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,29 +9,20 @@ from torch import nn
 
 from tdecomp.cost import Cost
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.latency import Profile, Speed, compare
-from tdecomp.latency.layers import random_weights
+from tdecomp.latency import Profile, Speed
 from tdecomp.latency.pairs import Pair, Pairs
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 from tdecomp.report import Row
 from tdecomp.sites import Site
-from tdecomp.surgery import copy_with
 from tdecomp.timed.in_model import InModel, Point
+from tdecomp.timed.prices import plain_choices, quick_choices
+from tdecomp.timed.rehearsal import Rehearsal
 
 # Choices that are timed as a whole model, at most, and how close to what was asked for is enough.
 _REHEARSALS = 5
 _CLOSE = 0.025
 # What is aimed for, so that the scatter of a measurement does not make a miss of it.
 _AIM = 0.985
-# Rounds in which the whole is timed: first, and again where that scatters by more than is to be
-# saved, for which even a budget near 1 counts as so much.
-_ROUNDS = (9, 27)
-_LEAST_SAVING = 0.05
-# What a budget with `only_if_faster` gives of its loss for time, and how the price is searched for:
-# in decimal logarithms, relative to the loss over the time of all layers.
-_GIVEN = 0.3
-_PRICES = (-3.0, 2.0)
-_BISECTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -82,9 +73,13 @@ class TimedChoice:
     only_if_faster: bool
     guard: Callable[[Choice], Choice]
     _pairs: Pairs = field(init=False)
+    _rehearsal: Rehearsal = field(init=False)
 
     def __post_init__(self) -> None:
         self._pairs = Pairs(self.model, self.profile)
+        self._rehearsal = Rehearsal(
+            self.model, self.example_inputs, self.profile, self.selector.latency
+        )
 
     def best(self) -> Timed:
         """The better of what was found in each layout.
@@ -170,7 +165,7 @@ class TimedChoice:
         selector = self._for_layout(layout, known)
         while True:
             try:
-                choices = [self.guard(c) for c in self._select(selector, candidates, remaining)]
+                choices = self._selected(selector, candidates, remaining)
             except ValueError as error:
                 choices = self._fastest(candidates, layout, error)
             pairs = [self._pair(s, c, layout) for s, c in zip(self.sites, choices, strict=True)]
@@ -188,31 +183,20 @@ class TimedChoice:
             for site, pair, whole in zip(self.sites, pairs, before, strict=True)
         }
         rest = max(0.0, self.profile.whole[layout].median - sum(before))
-        return Timed(choices, seconds, self._rehearsed(choices, layout), rest)
+        speed = self._rehearsed(choices, layout)
+        if self.only_if_faster and (speed.predicted or 1.0) > 1:
+            reason = f"the model with such chains takes {speed.predicted:.2f} of its time"
+            choices = [c if c.candidate is None else Choice(reason=reason) for c in choices]
+            seconds = {site.name: (t, t) for site, t in zip(self.sites, before, strict=True)}
+            speed = self._rehearsed(choices, layout)
+        return Timed(choices, seconds, speed, rest)
 
-    def _select(
+    def _selected(
         self, selector: RankSelector, candidates: Sequence[Sequence[Candidate]], rest: Cost
     ) -> list[Choice]:
-        """What the selector takes; to be faster, a budget gives a little of what it keeps.
-
-        The highest price of time is found by bisection at which that little is not exceeded.
-        """
-        free = selector.select(candidates, rest)
-        if not (self.only_if_faster and selector.weighs_layers and selector.latency is None):
-            return free
-        lost = sum(choice.loss for choice in free)
-        seconds = sum(candidates[0].before.latency or 0.0 for candidates in candidates)
-        best, (low, high) = free, _PRICES
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            price = 10**middle * lost / seconds if seconds > 0 else 0.0
-            found = selector.select([[_priced(c, price) for c in o] for o in candidates], rest)
-            chosen = [replace(choice, loss=_true_loss(choice, price)) for choice in found]
-            if sum(choice.loss for choice in chosen) <= (1 + _GIVEN) * lost:
-                best, low = chosen, middle
-            else:
-                high = middle
-        return best
+        in_macs = selector.weighs_layers and selector.latency is None
+        choose = quick_choices if self.only_if_faster and in_macs else plain_choices
+        return [self.guard(choice) for choice in choose(selector, candidates, rest)]
 
     def _not_worth_it(self, pair: Pair) -> bool:
         if self.only_if_faster:
@@ -238,6 +222,11 @@ class TimedChoice:
         What a budget takes for impossible may be possible: the rest of a model takes less than
         what its layers leave of it.
         """
+        if self.only_if_faster and self.selector.latency is None:
+            raise ValueError(
+                f"{error}. With only_if_faster=True a chain that is not measurably faster than its "
+                "layer does not count"
+            ) from error
         others = (getattr(self.selector, name, None) for name in ("macs", "params"))
         if self.selector.latency is None or any(share is not None for share in others):
             raise error
@@ -308,68 +297,8 @@ class TimedChoice:
             if choice.candidate is not None and choice.rank is not None:
                 assert site.spec is not None
                 decomposer = self.decomposers[choice.candidate.method]
-                chain = decomposer.build_like(site.module, site.spec, choice.rank)
-                random_weights(chain)
-                chains[site.module] = chain
-        before = self.profile.best_layout
-        if not chains:
-            seconds = self.profile.whole[before].median
-            nothing = Speed(seconds, before, before, 1.0, compiled=self.profile.setting.compiled)
-            return replace(nothing, budget=self.selector.latency, tried=self.profile.layouts)
-        speed = self._told_from_noise(copy_with(self.model, chains), before, layout)
-        assert speed.measured is not None
-        return replace(
-            speed,
-            predicted=speed.measured.median,
-            budget=self.selector.latency,
-            tried=self.profile.layouts,
-        )
-
-    def _told_from_noise(self, changed: nn.Module, before: str, layout: str) -> Speed:
-        """The time of the whole, measured again for longer where it scatters too much."""
-        wanted = self.selector.latency
-        scatter = 0.0
-        for rounds in _ROUNDS:
-            speed = compare(
-                self.model,
-                changed,
-                self.example_inputs,
-                ((before,), (layout,)),
-                compiled=self.profile.setting.compiled,
-                rounds=rounds,
-            )
-            assert speed.measured is not None
-            scatter = speed.measured.high - speed.measured.low
-            if wanted is None or scatter <= max(1 - wanted, _LEAST_SAVING):
-                return speed
-        assert wanted is not None
-        raise ValueError(
-            f"Budget(latency={wanted}): from one round to the next the times scatter by "
-            f"{scatter:.0%} of the original's, more than the {1 - wanted:.0%} that is to be saved, "
-            "so that a choice would be made on noise; expected a quieter machine: stop what else "
-            "runs, take fewer threads (torch.set_num_threads), or use Budget(macs=...)"
-        )
-
-
-def _priced(candidate: Candidate, price: float) -> Candidate:
-    """The candidate with the seconds that its options save as a gain, too."""
-    whole = candidate.before.latency or 0.0
-
-    def options() -> list[Option]:
-        return [
-            replace(o, loss=o.loss + price * ((o.cost.latency or 0.0) - whole))
-            for o in candidate.options()
-        ]
-
-    return replace(candidate, options=options)
-
-
-def _true_loss(choice: Choice, price: float) -> float:
-    if choice.candidate is None or choice.rank is None:
-        return 0.0
-    before = choice.candidate.before.latency or 0.0
-    after = choice.candidate.cost(choice.rank).latency or 0.0
-    return choice.loss - price * (after - before)
+                chains[site.module] = decomposer.build_like(site.module, site.spec, choice.rank)
+        return self._rehearsal.speed(chains, layout)
 
 
 def _without(candidate: Candidate, choice: Choice) -> Candidate:
