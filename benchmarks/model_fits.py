@@ -5,7 +5,6 @@ Peak memory is that of a process of its own that makes the model and decomposes 
 """
 
 import multiprocessing
-import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import tdecomp
 from benchmarks.kernel_fits import plain_tucker2, vbmf_by_full_svd
+from benchmarks.machine import peak_memory
 from benchmarks.pairs import in_turns, row
 from benchmarks.torchvision_import import import_torchvision
 from tdecomp.decomposers.base import get_decomposer
@@ -212,4 +212,4 @@ def _peak_in_own_process(case: Case) -> float:
 def _peak(case: int, threads: int) -> float:
     torch.set_num_threads(threads)
     CASES[case].ours(build(CASES[case].model, CASES[case].weights))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+    return peak_memory()
