@@ -62,13 +62,13 @@ class Factorization:
 
     def to_kernel(self) -> Tensor:
         """The kernel that the factors stand for, in the layer's own layout."""
-        kernel = torch.cat([factors.to_kernel() for factors in self.groups])
+        kernel = _joined([factors.to_kernel() for factors in self.groups])
         return self.spec.from_forward_layout(kernel)
 
     def stage_weights(self) -> tuple[Tensor, ...]:
         """One weight (out, in / groups, *kernel) for each stage, all groups together."""
         per_group = (factors.stage_weights() for factors in self.groups)
-        return tuple(torch.cat(weights) for weights in zip(*per_group, strict=True))
+        return tuple(_joined(weights) for weights in zip(*per_group, strict=True))
 
     def component_norms(self) -> float | None:
         """The sum over all groups, or None; see `Factors.component_norms`."""
@@ -319,6 +319,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, tuple):
         return tuple(_cast(item, dtype) for item in value)
     return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _as_tuple(rank: Rank) -> tuple[int, ...]:

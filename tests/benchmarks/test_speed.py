@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks import model_fits, speed
+from benchmarks.machine import peak_memory
 from benchmarks.pairs import HEADERS, Sides, in_turns, row
 
 
@@ -49,3 +50,10 @@ def test_the_table(monkeypatch, capsys):
     threads = torch.get_num_threads()
     speed.main(["--repeat", "1", "--sections", "kernels", "--threads", str(threads)])
     assert "a case" in capsys.readouterr().out
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_memory()
+    held = torch.ones(before // 4 + 10_000_000)
+    assert peak_memory() > before + 20_000_000
+    assert len(held) > 0
