@@ -151,11 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row)
         print("  ".join(row), flush=True)
 
-    for label in options.networks:
-        name, _, batch = label.partition(":")
-        for mode in options.modes:
-            for row in untrained(name, int(batch), mode):
-                show(row)
+    for mode in options.modes:
+        for label in options.networks:
+            name, _, batch = label.partition(":")
+            try:
+                for row in untrained(name, int(batch), mode):
+                    show(row)
+            except ValueError as error:  # too noisy, say: the other lines still stand
+                show([name, batch, mode, "", "", "", str(error)])
     for entry in options.weights:
         name, _, file = entry.partition("=")
         if options.data is None:
