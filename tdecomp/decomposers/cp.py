@@ -121,7 +121,7 @@ class Effort:
     coarser: float
 
 
-EFFORTS = {"balanced": Effort(10, 5, 1.0), "quick": Effort(3, 2, 30.0)}
+EFFORTS = {"balanced": Effort(5, 4, 1.0), "quick": Effort(3, 2, 30.0)}
 
 
 @dataclass(frozen=True)
