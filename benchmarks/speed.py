@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from tabulate import tabulate
 
-from benchmarks import kernel_fits, model_fits
+from benchmarks import kernel_fits, latency, model_fits
 from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.pairs import HEADERS
 
@@ -18,6 +18,8 @@ SECTIONS: Mapping[str, Callable[[str, int], Iterator[list[str]]]] = {
     "kernels": kernel_fits.rows,
     "models": model_fits.rows,
 }
+# Whole networks in measured time have a table of their own.
+_ALL = (*SECTIONS, "latency")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--only", default="", help="cases whose title holds this")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each side (3)")
-    parser.add_argument("--sections", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS))
+    parser.add_argument("--sections", nargs="+", choices=_ALL, default=_ALL)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     table = []
-    for section in options.sections:
+    for section in (name for name in options.sections if name in SECTIONS):
         for cells in SECTIONS[section](options.only, options.repeat):
             table.append(cells)
             told = zip(HEADERS, cells, strict=True)
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n" + tabulate(table, HEADERS, disable_numparse=True))
     facts = {**describe_machine(), **describe_versions(), "torch_threads": options.threads}
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    if "latency" in options.sections and not options.only:
+        latency.main([])
 
 
 if __name__ == "__main__":
