@@ -15,7 +15,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.methods import Methods, listed_methods
 from tdecomp.latency.layers import Stages, seconds_of, timed_ranks
 from tdecomp.latency.profile import Profile, model_in_words
-from tdecomp.latency.setting import LAYOUTS, Setting, layout_of
+from tdecomp.latency.setting import LAYOUTS, Setting, device_and_dtype, layout_of
 from tdecomp.latency.timing import Time
 from tdecomp.latency.whole import whole_times
 from tdecomp.layer import Call, LayerSpec
@@ -218,9 +218,3 @@ def _layouts(model: nn.Module, wanted: str | torch.memory_format | None) -> tupl
         f"profile: expected memory_format to be 'auto', one of {[*LAYOUTS]} or the torch "
         f"memory format, got {wanted!r}"
     )
-
-
-def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Those of the model's largest parameter."""
-    largest = max(model.parameters(), key=lambda parameter: parameter.numel())
-    return largest.device, largest.dtype

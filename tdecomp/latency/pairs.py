@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from torch import nn
 
 from tdecomp.latency.layers import Stages, seconds_of
-from tdecomp.latency.measuring import EFFORTS, device_and_dtype
+from tdecomp.latency.measuring import EFFORTS
 from tdecomp.latency.profile import Profile
-from tdecomp.latency.timing import Time
+from tdecomp.latency.setting import device_and_dtype
+from tdecomp.latency.timing import Time, ratio
 from tdecomp.layer import Call, LayerSpec
 
 _EFFORT = EFFORTS["default"]
@@ -50,19 +52,16 @@ class Pairs:
         key = (timed_in, (spec,), stages, tuple(calls))
         if key not in self._known:
             device, dtype = device_and_dtype(self.model)
-            seconds = sum(
-                seconds_of(
-                    [(spec,), stages],
-                    call,
-                    timed_in,
-                    device,
-                    dtype,
-                    rounds=_EFFORT.rounds,
-                    min_block=_EFFORT.min_block,
-                )
-                for call in calls
+            one = partial(
+                seconds_of,
+                [(spec,), stages],
+                layout=timed_in,
+                device=device,
+                dtype=dtype,
+                rounds=_EFFORT.rounds,
+                min_block=_EFFORT.min_block,
             )
+            seconds = np.sum([one(call=call) for call in calls], axis=0)
             before, after = np.median(seconds, axis=0).tolist()
-            ratio = Time.over(seconds[:, 1] / seconds[:, 0])  # type: ignore[index]
-            self._known[key] = Pair(before, after, ratio)
+            self._known[key] = Pair(before, after, ratio(seconds, 1, 0))
         return self._known[key]

@@ -45,14 +45,11 @@ class Setting:
     @classmethod
     def of(cls, model: nn.Module, *, compiled: bool = False) -> "Setting":
         """The setting in which this model would run now."""
-        kinds = Counter[tuple[str, torch.dtype]]()
-        for parameter in model.parameters():
-            kinds[parameter.device.type, parameter.dtype] += parameter.numel()
-        (device, dtype), _ = max(kinds.items(), key=lambda item: item[1])
-        machine = torch.cuda.get_device_name() if device == "cuda" else processor()
+        device, dtype = device_and_dtype(model)
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         return cls(
             machine,
-            device,
+            device.type,
             str(dtype).removeprefix("torch."),
             torch.get_num_threads(),
             compiled,
@@ -67,6 +64,14 @@ class Setting:
     def __str__(self) -> str:
         how = "compiled" if self.compiled else "eager"
         return f"{self.machine}, {self.dtype}, {self.threads} threads, {how}, torch {self.torch}"
+
+
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Those of most of a model's parameters."""
+    kinds = Counter[tuple[torch.device, torch.dtype]]()
+    for parameter in model.parameters():
+        kinds[parameter.device, parameter.dtype] += parameter.numel()
+    return max(kinds, key=lambda kind: kinds[kind])
 
 
 def processor() -> str:

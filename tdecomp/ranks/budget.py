@@ -19,6 +19,7 @@ from tdecomp.ranks.base import (
     RankSelector,
     is_share,
 )
+from tdecomp.ranks.ladder import last
 
 # In this order: the first is met by an exact search.
 _NAMES = ("latency", "macs", "params")
@@ -348,7 +349,7 @@ def _raised(
 
     if isinstance(rank, int):
         assert isinstance(candidate.max_rank, int)
-        return _last(rank, candidate.max_rank, fits)
+        return last(rank, candidate.max_rank, fits)
     assert isinstance(candidate.max_rank, tuple)
     ranks = list(rank)
     for i in reversed(range(len(ranks))):
@@ -356,13 +357,5 @@ def _raised(
         def fits_here(value: int, i: int = i) -> bool:
             return fits((*ranks[:i], value, *ranks[i + 1 :]))
 
-        ranks[i] = _last(ranks[i], candidate.max_rank[i], fits_here)
+        ranks[i] = last(ranks[i], candidate.max_rank[i], fits_here)
     return tuple(ranks)
-
-
-def _last(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The last whole number of a range that fits, where all up to it do; at least the first."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

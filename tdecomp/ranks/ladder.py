@@ -75,7 +75,7 @@ def rank_steps(
         where there are several ranks; 0 is rank 1.
     """
     if isinstance(largest, int):
-        most = _largest_within(largest, cost, limit)
+        most = last(0, largest, lambda rank: cost(rank).deciding <= limit)
         ranks: list[Rank] = list(_spaced(math.ceil(smallest * most), most, count))
     else:
         descent = _common_fractions(largest, cost, 2 * count)
@@ -86,14 +86,11 @@ def rank_steps(
     return sorted(paying, key=lambda rank: cost(rank).deciding)
 
 
-def _largest_within(largest: int, cost: Callable[[Rank], Cost], limit: float) -> int:
-    low, high = 0, largest
+def last(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The last whole number of a range that fits, where all up to it do; at least the first."""
     while low < high:
         middle = (low + high + 1) // 2
-        if cost(middle).deciding <= limit:
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 

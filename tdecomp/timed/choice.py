@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 from tdecomp.report import Row
 from tdecomp.sites import Site
 from tdecomp.timed.in_model import InModel, Point
-from tdecomp.timed.prices import plain_choices, quick_choices
+from tdecomp.timed.prices import quick_choices
 from tdecomp.timed.rehearsal import Rehearsal
 
 # Choices that are timed as a whole model, at most, and how close to what was asked for is enough.
@@ -195,8 +196,11 @@ class TimedChoice:
         self, selector: RankSelector, candidates: Sequence[Sequence[Candidate]], rest: Cost
     ) -> list[Choice]:
         in_macs = selector.weighs_layers and selector.latency is None
-        choose = quick_choices if self.only_if_faster and in_macs else plain_choices
-        return [self.guard(choice) for choice in choose(selector, candidates, rest)]
+        if self.only_if_faster and in_macs:
+            choices = quick_choices(selector, candidates, rest)
+        else:
+            choices = selector.select(candidates, rest)
+        return [self.guard(choice) for choice in choices]
 
     def _not_worth_it(self, pair: Pair) -> bool:
         if self.only_if_faster:
@@ -258,21 +262,15 @@ class TimedChoice:
             latency = factor * self._chain(site, candidate.method, rank, layout)
             return replace(candidate.cost(rank), latency=latency)
 
+        @cache
         def options() -> list[Option]:
             timed = [replace(o, cost=cost(o.rank)) for o in candidate.options()]
             if not self.only_if_faster and self.selector.latency is None:
                 return timed
             return [o for o in timed if (o.cost.latency or 0.0) < whole]
 
-        listed = None
-
-        def once() -> list[Option]:
-            nonlocal listed
-            listed = options() if listed is None else listed
-            return listed
-
         before = replace(candidate.before, latency=whole)
-        return replace(candidate, before=before, cost=cost, options=once)
+        return replace(candidate, before=before, cost=cost, options=options)
 
     def _layer(self, site: Site, layout: str) -> float:
         assert site.spec is not None

@@ -16,11 +16,6 @@ _BISECTIONS = 12
 Offered = Sequence[Sequence[Candidate]]
 
 
-def plain_choices(selector: RankSelector, candidates: Offered, rest: Cost) -> list[Choice]:
-    """What the selector takes."""
-    return selector.select(candidates, rest)
-
-
 def quick_choices(selector: RankSelector, candidates: Offered, rest: Cost) -> list[Choice]:
     """What it takes when a second has the highest price at which little more is lost.
 

@@ -5,7 +5,7 @@ import pytest
 from tdecomp import Budget
 from tdecomp.cost import Cost
 from tdecomp.ranks.base import NOTHING, Candidate, Option
-from tdecomp.timed.prices import plain_choices, quick_choices
+from tdecomp.timed.prices import quick_choices
 
 
 def layer(name, options):
@@ -34,7 +34,7 @@ def ranks(choices):
 
 def test_of_two_that_lose_about_the_same_the_faster():
     sites = [layer("a", [(50, 0.9, 1.0), (50, 0.3, 1.1)])]
-    assert ranks(plain_choices(Budget(macs=0.5), sites, NOTHING)) == [1]
+    assert ranks(Budget(macs=0.5).select(sites, NOTHING)) == [1]
     (chosen,) = quick_choices(Budget(macs=0.5), sites, NOTHING)
     assert chosen.rank == 2
     assert chosen.loss == pytest.approx(1.1)
