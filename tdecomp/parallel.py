@@ -17,8 +17,9 @@ Result = TypeVar("Result")
 # Entries above which an item is worked on alone, with all threads: matrix products, which use them
 # well, are most of its time, and two such at once would double the memory.
 _ALONE = 4_000_000
-# Entries below which handing an item to another thread costs about as much as the work itself.
-_LITTLE = 4_000
+# Entries below which most of the time goes to Python itself, which only one thread runs at a time:
+# two of them side by side would take longer than in turn.
+_LITTLE = 100_000
 
 
 def each(

@@ -230,7 +230,8 @@ def entries(site: Site, moments: Moments | None) -> int:
     assert isinstance(weight, nn.Parameter)
     if moments is None or spec is None or site.name not in moments:
         return on_cpu(weight)
-    return max(on_cpu(weight), spec.fan_in**2) if on_cpu(weight) else 0
+    # A fit to data makes many small steps on a moment where one to weights makes few large ones.
+    return max(on_cpu(weight), spec.fan_in**2 // 4) if on_cpu(weight) else 0
 
 
 def _check_entries(
