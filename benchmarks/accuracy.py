@@ -93,7 +93,7 @@ class Network:
         return time.perf_counter() - start
 
 
-def measure(network: Network, cases: Sequence[Case], *, steps: int) -> Iterator[Result]:
+def measure(network: Network, cases: Sequence[Case], *, steps: int | None) -> Iterator[Result]:
     """Calibrate once, and take every case through plan, apply, refit and distill."""
     moments, calibrating = network.timed(
         lambda: tdecomp.calibrate(
@@ -124,7 +124,7 @@ def measure(network: Network, cases: Sequence[Case], *, steps: int) -> Iterator[
         )
         models = [result.model, refitted.model]
         units = [calibrating + planning, applying, refitting]
-        if steps:
+        if steps != 0:
             distilled, distilling = network.timed(
                 lambda model=refitted.model: tdecomp.distill(  # type: ignore[misc]
                     model, network.model, network.batches, steps=steps, progress=False
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=int, default=1024, help="unlabelled (default: 1024)")
     parser.add_argument(
-        "--steps", type=int, default=150, help="of the distillation; 0 leaves it out (default: 150)"
+        "--steps", type=int, help="of the distillation (default: its own); 0 leaves it out"
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the unlabelled images")
     options = parser.parse_args(arguments)

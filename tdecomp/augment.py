@@ -19,6 +19,9 @@ PASSES = 4
 _LEAST_SIDE = 8
 # The largest shift, as a share of the shorter side.
 _SHIFT = 1 / 8
+# How many images have a part of another one pasted in, and its largest share of the area.
+_PASTED = 0.5
+_LARGEST_PART = 0.5
 
 
 def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
@@ -34,8 +37,7 @@ def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
 
 
 def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
-    image = batch.dim() == 4 and batch.is_floating_point()
-    if not image or min(batch.shape[2:]) < _LEAST_SIDE:
+    if not _images(batch):
         return batch
     count, _, height, width = batch.shape
     mirrored = torch.rand(count, generator=generator) < 0.5
@@ -48,6 +50,38 @@ def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
         for image, (top, left) in zip(padded, corners, strict=True)
     ]
     return torch.stack(crops)
+
+
+def paste(batch: Any, generator: torch.Generator) -> Any:
+    """Paste a rectangle of another image of the batch into every other image, at random.
+
+    Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
+    Features", without the labels: what the original says of the mixture is what counts.
+    """
+    return each_tensor(batch, lambda tensor: _pasted(tensor, generator))
+
+
+def _pasted(batch: Tensor, generator: torch.Generator) -> Tensor:
+    if not _images(batch):
+        return batch
+    count, _, height, width = batch.shape
+    others = torch.randperm(count, generator=generator).tolist()
+    draws = torch.rand(count, 4, generator=generator, dtype=torch.float64).tolist()
+    mixed = batch.clone()
+    for image, (other, (chance, area, down, across)) in enumerate(zip(others, draws, strict=True)):
+        if chance < _PASTED:
+            side = (_LARGEST_PART * area) ** 0.5
+            rows, columns = max(1, round(side * height)), max(1, round(side * width))
+            top = int(down * (height - rows + 1))
+            left = int(across * (width - columns + 1))
+            part = (slice(None), slice(top, top + rows), slice(left, left + columns))
+            mixed[image][part] = batch[other][part]
+    return mixed
+
+
+def _images(tensor: Tensor) -> bool:
+    floating = tensor.dim() == 4 and tensor.is_floating_point()
+    return floating and min(tensor.shape[2:]) >= _LEAST_SIDE
 
 
 def variants(batches: Batches, device: torch.device, augment: Augment | None) -> Iterator[Any]:

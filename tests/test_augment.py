@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tdecomp import flip_and_shift
-from tdecomp.augment import PASSES, variants
+from tdecomp.augment import PASSES, paste, variants
 from tdecomp.batches import Batches
 
 CPU = torch.device("cpu")
@@ -49,6 +49,29 @@ def test_the_generator_alone_decides():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_half_of_the_images_have_one_rectangle_of_another_one():
+    images = torch.arange(64.0)[:, None, None, None].expand(64, 3, 16, 12)
+    kept = images.clone()
+    mixed = paste(images, generator())
+    assert torch.equal(images, kept)
+    changed, largest = 0, 0
+    for own, image in enumerate(mixed):
+        foreign = image[0] != own
+        assert torch.equal(image, image[:1].expand_as(image))  # in all channels alike
+        if foreign.any():
+            rows, columns = foreign.any(dim=1), foreign.any(dim=0)
+            assert torch.equal(foreign, rows[:, None] & columns)
+            first, last = (int(i) for i in rows.nonzero()[[0, -1]])
+            assert int(rows.sum()) == last - first + 1
+            assert len(image[0][foreign].unique()) == 1
+            changed += 1
+            largest = max(largest, int(foreign.sum()))
+    assert 16 < changed < 48
+    assert 16 * 12 / 4 < largest <= 0.6 * 16 * 12
+    assert torch.equal(paste(images, generator()), mixed)
+
+
+@pytest.mark.parametrize("vary", [flip_and_shift, paste])
 @pytest.mark.parametrize(
     "tensor",
     [
@@ -59,8 +82,8 @@ def test_the_generator_alone_decides():
     ],
     ids=["small", "three dimensions", "vectors", "whole numbers"],
 )
-def test_what_is_no_image_stays(tensor):
-    assert flip_and_shift(tensor, generator()) is tensor
+def test_what_is_no_image_stays(vary, tensor):
+    assert vary(tensor, generator()) is tensor
 
 
 def test_containers_stay_what_they_are():

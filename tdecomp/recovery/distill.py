@@ -1,7 +1,8 @@
 """A short fine-tuning against the original's outputs, without labels.
 
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; with hints from inside the
-network as in Romero et al. 2015, "FitNets".
+network as in Romero et al. 2015, "FitNets", and images pasted together as in Yun et al. 2019,
+"CutMix".
 """
 
 import copy
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tdecomp.augment import Augment, flip_and_shift
+from tdecomp.augment import Augment, flip_and_shift, paste
 from tdecomp.batches import (
     BatchError,
     Batches,
@@ -35,6 +37,9 @@ from tdecomp.recovery.hints import Outputs, hinted
 
 # Checks of the whole model's error on the way, each of which may become the result.
 _CHECKS = 8
+# By default at least so many steps, and as many as cost what so many training steps of the
+# original would: with backward passes, which cost twice a forward pass.
+_STEPS = 150
 _HINT_WEIGHT = 3.0
 _WARM_UP = 0.1
 _YARDSTICK_SEED = 1
@@ -51,7 +56,7 @@ def distill(
     original: nn.Module,
     batches: Any,
     *,
-    steps: int = 150,
+    steps: int | None = None,
     lr: float | None = None,
     hints: bool = True,
     augment: Augment | None = flip_and_shift,
@@ -82,8 +87,9 @@ def distill(
     original : nn.Module
     batches : iterable of batches
         As for `tdecomp.calibrate`; a list or a DataLoader, gone through as often as needed.
-    steps : int
-        One batch each.
+    steps : int, optional
+        One batch each. By default as many as take about the arithmetic of 150 training steps of
+        the original, and at least 150: the smaller the model, the more of them.
     lr : float, optional
         The highest rate of Adam, for parameters with entries of about 0.2 and more; where they are
         smaller so is the rate. By default as much, up to 1e-3, as keeps what a step of it in a
@@ -92,6 +98,7 @@ def distill(
         Whether to compare outputs inside the models, too.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies each batch; by default images are mirrored and shifted a little, all else stays.
+        Unless it is None, rectangles of images are exchanged between them, too.
     forward, max_batches
         As for `tdecomp.calibrate`.
     inplace : bool
@@ -109,7 +116,8 @@ def distill(
         If the outputs of the two models differ in shape, if nothing requires gradients, if the
         loss becomes NaN, and as `tdecomp.calibrate`.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    counted = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    if steps is not None and not counted:
         raise ValueError(f"distill: expected steps of at least 1, got {steps!r}")
     known = isinstance(lr, (int, float)) and not isinstance(lr, bool)
     if lr is not None and not (known and 0 < lr < math.inf):
@@ -139,6 +147,8 @@ def distill(
     try:
         with both_untouched(changed, original), torch.inference_mode(False), torch.enable_grad():
             names = hinted(changed) if hints else []
+            if steps is None:
+                steps = _usual_steps(changed, original, source)
             training = _training(
                 changed, original, trained, source, steps, lr, names, augment, progress
             )
@@ -185,7 +195,7 @@ def _training(
         for step in bar:
             batch = next(endless)
             if augment is not None:
-                batch = augment(batch, generator)
+                batch = paste(augment(batch, generator), generator)
             if quick:
                 batch = channels_last(batch)
             with torch.no_grad():
@@ -205,6 +215,18 @@ def _training(
             bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
             if step % pause == 0 or step == steps:
                 yield
+
+
+def _usual_steps(model: nn.Module, original: nn.Module, batches: Batches) -> int:
+    """Each is a forward pass of the original, and a training step of the model."""
+    batch = next(batches.on(device_of(model)))
+    flops = []
+    for each in (model, original):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            batches.run(each, batch)
+        flops.append(counter.get_total_flops())
+    share = flops[0] / flops[1] if flops[1] else 1.0
+    return max(_STEPS, round(_STEPS * 3 / (1 + 3 * share)))
 
 
 def _take_channels_last(models: Sequence[nn.Module], batches: Batches) -> bool:

@@ -189,10 +189,29 @@ def test_a_loss_that_is_not_finite():
         distill(model, original, late[-1:], **SHORT)
 
 
-@pytest.mark.parametrize("steps", [0, -1, True, 1.5, "many", None])
+@pytest.mark.parametrize("steps", [0, -1, True, 1.5, "many", [20]])
 def test_steps_that_cannot_be(steps):
     with pytest.raises(ValueError, match="distill: expected steps of at least 1, got"):
         distill(mlp(), mlp(), vectors(), steps=steps)
+
+
+@pytest.mark.parametrize("rank,least,most", [(1, 410, 412), (30, 150, 150)])
+def test_by_default_a_smaller_model_is_trained_for_more_steps(rank, least, most):
+    original = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model = tdecomp.decompose(original, "svd", rank=rank, **QUIET).model
+    seen = 0
+
+    def count(_, batch):
+        nonlocal seen
+        seen += 1
+        return original[1](original[0](batch))
+
+    class Counted(nn.Module):
+        forward = count
+
+    distill(model, Counted(), [torch.randn(8, 64)], hints=False, **QUIET)
+    # A few more for the yardstick, the rate, and to see what a step costs.
+    assert least < seen < most + 10
 
 
 @pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), True, "fast"])

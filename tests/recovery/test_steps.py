@@ -16,7 +16,7 @@ def short(monkeypatch):
     """A few steps show as much of the wiring as two hundred do."""
     usual = tdecomp.recovery.distill
     monkeypatch.setattr(
-        "tdecomp.recovery.distill", lambda *args, **kwargs: usual(*args, steps=4, **kwargs)
+        "tdecomp.recovery.distill", lambda *args, **kwargs: usual(*args, steps=20, **kwargs)
     )
 
 
