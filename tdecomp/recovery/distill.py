@@ -125,10 +125,12 @@ def distill(
     source = batches_for("distill", batches, forward, max_batches)
     source.again("a training")
     changed = copy_of(model)
+    vary = None if augment is None else _pasted_after(augment)
     # Other variants than those of the training, but the same ones each time.
     generator = torch.Generator("cpu").manual_seed(_YARDSTICK_SEED)
-    vary = None if augment is None else lambda batch: augment(batch, generator)
-    yardstick = Yardstick(original, source, vary)
+    yardstick = Yardstick(
+        original, source, None if vary is None else lambda batch: vary(batch, generator)
+    )
     before = yardstick.lost_by(changed)
     trained = [p for p in changed.parameters() if p.requires_grad]
     if not trained:
@@ -150,7 +152,7 @@ def distill(
             if steps is None:
                 steps = _usual_steps(changed, original, source)
             training = _training(
-                changed, original, trained, source, steps, lr, names, augment, progress
+                changed, original, trained, source, steps, lr, names, vary, progress
             )
             for _ in training:
                 error = yardstick.lost_by(changed)
@@ -164,6 +166,10 @@ def distill(
     return Recovery(changed, "distill", before, best_error, {}, notes)
 
 
+def _pasted_after(augment: Augment) -> Augment:
+    return lambda batch, generator: paste(augment(batch, generator), generator)
+
+
 def _training(
     model: nn.Module,
     original: nn.Module,
@@ -172,14 +178,14 @@ def _training(
     steps: int,
     lr: float | None,
     hints: Sequence[str],
-    augment: Augment | None,
+    vary: Augment | None,
     progress: bool,
 ) -> Iterator[None]:
     """Train, pausing after each of a few stretches."""
     # Adam's steps are as long for small entries as for large ones: the rate is in proportion.
     sizes = [min(1.0, _size(parameter) / _USUAL_SIZE) for parameter in trained]
     if lr is None:
-        lr = _rate(model, original, trained, sizes, batches, augment)
+        lr = _rate(model, original, trained, sizes, batches, vary)
     rates = [lr * size for size in sizes]
     optimizer = torch.optim.Adam([{"params": [parameter]} for parameter in trained], lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -194,8 +200,8 @@ def _training(
         bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=not progress)
         for step in bar:
             batch = next(endless)
-            if augment is not None:
-                batch = paste(augment(batch, generator), generator)
+            if vary is not None:
+                batch = vary(batch, generator)
             if quick:
                 batch = channels_last(batch)
             with torch.no_grad():
@@ -245,7 +251,7 @@ def _rate(
     trained: Sequence[nn.Parameter],
     sizes: Sequence[float],
     batches: Batches,
-    augment: Augment | None,
+    vary: Augment | None,
 ) -> float:
     """The highest rate at which a step is a small part of what is left to be learnt.
 
@@ -254,8 +260,8 @@ def _rate(
     """
     generator = torch.Generator("cpu").manual_seed(0)
     batch = next(batches.on(device_of(model)))
-    if augment is not None:
-        batch = augment(batch, generator)
+    if vary is not None:
+        batch = vary(batch, generator)
     with torch.no_grad():
         wanted = tensors_of(batches.run(original, batch))
         before = [z.clone() for z in tensors_of(batches.run(model, batch))]
