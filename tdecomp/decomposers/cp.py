@@ -121,7 +121,7 @@ class Effort:
     coarser: float
 
 
-EFFORTS = {"balanced": Effort(4, 3, 1.0), "quick": Effort(2, 2, 10.0)}
+EFFORTS = {"balanced": Effort(5, 4, 1.0), "quick": Effort(2, 2, 10.0)}
 
 
 @dataclass(frozen=True)
