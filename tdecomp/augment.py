@@ -53,7 +53,7 @@ def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def paste(batch: Any, generator: torch.Generator) -> Any:
-    """Paste a rectangle of another image of the batch into every other image, at random.
+    """Paste a rectangle of another image of the batch into about half of the images, at random.
 
     Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
     Features", without the labels: what the original says of the mixture is what counts.

@@ -74,6 +74,11 @@ class Profile:
         return min(self.whole, key=lambda layout: self.whole[layout].median)
 
     @property
+    def fastest(self) -> float:
+        """Seconds of the model as it is in that layout."""
+        return self.whole[self.best_layout].median
+
+    @property
     def rounding(self) -> Rounding:
         return Rounding(self.round_to)
 

@@ -149,10 +149,11 @@ def distill(
     try:
         with both_untouched(changed, original), torch.inference_mode(False), torch.enable_grad():
             names = hinted(changed) if hints else []
+            first = next(source.on(device_of(changed)))
             if steps is None:
-                steps = _usual_steps(changed, original, source)
+                steps = _usual_steps(changed, original, source, first)
             training = _training(
-                changed, original, trained, source, steps, lr, names, vary, progress
+                changed, original, trained, source, first, steps, lr, names, vary, progress
             )
             for _ in training:
                 error = yardstick.lost_by(changed)
@@ -175,6 +176,7 @@ def _training(
     original: nn.Module,
     trained: list[nn.Parameter],
     batches: Batches,
+    first: Any,
     steps: int,
     lr: float | None,
     hints: Sequence[str],
@@ -185,7 +187,7 @@ def _training(
     # Adam's steps are as long for small entries as for large ones: the rate is in proportion.
     sizes = [min(1.0, _size(parameter) / _USUAL_SIZE) for parameter in trained]
     if lr is None:
-        lr = _rate(model, original, trained, sizes, batches, vary)
+        lr = _rate(model, original, trained, sizes, batches, first, vary)
     rates = [lr * size for size in sizes]
     optimizer = torch.optim.Adam([{"params": [parameter]} for parameter in trained], lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -195,7 +197,7 @@ def _training(
     endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
     generator = torch.Generator("cpu").manual_seed(0)
     pause = max(1, steps // _CHECKS)
-    quick = _take_channels_last((model, original), batches)
+    quick = _take_channels_last((model, original), batches, channels_last(first))
     with Outputs(model, hints) as mine, Outputs(original, hints) as wanted:
         bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=not progress)
         for step in bar:
@@ -223,9 +225,8 @@ def _training(
                 yield
 
 
-def _usual_steps(model: nn.Module, original: nn.Module, batches: Batches) -> int:
-    """Each is a forward pass of the original, and a training step of the model."""
-    batch = next(batches.on(device_of(model)))
+def _usual_steps(model: nn.Module, original: nn.Module, batches: Batches, batch: Any) -> int:
+    """A step costs a forward pass of the original, and of the model a training step."""
     flops = []
     for each in (model, original):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -235,11 +236,11 @@ def _usual_steps(model: nn.Module, original: nn.Module, batches: Batches) -> int
     return max(_STEPS, round(_STEPS * 3 / (1 + 3 * share)))
 
 
-def _take_channels_last(models: Sequence[nn.Module], batches: Batches) -> bool:
+def _take_channels_last(models: Sequence[nn.Module], batches: Batches, batch: Any) -> bool:
     try:
         for model in models:
             with torch.no_grad():
-                batches.run(model, channels_last(next(batches.on(device_of(model)))))
+                batches.run(model, batch)
     except BatchError:
         return False
     return True
@@ -251,6 +252,7 @@ def _rate(
     trained: Sequence[nn.Parameter],
     sizes: Sequence[float],
     batches: Batches,
+    batch: Any,
     vary: Augment | None,
 ) -> float:
     """The highest rate at which a step is a small part of what is left to be learnt.
@@ -259,7 +261,6 @@ def _rate(
     signs are random, goes with the square of the rate.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    batch = next(batches.on(device_of(model)))
     if vary is not None:
         batch = vary(batch, generator)
     with torch.no_grad():

@@ -119,7 +119,7 @@ class TimedChoice:
             if wanted is None or self._close(timed):
                 break
             points.append((self._seconds(timed.choices, layout), self._in_profile(timed)))
-            line = InModel.through(points, near=_AIM * wanted * self._fastest_whole)
+            line = InModel.through(points, near=_AIM * wanted * self.profile.fastest)
             if line is None:
                 break
             known = line
@@ -129,16 +129,12 @@ class TimedChoice:
         nothing = [Choice()] * len(self.sites)
         return self._seconds(nothing, layout), self.profile.whole[layout].median
 
-    @property
-    def _fastest_whole(self) -> float:
-        return self.profile.whole[self.profile.best_layout].median
-
     def _in_profile(self, timed: Timed) -> float:
         """Seconds of the whole as the profile would have them.
 
         The machine may be in another mood by now, but for both models alike.
         """
-        return (timed.speed.predicted or 1.0) * self._fastest_whole
+        return (timed.speed.predicted or 1.0) * self.profile.fastest
 
     def _close(self, timed: Timed) -> bool:
         """Whether another choice would come no nearer to what was asked for."""
@@ -213,7 +209,7 @@ class TimedChoice:
             return self.selector
         whole = known.rest + known.factor * self._original(layout)[0]
         aim = 1.0 if self.selector.latency == 1 else _AIM
-        share = min(1.0, aim * self.selector.latency * self._fastest_whole / whole)
+        share = min(1.0, aim * self.selector.latency * self.profile.fastest / whole)
         if math.isclose(share, self.selector.latency, rel_tol=1e-6):
             return self.selector
         return replace(self.selector, latency=share)  # type: ignore[type-var]

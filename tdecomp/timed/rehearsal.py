@@ -47,9 +47,15 @@ class Rehearsal:
         """
         before, tried = self.profile.best_layout, self.profile.layouts
         if not chains:
-            seconds = self.profile.whole[before].median
-            unchanged = Speed(seconds, before, before, 1.0, budget=self.wanted, tried=tried)
-            return replace(unchanged, compiled=self.profile.setting.compiled)
+            return Speed(
+                self.profile.fastest,
+                before,
+                before,
+                1.0,
+                budget=self.wanted,
+                compiled=self.profile.setting.compiled,
+                tried=tried,
+            )
         for chain in chains.values():
             random_weights(chain)
         found = self._told_from_noise(copy_with(self.model, chains), layout)
@@ -58,7 +64,7 @@ class Rehearsal:
 
     def _told_from_noise(self, changed: nn.Module, layout: str) -> Speed:
         scatter = 0.0
-        slowest = _RIVAL * self.profile.whole[self.profile.best_layout].median
+        slowest = _RIVAL * self.profile.fastest
         rivals = [name for name, time in self.profile.whole.items() if time.median <= slowest]
         for rounds in _ROUNDS:
             found = compare(
