@@ -46,40 +46,73 @@ def _svd(matrix: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, T
     return u, s, vh
 
 
-def _mttkrp(tensor: Tensor, cp_tensor: tuple[Tensor | None, list[Tensor]], mode: int) -> Tensor:
-    """The unfolding along `mode` times the Khatri-Rao product of the other factors.
+class _Mttkrp:
+    """The unfolding along a mode times the Khatri-Rao product of the other factors.
 
     TensorLy's own forms that product, which for the spatial modes of a kernel of 512×512×3×3 at
     rank 1,000 is 6 GB; contracting the largest mode first never needs more than the kernel's size
-    over that mode's, times the rank.
+    over that mode's, times the rank. That first contraction is nearly all of the work, and kept:
+    a sweep that goes through the modes in turn can use it for all that follow (Phan, Tichavský
+    and Cichocki 2013, "Fast Alternating LS Algorithms for High Order CANDECOMP/PARAFAC").
     """
-    weights, factors = cp_tensor
-    others = [m for m in range(tensor.dim()) if m != mode]
-    first = max(others, key=lambda m: tensor.shape[m])
-    partial: Tensor = torch.tensordot(tensor, factors[first], dims=([first], [0]))  # (..., R)
-    left = [m for m in range(tensor.dim()) if m != first]
-    for other in (m for m in others if m != first):
-        position = left.index(other)
-        shape = [1] * (partial.dim() - 1) + [partial.shape[-1]]
-        shape[position] = tensor.shape[other]
-        partial = (partial * factors[other].reshape(shape)).sum(dim=position)
-        left.remove(other)
-    return partial if weights is None else partial * weights
+
+    def __init__(self) -> None:
+        # The tensor, the factor and their product. Factors are replaced, never written to.
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+        # Written to again and again: fresh memory of this size costs more than the arithmetic.
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(
+        self, tensor: Tensor, cp_tensor: tuple[Tensor | None, list[Tensor]], mode: int
+    ) -> Tensor:
+        weights, factors = cp_tensor
+        others = [m for m in range(tensor.dim()) if m != mode]
+        first = max(others, key=lambda m: (self._knows(tensor, factors[m]), tensor.shape[m]))
+        partial = self._contracted(tensor, factors[first], first)  # (..., R)
+        left = [m for m in range(tensor.dim()) if m != first]
+        for other in (m for m in others if m != first):
+            position = left.index(other)
+            shape = [1] * (partial.dim() - 1) + [partial.shape[-1]]
+            shape[position] = tensor.shape[other]
+            product = self._buffer(f"product of {partial.dim() - 1} modes", partial, partial.shape)
+            torch.mul(partial, factors[other].reshape(shape), out=product)
+            partial = product.sum(dim=position)
+            left.remove(other)
+        return partial if weights is None else partial * weights
+
+    def _knows(self, tensor: Tensor, factor: Tensor) -> bool:
+        known = self._known
+        return known is not None and known[0] is tensor and known[1] is factor
+
+    def _contracted(self, tensor: Tensor, factor: Tensor, mode: int) -> Tensor:
+        if self._known is None or not self._knows(tensor, factor):
+            moved = tensor.movedim(mode, -1)
+            shape = (*moved.shape[:-1], factor.shape[1])
+            product = self._buffer("contraction", tensor, shape)
+            torch.mm(moved.reshape(-1, len(factor)), factor, out=product.view(-1, shape[-1]))
+            self._known = tensor, factor, product
+        return self._known[2]
+
+    def _buffer(self, use: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        known = self._buffers.get(use)
+        if known is None or known.shape != torch.Size(shape) or known.dtype != like.dtype:
+            known = self._buffers[use] = like.new_empty(tuple(shape))
+        return known
 
 
 # Instances of TensorLy's own backends, with one function each put in another's place.
 _BACKEND = PyTorchBackend()
 _BACKEND.svd = _svd
-_TENALG = CoreTenalgBackend()
-_TENALG.unfolding_dot_khatri_rao = _mttkrp
 
 
 @contextmanager
 def torch_backend() -> Iterator[None]:
     """TensorLy on torch tensors, for the length of a `with` block and this thread only."""
+    algebra = CoreTenalgBackend()
+    algebra.unfolding_dot_khatri_rao = _Mttkrp()
     with (
         tensorly.backend_context(_BACKEND, local_threadsafe=True),
-        tensorly.tenalg.backend_context(_TENALG, local_threadsafe=True),
+        tensorly.tenalg.backend_context(algebra, local_threadsafe=True),
     ):
         yield
 

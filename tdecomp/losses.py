@@ -27,6 +27,9 @@ from tdecomp.regression import SecondMoment
 _PROBE = 1 / 3
 _ABOUT = 1.15
 _HOPELESS = 1.05
+# How much more of the cost a method may take that contains another one, for the other to be
+# pointless beside it.
+_AS_CHEAP = 1.02
 # The smallest rank of a ladder, as a share of the largest that pays.
 _SMALLEST = 0.06
 # Ranks that become options, fitted or in between.
@@ -130,7 +133,7 @@ class LayerLosses:
                 return self.row_error(decomposer, nested[_only(rank)][1])
             if not isinstance(rank, tuple):
                 return None
-            if self._by_moments(decomposer):
+            if self.fits_to_data(decomposer):
                 # What a few iterations reach.
                 return self.fit(decomposer.brief(DRAFT_ITERATIONS), rank)[1]
             outside = self._outside(decomposer, rank)
@@ -139,7 +142,7 @@ class LayerLosses:
 
     def least(self, decomposer: Decomposer, rank: Rank) -> float | None:
         """What no fit of these ranks can lose less than, where singular values tell; or None."""
-        if self._by_moments(decomposer) or not isinstance(rank, tuple):
+        if self.fits_to_data(decomposer) or not isinstance(rank, tuple):
             return None
         outside = self._outside(decomposer, rank)
         return None if outside is None else self.unit * max(outside)
@@ -165,9 +168,10 @@ class LayerLosses:
 
         The one is a row's ``output_error``, the other its ``weight_error``.
         """
-        return share if self._by_moments(decomposer) else math.sqrt(share)
+        return share if self.fits_to_data(decomposer) else math.sqrt(share)
 
-    def _by_moments(self, decomposer: Decomposer) -> bool:
+    def fits_to_data(self, decomposer: Decomposer) -> bool:
+        """Whether a method's losses are those of outputs, not of weights."""
         return self.moments is not None and decomposer.uses_moments
 
     def nested(self, decomposer: Decomposer) -> list[Lost] | None:
@@ -185,7 +189,7 @@ class LayerLosses:
 
     def _nested_now(self, decomposer: Decomposer) -> list[Measured] | None:
         kernels = decomposer.group_kernels(self.weight.detach().double(), self.spec)
-        use = self._by_moments(decomposer) and self.moments is not None
+        use = self.fits_to_data(decomposer) and self.moments is not None
         moments = self._second if use else [None] * len(kernels)
         importance = self.moments.gradient_blocks() if use and self.moments is not None else None
         blocks: Sequence[Tensor | None] = importance or [None] * len(kernels)
@@ -217,7 +221,7 @@ class LayerLosses:
         return self._in_unit(self.cache[key])
 
     def _fit_now(self, decomposer: Decomposer, rank: Rank) -> Measured:
-        by_moments = self.moments if self._by_moments(decomposer) else None
+        by_moments = self.moments if self.fits_to_data(decomposer) else None
         second = None if by_moments is None else self._second
         try:
             fitted = decomposer.factorize(self.weight, self.spec, rank, second)
@@ -259,16 +263,27 @@ class _Curve:
         self._costs = [cost(rank) for rank in self._ranks]
         nested = losses.nested(decomposer)
         self._known: dict[int, Lost] = {}
+        self._probe = 0
         self.hopeless = False
         if nested is not None:
             self._known = {i: nested[_only(rank)] for i, rank in enumerate(self._ranks)}
         elif self._ranks:
             wanted = _PROBE * losses.largest_share * losses.before.deciding
             gaps = [abs(cost.deciding - wanted) for cost in self._costs]
-            probe = gaps.index(min(gaps))
-            self.hopeless = self._hopeless_unseen(probe)
+            self._probe = gaps.index(min(gaps))
+            self.hopeless = self._contained() or self._hopeless_unseen(self._probe)
             if not self.hopeless:
-                self._fit(probe)
+                self._fit(self._probe)
+
+    def _contained(self) -> bool:
+        """Whether another method finds no less at about the same cost, rank by rank."""
+        losses, within = self._losses, self._decomposer.contained_in(self._losses.spec)
+        probed = self._costs[self._probe].deciding
+        return any(
+            losses.cost(other)(self._ranks[self._probe]).deciding <= _AS_CHEAP * probed
+            for other in losses.rivals
+            if other.name in within
+        )
 
     def _hopeless_unseen(self, probe: int) -> bool:
         """Whether singular values say so without a fit, beside methods that need none either."""
@@ -303,10 +318,33 @@ class _Curve:
         return min((self._known[i][0] for i in affordable), default=math.inf)
 
     def complete(self) -> None:
-        """Fit at both ends, too."""
+        """Fit at both ends, too, or foresee what the dear one loses."""
         if self._ranks:
             self._fit(0)
-            self._fit(len(self._ranks) - 1)
+            if not self._foreseen():
+                self._fit(len(self._ranks) - 1)
+
+    def _foreseen(self) -> bool:
+        """Fill in the ranks beyond the probe, if the fits at it and below tell what they lose.
+
+        Where a chain of as many weights as the layer loses nothing, the error falls about as
+        ``share**-b * (1 - share)``, of the share of the weights: on trained and on Gaussian
+        kernels within some hundredths at half of them, a tenth or two at four fifths.
+        """
+        losses, decomposer, probe = self._losses, self._decomposer, self._probe
+        if losses.fits_to_data(decomposer) or not decomposer.exact_at_parity(losses.spec):
+            return False
+        shares = np.array([cost.params / losses.before.params for cost in self._costs])
+        (_, low), (loss, error) = self._known[0], self._known[probe]
+        if not (shares[0] < shares[probe] and shares[-1] < 1 and 0 < error < low < math.inf):
+            return False
+        known = np.log([low, error]) - 2 * np.log1p(-shares[[0, probe]])
+        slope = np.diff(known) / np.diff(np.log(shares[[0, probe]]))
+        foreseen = known[1] + slope * np.log(shares / shares[probe]) + 2 * np.log1p(-shares)
+        for i, value in enumerate(np.exp(foreseen).tolist()):
+            if i > probe:
+                self._known[i] = loss / error * value, value
+        return True
 
     def options(self) -> list[Option]:
         """The ranks from one fit to another, those between by interpolation on a log-log scale."""

@@ -118,6 +118,44 @@ def test_layers_without_gradients_count_as_much_as_the_others_do():
     assert alone.nested(decomposers[0])[0] == pytest.approx((1.0, 1.0))
 
 
+@pytest.mark.parametrize(
+    "channels, kernel_size, methods, pointless",
+    [
+        (128, 3, ["cp", "cp-separable"], {"cp-separable"}),
+        # Two depthwise layers of three weights each for one of nine are worth something here.
+        (16, 3, ["cp", "cp-separable"], set()),
+        (128, 3, ["cp-separable", "lowrank"], set()),
+        (32, 1, ["svd", "cp", "cp-separable"], {"cp", "cp-separable"}),
+        (32, 1, ["cp"], set()),
+    ],
+)
+def test_a_method_is_not_tried_beside_one_that_contains_it(
+    channels, kernel_size, methods, pointless
+):
+    torch.manual_seed(0)
+    losses = losses_of(nn.Sequential(nn.Conv2d(channels, channels, kernel_size)), "0", methods)
+    fitted = {name: bool(losses.options(get_decomposer(name))) for name in methods}
+    assert {name for name in methods if losses.curve(get_decomposer(name)).hopeless} == pointless
+    assert not any(fitted[name] for name in pointless)
+    assert {key[0] for key in losses.cache if key[0] in pointless and key[-1] != "nested"} == set()
+
+
+@pytest.mark.parametrize("channels, stride", [((24, 32), 1), ((32, 24), 2)])
+def test_large_ranks_of_cp_are_foreseen(channels, stride):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(*channels, 3, stride=stride, padding=1)
+    losses = losses_of(nn.Sequential(layer), "0", ["cp"], inputs=torch.randn(1, channels[0], 8, 8))
+    method = get_decomposer("cp")
+    options = losses.options(method)
+    fitted = {key[-1] for key in losses.cache if key[-1] != "nested"}
+    assert max(fitted) < 0.5 * max(option.rank for option in options)
+    assert [o.loss for o in options] == sorted((o.loss for o in options), reverse=True)
+    for option in options:
+        if option.cost.deciding < 0.6 * losses.before.deciding:
+            _, share = losses.fit(method, option.rank)
+            assert option.error == pytest.approx(math.sqrt(share), rel=0.2)
+
+
 class Unlucky(tdecomp.CP):
     """Fails above a rank, as a fit that degenerates does."""
 
@@ -137,7 +175,7 @@ def test_a_fit_that_fails_is_no_option():
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 8, 3)
     (site,), _ = find_sites(layer, Filters(), None)
-    method = Unlucky()
+    method = Unlucky(l2_reg=0.0)  # with a ridge large ranks are foreseen, not tried
     for limit, most in ((0, 0), (16, 16)):
         Unlucky.limit = limit
         options = LayerLosses(layer.weight, site.spec, None, rivals=[method]).options(method)

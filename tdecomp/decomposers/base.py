@@ -130,6 +130,16 @@ class Decomposer(ABC):
         del kernel, moment, importance
         return None
 
+    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
+        """The methods that on such a layer can find all that this one can, at the same rank."""
+        del spec
+        return ()
+
+    def exact_at_parity(self, spec: LayerSpec) -> bool:
+        """Whether next to nothing is lost once a chain has as many weights as the layer."""
+        del spec
+        return False
+
     def brief(self, iterations: int) -> "Decomposer":
         """Itself with no more iterations than this, for drafts and for starts that are good."""
         del iterations

@@ -30,6 +30,9 @@ from tdecomp.regression import Features, SecondMoment, variable_projection
 _JITTER = 1e-2
 # A relative error below which the kernel counts as being of the rank asked for.
 _EXACT = 1e-2
+# Ranks above the channels are found in a few sweeps only where the factors have about as many
+# entries as the kernel.
+_PARITY = 0.8
 # Above this times √rank the sum of the component norms counts as degenerate.
 _MAX_COMPONENT_NORMS = 5.0
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
@@ -109,7 +112,7 @@ class Effort:
     Attributes
     ----------
     trial_sweeps : int
-        By which the starts are compared.
+        That show whether a kernel has the very rank asked for, where it may.
     last_sweeps : int
         At the end, on the kernel itself and without the ridge, that take back what it cost.
     coarser : float
@@ -121,7 +124,7 @@ class Effort:
     coarser: float
 
 
-EFFORTS = {"balanced": Effort(5, 4, 1.0), "quick": Effort(2, 2, 10.0)}
+EFFORTS = {"balanced": Effort(5, 4, 1.0), "quick": Effort(2, 2, 20.0)}
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class ALSOptions:
     l2_reg: float
     random_state: int
     effort: Effort = EFFORTS["balanced"]
+
+    @property
+    def last_sweeps(self) -> int:
+        """Without the ridge; in a draft the others are worth more."""
+        return 0 if self.n_iter_max <= DRAFT_ITERATIONS else self.effort.last_sweeps
 
 
 def fit_cp(
@@ -166,24 +174,19 @@ def fit_cp(
         return CPFactors(zeros, kernel_size)
     kernel = kernel / norm
     bound = _MAX_COMPONENT_NORMS * rank**0.5
-    core, bases = _compressed(kernel, rank)
-    effort, tol = options.effort, options.tol * options.effort.coarser
-    trial = min(effort.trial_sweeps, options.n_iter_max)
-    starts = _starts(core, rank, options.random_state)
-    tries = [_parafac(core, rank, start, trial, tol, ridge=0.0) for start in starts]
-    start, errors = min(tries, key=lambda fit: fit[1][-1])
+    core, bases, outside = _compressed(kernel, rank)
+    start = _singular_start(core, rank, options.random_state)
     # A kernel that has this very rank wants no ridge; every other fit is an approximation.
-    exact = errors[-1] < _EXACT
-    plain = [(start, 0.0)] if exact else []
-    ridged = [(starts[0], strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
+    plain = [(exact, 0.0) for exact in _exact_starts(core, rank, start, outside, options)]
+    ridged = [(start, strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
     for factors, ridge in plain + (ridged if options.l2_reg else ridged[:1]):
         swept = _sweep(core, rank, factors, ridge, options)
         outer = [base @ factor for base, factor in zip(bases, swept, strict=False)]
-        # On the kernel itself, and without the ridge.
-        polished, _ = _parafac(
-            kernel, rank, [*outer, *swept[len(bases) :]], effort.last_sweeps, tol=0.0, ridge=0.0
-        )
-        fitted = CPFactors(tuple(polished), kernel_size)
+        found = [*outer, *swept[len(bases) :]]
+        if options.last_sweeps:
+            # On the kernel itself, and without the ridge.
+            found, _ = _parafac(kernel, rank, found, options.last_sweeps, tol=0.0, ridge=0.0)
+        fitted = CPFactors(tuple(found), kernel_size)
         if fitted.component_norms() <= bound:
             return fitted.balanced().scaled(norm)
     raise ValueError(
@@ -192,18 +195,44 @@ def fit_cp(
     )
 
 
-def _compressed(kernel: Tensor, rank: int) -> tuple[Tensor, list[Tensor]]:
+def _compressed(kernel: Tensor, rank: int) -> tuple[Tensor, list[Tensor], float]:
     """The kernel in the leading singular vectors of its outputs and inputs, and these vectors.
 
     Sweeps cost a fraction there, and the components of a fit of a low rank lie nearly in their
     span (Bro and Andersson 1998, "Improving the speed of multiway algorithms: Part II.
-    Compression"). Where little is gained the kernel as it is, and no vectors.
+    Compression"). Where little is gained the kernel as it is, and no vectors. Either way with the
+    share of its squares that is outside the vectors of one mode: what no fit can reach.
     """
     sizes = [min(size, math.ceil(_SPAN * rank)) for size in kernel.shape[:2]]
+    short = [mode for mode in range(2) if sizes[mode] < kernel.shape[mode]]
+    leading = {mode: leading_vectors(unfold(kernel, mode), sizes[mode]) for mode in short}
+    outside = max((share for _, share in leading.values()), default=0.0)
     if math.prod(sizes) > _WORTHWHILE * math.prod(kernel.shape[:2]):
-        return kernel, []
-    bases = [leading_vectors(unfold(kernel, mode), size)[0] for mode, size in enumerate(sizes)]
-    return mode_products(kernel, [base.T for base in bases], modes=[0, 1]), bases
+        return kernel, [], outside
+    bases = [
+        leading[mode][0] if mode in leading else leading_vectors(unfold(kernel, mode), size)[0]
+        for mode, size in enumerate(sizes)
+    ]
+    return mode_products(kernel, [base.T for base in bases], modes=[0, 1]), bases, outside
+
+
+def _exact_starts(
+    kernel: Tensor, rank: int, start: list[Tensor], outside: float, options: ALSOptions
+) -> list[list[Tensor]]:
+    """Factors near which the kernel has this very rank, if a few sweeps find any."""
+    weights = rank * sum(kernel.shape)
+    beyond_channels = rank > max(kernel.shape[:2])
+    if outside > _EXACT**2 or (beyond_channels and weights < _PARITY * kernel.numel()):
+        return []
+    starts = [start]
+    if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
+        # It finds kernels that have this rank, which singular vectors often miss.
+        starts += _diagonalisation_start(kernel, rank)
+    sweeps = min(options.effort.trial_sweeps, options.n_iter_max)
+    tol = options.tol * options.effort.coarser
+    tries = [_parafac(kernel, rank, one, sweeps, tol, ridge=0.0) for one in starts]
+    factors, errors = min(tries, key=lambda fit: fit[1][-1])
+    return [factors] if errors[-1] < _EXACT else []
 
 
 def _sweep(
@@ -211,12 +240,11 @@ def _sweep(
 ) -> list[Tensor]:
     """All sweeps from `start` but the last few; with a ridge single precision is enough."""
     dtype = torch.float32 if ridge else kernel.dtype
-    sweeps = max(1, options.n_iter_max - options.effort.last_sweeps)
     swept, _ = _parafac(
         kernel.to(dtype),
         rank,
         [factor.to(dtype) for factor in start],
-        sweeps,
+        max(1, options.n_iter_max - options.last_sweeps),
         options.tol * options.effort.coarser,
         ridge,
     )
@@ -227,7 +255,7 @@ def _parafac(
     kernel: Tensor, rank: int, start: list[Tensor], sweeps: int, tol: float, ridge: float
 ) -> tuple[list[Tensor], list[float]]:
     """`sweeps` of TensorLy's parafac from `start`, and the relative errors on the way."""
-    with torch_backend():
+    with torch_backend(), torch.no_grad():
         (weights, factors), errors = parafac(
             kernel,
             rank,
@@ -280,17 +308,6 @@ def fit_cp_to(
     )
     unit = [factor / factor.norm(dim=0).clamp_min(torch.finfo(out.dtype).tiny) for factor in theta]
     return replace(start, factors=(out, *unit)).balanced()
-
-
-def _starts(kernel: Tensor, rank: int, random_state: int) -> list[list[Tensor]]:
-    """Singular vectors, which suit trained kernels, and, where it applies, diagonalisation.
-
-    The second finds kernels that have this very rank, which the first often misses.
-    """
-    starts = [_singular_start(kernel, rank, random_state)]
-    if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
-        starts += _diagonalisation_start(kernel, rank)
-    return starts
 
 
 def _singular_start(kernel: Tensor, rank: int, random_state: int) -> list[Tensor]:
@@ -370,8 +387,8 @@ class CP(Decomposer):
     random_state : int
         For the columns that a start lacks where the rank is above a mode's size.
     effort : {"balanced", "quick"}
-        "quick" compares the starts by fewer sweeps, stops at ten times `tol`, polishes less: about
-        twice as fast, at an error up to some hundredths larger.
+        "quick" stops at twenty times `tol` and polishes less: two or three times as fast, at an
+        error up to some hundredths larger.
     """
 
     name: ClassVar[str] = "cp"
@@ -430,6 +447,14 @@ class CP(Decomposer):
         draft = self.n_iter_max <= DRAFT_ITERATIONS
         return fitted if draft else better(kernel, moment, fitted, before.balanced())
 
+    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
+        return ("svd",) if spec.kernel_volume == 1 else ()
+
+    def exact_at_parity(self, spec: LayerSpec) -> bool:
+        # Generic tensors of three and more modes are of about that rank. Without the ridge a fit
+        # may be refused there, which only trying tells.
+        return spec.kernel_volume > 1 and self.l2_reg > 0
+
     def brief(self, iterations: int) -> "CP":
         return replace(self, n_iter_max=min(self.n_iter_max, iterations))
 
@@ -465,6 +490,9 @@ class CPSeparable(CP):
 
     name: ClassVar[str] = "cp-separable"
     source: ClassVar[str] = "Lebedev et al. 2015"
+
+    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
+        return (*super().contained_in(spec), CP.name)
 
     def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
         return kernel_size
