@@ -14,7 +14,7 @@ from tdecomp.cost import chain_cost
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.methods import Methods, listed_methods
 from tdecomp.latency.layers import Stages, seconds_of, timed_ranks
-from tdecomp.latency.profile import Profile, model_in_words
+from tdecomp.latency.profile import Profile, check_profile, model_in_words
 from tdecomp.latency.setting import LAYOUTS, Setting, device_and_dtype, layout_of
 from tdecomp.latency.timing import Time
 from tdecomp.latency.whole import whole_times
@@ -48,7 +48,7 @@ EFFORTS = {
 
 def profile(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     methods: Methods = "dense",
     *,
     memory_format: str | torch.memory_format | None = None,
@@ -96,10 +96,13 @@ def profile(
 
     Raises
     ------
+    TypeError
+        For a cache that is no profile.
     ValueError
         Without inputs, if the model rejects them, for an unknown option, and for a cache of
         another setting.
     """
+    check_profile("profile: cache", cache)
     layouts = _layouts(model, memory_format)
     if effort not in EFFORTS:
         raise ValueError(f"profile: expected effort to be one of {[*EFFORTS]}, got {effort!r}")

@@ -256,6 +256,15 @@ class Profile:
             yield (layout, stages[0], call), time, span
 
 
+def check_profile(name: str, value: Any) -> None:
+    """Refuse what is no profile, such as the path of one."""
+    if value is not None and not isinstance(value, Profile):
+        raise TypeError(
+            f"{name}: expected a Profile, got {value!r}; tdecomp.profile(model, example_inputs) "
+            "makes one, tdecomp.Profile.load(path) reads one that was saved"
+        )
+
+
 def model_in_words(model: nn.Module) -> str:
     """Its class and its size: enough to notice that it is another one."""
     return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.latency import Profile, profile
+from tdecomp.latency import Profile, check_profile, profile
 from tdecomp.ranks.base import RankSelector
 
 
@@ -17,6 +17,9 @@ class Clock:
 
     profile: Profile | None = None
     only_if_faster: bool = False
+
+    def __post_init__(self) -> None:
+        check_profile("profile", self.profile)
 
     def refuse_without(self, example_inputs: Any, selector: RankSelector) -> None:
         """Times are those of a call: refuse to look for them without inputs."""

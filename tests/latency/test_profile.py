@@ -153,8 +153,13 @@ def test_a_cache_of_another_machine(clock, model, x, tmp_path):
 
 class TestRefused:
     def test_no_inputs(self, model):
-        with pytest.raises(ValueError, match=r"got no example_inputs"):
-            tdecomp.profile(model, None)
+        for inputs in ((), (None,)):
+            with pytest.raises(ValueError, match=r"got no example_inputs"):
+                tdecomp.profile(model, *inputs)
+
+    def test_a_cache_that_is_a_path(self, model, x):
+        with pytest.raises(TypeError, match=r"cache: expected a Profile, got 'p\.json'.*load"):
+            profiled(model, x, cache="p.json")
 
     def test_inputs_that_the_model_rejects(self, model):
         with pytest.raises(ValueError, match=r"rejected example_inputs"):

@@ -190,6 +190,10 @@ class TestRefused:
         with pytest.raises(ValueError, match="got no example_inputs"):
             tdecomp.plan(model, "dense", **options, **QUIET)
 
+    def test_a_profile_that_is_a_path(self, model, x):
+        with pytest.raises(TypeError, match=r"profile: expected a Profile, got 'p\.json'.*load"):
+            tdecomp.plan(model, "dense", rank=0.5, example_inputs=x, profile="p.json", **QUIET)
+
     @pytest.mark.usefixtures("clock")
     def test_a_profile_without_inputs(self, model, x):
         times = tdecomp.profile(model, x, **QUIET)
