@@ -117,6 +117,17 @@ class LayerLosses:
             )
         return self._costs[decomposer.name]
 
+    def contained(self, decomposer: Decomposer) -> bool:
+        """Whether another of the methods loses no more at about the same cost, rank by rank."""
+        limit = _AS_CHEAP * self._cost_of_one(decomposer)
+        within = decomposer.contained_in(self.spec)
+        return any(d.name in within and self._cost_of_one(d) <= limit for d in self.rivals)
+
+    def _cost_of_one(self, decomposer: Decomposer) -> int:
+        largest = decomposer.max_rank(self.spec)
+        least: Rank = (1,) * len(largest) if isinstance(largest, tuple) else 1
+        return self.cost(decomposer)(least).deciding
+
     @property
     def before(self) -> Cost:
         """Of the layer as it is."""
@@ -258,37 +269,35 @@ class _Curve:
 
     def __init__(self, losses: LayerLosses, decomposer: Decomposer) -> None:
         self._losses, self._decomposer = losses, decomposer
-        self._ranks = losses.ladder(decomposer)
-        cost = losses.cost(decomposer)
-        self._costs = [cost(rank) for rank in self._ranks]
-        nested = losses.nested(decomposer)
+        self._ranks: list[Rank] = []
+        self._costs: list[Cost] = []
         self._known: dict[int, Lost] = {}
         self._probe = 0
-        self.hopeless = False
+        self.hopeless = losses.contained(decomposer)
+        if not self.hopeless:
+            self._begin()
+
+    def _begin(self) -> None:
+        """All losses of a nested method; of others the one that tells whether they are worth it."""
+        losses, decomposer = self._losses, self._decomposer
+        self._ranks = losses.ladder(decomposer)
+        self._costs = [losses.cost(decomposer)(rank) for rank in self._ranks]
+        nested = losses.nested(decomposer)
         if nested is not None:
             self._known = {i: nested[_only(rank)] for i, rank in enumerate(self._ranks)}
         elif self._ranks:
             wanted = _PROBE * losses.largest_share * losses.before.deciding
             gaps = [abs(cost.deciding - wanted) for cost in self._costs]
             self._probe = gaps.index(min(gaps))
-            self.hopeless = self._contained() or self._hopeless_unseen(self._probe)
+            self.hopeless = self._hopeless_unseen(self._probe)
             if not self.hopeless:
                 self._fit(self._probe)
-
-    def _contained(self) -> bool:
-        """Whether another method finds no less at about the same cost, rank by rank."""
-        losses, within = self._losses, self._decomposer.contained_in(self._losses.spec)
-        probed = self._costs[self._probe].deciding
-        return any(
-            losses.cost(other)(self._ranks[self._probe]).deciding <= _AS_CHEAP * probed
-            for other in losses.rivals
-            if other.name in within
-        )
 
     def _hopeless_unseen(self, probe: int) -> bool:
         """Whether singular values say so without a fit, beside methods that need none either."""
         losses = self._losses
-        nested = [other for other in losses.rivals if losses.nested(other) is not None]
+        worthwhile = (other for other in losses.rivals if not losses.contained(other))
+        nested = [other for other in worthwhile if losses.nested(other) is not None]
         least = losses.least(self._decomposer, self._ranks[probe]) if nested else None
         return least is not None and any(
             least > _HOPELESS * losses.curve(other).least_at(self._costs[probe]) for other in nested

@@ -131,7 +131,10 @@ class Decomposer(ABC):
         return None
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
-        """The methods that on such a layer can find all that this one can, at the same rank."""
+        """The methods that on such a layer find all that this one can, at its rank or its least.
+
+        No two may name each other.
+        """
         del spec
         return ()
 

@@ -448,7 +448,7 @@ class CP(Decomposer):
         return fitted if draft else better(kernel, moment, fitted, before.balanced())
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
-        return ("svd",) if spec.kernel_volume == 1 else ()
+        return ("svd", "lowrank", "spatial") if spec.kernel_volume == 1 else ()
 
     def exact_at_parity(self, spec: LayerSpec) -> bool:
         # Generic tensors of three and more modes are of about that rank. Without the ridge a fit

@@ -23,3 +23,6 @@ class LowRank(SVD):
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.ndim else "lowrank takes convolutions; svd takes Linear layers"
+
+    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
+        return ("svd",) if spec.kernel_volume == 1 else ()

@@ -145,6 +145,9 @@ class Spatial(Decomposer):
             return "spatial takes two-dimensional convolutions"
         return None
 
+    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
+        return ("svd", "lowrank") if spec.kernel_volume == 1 else ()
+
     def max_rank(self, spec: LayerSpec) -> int:
         height, width = spec.kernel_size
         return min(spec.group_in * height, spec.group_out * width)

@@ -204,6 +204,9 @@ class Tucker2(Decomposer):
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.ndim else "tucker2 takes convolutions; svd takes Linear layers"
 
+    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
+        return ("svd", "lowrank", "spatial") if spec.kernel_volume == 1 else ()
+
     def max_rank(self, spec: LayerSpec) -> tuple[int, int]:
         into, out, volume = spec.group_in, spec.group_out, spec.kernel_volume
         return min(into, out * volume), min(out, into * volume)
