@@ -52,6 +52,17 @@ def test_the_table(monkeypatch, capsys):
     assert "a case" in capsys.readouterr().out
 
 
+def test_trained_networks_are_told_of(monkeypatch, capsys):
+    line = ["a case", *["x"] * (len(HEADERS) - 1)]
+    monkeypatch.setattr(speed, "SECTIONS", {"kernels": lambda *_: iter([line])})
+    given = []
+    monkeypatch.setattr(speed.latency, "main", given.append)
+    speed.main(["--data", "images", "--weights", "resnet20=a", "vgg11_bn=b"])
+    speed.main(["--sections", "kernels"])
+    assert given == [["--data", "images", "--weights", "resnet20=a", "vgg11_bn=b"]]
+    assert "a case" in capsys.readouterr().out
+
+
 def test_peak_memory_grows_with_what_is_held():
     before = peak_memory()
     held = torch.ones(before // 4 + 10_000_000)
