@@ -29,7 +29,7 @@ from benchmarks.comparison import count_macs
 from benchmarks.data import image_folder
 from benchmarks.models import input_format, load_model
 from benchmarks.training import accuracy
-from tdecomp.decomposers.base import get_decomposer
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.losses import LayerLosses
 
 BATCH_SIZE = 128

@@ -18,7 +18,7 @@ from torch.nn import functional
 import tdecomp
 from benchmarks.machine import describe_machine, describe_versions
 from tdecomp.composer import LowRankSolution, factorize_conv2d
-from tdecomp.decomposers.base import get_decomposer
+from tdecomp.decomposers.registry import get_decomposer
 
 CHANNELS, SIZE, MAPS = 256, 14, 32
 RANK = 64

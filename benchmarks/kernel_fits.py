@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks.pairs import in_turns, row
 from tdecomp.decomposers import CPSeparable
-from tdecomp.decomposers.base import Decomposer, get_decomposer, relative_error
+from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layer import LayerSpec
 from tdecomp.ranks.evb import evb_rank
 

@@ -19,7 +19,7 @@ from benchmarks.kernel_fits import plain_tucker2, vbmf_by_full_svd
 from benchmarks.machine import peak_memory
 from benchmarks.pairs import in_turns, row
 from benchmarks.torchvision_import import import_torchvision
-from tdecomp.decomposers.base import get_decomposer
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import frobenius_norm
 from tdecomp.parallel import each, on_cpu

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.figure import COLOURS, MARKERS
 from benchmarks.machine import describe_machine, describe_versions
 from tdecomp.cost import chain_cost
-from tdecomp.decomposers.base import get_decomposer
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.latency.layers import seconds_of, timed_ranks
 from tdecomp.layer import Call, LayerSpec
 from tdecomp.ranks.ladder import Rounding

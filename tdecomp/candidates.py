@@ -12,24 +12,25 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.linalg import Spectrum, undisturbed
 from tdecomp.losses import LayerLosses, whole_loss
 from tdecomp.moments import Moments
+from tdecomp.options import RankOptions
 from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Option
 from tdecomp.ranks.ladder import ANY_RANK, Rounding
 from tdecomp.sites import Site
 
 
-def layer_losses(
+def rank_options(
     sites: Sequence[Site],
     methods: Sequence[Sequence[Decomposer]],
     moments: Moments | None,
     largest_share: float = LARGEST_SHARE,
     rounding: Rounding = ANY_RANK,
-) -> list[LayerLosses]:
-    """For each site what its ranks lose, in one unit for all of them.
+) -> list[RankOptions]:
+    """For each site its ranks and what they lose, in one unit for all of them.
 
     A layer whose gradients are not known counts as much as the others do on average.
     """
     found = []
-    for site, rivals in zip(sites, methods, strict=True):
+    for site in sites:
         weight, spec = site.module.weight, site.spec
         assert isinstance(weight, nn.Parameter)
         assert spec is not None
@@ -39,11 +40,7 @@ def layer_losses(
             fits = moments.fits.setdefault((site.name, _digest(weight)), {})
         if mine is not None:
             mine = mine.to(weight.device)
-        found.append(
-            LayerLosses(
-                weight, spec, mine, site.calls, rivals, largest_share, rounding=rounding, cache=fits
-            )
-        )
+        found.append(LayerLosses(weight, spec, mine, site.calls, cache=fits))
     if any(lost.moments is not None and lost.moments.gradient is not None for lost in found):
         wholes = []
         for lost in found:
@@ -52,7 +49,10 @@ def layer_losses(
                     wholes.append(whole_loss(lost.weight, lost.moments) or 0.0)
         for lost in found:
             lost.unit = sum(wholes) / len(wholes)
-    return found
+    return [
+        RankOptions(losses, able, largest_share, rounding)
+        for losses, able in zip(found, methods, strict=True)
+    ]
 
 
 def _digest(weight: nn.Parameter) -> bytes:
@@ -61,9 +61,9 @@ def _digest(weight: nn.Parameter) -> bytes:
     return hashlib.blake2b(values.numpy().data, digest_size=16).digest()
 
 
-def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candidate:
+def candidate(site: Site, decomposer: Decomposer, offers: RankOptions) -> Candidate:
     """The site and the method as a selector sees them."""
-    spec = losses.spec
+    losses, spec = offers.losses, offers.losses.spec
 
     def spectra() -> tuple[Spectrum, ...] | None:
         try:
@@ -76,7 +76,7 @@ def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candid
 
     @cache
     def options() -> Sequence[Option]:
-        return losses.options(decomposer)
+        return offers.options(decomposer)
 
     return Candidate(
         layer=site.name,
@@ -87,5 +87,5 @@ def candidate(site: Site, decomposer: Decomposer, losses: LayerLosses) -> Candid
         spectra=spectra,
         options=options,
         aliases=site.names[1:],
-        rounded=losses.rounding != ANY_RANK,
+        rounded=offers.rounding != ANY_RANK,
     )

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tdecomp.batches import Forward
-from tdecomp.candidates import candidate, layer_losses
+from tdecomp.candidates import candidate, rank_options
 from tdecomp.cost import Cost, chain_cost, total
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.methods import Methods, listed_methods
@@ -150,10 +150,10 @@ def plan_from(
     by_name = {d.name: d for d in decomposers}
     times = clock.profile_for(selector, model, example_inputs, decomposers, source.progress)
     rounding = _rounding(selector, times)
-    losses = layer_losses(open_sites, able, moments, selector.largest_share, rounding)
+    offers = rank_options(open_sites, able, moments, selector.largest_share, rounding)
     candidates = [
-        [candidate(site, d, lost) for d in taking]
-        for site, taking, lost in zip(open_sites, able, losses, strict=True)
+        [candidate(site, d, offer) for d in taking]
+        for site, taking, offer in zip(open_sites, able, offers, strict=True)
     ]
     everything = sum((p.numel() for p in model.parameters() if not _lazy(p)), 0)
     whole = Cost(everything, None if seen is None else seen.total_macs)
@@ -178,10 +178,10 @@ def plan_from(
             _as_it_is if allow_expansion else _guarded,
         ).best()
         selected = timed.choices
-    for site, choice, lost in zip(open_sites, selected, losses, strict=True):
+    for site, choice, offer in zip(open_sites, selected, offers, strict=True):
         if not allow_expansion:
             choice = _guarded(choice)
-        error = _expected_error(choice, by_name, lost) if expect else None
+        error = _expected_error(choice, by_name, offer.losses) if expect else None
         choices[site.name] = replace(choice, error=error)
 
     counted: set[int] = set()

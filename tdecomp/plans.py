@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from tdecomp.cost import Cost, chain_cost
-from tdecomp.decomposers.base import Decomposer, get_decomposer
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.latency import Speed
 from tdecomp.layer import LayerSpec
 from tdecomp.ranks.base import spread

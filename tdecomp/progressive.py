@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from tdecomp.batches import Forward
 from tdecomp.calibration import calibrate_layers, watchable
-from tdecomp.candidates import candidate, layer_losses
+from tdecomp.candidates import candidate, rank_options
 from tdecomp.chain import Chain, Rank
 from tdecomp.cost import chain_cost, total
 from tdecomp.decomposers.base import Decomposer, relative_error
@@ -167,13 +167,13 @@ def _candidates(
         for name, layer in merged.items()
     ]
     methods = [[plan.decomposers[plan[site.name].method or ""]] for site in sites]
-    losses = layer_losses(sites, methods, moments, largest_share)
+    offers = rank_options(sites, methods, moments, largest_share)
     found = []
-    for site, (decomposer,), lost in zip(sites, methods, losses, strict=True):
+    for site, (decomposer,), offer in zip(sites, methods, offers, strict=True):
         row = plan[site.name]
         assert row.rank is not None
         assert row.layer is not None
-        found.append([_limited(candidate(site, decomposer, lost), row, decomposer)])
+        found.append([_limited(candidate(site, decomposer, offer), row, decomposer)])
     return found
 
 

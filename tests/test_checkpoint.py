@@ -18,7 +18,7 @@ from torch.nn.functional import relu
 
 import tdecomp
 from tdecomp import checkpoint
-from tdecomp.decomposers import base
+from tdecomp.decomposers import registry
 from tests.unchanged import unchanged
 
 METHODS = {
@@ -434,7 +434,7 @@ class Mine(tdecomp.SVD):
 
 
 def test_custom_method(file, monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     tdecomp.register(Mine)
     result = tdecomp.decompose(
         net(), Mine(sharpness=2.5), rank=3, allow_expansion=True, progress=False

@@ -13,7 +13,7 @@ from torch import nn
 import tdecomp
 from tdecomp import parallel
 from tdecomp.chain import Chain
-from tdecomp.decomposers import Decomposer, cp
+from tdecomp.decomposers import Decomposer, als
 from tdecomp.tracing import as_call
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
@@ -245,7 +245,7 @@ def test_the_result_does_not_depend_on_the_global_seed(method):
 
 def test_the_backend_is_set_for_this_thread_only(monkeypatch):
     seen = []
-    original = cp.parafac
+    original = als.parafac
 
     def fit(*args, **kwargs):
         thread = threading.Thread(target=lambda: seen.append(tensorly.get_backend()))
@@ -254,7 +254,7 @@ def test_the_backend_is_set_for_this_thread_only(monkeypatch):
         seen.append(tensorly.get_backend())
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(cp, "parafac", fit)
+    monkeypatch.setattr(als, "parafac", fit)
     decompose(MODELS["conv"].build(), "cp")
     assert seen[:2] == ["numpy", "pytorch"]
 
@@ -264,7 +264,7 @@ def test_the_backend_is_restored_after_a_failure(monkeypatch):
         assert tensorly.get_backend() == "pytorch"
         raise RuntimeError("no")
 
-    monkeypatch.setattr(cp, "parafac", fail)
+    monkeypatch.setattr(als, "parafac", fail)
     with pytest.raises(ValueError, match="RuntimeError: no"):
         decompose(MODELS["conv"].build(), "cp")
     assert tensorly.get_backend() == "numpy"

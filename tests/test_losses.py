@@ -8,20 +8,25 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.candidates import candidate, layer_losses
-from tdecomp.decomposers.base import get_decomposer
+from tdecomp.candidates import candidate, rank_options
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.filters import Filters
 from tdecomp.losses import LayerLosses
+from tdecomp.options import RankOptions
 from tdecomp.sites import find_sites
 from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
 
 
-def losses_of(model, name, methods, moments=None, inputs=None):
+def offers_of(model, name, methods, moments=None, inputs=None):
     sites, _ = find_sites(model, Filters(), inputs)
     wanted = [site for site in sites if site.name == name]
     decomposers = [get_decomposer(method) for method in methods]
-    (found,) = layer_losses(wanted, [decomposers], moments)
+    (found,) = rank_options(wanted, [decomposers], moments)
     return found
+
+
+def losses_of(*args, **kwargs):
+    return offers_of(*args, **kwargs).losses
 
 
 def test_losses_are_the_errors_of_the_outputs_in_the_norm_of_their_gradients():
@@ -89,8 +94,8 @@ def test_the_errors_of_nested_methods_are_exact(method, data):
 def test_options_save_something_and_fall(method):
     model, batches = convnet(), images()
     moments = tdecomp.calibrate(model, batches, **QUIET)
-    losses = losses_of(model, "3", [method], moments, batches[0])
-    options = losses.options(get_decomposer(method))
+    offer = offers_of(model, "3", [method], moments, batches[0])
+    losses, options = offer.losses, offer.options(get_decomposer(method))
     assert 1 < len(options) <= 48
     for smaller, larger in itertools.pairwise(options):
         assert smaller.cost.deciding < larger.cost.deciding < losses.before.deciding
@@ -109,13 +114,13 @@ def test_layers_without_gradients_count_as_much_as_the_others_do():
     del moments.layers["0"]
     sites, _ = find_sites(model, Filters(), None)
     decomposers = [get_decomposer("svd")]
-    unknown, known = layer_losses(sites, [decomposers] * 2, moments)
+    unknown, known = (o.losses for o in rank_options(sites, [decomposers] * 2, moments))
     whole = known.nested(decomposers[0])[0][0]
     assert whole > 0
     assert unknown.nested(decomposers[0])[0] == pytest.approx((whole, 1.0))
     # With that layer alone there is nothing to compare with: a share is a share.
-    (alone,) = layer_losses(sites[:1], [decomposers], moments)
-    assert alone.nested(decomposers[0])[0] == pytest.approx((1.0, 1.0))
+    (alone,) = rank_options(sites[:1], [decomposers], moments)
+    assert alone.losses.nested(decomposers[0])[0] == pytest.approx((1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -135,20 +140,20 @@ def test_a_method_is_not_tried_beside_one_that_contains_it(
     channels, kernel_size, methods, pointless
 ):
     torch.manual_seed(0)
-    losses = losses_of(nn.Sequential(nn.Conv2d(channels, channels, kernel_size)), "0", methods)
-    fitted = {name: bool(losses.options(get_decomposer(name))) for name in methods}
-    assert {name for name in methods if losses.contained(get_decomposer(name))} == pointless
+    offer = offers_of(nn.Sequential(nn.Conv2d(channels, channels, kernel_size)), "0", methods)
+    fitted = {name: bool(offer.options(get_decomposer(name))) for name in methods}
+    assert {name for name in methods if offer.contained(get_decomposer(name))} == pointless
     assert not any(fitted[name] for name in pointless)
-    assert not any(key[0] in pointless for key in losses.cache)
+    assert not any(key[0] in pointless for key in offer.losses.cache)
 
 
 @pytest.mark.parametrize("channels, stride", [((24, 32), 1), ((32, 24), 2)])
 def test_large_ranks_of_cp_are_foreseen(channels, stride):
     torch.manual_seed(0)
     layer = nn.Conv2d(*channels, 3, stride=stride, padding=1)
-    losses = losses_of(nn.Sequential(layer), "0", ["cp"], inputs=torch.randn(1, channels[0], 8, 8))
-    method = get_decomposer("cp")
-    options = losses.options(method)
+    offer = offers_of(nn.Sequential(layer), "0", ["cp"], inputs=torch.randn(1, channels[0], 8, 8))
+    losses, method = offer.losses, get_decomposer("cp")
+    options = offer.options(method)
     fitted = {key[-1] for key in losses.cache if key[-1] != "nested"}
     assert max(fitted) < 0.5 * max(option.rank for option in options)
     assert [o.loss for o in options] == sorted((o.loss for o in options), reverse=True)
@@ -180,7 +185,8 @@ def test_a_fit_that_fails_is_no_option():
     method = Unlucky(l2_reg=0.0)  # with a ridge large ranks are foreseen, not tried
     for limit, most in ((0, 0), (16, 16)):
         Unlucky.limit = limit
-        options = LayerLosses(layer.weight, site.spec, None, rivals=[method]).options(method)
+        losses = LayerLosses(layer.weight, site.spec, None)
+        options = RankOptions(losses, [method]).options(method)
         assert all(option.rank <= most for option in options)
         assert bool(options) == bool(most)
     Unlucky.limit = 0
@@ -197,10 +203,10 @@ def test_a_hopeless_method_is_fitted_once_only(monkeypatch):
         return (1e9, 1.0) if decomposer.name == "cp" else usual(self, decomposer, rank)
 
     monkeypatch.setattr(LayerLosses, "_fit_now", counting)
-    losses = losses_of(convnet(), "3", ["lowrank", "cp"])
-    assert losses.options(get_decomposer("cp")) == []
+    offer = offers_of(convnet(), "3", ["lowrank", "cp"])
+    assert offer.options(get_decomposer("cp")) == []
     assert fits == ["cp"]
-    assert losses.options(get_decomposer("lowrank"))
+    assert offer.options(get_decomposer("lowrank"))
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 9), (6, 3), (12, 12)])
@@ -216,9 +222,9 @@ def test_singular_values_say_that_a_method_is_hopeless_without_a_fit(monkeypatch
     monkeypatch.setattr(LayerLosses, "_fit_now", lambda *_: fits.append(1))
     # A matrix: Tucker-2 is the SVD with a core that costs and gains nothing.
     model = nn.Sequential(nn.Conv2d(96, 80, 1, bias=False))
-    losses = losses_of(model, "0", ["tucker2", "svd"])
-    assert losses.options(get_decomposer("tucker2")) == []
-    assert losses.options(get_decomposer("svd"))
+    offer = offers_of(model, "0", ["tucker2", "svd"])
+    assert offer.options(get_decomposer("tucker2")) == []
+    assert offer.options(get_decomposer("svd"))
     assert not fits
 
 
@@ -258,18 +264,18 @@ def test_a_zero_layer_loses_nothing():
 
 def test_spectra_and_options_are_computed_when_asked_for_and_once(monkeypatch):
     calls = []
-    usual = LayerLosses.options
+    usual = RankOptions.options
     monkeypatch.setattr(
-        LayerLosses, "options", lambda self, d: calls.append(d.name) or usual(self, d)
+        RankOptions, "options", lambda self, d: calls.append(d.name) or usual(self, d)
     )
     model = mlp()
     sites, _ = find_sites(model, Filters(), None)
-    (losses, *_) = layer_losses(sites, [[get_decomposer("svd")]] * 3, None)
-    one = candidate(sites[0], get_decomposer("svd"), losses)
+    (offer, *_) = rank_options(sites, [[get_decomposer("svd")]] * 3, None)
+    one = candidate(sites[0], get_decomposer("svd"), offer)
     assert calls == []
     assert one.options() is one.options()
     assert one.spectra() is one.spectra()
     assert calls == ["svd"]
-    assert one.before == losses.before
-    assert one.cost(3) == losses.cost(get_decomposer("svd"))(3)
+    assert one.before == offer.losses.before
+    assert one.cost(3) == offer.losses.cost(get_decomposer("svd"))(3)
     assert one.max_rank == 16

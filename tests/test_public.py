@@ -54,17 +54,17 @@ def test_examples_in_docstrings(name):
     # What an example may take for granted: it stands in the file that defines it.
     names = {**vars(torch), **vars(module), "torch": torch, "nn": torch.nn, "tdecomp": tdecomp}
     names |= {n: getattr(tdecomp, n) for n in tdecomp.__all__}
-    from tdecomp.decomposers import base
+    from tdecomp.decomposers import registry
 
-    before = dict(base._REGISTRY)
+    before = dict(registry._REGISTRY)
     try:
         with torch.random.fork_rng():
             results = doctest.testmod(
                 module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False
             )
     finally:
-        base._REGISTRY.clear()
-        base._REGISTRY.update(before)
+        registry._REGISTRY.clear()
+        registry._REGISTRY.update(before)
     assert results.failed == 0
 
 
@@ -76,11 +76,12 @@ ORDER = (
     "regression", "patches", "batches", "augment",
     "moments.layer", "moments.accumulator", "moments.*", "moments",
     "calibration", "source",
-    "decomposers.base", "decomposers.*", "decomposers",
+    "decomposers.factors", "decomposers.base", "decomposers.registry", "decomposers.*",
+    "decomposers",
     "ranks.base", "ranks.ladder", "ranks.evb", "ranks.spectral", "ranks.*", "ranks", "surgery",
     "latency.setting", "latency.timing", "latency.layers", "latency.profile", "latency.whole",
     "latency.measuring", "latency.pairs", "latency",
-    "losses", "candidates", "plotting", "report", "plans",
+    "losses", "options", "candidates", "plotting", "report", "plans",
     "timed.in_model", "timed.prices", "timed.rehearsal", "timed.clock", "timed.choice", "timed",
     "planning",
     "recovery.base", "recovery.*", "recovery", "checkpoint", "engine", "progressive",

@@ -129,7 +129,7 @@ def test_spectra_do_not_depend_on_the_scale(scale, selector):
 
 
 def test_a_class_may_be_registered_again_as_in_a_notebook(monkeypatch):
-    monkeypatch.setattr("tdecomp.decomposers.base._REGISTRY", {})
+    monkeypatch.setattr("tdecomp.decomposers.registry._REGISTRY", {})
 
     def define():
         class Mine(tdecomp.SVD):

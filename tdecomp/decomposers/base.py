@@ -1,4 +1,4 @@
-"""The contract of a decomposer, and the registry of those that have a name.
+"""The contract of a decomposer.
 
 A method's file holds its maths at the top, on one dense kernel (out, in, *kernel): tensors in, a
 frozen dataclass of factors out. Below it stands the class that says which layers the method takes
@@ -7,76 +7,19 @@ and which chain it makes. Groups, transposed layouts, dtypes and scales are deal
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tdecomp.chain import Chain, Rank
+from tdecomp.decomposers.factors import Factorization, Factors
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import Spectrum, frobenius_norm, spectra, undisturbed
 from tdecomp.regression import SecondMoment
 
 # Of iterative fits that only say what a rank would lose.
 DRAFT_ITERATIONS = 8
-
-
-class Factors(ABC):
-    """The factors of one dense kernel: a frozen dataclass of tensors."""
-
-    @abstractmethod
-    def to_kernel(self) -> Tensor:
-        """Multiply the factors back to a kernel of shape (out, in, *kernel)."""
-
-    @abstractmethod
-    def stage_weights(self) -> tuple[Tensor, ...]:
-        """One weight (out, in / groups, *kernel) for each stage of the chain."""
-
-    @abstractmethod
-    def scaled(self, scale: float) -> Self:
-        """The factors of `scale` times the kernel."""
-
-    def component_norms(self) -> float | None:
-        """The sum of the norms of the terms that add up to the kernel, for methods that have such.
-
-        Far above the kernel's norm the terms cancel, and rounding or fine-tuning undoes them.
-        """
-        return None
-
-    def to(self, dtype: torch.dtype) -> Self:
-        """Every tensor in `dtype`."""
-        assert is_dataclass(self)
-        return replace(self, **{f.name: _cast(getattr(self, f.name), dtype) for f in fields(self)})
-
-
-AnyFactors = TypeVar("AnyFactors", bound=Factors)
-
-
-@dataclass(frozen=True)
-class Factorization:
-    """The factors of a whole layer, group by group."""
-
-    spec: LayerSpec
-    groups: tuple[Factors, ...]
-
-    def to_kernel(self) -> Tensor:
-        """The kernel that the factors stand for, in the layer's own layout."""
-        kernel = _joined([factors.to_kernel() for factors in self.groups])
-        return self.spec.from_forward_layout(kernel)
-
-    def stage_weights(self) -> tuple[Tensor, ...]:
-        """One weight (out, in / groups, *kernel) for each stage, all groups together."""
-        per_group = (factors.stage_weights() for factors in self.groups)
-        return tuple(_joined(weights) for weights in zip(*per_group, strict=True))
-
-    def component_norms(self) -> float | None:
-        """The sum over all groups, or None; see `Factors.component_norms`."""
-        norms = [factors.component_norms() for factors in self.groups]
-        return None if norms[0] is None else sum(norm or 0.0 for norm in norms)
-
-    def to(self, dtype: torch.dtype) -> "Factorization":
-        return replace(self, groups=tuple(factors.to(dtype) for factors in self.groups))
 
 
 class Decomposer(ABC):
@@ -311,31 +254,12 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
 
 
-def better(
-    kernel: Tensor, moment: SecondMoment, fitted: AnyFactors, start: AnyFactors
-) -> AnyFactors:
-    """The factors that lose less of the outputs; what is not finite loses everything."""
-    matrix = kernel.flatten(1)
-    lost = [moment.lost(matrix - factors.to_kernel().flatten(1)) for factors in (fitted, start)]
-    return fitted if lost[0] <= lost[1] else start
-
-
 def check_iteration(method: str, n_iter_max: int, tol: float) -> None:
     """Refuse options that no iteration can run with."""
     if isinstance(n_iter_max, bool) or not isinstance(n_iter_max, int) or n_iter_max < 1:
         raise ValueError(f"{method}: expected n_iter_max of at least 1, got {n_iter_max!r}")
     if not isinstance(tol, (int, float)) or not tol >= 0:
         raise ValueError(f"{method}: expected tol of 0 or more, got {tol!r}")
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    return value.to(dtype) if isinstance(value, Tensor) else value
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _as_tuple(rank: Rank) -> tuple[int, ...]:
@@ -353,68 +277,3 @@ def _has_format(weight: Tensor, memory_format: torch.memory_format) -> bool:
     if weight.dim() != rank_of_format[memory_format] or weight.is_contiguous():
         return False
     return weight.is_contiguous(memory_format=memory_format)
-
-
-_REGISTRY: dict[str, Decomposer] = {}
-
-
-def register(decomposer: Any) -> Any:
-    """Give a decomposer its name for use in `plan` and `decompose`; works as a class decorator.
-
-    >>> from tdecomp.decomposers.svd import SVD
-    >>> class Mine(SVD):
-    ...     name = "mine"
-    >>> register(Mine) is Mine
-    True
-
-    Parameters
-    ----------
-    decomposer : Decomposer or type
-        An instance with its options set, or a class that can be made without arguments.
-
-    Raises
-    ------
-    TypeError
-        If it is not a decomposer.
-    ValueError
-        If its name is empty or another decomposer's.
-    """
-    instance = decomposer() if isinstance(decomposer, type) else decomposer
-    if not isinstance(instance, Decomposer):
-        raise TypeError(f"register: expected a Decomposer, got {type(instance).__name__}")
-    name = getattr(instance, "name", "")
-    if not name or not isinstance(name, str):
-        raise ValueError(f"register: {type(instance).__name__} needs a name, got {name!r}")
-    known = _REGISTRY.get(name)
-    # A class of the same place and name is the same one, defined again as in a notebook.
-    if known is not None and _place(known) != _place(instance):
-        raise ValueError(
-            f"register: {name!r} is the name of {type(known).__name__} already; choose another"
-        )
-    _REGISTRY[name] = instance
-    return decomposer
-
-
-def _place(decomposer: Decomposer) -> tuple[str, str]:
-    return type(decomposer).__module__, type(decomposer).__qualname__
-
-
-def registered() -> tuple[str, ...]:
-    """The names of all registered decomposers."""
-    return tuple(_REGISTRY)
-
-
-def get_decomposer(method: str | Decomposer) -> Decomposer:
-    """The decomposer of this name; a decomposer is taken as it is."""
-    if isinstance(method, Decomposer):
-        return method
-    known = ", ".join(map(repr, registered()))
-    expected = (
-        f"expected one of {known}, or a Decomposer (tdecomp.register makes your own known by name)"
-    )
-    if not isinstance(method, str):
-        hint = " (a class: make an instance of it)" if isinstance(method, type) else ""
-        raise TypeError(f"method: got {method!r}{hint}; {expected}")
-    if method not in _REGISTRY:
-        raise ValueError(f"unknown method {method!r}: {expected}")
-    return _REGISTRY[method]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tdecomp.decomposers.base import Decomposer, get_decomposer, registered
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.registry import get_decomposer, registered
 
 # Names that stand for several methods; () is all that there are.
 _GROUPS: Mapping[str, tuple[str, ...]] = {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factors
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.factors import Factors
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import tails, truncated_svd
 from tdecomp.regression import SecondMoment, leading_outputs, nested_losses

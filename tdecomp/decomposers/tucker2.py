@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import (
-    DRAFT_ITERATIONS,
-    Decomposer,
-    Factors,
-    better,
-    check_iteration,
-)
+from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
+from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import leading_vectors, mode_products, truncated_svd, unfold
 from tdecomp.regression import Features, SecondMoment, variable_projection

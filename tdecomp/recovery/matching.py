@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tdecomp.chain import Rank
-from tdecomp.decomposers.base import Decomposer, Factorization
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.factors import Factorization
 from tdecomp.moments import Accumulator, LayerMoments
 
 # Towards the original kernel, as a share of the inputs' mean power, for as many samples as inputs

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from tdecomp.augment import Augment, flip_and_shift, variants
 from tdecomp.batches import Batches, Forward, count_samples, device_of
 from tdecomp.chain import Chain
-from tdecomp.decomposers.base import Decomposer, Factorization, get_decomposer, registered
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.factors import Factorization
+from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layer import LayerSpec
 from tdecomp.linalg import undisturbed
 from tdecomp.moments import Accumulator, OutputGradients

@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers import SVD, Decomposer, Factors, LowRank, get_decomposer, registered
-from tdecomp.decomposers import base as registry
+from tdecomp.decomposers import (
+    SVD,
+    Decomposer,
+    Factors,
+    LowRank,
+    get_decomposer,
+    registered,
+    registry,
+)
 from tdecomp.decomposers.base import relative_error
 from tdecomp.layer import LayerSpec
 

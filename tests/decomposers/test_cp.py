@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from tdecomp.decomposers import CP, CPSeparable, cp
-from tdecomp.decomposers.base import Factorization
+from tdecomp.decomposers import CP, CPSeparable, als, cp
+from tdecomp.decomposers.factors import Factorization
 from tdecomp.layer import LayerSpec
 from tests.decomposers.oracle import MOMENT_KINDS, DecomposerCase, distance
 from tests.geometries import geometries
@@ -66,7 +66,7 @@ class CPCase(DecomposerCase):
         if kind == "falling":
             u, _, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
             weight = ((u * torch.arange(1.0, 41.0) ** -0.5) @ vh).reshape_as(weight)
-        original, errors, sweeps = cp.parafac, {}, {}
+        original, errors, sweeps = als.parafac, {}, {}
         for effort in ("balanced", "quick"):
             made = []
 
@@ -75,7 +75,7 @@ class CPCase(DecomposerCase):
                 made.append(len(found[1]))
                 return found
 
-            monkeypatch.setattr(cp, "parafac", count)
+            monkeypatch.setattr(als, "parafac", count)
             method = type(self.decomposer)(effort=effort)
             errors[effort] = distance(method.factorize(weight, spec, 16).to_kernel(), weight)
             sweeps[effort] = sum(made)
@@ -146,13 +146,13 @@ class CPCase(DecomposerCase):
     def test_degenerate_fit_is_made_again_or_refused(self, monkeypatch):
         held, _ = self.norms_without_a_best_fit()
         bound = 0.95 * held
-        monkeypatch.setattr(cp, "_MAX_COMPONENT_NORMS", bound / 2**0.5)
+        monkeypatch.setattr(als, "_MAX_COMPONENT_NORMS", bound / 2**0.5)
         again, error = self.norms_without_a_best_fit()
         assert again < bound
         assert error < 0.1
         with pytest.raises(ValueError, match="CP degenerates"):
             self.norms_without_a_best_fit(l2_reg=0.0)
-        monkeypatch.setattr(cp, "_MAX_COMPONENT_NORMS", 0.01)
+        monkeypatch.setattr(als, "_MAX_COMPONENT_NORMS", 0.01)
         with pytest.raises(ValueError, match="CP degenerates"):
             self.norms_without_a_best_fit()
 

@@ -11,7 +11,7 @@ from tensorly.backend.pytorch_backend import PyTorchBackend
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers import cp
+from tdecomp.decomposers import als
 from tests.unchanged import unchanged
 
 CPS = (tdecomp.CP, tdecomp.CPSeparable)
@@ -94,7 +94,7 @@ def test_with_the_default_ridge_it_is_bounded_and_close(method, sweeps, noise):
 
 def ridges_tried(monkeypatch):
     tried = []
-    sweep, norms = cp._sweep, cp.CPFactors.component_norms
+    sweep, norms = als._sweep, als.component_norms
 
     def sweep_spy(kernel, rank, start, ridge, options):
         tried.append([ridge, None])
@@ -106,8 +106,8 @@ def ridges_tried(monkeypatch):
             tried[-1][1] = found
         return found
 
-    monkeypatch.setattr(cp, "_sweep", sweep_spy)
-    monkeypatch.setattr(cp.CPFactors, "component_norms", norms_spy)
+    monkeypatch.setattr(als, "_sweep", sweep_spy)
+    monkeypatch.setattr(als, "component_norms", norms_spy)
     return tried
 
 
@@ -118,7 +118,7 @@ def test_stronger_ridge_where_the_first_is_not_enough(monkeypatch):
     assert [ridge for ridge, _ in tried] == [1e-3]
     # Just below what the first ridge reaches.
     bound = tried[0][1] * 0.98
-    monkeypatch.setattr(cp, "_MAX_COMPONENT_NORMS", bound / math.sqrt(2))
+    monkeypatch.setattr(als, "_MAX_COMPONENT_NORMS", bound / math.sqrt(2))
     tried.clear()
     row = decompose(layer, method, 2).report[""]
     assert [ridge for ridge, _ in tried][:2] == pytest.approx([1e-3, 1e-2])
@@ -130,14 +130,14 @@ def test_stronger_ridge_where_the_first_is_not_enough(monkeypatch):
 def test_refused_where_no_ridge_is_enough(monkeypatch):
     layer = border_rank_layer(noise=1e-2)
     tried = ridges_tried(monkeypatch)
-    monkeypatch.setattr(cp, "_MAX_COMPONENT_NORMS", 0.01)
+    monkeypatch.setattr(als, "_MAX_COMPONENT_NORMS", 0.01)
     with pytest.raises(ValueError, match=r"degenerates.*expected at most 0\.0141"):
         decompose(layer, tdecomp.CP(l2_reg=1e-3), 2)
     assert [ridge for ridge, _ in tried] == pytest.approx([1e-3, 1e-2, 1e-1])
 
 
 def test_refusal_of_one_layer_leaves_the_model_and_its_optimizer(monkeypatch):
-    monkeypatch.setattr(cp, "_MAX_COMPONENT_NORMS", 1.5)
+    monkeypatch.setattr(als, "_MAX_COMPONENT_NORMS", 1.5)
     model = nn.Sequential(nn.Conv1d(6, 6, 4).double(), border_rank_layer(noise=1e-2))
     with torch.no_grad():
         model[0].weight.copy_(torch.einsum("i,j,k->ijk", *map(torch.ones, (6, 6, 4))))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers.base import get_decomposer
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.latency.layers import timed_ranks
 from tdecomp.layer import Call, LayerSpec
 from tests.unchanged import unchanged

@@ -272,7 +272,7 @@ class Silent(tdecomp.SVD):
     ],
 )
 def test_methods_that_cannot_be_refitted_are_left_with_a_note(monkeypatch, method, known, reason):
-    monkeypatch.setattr("tdecomp.decomposers.base._REGISTRY", {"svd": tdecomp.SVD()})
+    monkeypatch.setattr("tdecomp.decomposers.registry._REGISTRY", {"svd": tdecomp.SVD()})
     if known:
         tdecomp.register(method)
     original, batches = mlp(), vectors()
@@ -386,7 +386,7 @@ class Worse(tdecomp.SVD):
 
 
 def test_a_layer_is_left_as_it_was_where_nothing_is_won(monkeypatch):
-    monkeypatch.setattr("tdecomp.decomposers.base._REGISTRY", {})
+    monkeypatch.setattr("tdecomp.decomposers.registry._REGISTRY", {})
     tdecomp.register(Worse)
     original, batches = mlp(), vectors()
     model = decomposed(original, "worse")

@@ -1,0 +1,88 @@
+"""What a fit finds: the factors of one kernel, and those of a layer, group by group."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from tdecomp.layer import LayerSpec
+from tdecomp.regression import SecondMoment
+
+
+class Factors(ABC):
+    """The factors of one dense kernel: a frozen dataclass of tensors."""
+
+    @abstractmethod
+    def to_kernel(self) -> Tensor:
+        """Multiply the factors back to a kernel of shape (out, in, *kernel)."""
+
+    @abstractmethod
+    def stage_weights(self) -> tuple[Tensor, ...]:
+        """One weight (out, in / groups, *kernel) for each stage of the chain."""
+
+    @abstractmethod
+    def scaled(self, scale: float) -> Self:
+        """The factors of `scale` times the kernel."""
+
+    def component_norms(self) -> float | None:
+        """The sum of the norms of the terms that add up to the kernel, for methods that have such.
+
+        Far above the kernel's norm the terms cancel, and rounding or fine-tuning undoes them.
+        """
+        return None
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Every tensor in `dtype`."""
+        assert is_dataclass(self)
+        return replace(self, **{f.name: _cast(getattr(self, f.name), dtype) for f in fields(self)})
+
+
+AnyFactors = TypeVar("AnyFactors", bound=Factors)
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """The factors of a whole layer, group by group."""
+
+    spec: LayerSpec
+    groups: tuple[Factors, ...]
+
+    def to_kernel(self) -> Tensor:
+        """The kernel that the factors stand for, in the layer's own layout."""
+        kernel = _joined([factors.to_kernel() for factors in self.groups])
+        return self.spec.from_forward_layout(kernel)
+
+    def stage_weights(self) -> tuple[Tensor, ...]:
+        """One weight (out, in / groups, *kernel) for each stage, all groups together."""
+        per_group = (factors.stage_weights() for factors in self.groups)
+        return tuple(_joined(weights) for weights in zip(*per_group, strict=True))
+
+    def component_norms(self) -> float | None:
+        """The sum over all groups, or None; see `Factors.component_norms`."""
+        norms = [factors.component_norms() for factors in self.groups]
+        return None if norms[0] is None else sum(norm or 0.0 for norm in norms)
+
+    def to(self, dtype: torch.dtype) -> "Factorization":
+        return replace(self, groups=tuple(factors.to(dtype) for factors in self.groups))
+
+
+def better(
+    kernel: Tensor, moment: SecondMoment, fitted: AnyFactors, start: AnyFactors
+) -> AnyFactors:
+    """The factors that lose less of the outputs; what is not finite loses everything."""
+    matrix = kernel.flatten(1)
+    lost = [moment.lost(matrix - factors.to_kernel().flatten(1)) for factors in (fitted, start)]
+    return fitted if lost[0] <= lost[1] else start
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

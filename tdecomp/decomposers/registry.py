@@ -1,0 +1,69 @@
+"""The decomposers that have a name."""
+
+from typing import Any
+
+from tdecomp.decomposers.base import Decomposer
+
+_REGISTRY: dict[str, Decomposer] = {}
+
+
+def register(decomposer: Any) -> Any:
+    """Give a decomposer its name for use in `plan` and `decompose`; works as a class decorator.
+
+    >>> from tdecomp.decomposers.svd import SVD
+    >>> class Mine(SVD):
+    ...     name = "mine"
+    >>> register(Mine) is Mine
+    True
+
+    Parameters
+    ----------
+    decomposer : Decomposer or type
+        An instance with its options set, or a class that can be made without arguments.
+
+    Raises
+    ------
+    TypeError
+        If it is not a decomposer.
+    ValueError
+        If its name is empty or another decomposer's.
+    """
+    instance = decomposer() if isinstance(decomposer, type) else decomposer
+    if not isinstance(instance, Decomposer):
+        raise TypeError(f"register: expected a Decomposer, got {type(instance).__name__}")
+    name = getattr(instance, "name", "")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"register: {type(instance).__name__} needs a name, got {name!r}")
+    known = _REGISTRY.get(name)
+    # A class of the same place and name is the same one, defined again as in a notebook.
+    if known is not None and _place(known) != _place(instance):
+        raise ValueError(
+            f"register: {name!r} is the name of {type(known).__name__} already; choose another"
+        )
+    _REGISTRY[name] = instance
+    return decomposer
+
+
+def _place(decomposer: Decomposer) -> tuple[str, str]:
+    return type(decomposer).__module__, type(decomposer).__qualname__
+
+
+def registered() -> tuple[str, ...]:
+    """The names of all registered decomposers."""
+    return tuple(_REGISTRY)
+
+
+def get_decomposer(method: str | Decomposer) -> Decomposer:
+    """The decomposer of this name; a decomposer is taken as it is."""
+    if isinstance(method, Decomposer):
+        return method
+    known = ", ".join(map(repr, registered()))
+    expected = (
+        f"expected one of {known}, or a Decomposer (tdecomp.register makes your own known by name)"
+    )
+    if not isinstance(method, str):
+        hint = " (a class: make an instance of it)" if isinstance(method, type) else ""
+        raise TypeError(f"method: got {method!r}{hint}; {expected}")
+    if method not in _REGISTRY:
+        raise ValueError(f"unknown method {method!r}: {expected}")
+    return _REGISTRY[method]
