@@ -100,7 +100,7 @@ class _Mttkrp:
         return known
 
 
-# Instances of TensorLy's own backends, with one function each put in another's place.
+# An instance of TensorLy's own backend, with one function put in another's place.
 _BACKEND = PyTorchBackend()
 _BACKEND.svd = _svd
 

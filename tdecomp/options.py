@@ -117,13 +117,13 @@ class _Curve:
             wanted = _PROBE * self._offers.largest_share * losses.before.deciding
             gaps = [abs(cost.deciding - wanted) for cost in self._costs]
             self._probe = gaps.index(min(gaps))
-            self.hopeless = self._hopeless_unseen(self._probe)
+            self.hopeless = self._hopeless_unseen()
             if not self.hopeless:
                 self._fit(self._probe)
 
-    def _hopeless_unseen(self, probe: int) -> bool:
+    def _hopeless_unseen(self) -> bool:
         """Whether singular values say so without a fit, beside methods that need none either."""
-        losses, offers = self._losses, self._offers
+        losses, offers, probe = self._losses, self._offers, self._probe
         worthwhile = (other for other in offers.methods if not offers.contained(other))
         nested = [other for other in worthwhile if losses.nested(other) is not None]
         least = losses.least(self._decomposer, self._ranks[probe]) if nested else None

@@ -24,9 +24,7 @@ _EXACT = 1e-2
 _PARITY = 0.8
 # Above this times √rank the sum of the component norms counts as degenerate.
 _MAX_COMPONENT_NORMS = 5.0
-# How many singular vectors a kernel is compressed to, in ranks, and the share of its size that the
-# rest may have for that to be worth it.
-_SPAN = 1.0
+# The share of its size that a kernel may be compressed to for that to be worth it.
 _WORTHWHILE = 0.5
 # Always on the factors, so that the normal equations of a rank-deficient kernel can be solved.
 _TRACE_RIDGE = 1e-10
@@ -62,7 +60,7 @@ class ALSOptions:
     tol: float
     l2_reg: float
     random_state: int
-    effort: Effort = EFFORTS["balanced"]
+    effort: Effort
 
     @property
     def last_sweeps(self) -> int:
@@ -94,8 +92,10 @@ def cp_factors(kernel: Tensor, rank: int, options: ALSOptions) -> list[Tensor]:
         return [kernel.new_zeros(size, rank) for size in kernel.shape]
     kernel = kernel / norm
     bound = _MAX_COMPONENT_NORMS * rank**0.5
-    core, bases, outside = _compressed(kernel, rank)
-    start = _singular_start(core, rank, options.random_state)
+    leading = [leading_vectors(unfold(kernel, mode), rank) for mode in range(2)]
+    channels, outside = [vectors for vectors, _ in leading], max(share for _, share in leading)
+    core, bases = _compressed(kernel, channels)
+    start = _singular_start(core, rank, options.random_state, [] if bases else channels)
     # A kernel that has this very rank wants no ridge; every other fit is an approximation.
     plain = [(exact, 0.0) for exact in _exact_starts(core, rank, start, outside, options)]
     ridged = [(start, strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
@@ -126,31 +126,26 @@ def component_norms(factors: Sequence[Tensor]) -> float:
     return float(norms.prod(dim=0).sum())
 
 
-def _compressed(kernel: Tensor, rank: int) -> tuple[Tensor, list[Tensor], float]:
+def _compressed(kernel: Tensor, channels: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The kernel in the leading singular vectors of its outputs and inputs, and these vectors.
 
     Sweeps cost a fraction there, and the components of a fit of a low rank lie nearly in their
     span (Bro and Andersson 1998, "Improving the speed of multiway algorithms: Part II.
-    Compression"). Where little is gained the kernel as it is, and no vectors. Either way with the
-    share of its squares that is outside the vectors of one mode: what no fit can reach.
+    Compression"). Where little is gained the kernel as it is, and no vectors.
     """
-    sizes = [min(size, math.ceil(_SPAN * rank)) for size in kernel.shape[:2]]
-    short = [mode for mode in range(2) if sizes[mode] < kernel.shape[mode]]
-    leading = {mode: leading_vectors(unfold(kernel, mode), sizes[mode]) for mode in short}
-    outside = max((share for _, share in leading.values()), default=0.0)
-    if math.prod(sizes) > _WORTHWHILE * math.prod(kernel.shape[:2]):
-        return kernel, [], outside
-    bases = [
-        leading[mode][0] if mode in leading else leading_vectors(unfold(kernel, mode), size)[0]
-        for mode, size in enumerate(sizes)
-    ]
-    return mode_products(kernel, [base.T for base in bases], modes=[0, 1]), bases, outside
+    size = math.prod(vectors.shape[1] for vectors in channels)
+    if size > _WORTHWHILE * math.prod(kernel.shape[:2]):
+        return kernel, []
+    return mode_products(kernel, [vectors.T for vectors in channels], modes=[0, 1]), channels
 
 
 def _exact_starts(
     kernel: Tensor, rank: int, start: list[Tensor], outside: float, options: ALSOptions
 ) -> list[list[Tensor]]:
-    """Factors near which the kernel has this very rank, if a few sweeps find any."""
+    """Factors near which the kernel has this very rank, if a few sweeps find any.
+
+    No fit reaches the share of the squares that is `outside` the leading vectors of a mode.
+    """
     weights = rank * sum(kernel.shape)
     beyond_channels = rank > max(kernel.shape[:2])
     if outside > _EXACT**2 or (beyond_channels and weights < _PARITY * kernel.numel()):
@@ -200,8 +195,12 @@ def _parafac(
     return [factors[0] * weights, *factors[1:]], [float(error) for error in errors]
 
 
-def _singular_start(kernel: Tensor, rank: int, random_state: int) -> list[Tensor]:
+def _singular_start(
+    kernel: Tensor, rank: int, random_state: int, channels: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """The leading singular vectors of each unfolding, filled up with seeded Gaussian columns.
+
+    `channels` are those of the first modes, where they are known.
 
     A little noise on all of them leaves the saddle points of symmetric kernels, where sweeps from
     the singular vectors themselves would lose components for good.
@@ -209,10 +208,13 @@ def _singular_start(kernel: Tensor, rank: int, random_state: int) -> list[Tensor
     generator = torch.Generator("cpu").manual_seed(random_state)
     factors = []
     for mode, size in enumerate(kernel.shape):
-        leading, _ = leading_vectors(unfold(kernel, mode), rank)  # (size, at most R)
+        if mode < len(channels):
+            leading = channels[mode]  # (size, at most R)
+        else:
+            leading, _ = leading_vectors(unfold(kernel, mode), rank)
         noise = torch.randn(size, rank, generator=generator, device="cpu").to(leading) / size**0.5
-        known = leading.shape[1]
-        factors.append(torch.cat([leading + _JITTER * noise[:, :known], noise[:, known:]], dim=1))
+        count = leading.shape[1]
+        factors.append(torch.cat([leading + _JITTER * noise[:, :count], noise[:, count:]], dim=1))
     return factors
 
 
