@@ -20,11 +20,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import tdecomp
-from benchmarks.comparison import count_macs
-from benchmarks.data import Dataset, image_folder
-from benchmarks.machine import describe_machine, describe_versions
-from benchmarks.models import input_format, load_model
-from benchmarks.training import accuracy
+from benchmarks.support.comparison import count_macs
+from benchmarks.support.data import Dataset, image_folder
+from benchmarks.support.machine import describe_machine, describe_versions
+from benchmarks.support.models import input_format, load_model
+from benchmarks.support.training import accuracy
 
 BATCH_SIZE = 128
 

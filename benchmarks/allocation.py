@@ -25,12 +25,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import tdecomp
-from benchmarks.comparison import count_macs
-from benchmarks.data import image_folder
-from benchmarks.models import input_format, load_model
-from benchmarks.training import accuracy
+from benchmarks.support.comparison import count_macs
+from benchmarks.support.data import image_folder
+from benchmarks.support.models import input_format, load_model
+from benchmarks.support.training import accuracy
 from tdecomp.decomposers.registry import get_decomposer
-from tdecomp.losses import LayerLosses
+from tdecomp.loss_curves.layer_losses import LayerLosses
 
 BATCH_SIZE = 128
 PROBE = 0.3  # of each layer's MACs, when one layer at a time is swapped

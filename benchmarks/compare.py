@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 import tdecomp
-from benchmarks.comparison import Comparison, Protocol, compare
-from benchmarks.data import Dataset, digits, image_folder
-from benchmarks.figure import draw_comparison
-from benchmarks.machine import describe_machine, describe_versions
-from benchmarks.models import DEFAULT, TORCHVISION, InputFormat, input_format, load_model
-from benchmarks.settings import BUDGET, GROUPS, RANK_SYNTAX, Setting, parse_rank
-from benchmarks.table import format_table
-from benchmarks.verdict import verdict
+from benchmarks.support.comparison import Comparison, Protocol, compare
+from benchmarks.support.data import Dataset, digits, image_folder
+from benchmarks.support.figure import draw_comparison
+from benchmarks.support.machine import describe_machine, describe_versions
+from benchmarks.support.models import DEFAULT, TORCHVISION, InputFormat, input_format, load_model
+from benchmarks.support.settings import BUDGET, GROUPS, RANK_SYNTAX, Setting, parse_rank
+from benchmarks.support.table import format_table
+from benchmarks.support.verdict import verdict
 
 DEFAULT_MODEL = "digits_vgg"
 DEFAULT_METHODS = ("cp", "cp-separable", "tucker2", "lowrank")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tdecomp
-from benchmarks.machine import describe_machine, describe_versions
-from tdecomp.composer import LowRankSolution, factorize_conv2d
+from benchmarks.support.machine import describe_machine, describe_versions
+from tdecomp.composer.core import LowRankSolution, factorize_conv2d
 from tdecomp.decomposers.registry import get_decomposer
 
 CHANNELS, SIZE, MAPS = 256, 14, 32

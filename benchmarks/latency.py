@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import tdecomp
 from benchmarks.accuracy import Network
-from benchmarks.data import image_folder
-from benchmarks.machine import describe_machine, describe_versions
-from benchmarks.models import input_format
-from benchmarks.torchvision_import import import_torchvision
-from tdecomp.latency import compare
+from benchmarks.support.data import image_folder
+from benchmarks.support.machine import describe_machine, describe_versions
+from benchmarks.support.models import input_format
+from benchmarks.support.torchvision_import import import_torchvision
+from tdecomp.timing.whole_model import compare
 
 NETWORKS = (("resnet18", 1), ("resnet50", 1), ("resnet50", 8), ("vgg16", 1))
 MODES = ("eager", "compiled")

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.figure import COLOURS, MARKERS
-from benchmarks.machine import describe_machine, describe_versions
-from tdecomp.cost import chain_cost
+from benchmarks.support.figure import COLOURS, MARKERS
+from benchmarks.support.machine import describe_machine, describe_versions
 from tdecomp.decomposers.registry import get_decomposer
-from tdecomp.latency.layers import seconds_of, timed_ranks
-from tdecomp.layer import Call, LayerSpec
-from tdecomp.ranks.ladder import Rounding
+from tdecomp.layers.cost import chain_cost
+from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.ranks.grid import Rounding
+from tdecomp.timing.layers import seconds_of, timed_ranks
 
 # Channels, and the side of the maps that layers so wide see in the usual networks.
 SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))

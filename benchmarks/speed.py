@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from tabulate import tabulate
 
-from benchmarks import kernel_fits, latency, model_fits
-from benchmarks.machine import describe_machine, describe_versions
-from benchmarks.pairs import HEADERS
+from benchmarks import latency
+from benchmarks.support import kernel_fits, model_fits
+from benchmarks.support.machine import describe_machine, describe_versions
+from benchmarks.support.pairs import HEADERS
 
 # Each gives lines of one table, of the cases whose titles hold a word, measured so many times.
 SECTIONS: Mapping[str, Callable[[str, int], Iterator[list[str]]]] = {

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import trange
 
-from benchmarks.data import Split, digits
-from benchmarks.models import DIGITS_WEIGHTS
-from benchmarks.networks import DigitsVGG
-from benchmarks.training import accuracy
+from benchmarks.support.data import Split, digits
+from benchmarks.support.models import DIGITS_WEIGHTS
+from benchmarks.support.networks import DigitsVGG
+from benchmarks.support.training import accuracy
 
 PEAK_RATE = 2e-3
 

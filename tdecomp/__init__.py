@@ -9,32 +9,38 @@
 
 from importlib.metadata import version as _version
 
-from tdecomp.augment import flip_and_shift
-from tdecomp.calibration import calibrate
-from tdecomp.chain import Chain
+from tdecomp.api import apply, decompose, plan
+from tdecomp.calibration.augment import flip_and_shift
+from tdecomp.calibration.calibrate import calibrate
+from tdecomp.calibration.moments import Moments
 from tdecomp.checkpoint import load
-from tdecomp.decomposers import (
-    CP,
-    SVD,
-    CPSeparable,
-    Decomposer,
-    Factors,
-    LowRank,
-    Spatial,
-    Tucker2,
-    register,
-    registered,
-)
-from tdecomp.engine import Decomposition, apply, decompose
-from tdecomp.latency import Profile, profile
-from tdecomp.layer import LayerSpec
-from tdecomp.moments import Moments
-from tdecomp.planning import plan
-from tdecomp.plans import Plan
-from tdecomp.progressive import reduce_ranks
-from tdecomp.ranks import VBMF, BreakEven, Budget, Energy, RankSelector, Ratio
-from tdecomp.recovery import Recovery, distill, recalibrate_batchnorm, refit
-from tdecomp.report import Report, Row
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.cp import CP, CPSeparable
+from tdecomp.decomposers.factors import Factors
+from tdecomp.decomposers.lowrank import LowRank
+from tdecomp.decomposers.registry import register, registered
+from tdecomp.decomposers.spatial import Spatial
+from tdecomp.decomposers.svd import SVD
+from tdecomp.decomposers.tucker2 import Tucker2
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.plans.plan import Plan
+from tdecomp.plans.report import Report
+from tdecomp.plans.row import Row
+from tdecomp.ranks.base import RankSelector
+from tdecomp.ranks.breakeven import BreakEven
+from tdecomp.ranks.budget import Budget
+from tdecomp.ranks.energy import Energy
+from tdecomp.ranks.ratio import Ratio
+from tdecomp.ranks.vbmf import VBMF
+from tdecomp.recovery.base import Recovery
+from tdecomp.recovery.batchnorm import recalibrate_batchnorm
+from tdecomp.recovery.distill import distill
+from tdecomp.recovery.refit import refit
+from tdecomp.reduce import reduce_ranks
+from tdecomp.result import Decomposition
+from tdecomp.timing.measure import profile
+from tdecomp.timing.profile import Profile
 
 __version__ = _version("tdecomp")
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tdecomp.chain import Chain
-from tdecomp.plans import Plan, match_sites
-from tdecomp.surgery import copy_with
+from tdecomp.layers.chain import Chain
+from tdecomp.model.surgery import copy_with
+from tdecomp.plans.plan import Plan, match_sites
 
 _KEY = "tdecomp"
 _FORMAT = 1

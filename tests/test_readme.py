@@ -17,7 +17,7 @@ LATER, PIPELINE, STEPS, TIMES, COMPOSER = (
     next(block for block in BLOCKS if block.startswith(start))
     for start in (
         "plan = tdecomp.plan",
-        "from benchmarks.data",
+        "from benchmarks.support.data",
         "moments = ",
         "times = ",
         "from torch import",

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
-from benchmarks.torchvision_import import import_torchvision
+from benchmarks.support.torchvision_import import import_torchvision
 
 zoo = import_torchvision().models
 # Fits of large layers take minutes, and show nothing that those of smaller ones do not.

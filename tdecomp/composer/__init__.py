@@ -7,11 +7,7 @@ dilations work; a layer without a bias gets none; replaced layers keep what they
 
 from tdecomp.composer.apply import apply_factorization
 from tdecomp.composer.core import LowRankSolution, factorize_conv2d, factorize_matrix
-from tdecomp.composer.modules import (
-    FactorizedConv2d,
-    FactorizedLinear,
-    factorizing_could_speedup,
-)
+from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
 
 __all__ = [
     "FactorizedConv2d",

@@ -8,15 +8,11 @@ from torch.optim import Optimizer
 
 from tdecomp.composer.core import resolve_size
 from tdecomp.composer.factorized import Factorized
-from tdecomp.composer.modules import (
-    FactorizedConv2d,
-    FactorizedLinear,
-    factorizing_could_speedup,
-)
-from tdecomp.filters import Filters
-from tdecomp.planning import check_weight
-from tdecomp.sites import Site, find_sites
-from tdecomp.surgery import as_optimizers, replace_in, unoptimized
+from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
+from tdecomp.model.filters import Filters
+from tdecomp.model.sites import Site, find_sites
+from tdecomp.model.surgery import as_optimizers, replace_in, unoptimized
+from tdecomp.plans.make import check_weight
 
 
 def apply_factorization(

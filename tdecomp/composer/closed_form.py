@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tdecomp.regression import SecondMoment, leading_outputs
+from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
 
 # Multiplies the inputs by a matrix (fan_in, m): (samples, m).
 Times = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tdecomp.composer.closed_form import Operator, corrected, solve
-from tdecomp.linalg import undisturbed
+from tdecomp.torch_state import undisturbed
 
 
 @dataclass(eq=False)

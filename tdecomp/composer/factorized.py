@@ -6,12 +6,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tdecomp.chain import Chain
 from tdecomp.composer.core import LowRankSolution, resolve_size
 from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.decomposers.svd import SVD
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import undisturbed
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.torch_state import undisturbed
 
 
 class Factorized(Chain):

@@ -5,15 +5,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tdecomp.composer.core import (
-    LowRankSolution,
-    factorize_conv2d,
-    factorize_matrix,
-    refuse_groups,
-)
+from tdecomp.composer.core import LowRankSolution, factorize_conv2d, factorize_matrix, refuse_groups
 from tdecomp.composer.factorized import Factorized, latent_of, max_latent
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import undisturbed
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.torch_state import undisturbed
 
 
 def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bool:

@@ -14,7 +14,8 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tdecomp.decomposers.base import DRAFT_ITERATIONS
-from tdecomp.linalg import leading_vectors, mode_products, torch_backend, unfold
+from tdecomp.linalg.svd import leading_vectors
+from tdecomp.linalg.tensorly_backend import mode_products, torch_backend, unfold
 
 _JITTER = 1e-2
 # A relative error below which the kernel counts as being of the rank asked for.

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdecomp.chain import Chain, Rank
 from tdecomp.decomposers.factors import Factorization, Factors
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import Spectrum, frobenius_norm, spectra, undisturbed
-from tdecomp.regression import SecondMoment
+from tdecomp.layers.chain import Chain, Rank
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
+from tdecomp.linalg.spectrum import Spectrum, spectra
+from tdecomp.linalg.svd import frobenius_norm
+from tdecomp.torch_state import undisturbed
 
 # Of iterative fits that only say what a rank would lose.
 DRAFT_ITERATIONS = 8

@@ -13,19 +13,14 @@ import tensorly
 import torch
 from torch import Tensor
 
-from tdecomp.chain import Rank
-from tdecomp.decomposers.als import (
-    EFFORTS,
-    ALSOptions,
-    component_norms,
-    cp_factors,
-    few_sweeps,
-)
+from tdecomp.decomposers.als import EFFORTS, ALSOptions, component_norms, cp_factors, few_sweeps
 from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import torch_backend
-from tdecomp.regression import Features, SecondMoment, variable_projection
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
+from tdecomp.linalg.tensorly_backend import torch_backend
+from tdecomp.linalg.variable_projection import Features, variable_projection
 
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-4

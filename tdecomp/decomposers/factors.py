@@ -8,8 +8,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from tdecomp.layer import LayerSpec
-from tdecomp.regression import SecondMoment
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
 
 
 class Factors(ABC):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tdecomp.decomposers.svd import SVD
-from tdecomp.layer import LayerSpec
+from tdecomp.layers.spec import LayerSpec
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.chain import Rank
 from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import tails, truncated_svd
-from tdecomp.regression import Features, SecondMoment, variable_projection
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
+from tdecomp.linalg.spectrum import tails
+from tdecomp.linalg.svd import truncated_svd
+from tdecomp.linalg.variable_projection import Features, variable_projection
 
 
 @dataclass(frozen=True)

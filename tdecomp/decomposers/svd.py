@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.chain import Rank
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factors
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import tails, truncated_svd
-from tdecomp.regression import SecondMoment, leading_outputs, nested_losses
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment, leading_outputs, nested_losses
+from tdecomp.linalg.spectrum import tails
+from tdecomp.linalg.svd import truncated_svd
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.chain import Rank
 from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import leading_vectors, mode_products, truncated_svd, unfold
-from tdecomp.regression import Features, SecondMoment, variable_projection
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
+from tdecomp.linalg.svd import leading_vectors, truncated_svd
+from tdecomp.linalg.tensorly_backend import mode_products, unfold
+from tdecomp.linalg.variable_projection import Features, variable_projection
 
 # Drafts are compared with one another, where a thousandth of the error decides nothing.
 _DRAFT_TOL = 1e-3

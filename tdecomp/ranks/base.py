@@ -11,9 +11,9 @@ from fractions import Fraction
 from numbers import Real
 from typing import ClassVar
 
-from tdecomp.chain import Rank
-from tdecomp.cost import Cost
-from tdecomp.linalg import Spectrum
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.cost import Cost
+from tdecomp.linalg.spectrum import Spectrum
 
 NOTHING = Cost(0, 0)
 # Of a layer's cost, that a chain may keep to be worth considering.

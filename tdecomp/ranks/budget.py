@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tdecomp.chain import Rank
-from tdecomp.cost import Cost, total
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.cost import Cost, total
 from tdecomp.ranks.base import (
     LARGEST_SHARE,
     NOTHING,
@@ -19,7 +19,7 @@ from tdecomp.ranks.base import (
     RankSelector,
     is_share,
 )
-from tdecomp.ranks.ladder import last
+from tdecomp.ranks.grid import last
 
 # In this order: the first is met by an exact search.
 _NAMES = ("latency", "macs", "params")

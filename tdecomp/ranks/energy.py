@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tdecomp.linalg import Spectrum
+from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
 from tdecomp.ranks.spectral import spectra_of
 

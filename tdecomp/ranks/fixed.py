@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tdecomp.chain import Rank
-from tdecomp.cost import Cost
-from tdecomp.filters import matches
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.cost import Cost
+from tdecomp.model.filters import matches
 from tdecomp.ranks.base import NOTHING, Candidate, Choice, LocalSelector, RankSelector, spread
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tdecomp.cost import Cost
+from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share, largest_rank, rank_at
 
 Of = Literal["rank", "params", "macs"]

@@ -1,6 +1,6 @@
 """What selectors that read singular values share."""
 
-from tdecomp.linalg import Spectrum
+from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.ranks.base import Candidate
 
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from tdecomp.linalg import Spectrum
+from tdecomp.linalg.evb import evb_rank
+from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
-from tdecomp.ranks.evb import evb_rank
 from tdecomp.ranks.spectral import spectra_of
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdecomp.batches import Batches, Forward, count_samples, device_of, tensors_of
-from tdecomp.chain import Chain
-from tdecomp.layer import STOCK_LAYERS, LayerSpec
-from tdecomp.moments import Moments
-from tdecomp.surgery import copy_with
-from tdecomp.tracing import no_fast_path, untouched
+from tdecomp.calibration.moments import Moments
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.spec import STOCK_LAYERS, LayerSpec
+from tdecomp.model.batches import Batches, Forward, count_samples, device_of, tensors_of
+from tdecomp.model.surgery import copy_with
+from tdecomp.torch_state import no_fast_path, untouched
 
 # Samples that the error of the whole model is taken on.
 _ERROR_SAMPLES = 256

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdecomp.batches import Forward, device_of
+from tdecomp.model.batches import Forward, device_of
 from tdecomp.recovery.base import Recovery, Yardstick, adopt, batches_for, copy_of
-from tdecomp.tracing import untouched
+from tdecomp.torch_state import untouched
 
 
 def recalibrate_batchnorm(

@@ -16,23 +16,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tdecomp.augment import Augment, flip_and_shift, paste
-from tdecomp.batches import (
-    BatchError,
-    Batches,
-    Forward,
-    channels_last,
-    device_of,
-    tensors_of,
-)
-from tdecomp.recovery.base import (
-    Recovery,
-    Yardstick,
-    adopt,
-    batches_for,
-    both_untouched,
-    copy_of,
-)
+from tdecomp.calibration.augment import Augment, flip_and_shift, paste
+from tdecomp.model.batches import BatchError, Batches, Forward, channels_last, device_of, tensors_of
+from tdecomp.recovery.base import Recovery, Yardstick, adopt, batches_for, both_untouched, copy_of
 from tdecomp.recovery.hints import Outputs, hinted
 
 # Checks of the whole model's error on the way, each of which may become the result.

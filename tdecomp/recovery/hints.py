@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdecomp.batches import Batches, tensors_of
-from tdecomp.chain import Chain
+from tdecomp.layers.chain import Chain
+from tdecomp.model.batches import Batches, tensors_of
 
 _HINTS = 4
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tdecomp.chain import Rank
+from tdecomp.calibration.accumulator import Accumulator
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
-from tdecomp.moments import Accumulator, LayerMoments
+from tdecomp.layers.chain import Rank
 
 # Towards the original kernel, as a share of the inputs' mean power, for as many samples as inputs
 # to each output; with more samples it goes down in proportion.

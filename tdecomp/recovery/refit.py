@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.augment import Augment, flip_and_shift, variants
-from tdecomp.batches import Batches, Forward, count_samples, device_of
-from tdecomp.chain import Chain
+from tdecomp.calibration.accumulator import Accumulator
+from tdecomp.calibration.augment import Augment, flip_and_shift, variants
+from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.registry import get_decomposer, registered
-from tdecomp.layer import LayerSpec
-from tdecomp.linalg import undisturbed
-from tdecomp.moments import Accumulator, OutputGradients
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.model.batches import Batches, Forward, count_samples, device_of
 from tdecomp.recovery.base import (
     Pair,
     Recovery,
@@ -33,6 +33,7 @@ from tdecomp.recovery.base import (
     pairs_of,
 )
 from tdecomp.recovery.matching import Match
+from tdecomp.torch_state import undisturbed
 
 # Samples, and patches for each entry of one, that tell all there is to know of a layer: early
 # layers have thousands of patches in every image and need not see all of them.

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.compare import build_parser, choose_settings, main, prepare, run
-from benchmarks.models import load_model
-from benchmarks.networks import ResNet20
-from benchmarks.settings import Setting
+from benchmarks.support.models import load_model
+from benchmarks.support.networks import ResNet20
+from benchmarks.support.settings import Setting
 
 QUICK = ["--rounds", "1", "--batch-size", "4", "--finetune", "2", "--data-images", "8"]
 

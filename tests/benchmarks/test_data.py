@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.data import (
+from benchmarks.support.data import (
     IMAGENET_NORMALISATION,
     Normalisation,
     Split,
@@ -12,7 +12,7 @@ from benchmarks.data import (
     folder_title,
     image_folder,
 )
-from benchmarks.models import CIFAR_INPUT, IMAGENET_INPUT
+from benchmarks.support.models import CIFAR_INPUT, IMAGENET_INPUT
 
 
 def numbered(n: int) -> Split:

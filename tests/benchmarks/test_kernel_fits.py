@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 
-from benchmarks import kernel_fits
-from benchmarks.kernel_fits import kernel, plain_tucker2, vbmf_by_full_svd
-from tdecomp.decomposers import CPSeparable
+from benchmarks.support import kernel_fits
+from benchmarks.support.kernel_fits import kernel, plain_tucker2, vbmf_by_full_svd
+from tdecomp.decomposers.cp import CPSeparable
 
 FITS = {
     "VBMF": (kernel_fits._vbmf, vbmf_by_full_svd),

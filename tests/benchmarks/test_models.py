@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.comparison import count_macs, count_params
-from benchmarks.data import digits
-from benchmarks.models import DIGITS_WEIGHTS, MODELS, input_format, load_model
-from benchmarks.torchvision_import import import_torchvision
-from benchmarks.training import accuracy
+from benchmarks.support.comparison import count_macs, count_params
+from benchmarks.support.data import digits
+from benchmarks.support.models import DIGITS_WEIGHTS, MODELS, input_format, load_model
+from benchmarks.support.torchvision_import import import_torchvision
+from benchmarks.support.training import accuracy
 
 RESNET20_KEYS = {
     "conv1.weight",

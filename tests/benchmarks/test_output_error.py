@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tdecomp
-from benchmarks.output_error import output_errors
+from benchmarks.support.output_error import output_errors
 
 
 @pytest.fixture

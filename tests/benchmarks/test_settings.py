@@ -1,7 +1,7 @@
 import pytest
 
 import tdecomp
-from benchmarks.settings import Setting, parse_rank
+from benchmarks.support.settings import Setting, parse_rank
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import model_fits, speed
-from benchmarks.machine import peak_memory
-from benchmarks.pairs import HEADERS, Sides, in_turns, row
+from benchmarks import speed
+from benchmarks.support import model_fits
+from benchmarks.support.machine import peak_memory
+from benchmarks.support.pairs import HEADERS, Sides, in_turns, row
 
 
 def small(*_):

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from benchmarks.timing import interleaved_latencies
+from benchmarks.support.timing import interleaved_latencies
 
 
 def test_the_reference_has_ratio_one_and_more_work_takes_longer():

@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from benchmarks.torchvision_import import import_torchvision
+from benchmarks.support.torchvision_import import import_torchvision
 
 
 def test_torchvision_imports_and_stays_the_same():
@@ -20,7 +20,7 @@ def test_the_operators_are_known_afterwards():
 
 def test_it_works_in_a_fresh_interpreter_without_warnings():
     script = (
-        "from benchmarks.torchvision_import import import_torchvision as get;"
+        "from benchmarks.support.torchvision_import import import_torchvision as get;"
         "print(get().models.resnet18(num_classes=3).fc.out_features)"
     )
     run = subprocess.run(

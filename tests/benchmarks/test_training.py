@@ -1,10 +1,10 @@
 import torch
 from torch import nn
 
-from benchmarks.data import Normalisation, Split
-from benchmarks.networks import DigitsVGG
+from benchmarks.support.data import Normalisation, Split
+from benchmarks.support.networks import DigitsVGG
+from benchmarks.support.training import accuracy, fine_tune
 from benchmarks.train_digits import main, shifted
-from benchmarks.training import accuracy, fine_tune
 
 
 def two_colours(n: int = 40) -> Split:
@@ -57,6 +57,6 @@ def test_shifted_moves_by_at_most_a_pixel():
 def test_the_training_script_writes_weights_that_load(tmp_path, capsys):
     main(["--epochs", "1", "--out", str(tmp_path / "w.safetensors")])
     assert "held-out images" in capsys.readouterr().out
-    from benchmarks.models import read_state_dict
+    from benchmarks.support.models import read_state_dict
 
     DigitsVGG().load_state_dict(read_state_dict(tmp_path / "w.safetensors"))

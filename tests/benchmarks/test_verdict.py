@@ -1,6 +1,6 @@
-from benchmarks.comparison import ORIGINAL, Measurement
-from benchmarks.timing import Latency
-from benchmarks.verdict import verdict
+from benchmarks.support.comparison import ORIGINAL, Measurement
+from benchmarks.support.timing import Latency
+from benchmarks.support.verdict import verdict
 
 
 def line(label, ratio, accuracy=None, *, high=None, macs=0.5):

@@ -9,15 +9,9 @@ from torch import nn
 
 import tdecomp.composer
 from benchmarks.composer_fit import compare, problem
-from tdecomp.composer import (
-    FactorizedConv2d,
-    FactorizedLinear,
-    LowRankSolution,
-    apply_factorization,
-    factorize_conv2d,
-    factorize_matrix,
-    factorizing_could_speedup,
-)
+from tdecomp.composer.apply import apply_factorization
+from tdecomp.composer.core import LowRankSolution, factorize_conv2d, factorize_matrix
+from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
 from tests.unchanged import unchanged
 
 

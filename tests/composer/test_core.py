@@ -7,12 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from tdecomp.composer import (
-    FactorizedConv2d,
-    FactorizedLinear,
-    factorize_conv2d,
-    factorize_matrix,
-)
+from tdecomp.composer.core import factorize_conv2d, factorize_matrix
+from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear
 from tests.composer.oracle import best, data, directly, flat, predict, run
 
 # The closed form of a matrix --------------------------------------------------------------------

@@ -8,12 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tdecomp.composer import (
-    FactorizedConv2d,
-    FactorizedLinear,
-    LowRankSolution,
-    factorizing_could_speedup,
-)
+from tdecomp.composer.core import LowRankSolution
+from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
 from tests.composer.oracle import best, directly, flat
 from tests.unchanged import unchanged
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdecomp.chain import Chain
-from tdecomp.cost import chain_cost
-from tdecomp.decomposers import Decomposer
-from tdecomp.layer import STOCK_LAYERS, LayerSpec
-from tdecomp.regression import SecondMoment
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.cost import chain_cost
+from tdecomp.layers.spec import STOCK_LAYERS, LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
 from tests.geometries import GEOMETRIES
 
 # torch says so of the layer itself: padding="same" with an even kernel copies the input.

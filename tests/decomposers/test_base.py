@@ -7,17 +7,13 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers import (
-    SVD,
-    Decomposer,
-    Factors,
-    LowRank,
-    get_decomposer,
-    registered,
-    registry,
-)
-from tdecomp.decomposers.base import relative_error
-from tdecomp.layer import LayerSpec
+from tdecomp.decomposers import registry
+from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.decomposers.factors import Factors
+from tdecomp.decomposers.lowrank import LowRank
+from tdecomp.decomposers.registry import get_decomposer, registered
+from tdecomp.decomposers.svd import SVD
+from tdecomp.layers.spec import LayerSpec
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from tdecomp.decomposers import CP, CPSeparable, als, cp
+from tdecomp.decomposers import als, cp
+from tdecomp.decomposers.cp import CP, CPSeparable
 from tdecomp.decomposers.factors import Factorization
-from tdecomp.layer import LayerSpec
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import MOMENT_KINDS, DecomposerCase, distance
 from tests.geometries import geometries
 

@@ -1,8 +1,8 @@
 import pytest
 from torch import nn
 
-from tdecomp.decomposers import LowRank
-from tdecomp.layer import LayerSpec
+from tdecomp.decomposers.lowrank import LowRank
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import PrincipalOutputsCase
 from tests.geometries import geometries
 

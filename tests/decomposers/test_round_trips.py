@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tdecomp.decomposers import get_decomposer
-from tdecomp.layer import LayerSpec
+from tdecomp.decomposers.registry import get_decomposer
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import distance
 
 RANKS = {
@@ -81,7 +81,7 @@ def same_bits(one, other):
 
 
 def test_every_registered_method_of_the_library_has_its_round_trips():
-    from tdecomp.decomposers import registered
+    from tdecomp.decomposers.registry import registered
 
     own = [name for name in registered() if type(get_decomposer(name)).__module__[:7] == "tdecomp"]
     assert set(own) == set(RANKS)

@@ -1,8 +1,8 @@
 import pytest
 from torch import nn
 
-from tdecomp.decomposers import Spatial
-from tdecomp.layer import LayerSpec
+from tdecomp.decomposers.spatial import Spatial
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import MatrixMethodCase
 from tests.geometries import geometries
 

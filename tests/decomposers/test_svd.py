@@ -1,7 +1,7 @@
 from torch import nn
 
-from tdecomp.decomposers import SVD
-from tdecomp.layer import LayerSpec
+from tdecomp.decomposers.svd import SVD
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import PrincipalOutputsCase
 from tests.geometries import geometries
 

@@ -5,9 +5,9 @@ import torch
 from tensorly.decomposition import partial_tucker
 from torch import nn
 
-from tdecomp.decomposers import Tucker2
 from tdecomp.decomposers import tucker2 as module
-from tdecomp.layer import LayerSpec
+from tdecomp.decomposers.tucker2 import Tucker2
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import ExactMethodCase, distance, middle
 from tests.geometries import geometries
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
 from tdecomp import Budget, Plan
-from tdecomp.cost import Cost
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import Candidate, Option
 from tests.models import MODELS
 from tests.recovery.networks import QUIET, convnet, images, mlp, vectors

@@ -5,7 +5,10 @@ import pytest
 from torch import nn
 
 import tdecomp
-from tdecomp.ranks import ByLayer, Energy, Fixed, Ratio, get_selector
+from tdecomp.ranks.energy import Energy
+from tdecomp.ranks.fixed import ByLayer, Fixed
+from tdecomp.ranks.ratio import Ratio
+from tdecomp.ranks.short_forms import get_selector
 from tests.models import MODELS
 from tests.unchanged import unchanged
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import Ratio
-from tdecomp.cost import Cost
+from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import Candidate, largest_rank, rank_at, rank_ladder
 
 LAYERS = {

@@ -9,7 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import VBMF
-from tdecomp.ranks.evb import evb_rank
+from tdecomp.linalg.evb import evb_rank
 
 
 def planted(shape, rank, noise=0.05, seed=0):

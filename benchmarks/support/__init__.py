@@ -1,0 +1,1 @@
+"""What the commands share: models, data, timing, tables and pictures."""

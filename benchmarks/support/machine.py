@@ -1,0 +1,40 @@
+"""What a measurement was made on."""
+
+import os
+import platform
+import resource
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from tdecomp.timing.setting import processor_name
+
+
+def describe_machine() -> dict[str, str | int]:
+    """The processor, and how much of it torch uses."""
+    return {
+        "cpu": processor_name(),
+        "cores": os.cpu_count() or 1,
+        "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """The versions a measurement depends on."""
+    packages = ("tdecomp", "torch", "tensorly", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def peak_memory() -> int:
+    """The most bytes that this process held at once.
+
+    Not `ru_maxrss` where there is another way: that starts from what the parent process held.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

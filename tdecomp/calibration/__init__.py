@@ -1,0 +1,1 @@
+"""What each layer sees in unlabelled batches."""

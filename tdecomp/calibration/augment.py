@@ -1,0 +1,97 @@
+"""More images out of few: what a decomposed model is to be like the original on."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tdecomp.model.batches import Batches, each_tensor, tensors_of
+
+# Varies a batch at random.
+Augment = Callable[[Any, torch.Generator], Any]
+
+# Over the batches: as they are, and in variants.
+PASSES = 4
+
+# Smaller maps are no images, or too small to be shifted.
+_LEAST_SIDE = 8
+# The largest shift, as a share of the shorter side.
+_SHIFT = 1 / 8
+# How many images have a part of another one pasted in, and its largest share of the area.
+_PASTED = 0.5
+_LARGEST_PART = 0.5
+
+
+def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
+    """Mirror each image of a batch or not, and shift it a little, at random.
+
+    >>> flip_and_shift(torch.ones(2, 3, 8, 8), torch.Generator()).shape
+    torch.Size([2, 3, 8, 8])
+
+    The original says what comes of the images, so that no label can become wrong. Only floating
+    tensors (batch, channels, height, width) of at least 8×8 are images; all else stays.
+    """
+    return each_tensor(batch, lambda tensor: _varied(tensor, generator))
+
+
+def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
+    if not _images(batch):
+        return batch
+    count, _, height, width = batch.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    batch = torch.where(mirrored.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
+    most = int(_SHIFT * min(height, width))
+    padded = functional.pad(batch, (most,) * 4, mode="reflect")
+    corners = torch.randint(0, 2 * most + 1, (count, 2), generator=generator).tolist()
+    crops = [
+        image[:, top : top + height, left : left + width]
+        for image, (top, left) in zip(padded, corners, strict=True)
+    ]
+    return torch.stack(crops)
+
+
+def paste(batch: Any, generator: torch.Generator) -> Any:
+    """Paste a rectangle of another image of the batch into about half of the images, at random.
+
+    Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
+    Features", without the labels: what the original says of the mixture is what counts.
+    """
+    return each_tensor(batch, lambda tensor: _pasted(tensor, generator))
+
+
+def _pasted(batch: Tensor, generator: torch.Generator) -> Tensor:
+    if not _images(batch):
+        return batch
+    count, _, height, width = batch.shape
+    others = torch.randperm(count, generator=generator).tolist()
+    draws = torch.rand(count, 4, generator=generator, dtype=torch.float64).tolist()
+    mixed = batch.clone()
+    for image, (other, (chance, area, down, across)) in enumerate(zip(others, draws, strict=True)):
+        if chance < _PASTED:
+            side = (_LARGEST_PART * area) ** 0.5
+            rows, columns = max(1, round(side * height)), max(1, round(side * width))
+            top = int(down * (height - rows + 1))
+            left = int(across * (width - columns + 1))
+            part = (slice(None), slice(top, top + rows), slice(left, left + columns))
+            mixed[image][part] = batch[other][part]
+    return mixed
+
+
+def _images(tensor: Tensor) -> bool:
+    floating = tensor.dim() == 4 and tensor.is_floating_point()
+    return floating and min(tensor.shape[2:]) >= _LEAST_SIDE
+
+
+def variants(batches: Batches, device: torch.device, augment: Augment | None) -> Iterator[Any]:
+    """The batches again and again, varied: for those who need more than there are."""
+    if augment is None:
+        return
+    for number in range(1, PASSES):
+        generator = torch.Generator("cpu").manual_seed(number)
+        for batch in batches.on(device):
+            other = augment(batch, generator)
+            if all(a is b for a, b in zip(tensors_of(batch), tensors_of(other), strict=True)):
+                return  # nothing that it varies
+            yield other

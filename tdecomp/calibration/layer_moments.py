@@ -1,0 +1,135 @@
+"""What one layer saw."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What one layer saw.
+
+    Attributes
+    ----------
+    spec : LayerSpec
+    count : int
+        Input patches; for a Linear, input vectors.
+    mean : Tensor, shape (groups, fan_in), float64
+    matrix : Tensor, shape (groups, fan_in, fan_in), float64, or None
+        The second moment ``E[x xᵀ]``, not centred.
+    rows : Tensor, shape (groups, count, fan_in), or None
+        The patches themselves, while there are fewer of them than fan_in.
+    sizes : tuple of tuple of int
+        The spatial sizes of the inputs.
+    gradient : Tensor, shape (out_channels, out_channels), float64, or None
+        Second moment of the gradients at the layer's outputs, summed over positions.
+    """
+
+    spec: LayerSpec
+    count: int
+    mean: Tensor
+    matrix: Tensor | None = None
+    rows: Tensor | None = None
+    sizes: tuple[tuple[int, ...], ...] = ()
+    gradient: Tensor | None = None
+
+    @property
+    def few(self) -> bool:
+        """Whether there are fewer samples than inputs to each output."""
+        return self.count < self.spec.fan_in
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.mean, self.matrix, self.rows, self.gradient)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def second_moments(self, dtype: torch.dtype = torch.float64) -> list[SecondMoment]:
+        """One for each group; about the mean where the layer has a bias that can take it up."""
+        if self.matrix is not None:
+            matrix = self.matrix
+            if self.spec.bias:
+                matrix = matrix - self.mean[:, :, None] * self.mean[:, None, :]
+            return [SecondMoment(matrix=group.to(dtype)) for group in matrix]
+        assert self.rows is not None
+        rows = self.rows.to(dtype)
+        if self.spec.bias:
+            rows = rows - self.mean[:, None, :].to(dtype)
+        return [SecondMoment(rows=group) for group in rows / max(self.count, 1) ** 0.5]
+
+    def output_variance(
+        self, weight: Tensor, second: Sequence[SecondMoment] | None = None
+    ) -> float:
+        """``E‖y − E y‖²`` of the layer's outputs with this weight; see `output_error`."""
+        if second is None or not self.spec.bias:
+            second = replace(self, spec=replace(self.spec, bias=True)).second_moments()
+        return sum(m.lost(k) for m, k in zip(second, self.kernels(weight), strict=True))
+
+    def output_error(
+        self, weight: Tensor, approximation: Tensor, second: Sequence[SecondMoment] | None = None
+    ) -> float:
+        """The share of the outputs' variance that is lost, with the bias corrected for the mean.
+
+        ``E‖(W − W̃) x‖² / E‖W x − E[W x]‖²``, both weights in the layer's own layout; `second`
+        is what `second_moments` gave, where it is at hand.
+        """
+        second = self.second_moments() if second is None else second
+        difference = self.kernels(weight.detach().double() - approximation.detach().double())
+        lost = sum(m.lost(d) for m, d in zip(second, difference, strict=True))
+        variance = self.output_variance(weight, second)
+        return lost / variance if variance > 0 else float(lost > 0)
+
+    def mean_output(self, weight: Tensor) -> Tensor:
+        """``W E[x]`` (out_channels,), without the bias."""
+        kernels = self.kernels(weight)
+        return torch.cat([k @ mean for k, mean in zip(kernels, self.mean, strict=True)])
+
+    def kernels(self, weight: Tensor) -> list[Tensor]:
+        """Each group's kernel as a float64 matrix (out / groups, fan_in)."""
+        return list(weight.detach().double().flatten(1).chunk(self.spec.groups))
+
+    def gradient_blocks(self) -> list[Tensor] | None:
+        """Each group's own block (out / groups, out / groups) of the gradient's second moment."""
+        if self.gradient is None:
+            return None
+        size = self.spec.group_out
+        places = range(0, self.spec.out_channels, size)
+        return [self.gradient[at : at + size, at : at + size] for at in places]
+
+    def merged(self, other: "LayerMoments", share: float) -> "LayerMoments":
+        """Those of both sets of inputs; `share` is this one's part of all examples."""
+        other = other.to(self.mean.device)
+        count = self.count + other.count
+        mine, matrix, rows, gradient = self.count / count, None, None, None
+        if self.rows is not None and other.rows is not None and count < self.spec.fan_in:
+            rows = torch.cat([self.rows, other.rows], dim=1)
+        else:
+            matrix = mine * self._as_matrix() + (1 - mine) * other._as_matrix()
+        if self.gradient is not None and other.gradient is not None:
+            gradient = share * self.gradient + (1 - share) * other.gradient
+        mean = mine * self.mean + (1 - mine) * other.mean
+        sizes = tuple(sorted({*self.sizes, *other.sizes}))
+        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient)
+
+    def _as_matrix(self) -> Tensor:
+        if self.matrix is not None:
+            return self.matrix
+        assert self.rows is not None
+        rows = self.rows.double()
+        return rows.transpose(1, 2) @ rows / self.count
+
+    def to(self, device: torch.device) -> "LayerMoments":
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            mean=self.mean.to(device),
+            matrix=moved(self.matrix),
+            rows=moved(self.rows),
+            gradient=moved(self.gradient),
+        )

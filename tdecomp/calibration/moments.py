@@ -1,0 +1,164 @@
+"""What every layer of a model saw, as one object: saved, loaded and merged."""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tdecomp.calibration.layer_moments import LayerMoments
+from tdecomp.layers.spec import LayerSpec
+
+_FORMAT = 1
+_TENSORS = ("mean", "matrix", "rows", "gradient")
+
+
+class Moments(Mapping[str, LayerMoments]):
+    """What every layer of a model saw, by the layer's name.
+
+    >>> moments = tdecomp.calibrate(model, batches)            # doctest: +SKIP
+    >>> moments.save("moments.safetensors")                    # doctest: +SKIP
+    >>> halves = calibrate(model, first) + calibrate(model, second)  # doctest: +SKIP
+
+    Attributes
+    ----------
+    layers : dict of str to LayerMoments
+    unreached : tuple of str
+        Layers that no batch reached; they are fitted by their weights.
+    samples : int
+        Examples that were run.
+    peak_bytes : int
+        The most that the sums held at a time.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerMoments],
+        unreached: tuple[str, ...] = (),
+        samples: int = 0,
+        peak_bytes: int = 0,
+    ) -> None:
+        self.layers = dict(layers)
+        self.unreached = unreached
+        self.samples = samples
+        self.peak_bytes = peak_bytes
+        # Fits that were made to choose ranks, so that the next budget finds them.
+        self.fits: dict[Any, dict[Any, Any]] = {}
+
+    def __getitem__(self, name: str) -> LayerMoments:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        few = sum(layer.few for layer in self.layers.values())
+        words = f"moments of {len(self)} layers from {self.samples:,} samples"
+        if few:
+            words += f", in {few} of them fewer than fan_in"
+        if self.unreached:
+            words += f", {len(self.unreached)} never reached"
+        return f"<{words}; at most {self.peak_bytes / 2**20:.0f} MiB held>"
+
+    def __add__(self, other: Any) -> "Moments":
+        """The moments of both sets of batches together."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        both = {**self.layers, **other.layers}
+        for name in self.layers.keys() & other.layers.keys():
+            mine, others = self.layers[name], other.layers[name]
+            if mine.spec != others.spec:
+                raise ValueError(
+                    f"layer {name!r}: moments of {mine.spec} and of {others.spec} cannot be "
+                    "merged; expected two calibrations of one model"
+                )
+            both[name] = mine.merged(others, self.samples / max(self.samples + other.samples, 1))
+        return Moments(
+            both,
+            tuple(name for name in self.unreached if name not in both),
+            self.samples + other.samples,
+            max(self.peak_bytes, other.peak_bytes),
+        )
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write them to a safetensors file; `Moments.load` reads it."""
+        tensors = {
+            f"{name}/{part}": getattr(layer, part).contiguous()
+            for name, layer in self.layers.items()
+            for part in _TENSORS
+            if getattr(layer, part) is not None
+        }
+        layers = {
+            name: {
+                "spec": layer.spec.to_dict(),
+                "count": layer.count,
+                "sizes": [list(size) for size in layer.sizes],
+            }
+            for name, layer in self.layers.items()
+        }
+        header = {
+            "format": _FORMAT,
+            "layers": layers,
+            "unreached": self.unreached,
+            "samples": self.samples,
+            "peak_bytes": self.peak_bytes,
+        }
+        save_file(tensors, file, {"tdecomp_moments": json.dumps(header)})
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> "Moments":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file holds no moments, those of a newer format, or is damaged.
+        """
+        try:
+            with safe_open(file, "pt") as opened:
+                text = (opened.metadata() or {}).get("tdecomp_moments")
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a safetensors file: {error}") from error
+        if text is None:
+            raise ValueError(f"{file}: holds no moments; expected a file that Moments.save wrote")
+        try:
+            header = json.loads(text)
+            if header["format"] != _FORMAT:
+                raise ValueError(
+                    f"{file}: moments format {header['format']!r}; this version reads {_FORMAT}"
+                )
+            _check_tensors(file, header["layers"], tensors)
+            layers = {
+                name: LayerMoments(
+                    spec=LayerSpec.from_dict(entry["spec"]),
+                    count=entry["count"],
+                    sizes=tuple(tuple(size) for size in entry["sizes"]),
+                    **{part: tensors.get(f"{name}/{part}") for part in _TENSORS},  # type: ignore[arg-type]
+                )
+                for name, entry in header["layers"].items()
+            }
+            return cls(layers, tuple(header["unreached"]), header["samples"], header["peak_bytes"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file}: its header is not that of moments ({type(error).__name__}: {error}); "
+                "expected a file that Moments.save wrote"
+            ) from error
+
+
+def _check_tensors(file: Any, names: Collection[str], tensors: Collection[str]) -> None:
+    lacking = [f"{name}/mean" for name in names if f"{name}/mean" not in tensors]
+    lacking += [
+        f"{name}/matrix"
+        for name in names
+        if f"{name}/matrix" not in tensors and f"{name}/rows" not in tensors
+    ]
+    if lacking:
+        raise ValueError(
+            f"{file}: lacks the moments {', '.join(map(repr, lacking))}; the file is damaged"
+        )

@@ -1,0 +1,41 @@
+"""The chain of stock layers that stands where a layer stood."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tdecomp.layers.spec import LayerSpec
+
+Rank = int | tuple[int, ...]
+
+
+class Chain(nn.Sequential):
+    """An `nn.Sequential` of stock torch layers that remembers what it replaced.
+
+    >>> chain = Chain(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
+    >>> list(chain.state_dict())
+    ['0.weight', '1.weight', '1.bias']
+
+    Attributes
+    ----------
+    method : str
+        The name of the decomposer that made it.
+    rank : int or tuple of int
+    replaced : LayerSpec
+        The layer that stood here before.
+    """
+
+    method: str | None = None
+    rank: Rank | None = None
+    replaced: LayerSpec | None = None
+
+    @classmethod
+    def from_stages(
+        cls, stages: Sequence[nn.Module], method: str, rank: Rank, replaced: LayerSpec
+    ) -> "Chain":
+        chain = cls(*stages)
+        chain.method, chain.rank, chain.replaced = method, rank, replaced
+        return chain
+
+    def extra_repr(self) -> str:
+        return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"

@@ -1,0 +1,74 @@
+"""Parameters and MACs of layers and of the chains that may replace them."""
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tdecomp.layers.spec import Call, LayerSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and over the observed calls MACs and measured seconds (None where unknown)."""
+
+    params: int
+    macs: int | None = None
+    latency: float | None = None
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return self._with(other, operator.add)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return self._with(other, operator.sub)
+
+    def _with(self, other: "Cost", act: Callable[[Any, Any], Any]) -> "Cost":
+        pairs = ((self.macs, other.macs), (self.latency, other.latency))
+        macs, latency = (None if a is None or b is None else act(a, b) for a, b in pairs)
+        return Cost(act(self.params, other.params), macs, latency)
+
+    @property
+    def deciding(self) -> int:
+        """What a break-even compares: MACs where calls were observed, parameters elsewhere.
+
+        A layer that the example inputs never reached has 0 MACs, which says nothing of its cost.
+        """
+        return self.macs if self.macs else self.params
+
+    @property
+    def unit(self) -> str:
+        """What `deciding` counts."""
+        return "MACs" if self.macs else "parameters"
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum; a layer whose MACs are not known by itself adds none, they are part of the rest.
+
+    The same holds for seconds, where those of any are known.
+    """
+    listed = list(costs)
+    timed = [cost.latency for cost in listed if cost.latency is not None]
+    return Cost(
+        sum(cost.params for cost in listed),
+        sum(cost.macs or 0 for cost in listed),
+        sum(timed) if timed else None,
+    )
+
+
+def chain_cost(stages: Sequence[LayerSpec], calls: Sequence[Call] | None) -> Cost:
+    """Cost of running `stages` one after the other, each at its own input and output size.
+
+    >>> conv = LayerSpec(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0))
+    >>> chain_cost([conv], [Call(1, (8, 8))])
+    Cost(params=36928, macs=589824, latency=None)
+    """
+    params = sum(stage.params for stage in stages)
+    if calls is None:
+        return Cost(params)
+    macs = 0
+    for call in calls:
+        size = call.size
+        for stage in stages:
+            macs += stage.macs(Call(call.batch, size))
+            size = stage.output_size(size)
+    return Cost(params, macs)

@@ -1,0 +1,1 @@
+"""Factorizations: tensors in, tensors out."""

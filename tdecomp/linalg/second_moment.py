@@ -1,0 +1,178 @@
+"""Approximating a kernel in the norm of what its layer sees.
+
+For inputs x with second moment G, the output of a kernel K approximated by K̃ loses
+``E‖(K − K̃) x‖² = tr((K − K̃) G (K − K̃)ᵀ)``. Without data G is the identity, and this is the
+Frobenius norm of the weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# Towards the weights themselves in directions that the data never showed, as a share of the mean
+# input power: far below what float32 inputs resolve, far above what float64 rounds away.
+_RIDGE = 1e-10
+# How much stronger it gets until a matrix is positive definite.
+_MORE_RIDGE = 4.0
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """``E[x xᵀ]`` of a layer's inputs, as a matrix or, for few samples, by the samples themselves.
+
+    >>> SecondMoment(torch.eye(3)).lost(torch.ones(2, 3))
+    6.0
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (fan_in, fan_in), or None
+    rows : Tensor, shape (samples, fan_in), or None
+        Such that ``rows.T @ rows`` is the second moment.
+    """
+
+    matrix: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.matrix is None) != (self.rows is None)
+
+    @property
+    def ridge(self) -> float:
+        """What is added to the diagonal."""
+        held = (
+            self.matrix.diagonal().sum() if self.matrix is not None else self._rows.square().sum()
+        )
+        return _RIDGE * (float(held) / self.fan_in or 1.0)
+
+    @property
+    def trace(self) -> float:
+        """The inputs' whole power."""
+        if self.matrix is not None:
+            return float(self.matrix.diagonal().sum())
+        return float(self._rows.square().sum())
+
+    @property
+    def fan_in(self) -> int:
+        return (self.matrix if self.matrix is not None else self._rows).shape[1]
+
+    @property
+    def _rows(self) -> Tensor:
+        assert self.rows is not None
+        return self.rows
+
+    def applied(self, kernel: Tensor) -> Tensor:
+        """``K G``, for a kernel (out, fan_in)."""
+        if self.matrix is not None:
+            product = kernel @ self.matrix
+        else:
+            product = (kernel @ self._rows.T) @ self._rows
+        return product + self.ridge * kernel
+
+    def between(self, kernel: Tensor) -> Tensor:
+        """``K G Kᵀ`` (out, out): the second moment of the kernel's outputs."""
+        return self.applied(kernel) @ kernel.T
+
+    def features(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """``G P`` (fan_in, features), where `project` multiplies by P from the right."""
+        if self.matrix is not None:
+            return project(self.matrix)
+        return self._rows.T @ project(self._rows)
+
+    def solved(self, right: Tensor, ridge: float) -> Tensor:
+        """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
+        if self.matrix is not None:
+            matrix = self.definite().matrix
+            assert matrix is not None
+            shifted = _ridged(matrix, ridge)
+            solution: Tensor = torch.cholesky_solve(right.T, torch.linalg.cholesky(shifted)).T
+            return solution
+        # By the samples, which are fewer (the matrix inversion lemma).
+        ridge += self.ridge
+        samples = self._rows @ self._rows.T
+        shifted = _ridged(samples, ridge)
+        inner = torch.cholesky_solve(self._rows @ right.T, torch.linalg.cholesky(shifted))
+        result: Tensor = (right - (self._rows.T @ inner).T) / ridge
+        return result
+
+    def definite(self) -> "SecondMoment":
+        """With a ridge that makes a matrix positive definite.
+
+        One that was summed up in float32 may have eigenvalues of either sign for directions that
+        the inputs hardly take.
+        """
+        if self.matrix is None:
+            return self
+        return SecondMoment(matrix=_ridged(self.matrix, self._definite_ridge))
+
+    @cached_property
+    def _definite_ridge(self) -> float:
+        assert self.matrix is not None
+        ridge = self.ridge
+        # What is not finite never gets there, and is for the fit to complain of.
+        while ridge < self.trace and self._indefinite(ridge):
+            ridge *= _MORE_RIDGE
+        return ridge
+
+    def _indefinite(self, ridge: float) -> bool:
+        assert self.matrix is not None
+        return bool(torch.linalg.cholesky_ex(_ridged(self.matrix, ridge)).info)
+
+    def lost(self, difference: Tensor) -> float:
+        """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
+        if self.matrix is not None:
+            # Rounding may leave less than nothing of what is met exactly.
+            return max(float(((difference @ self.matrix) * difference).sum()), 0.0)
+        return float((difference @ self._rows.T).square().sum())
+
+
+def _ridged(matrix: Tensor, ridge: float) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal().add_(ridge)
+    return shifted
+
+
+def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
+    """The `rank` leading principal directions (out, rank) of the outputs ``K x``.
+
+    ``U Uᵀ K`` is the best approximation of that rank in the norm of the moment: the principal
+    components of the outputs (Zhang et al. 2016, equations 4 to 6), which is what whitening the
+    inputs, truncating and undoing the whitening comes to, without inverting anything.
+
+    >>> leading_outputs(torch.eye(2).double(), SecondMoment(torch.eye(2).double() * 3), 2).shape
+    torch.Size([2, 2])
+    """
+    out, fan_in = kernel.shape
+    if out <= fan_in:
+        return leading_eigenvectors(moment.between(kernel), rank)
+    # Outputs of more dimensions than the inputs stay in the span of the kernel's columns.
+    basis, triangle = torch.linalg.qr(kernel)  # (out, fan_in), (fan_in, fan_in)
+    outputs: Tensor = basis @ leading_eigenvectors(moment.between(triangle), rank)
+    return outputs
+
+
+def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors.flip(1)
+    return vectors[:, :rank]
+
+
+def nested_losses(outputs: Tensor, ranks: int, importance: Tensor | None = None) -> Tensor:
+    """What is lost when 0, 1, … `ranks` leading principal components of the outputs are kept.
+
+    Parameters
+    ----------
+    outputs : Tensor, shape (out, out)
+        Their second moment.
+    ranks : int
+    importance : Tensor, shape (out, out), optional
+        The loss of an error with second moment E is ``tr(H E)``; without H the trace of E.
+    """
+    values, vectors = torch.linalg.eigh(outputs)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
+    if importance is not None:
+        values = values * ((importance @ vectors) * vectors).sum(dim=0).clamp_min(0.0)
+    kept = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    lost: Tensor = (values.sum() - kept)[: ranks + 1].clamp_min(0.0)
+    return lost

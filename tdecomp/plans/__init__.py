@@ -1,0 +1,1 @@
+"""The choice as data: rows, tables and plans."""

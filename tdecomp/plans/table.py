@@ -1,0 +1,210 @@
+"""Rows as the table that people look at."""
+
+import json
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from tdecomp.layers.cost import Cost, total
+from tdecomp.plans.row import Row, cost_to_dict
+from tdecomp.timing.speed import Speed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Table:
+    """Rows by name and in order, with the rest of the model as one more line.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+    everything_else : Cost
+        Parameters and MACs of all that is no row; the same before and after.
+    speed : Speed or None
+        The whole model's time against the original's, where it was measured.
+    """
+
+    title = "layers"
+
+    def __init__(
+        self, rows: Sequence[Row], everything_else: Cost, speed: Speed | None = None
+    ) -> None:
+        self.rows = tuple(rows)
+        self.speed = speed
+        self.everything_else = everything_else
+        self._by_name = {name: row for row in self.rows for name in row.names}
+
+    def __getitem__(self, name: str) -> Row:
+        if name not in self._by_name:
+            raise KeyError(f"no Linear or convolution is named {name!r}")
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def before(self) -> Cost:
+        """Of the whole model as it was given."""
+        return self.everything_else + total(row.before for row in self.rows)
+
+    @property
+    def after(self) -> Cost:
+        """Of the whole model decomposed."""
+        return self.everything_else + total(row.after for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as plain data."""
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "everything_else": cost_to_dict(self.everything_else),
+            "before": cost_to_dict(self.before),
+            "after": cost_to_dict(self.after),
+            "speed": None if self.speed is None else self.speed.to_dict(),
+        }
+
+    def to_json(self) -> str:
+        """The table as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return f"{self._render('simple')}\n{self.summary()}"
+
+    def __repr__(self) -> str:
+        changed = sum(row.method is not None for row in self.rows)
+        return f"<{type(self).__name__}: {changed} of {len(self.rows)} {self.title} decomposed>"
+
+    def _repr_html_(self) -> str:
+        return f"{self._render('html')}<p>{escape(self.summary())}</p>"
+
+    def summary(self) -> str:
+        """One line: how many layers, parameters and MACs."""
+        changed = sum(row.method is not None for row in self.rows)
+        words = f"{changed} of {len(self.rows)} layers decomposed"
+        before, after = self.before, self.after
+        words += f"; parameters {_change(before.params, after.params)}"
+        if before.macs is not None and after.macs is not None:
+            words += f"; MACs {_change(before.macs, after.macs)}"
+        else:
+            words += (
+                "; without example_inputs: costs are parameters, and only attention layers of "
+                "known classes were checked for weights that are read from outside"
+            )
+        return words if self.speed is None else f"{words}; {self.speed}"
+
+    def plot(self) -> "Figure":
+        """Each layer's MACs (parameters where none were observed) before and after, and its error.
+
+        >>> result.report.plot().savefig("report.png")  # doctest: +SKIP
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib, which the extra ``plot`` installs.
+        """
+        try:
+            from tdecomp.plans.plot import bars_and_errors  # matplotlib is an extra
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib: pip install 'tdecomp[plot]'") from error
+        by_macs = self.everything_else.macs is not None
+        return bars_and_errors(
+            labels=[row.name or "(model)" for row in self.rows],
+            before=[(row.macs_before if by_macs else row.params_before) or 0 for row in self.rows],
+            after=[(row.macs_after if by_macs else row.params_after) or 0 for row in self.rows],
+            errors=[row.weight_error for row in self.rows],
+            unit="MACs" if by_macs else "parameters",
+        )
+
+    def _render(self, style: str) -> str:
+        headers = ["layer", "", "method", "rank", "params", "MACs", "ms", *_ERRORS, "notes"]
+        body = [_cells(row) for row in self.rows]
+        other, before, after = self.everything_else, self.before, self.after
+        lines = (("everything else", other, other), ("total", before, after))
+        blank = [""] * (len(_ERRORS) + 1)
+        body += [[title, "", "", "", *_costs(was, now), *blank] for title, was, now in lines]
+        shown = [i for i in range(len(headers)) if any(line[i] for line in body)]
+        return str(
+            tabulate(
+                [[line[i] for i in shown] for line in body],
+                headers=[headers[i] for i in shown],
+                tablefmt=style,
+                disable_numparse=True,
+                colalign=["right" if headers[i] in _RIGHT else "left" for i in shown],
+            )
+        )
+
+
+_ERRORS = ("expected error", "weight error", "output error")
+
+
+_RIGHT = {"params", "MACs", "ms", *_ERRORS}
+
+
+def _cells(row: Row) -> list[str]:
+    rank = "" if row.rank is None else str(row.rank)
+    words = [row.reason or row.note or ""]
+    if row.component_norms is not None:
+        words.append(f"component norms {row.component_norms:.1f} times the kernel's")
+    if len(row.names) > 1:
+        words.append(f"also {', '.join(row.names[1:])}")
+    return [
+        row.name or "(model)",
+        "" if row.layer is None else str(row.layer),
+        row.method or "—",
+        rank,
+        *_costs(row.before, row.after),
+        *(
+            "" if error is None else f"{error:.4f}"
+            for error in (row.expected_error, row.weight_error, row.output_error)
+        ),
+        "; ".join(word for word in words if word),
+    ]
+
+
+def _costs(before: Cost, after: Cost) -> tuple[str, str, str]:
+    return (
+        _arrow(before.params, after.params),
+        _arrow(before.macs, after.macs),
+        _milliseconds(before.latency, after.latency),
+    )
+
+
+def _milliseconds(before: float | None, after: float | None) -> str:
+    words = ["" if seconds is None else f"{1e3 * seconds:.3g}" for seconds in (before, after)]
+    return words[0] if before == after else " → ".join(word for word in words if word)
+
+
+def _arrow(before: int | None, after: int | None) -> str:
+    if before is None or after is None or before == after:
+        return _count(before)
+    return f"{_count(before)} → {_count(after)}"
+
+
+def _change(before: int, after: int) -> str:
+    share = f" ({after / before:.3f})" if before else ""
+    return f"{_count(before)} → {_count(after)}{share}"
+
+
+def _count(value: int | None) -> str:
+    """Three significant digits and a metric prefix."""
+    if value is None:
+        return ""
+    amount, prefix = float(value), ""
+    for larger in ("k", "M", "G", "T"):
+        if abs(amount) < 999.5:
+            break
+        amount, prefix = amount / 1000, larger
+    digits = 0 if not prefix else max(0, 2 - len(str(int(abs(amount)))) + 1)
+    return f"{amount:.{digits}f}{prefix}"

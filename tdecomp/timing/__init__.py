@@ -1,0 +1,1 @@
+"""Measured time: of layers, of chains and of whole models."""

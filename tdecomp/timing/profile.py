@@ -1,0 +1,291 @@
+"""Measured times by geometry: of layers, of their chains at a few ranks, and in between."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+from torch import nn
+
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.cost import chain_cost
+from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.model.trace import describe
+from tdecomp.ranks.grid import Rounding
+from tdecomp.timing.layers import Stages, timed_ranks
+from tdecomp.timing.setting import Setting
+from tdecomp.timing.stopwatch import Time
+
+_FORMAT = 1
+# A layout, a layer or a chain, and the size of one call.
+Key = tuple[str, Stages, Call]
+
+
+@dataclass
+class Profile:
+    """How long a model, its layers and the chains that may replace them take; `profile` makes it.
+
+    >>> import torch, tdecomp                                             # doctest: +SKIP
+    >>> profile = tdecomp.profile(model, torch.randn(1, 3, 224, 224))    # doctest: +SKIP
+    >>> profile.save("times.json")                                       # doctest: +SKIP
+    >>> tdecomp.plan(model, "dense", rank=tdecomp.Budget(latency=0.5),
+    ...              example_inputs=x, profile=profile)                  # doctest: +SKIP
+
+    Attributes
+    ----------
+    setting : Setting
+        The machine and the mode.
+    model : str
+        What was profiled, in words.
+    inputs : str
+        The example inputs, in words.
+    whole : mapping of str to Time
+        Seconds of the whole model in each layout that was tried.
+    times : mapping of (layout, stages, call) to Time
+        Seconds of one call of a layer, or of a chain.
+    round_to : int
+        The multiple of ranks that this machine likes.
+    points : int
+        Ranks timed of each method on each layer.
+    """
+
+    setting: Setting
+    model: str
+    inputs: str
+    whole: dict[str, Time]
+    times: dict[Key, Time] = field(default_factory=dict)
+    round_to: int = 1
+    points: int = 5
+    _curves: dict[Any, tuple[list[float], list[float]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return tuple(self.whole)
+
+    @property
+    def best_layout(self) -> str:
+        """The one that the model as it is runs fastest in."""
+        return min(self.whole, key=lambda layout: self.whole[layout].median)
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the model as it is in that layout."""
+        return self.whole[self.best_layout].median
+
+    @property
+    def rounding(self) -> Rounding:
+        return Rounding(self.round_to)
+
+    @cached_property
+    def spread(self) -> float:
+        """The typical scatter of a time, from quartile to quartile, as a share of it."""
+        return float(np.median([time.spread for time in self.times.values()] or [0.0]))
+
+    def layer(self, spec: LayerSpec, calls: Sequence[Call], layout: str) -> float:
+        """Seconds that a layer takes of one pass."""
+        return sum(self._time(layout, (spec,), call).median for call in calls)
+
+    def chain(
+        self,
+        decomposer: Decomposer,
+        spec: LayerSpec,
+        rank: Rank,
+        calls: Sequence[Call],
+        layout: str,
+    ) -> float:
+        """Seconds that a chain takes of one pass, between timed ranks in proportion to the MACs."""
+        stages = decomposer.stages(spec, rank)
+        return sum(self._chain(decomposer, spec, stages, call, layout) for call in calls)
+
+    def _chain(
+        self, decomposer: Decomposer, spec: LayerSpec, stages: Stages, call: Call, layout: str
+    ) -> float:
+        key = (self.timed_in(layout), stages, call)
+        if key in self.times:
+            return self.times[key].median
+        macs, seconds = self._curve(decomposer, spec, call, layout)
+        if not macs:
+            return self.layer(spec, (call,), layout)
+        wanted = float(chain_cost(stages, (call,)).deciding)
+        if wanted > macs[-1]:
+            return seconds[-1] * wanted / macs[-1]
+        return float(np.interp(wanted, macs, seconds))
+
+    def _curve(
+        self, decomposer: Decomposer, spec: LayerSpec, call: Call, layout: str
+    ) -> tuple[list[float], list[float]]:
+        key = (repr(decomposer), spec, call, layout)
+        if key not in self._curves:
+            ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
+            points = sorted(
+                (float(chain_cost(stages, (call,)).deciding), self.times[found].median)
+                for stages in (decomposer.stages(spec, rank) for rank in ranks)
+                if (found := (self.timed_in(layout), stages, call)) in self.times
+            )
+            self._curves[key] = [m for m, _ in points], [s for _, s in points]
+        return self._curves[key]
+
+    def timed_in(self, layout: str) -> str:
+        """The layout that layers are timed in for a model in this one.
+
+        A compiled model's layers are timed one by one and not compiled, as they call the same
+        library; on CPUs torch's compiler gives all convolutions channels_last.
+        """
+        compiled_cpu = self.setting.compiled and self.setting.device == "cpu"
+        return "channels_last" if compiled_cpu else layout
+
+    def _time(self, layout: str, stages: Stages, call: Call) -> Time:
+        key = (self.timed_in(layout), stages, call)
+        if key not in self.times:
+            raise ValueError(
+                f"the profile has no time of {stages[0]} for {call.batch} inputs of size "
+                f"{'×'.join(map(str, call.size)) or '—'}; expected a profile of this model with "
+                "these example inputs: profile(model, example_inputs, cache=profile)"
+            )
+        return self.times[key]
+
+    def check(self, model: nn.Module, example_inputs: Any) -> None:
+        """Refuse to speak of another machine, mode, model or input.
+
+        Raises
+        ------
+        ValueError
+            Naming what differs.
+        """
+        now = Setting.of(model, compiled=self.setting.compiled)
+        differences = self.setting.differences(now)
+        if self.model != model_in_words(model):
+            differences.append(f"model {self.model}, now {model_in_words(model)}")
+        if self.inputs != describe(example_inputs):
+            differences.append(f"inputs {self.inputs}, now {describe(example_inputs)}")
+        if differences:
+            raise ValueError(
+                f"the profile is of another setting: {'; '.join(differences)}. Its times say "
+                "nothing of this one: take a new profile(model, example_inputs)"
+            )
+
+    # -- as data ----------------------------------------------------------------------------
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write the profile as JSON; `Profile.load` reads it."""
+        data = {
+            "format": _FORMAT,
+            "setting": asdict(self.setting),
+            "model": self.model,
+            "inputs": self.inputs,
+            "round_to": self.round_to,
+            "points": self.points,
+            "whole": {layout: asdict(time) for layout, time in self.whole.items()},
+            "times": [
+                {
+                    "layout": layout,
+                    "stages": [stage.to_dict() for stage in stages],
+                    "call": [call.batch, list(call.size)],
+                    **asdict(time),
+                }
+                for (layout, stages, call), time in self.times.items()
+            ],
+        }
+        Path(file).write_text(json.dumps(data), encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> "Profile":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If it is no profile, or of a newer format.
+        """
+        try:
+            data = json.loads(Path(file).read_text(encoding="utf-8"))
+            if data["format"] != _FORMAT:
+                raise ValueError(
+                    f"profile format {data['format']!r}: this version reads format {_FORMAT}"
+                )
+            return cls(
+                Setting(**data["setting"]),
+                data["model"],
+                data["inputs"],
+                {layout: Time(**time) for layout, time in data["whole"].items()},
+                dict(_entry(entry) for entry in data["times"]),
+                data["round_to"],
+                data["points"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{os.fspath(file)!r} is no profile: {type(error).__name__}: {error}"
+            ) from error
+
+    # -- for people -------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        rows = [
+            [str(spec), *_call_in_words(call), layout, f"{1e3 * time.median:.3f}", best]
+            for (layout, spec, call), time, best in self._layers()
+        ]
+        headers = ["layer", "batch", "size", "layout", "ms", "chains, of that"]
+        colalign = ("left", "right", "left", "left", "right", "left")
+        table = tabulate(rows, headers, disable_numparse=True, colalign=colalign) if rows else ""
+        return f"{table}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """One line: the machine, the whole model's time in each layout, and the scatter."""
+        wholes = ", ".join(f"{1e3 * t.median:.1f} ms {name}" for name, t in self.whole.items())
+        return (
+            f"{self.model} on {self.inputs}: {wholes}; ranks in multiples of {self.round_to}; "
+            f"times scatter by {self.spread:.0%}; {self.setting}"
+        )
+
+    def _layers(self) -> Iterator[tuple[tuple[str, LayerSpec, Call], Time, str]]:
+        for (layout, stages, call), time in self.times.items():
+            if len(stages) > 1:
+                continue
+            ratios = sorted(
+                other.median / time.median
+                for (where, chain, size), other in self.times.items()
+                if (where, size) == (layout, call) and _replaces(chain, stages[0])
+            )
+            span = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else ""
+            yield (layout, stages[0], call), time, span
+
+
+def check_profile(name: str, value: Any) -> None:
+    """Refuse what is no profile, such as the path of one."""
+    if value is not None and not isinstance(value, Profile):
+        raise TypeError(
+            f"{name}: expected a Profile, got {value!r}; tdecomp.profile(model, example_inputs) "
+            "makes one, tdecomp.Profile.load(path) reads one that was saved"
+        )
+
+
+def model_in_words(model: nn.Module) -> str:
+    """Its class and its size: enough to notice that it is another one."""
+    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def _replaces(chain: Stages, spec: LayerSpec) -> bool:
+    ends = (chain[0].in_channels, chain[-1].out_channels)
+    volume = [max(sizes) for sizes in zip(*(s.kernel_size for s in chain), strict=True)]
+    return len(chain) > 1 and (*ends, *volume) == (
+        spec.in_channels,
+        spec.out_channels,
+        *spec.kernel_size,
+    )
+
+
+def _call_in_words(call: Call) -> tuple[str, str]:
+    return str(call.batch), "×".join(map(str, call.size))
+
+
+def _entry(data: Mapping[str, Any]) -> tuple[Key, Time]:
+    stages = tuple(LayerSpec.from_dict(stage) for stage in data["stages"])
+    batch, size = data["call"]
+    time = Time(data["median"], data["low"], data["high"])
+    return (data["layout"], stages, Call(batch, tuple(size))), time

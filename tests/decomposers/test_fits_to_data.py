@@ -1,0 +1,344 @@
+"""Decomposing with data: what a user sees of it, from `decompose` to the report's rows."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tdecomp
+from tdecomp.calibration.calibrate import calibrate
+from tests.decomposers.oracle import SAME_PADDING_OF_EVEN_KERNELS, distance
+from tests.geometries import GEOMETRIES
+from tests.unchanged import unchanged
+
+PLAIN = [g for g in GEOMETRIES if not g.spec.transposed]
+METHODS = ("svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable")
+
+
+def model(seed=0):
+    """Dense, grouped and pointwise convolutions, with and without a bias, and a Linear."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3, stride=2, groups=2, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 10, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(90, 6),
+        )
+
+
+def images(count=40, seed=1):
+    x = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return x * torch.tensor([2.0, 0.5, 1.0])[:, None, None] + 0.5
+
+
+def decomposed(methods, data, **options):
+    return tdecomp.decompose(
+        model(), methods, rank=2, data=data, allow_expansion=True, progress=False, **options
+    )
+
+
+def measured(original, chain, x, bias):
+    """``E‖y − ỹ‖² / Var(y)``, and how far the means are apart."""
+    with torch.no_grad():
+        y, approximated = (
+            out.movedim(1, -1).reshape(-1, out.shape[1]).double() for out in (original(x), chain(x))
+        )
+    variance = (y - y.mean(dim=0)).square().sum(dim=1).mean()
+    gone = y - approximated
+    if bias:
+        assert gone.mean(dim=0).norm() < 1e-4 * variance.sqrt()
+    return (gone.square().sum(dim=1).mean() / variance).item()
+
+
+def inputs_of(layers, x):
+    """The input of each layer of a Sequential."""
+    seen = []
+    with torch.no_grad():
+        for layer in layers:
+            seen.append(x.clone())
+            x = layer(x)
+    return seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_output_error_of_a_row_is_the_measured_one(method):
+    original, x = model(), images()
+    result = decomposed(list({method: 0, "svd": 0}), [x[:17], x[17:]])
+    inputs = inputs_of(original, x)
+    done = [row for row in result.report if row.method is not None]
+    assert len(done) == (2 if method == "svd" else 4)
+    for row in done:
+        at = int(row.name)
+        layer = original[at]
+        error = measured(layer, result.model[at], inputs[at], layer.bias is not None)
+        assert row.output_error == pytest.approx(error, rel=1e-3)
+        assert row.weight_error is not None
+
+
+@pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
+@pytest.mark.parametrize("geometry", PLAIN, ids=str)
+def test_every_geometry_is_fitted_to_its_data(geometry):
+    layer, x = geometry.layer(), geometry.input(9).relu() + 0.2
+    method = "lowrank" if geometry.spec.ndim else "svd"
+    result = tdecomp.decompose(
+        nn.Sequential(layer), method, rank=1, data=[x], allow_expansion=True, progress=False
+    )
+    row = result.report["0"]
+    error = measured(layer, result.model[0], x, geometry.spec.bias)
+    assert row.output_error == pytest.approx(error, rel=1e-6, abs=1e-9)
+    by_weight = tdecomp.decompose(
+        nn.Sequential(layer), method, rank=1, allow_expansion=True, progress=False
+    ).model[0]
+    if geometry.spec.bias:  # what a bias can take up does not count
+        with torch.no_grad():
+            gap = (layer(x) - by_weight(x)).movedim(1, -1).reshape(-1, layer.weight.shape[0])
+            by_weight[-1].bias += gap.mean(dim=0)
+    assert error <= measured(layer, by_weight, x, geometry.spec.bias) + 1e-9
+
+
+@pytest.mark.parametrize("method", ["lowrank", "tucker2", "spatial", "cp", "cp-separable"])
+def test_data_lowers_the_output_error(method):
+    moments = calibrate(model(), [images()], progress=False)
+    by_data = decomposed(method, moments).report
+    by_weight = decomposed(method, None)
+    for row in by_data:
+        if row.method is None:
+            continue
+        at = int(row.name)
+        kernel = _kernel(by_weight.model[at])
+        error = moments[row.name].output_error(model()[at].weight, kernel)
+        assert row.output_error <= error * (1 + 1e-6)
+        assert by_weight.report[row.name].output_error is None
+
+
+def _kernel(chain):
+    return (
+        tdecomp.decomposers.get_decomposer(chain.method)
+        .factorization_of(chain, chain.replaced)
+        .to_kernel()
+    )
+
+
+def test_batches_and_their_moments_give_the_same():
+    x = images()
+    moments = calibrate(model(), [x], progress=False)
+    by_batches, by_moments = decomposed("lowrank", [x]), decomposed("lowrank", moments)
+    for one, other in zip(by_batches.report, by_moments.report, strict=True):
+        assert one.output_error == other.output_error
+        assert one.note == other.note
+    for a, b in zip(by_batches.model.parameters(), by_moments.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    plan = tdecomp.plan(
+        model(), "lowrank", rank=2, data=moments, allow_expansion=True, progress=False
+    )
+    for data in (moments, [x], iter([x])):
+        applied = tdecomp.apply(model(), plan, data=data, progress=False)
+        assert distance(applied.model(x), by_moments.model(x)) < 1e-6
+    without = tdecomp.apply(model(), plan, progress=False)
+    assert without.report["0"].output_error is None
+    assert distance(without.model(x), by_moments.model(x)) > 1e-3
+
+
+def test_moments_that_were_merged_or_saved_serve_as_well(tmp_path):
+    x = images()
+    halves = [calibrate(model(), [part], progress=False) for part in x.split(20)]
+    (halves[0] + halves[1]).save(tmp_path / "moments")
+    loaded = tdecomp.Moments.load(tmp_path / "moments")
+    assert (
+        distance(decomposed("tucker2", loaded).model(x), decomposed("tucker2", x).model(x)) < 1e-3
+    )
+
+
+def test_model_and_moments_are_left_alone():
+    original, x = model().train(), images()
+    moments = calibrate(original, [x], progress=False)
+    before = copy.deepcopy(moments.layers)
+    with unchanged(original):
+        tdecomp.decompose(
+            original, "tucker2", rank=2, data=moments, allow_expansion=True, progress=False
+        )
+        tdecomp.decompose(original, "lowrank", rank=2, data=[x], progress=False)
+    for name, layer in moments.items():
+        assert torch.equal(layer.mean, before[name].mean)
+
+
+def test_full_rank_changes_nothing():
+    original, x = model(), images()
+    result = tdecomp.decompose(
+        original,
+        ["lowrank", "svd"],
+        rank=tdecomp.Ratio(1.0, of="rank"),
+        data=[x],
+        allow_expansion=True,
+        progress=False,
+    )
+    assert all(row.output_error < 1e-9 for row in result.report if row.method)
+    assert distance(result.model(x), original(x)) < 1e-5
+
+
+# Notes -------------------------------------------------------------------------------------------
+
+
+def test_row_says_that_there_were_few_samples():
+    result = decomposed(["lowrank", "svd"], [images(7)])
+    assert result.report["7"].note.endswith("fewer samples (7) than fan_in (90)")
+    assert "fewer samples" not in (result.report["0"].note or "")
+    assert 0 < result.report["7"].output_error < 1
+    assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_row_says_that_a_transposed_convolution_has_no_moments():
+    up = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3))
+    result = tdecomp.decompose(
+        up, "lowrank", rank=2, data=[images(4)], allow_expansion=True, progress=False
+    )
+    assert result.report["1"].method == "lowrank"
+    assert result.report["1"].output_error is None
+    assert "fitted by its weights: transposed" in result.report["1"].note
+    assert result.report["0"].output_error > 0
+
+
+def test_row_says_that_no_batch_reached_the_layer():
+    layers = nn.ModuleDict({"used": nn.Linear(9, 9), "spare": nn.Linear(9, 9)})
+    result = tdecomp.decompose(
+        layers,
+        "svd",
+        rank=2,
+        data=[torch.randn(20, 9, generator=torch.Generator().manual_seed(0))],
+        forward=lambda m, x: m["used"](x),
+        progress=False,
+    )
+    assert "fitted by its weights: no batch reached it" in result.report["spare"].note
+    assert result.report["spare"].output_error is None
+    assert result.report["used"].output_error > 0
+
+
+# Layers that make it hard ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    x = images().to(dtype)
+    result = tdecomp.decompose(
+        model().to(dtype), "lowrank", rank=2, data=[x], allow_expansion=True, progress=False
+    )
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    usual = decomposed("lowrank", [images()])
+    for row in usual.report:
+        if row.method:
+            assert result.report[row.name].output_error == pytest.approx(row.output_error, rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [8, 4])
+@pytest.mark.parametrize("method", ["cp", "cp-separable", "tucker2", "spatial", "lowrank"])
+def test_inputs_that_depend_on_each_other(method, rank):
+    """Four directions in eight channels: rounding makes such moments slightly indefinite."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, padding=1))
+        x = torch.randn(64, 4, 8, 8)
+    rank = {"cp": 8 * rank, "cp-separable": 6 * rank, "spatial": 3 * rank}.get(method, rank)
+    result = tdecomp.decompose(
+        layers, method, rank={"1": rank}, data=[x], allow_expansion=True, progress=False
+    )
+    assert 0 <= result.report["1"].output_error < 0.6
+    assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["cp", "tucker2", "spatial", "lowrank"])
+def test_inputs_of_a_large_mean(method):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Conv2d(6, 8, 3))
+        x = torch.randn(50, 6, 8, 8) + 300.0
+    near = tdecomp.decompose(layers, method, rank=4, data=[x - 300.0], progress=False)
+    far = tdecomp.decompose(layers, method, rank=4, data=[x], progress=False)
+    error = near.report["0"].output_error
+    assert far.report["0"].output_error == pytest.approx(error, rel=1e-2)
+    assert measured(layers[0], far.model[0], x, bias=True) == pytest.approx(error, rel=5e-2)
+
+
+def test_dead_layer():
+    class Dead(nn.Module):
+        def forward(self, x):
+            return 0 * x
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Sequential(Dead(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    for method in ("lowrank", "tucker2", "cp"):
+        result = tdecomp.decompose(
+            layers, method, rank=2, data=[images(8)], allow_expansion=True, progress=False
+        )
+        by_weight = tdecomp.decompose(layers, method, rank=2, allow_expansion=True, progress=False)
+        row = result.report["1"]
+        assert row.output_error == 0.0
+        # Nothing is known of its inputs, so that the weights decide.
+        assert row.weight_error == pytest.approx(by_weight.report["1"].weight_error, rel=1e-2)
+
+
+# Fine-tuning -------------------------------------------------------------------------------------
+
+
+def losses_of_fine_tuning(student, teacher, steps=60, lr=1e-3):
+    """Mean squared errors against the original's outputs, step by step."""
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+    x = images(32, seed=2)
+    with torch.no_grad():
+        wanted = teacher(x)
+    losses = []
+    for _ in range(steps):
+        loss = (student(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses) / wanted.var().item()
+
+
+def wide():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 12, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(12, 12, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(12, 12, 3, padding=1),
+        )
+
+
+@pytest.mark.parametrize("method", ["cp", "cp-separable"])
+def test_fine_tuning_of_chains_fitted_to_data_is_stable(method):
+    """Components come out balanced; with all norm in one factor the same steps destroy them."""
+    teacher = wide()
+    student = tdecomp.decompose(
+        teacher, method, rank=12, data=[images(64)], allow_expansion=True, progress=False
+    ).model
+    for chain in (student[0], student[2], student[4]):
+        (factors,) = _factors(chain)
+        norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])
+        assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-5
+    lopsided = copy.deepcopy(student)
+    with torch.no_grad():
+        for chain in (lopsided[0], lopsided[2], lopsided[4]):
+            chain[0].weight /= 100
+            chain[1].weight /= 100
+            chain[-1].weight *= 100**2
+    losses = losses_of_fine_tuning(student, teacher)
+    assert losses.max() < 1.5 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
+    diverging = losses_of_fine_tuning(lopsided, teacher)
+    assert diverging[0] == pytest.approx(losses[0].item(), rel=1e-2)
+    assert diverging.max() > 10 * losses.max()
+
+
+def _factors(chain):
+    decomposer = tdecomp.decomposers.get_decomposer(chain.method)
+    return decomposer.factorization_of(chain, chain.replaced).groups

@@ -1,0 +1,251 @@
+import pytest
+import torch
+from torch import nn
+
+from tdecomp.decomposers import cp, spatial, tucker2
+from tdecomp.decomposers.cp import CP, CPSeparable
+from tdecomp.decomposers.lowrank import LowRank
+from tdecomp.decomposers.spatial import Spatial
+from tdecomp.decomposers.svd import SVD
+from tdecomp.decomposers.tucker2 import Tucker2
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment, leading_outputs, nested_losses
+from tdecomp.linalg.variable_projection import variable_projection
+from tests.decomposers.oracle import distance
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def both_ways(samples, fan_in, seed=0):
+    """One second moment, by its samples and as a matrix."""
+    rows = (
+        gaussian(samples, fan_in, seed=seed) @ torch.diag(torch.linspace(2, 0.1, fan_in)).double()
+    )
+    rows = rows / samples**0.5
+    return SecondMoment(rows=rows), SecondMoment(matrix=rows.T @ rows)
+
+
+def inputs(kind, fan_in=12):
+    """Rows x whose second moment is that of full rank, of few samples, or of dead inputs."""
+    rows = gaussian(40 if kind != "few" else 5, fan_in, seed=1)
+    if kind == "dead":
+        rows[:, ::3] = 0
+    if kind == "copied":
+        rows[:, fan_in // 2 :] = rows[:, : fan_in // 2]
+    return rows / len(rows) ** 0.5
+
+
+KINDS = ("full", "few", "dead", "copied")
+
+
+@pytest.mark.parametrize("samples", [5, 40])
+def test_rows_and_matrix_agree_in_every_method(samples):
+    by_rows, by_matrix = both_ways(samples, 12)
+    kernel, features = gaussian(6, 12, seed=1), gaussian(12, 4, seed=2)
+    assert by_rows.fan_in == by_matrix.fan_in == 12
+    for name in ("trace", "ridge"):
+        assert getattr(by_rows, name) == pytest.approx(getattr(by_matrix, name))
+    assert by_rows.lost(kernel) == pytest.approx(by_matrix.lost(kernel))
+    for method, arguments in (
+        ("applied", (kernel,)),
+        ("between", (kernel,)),
+        ("features", (lambda matrix: matrix @ features,)),
+        ("solved", (kernel, 1e-3)),
+    ):
+        one, other = (getattr(m, method)(*arguments) for m in (by_rows, by_matrix))
+        assert distance(one, other) < 1e-8, method
+
+
+@pytest.mark.parametrize("samples", [5, 40])
+def test_methods_are_what_they_say(samples):
+    by_rows, by_matrix = both_ways(samples, 12)
+    kernel, matrix = gaussian(6, 12, seed=1), by_matrix.matrix
+    assert by_rows.trace == pytest.approx(matrix.trace().item())
+    assert by_rows.lost(kernel) == pytest.approx((kernel @ matrix @ kernel.T).trace().item())
+    assert distance(by_rows.applied(kernel), kernel @ matrix) < 1e-8
+    assert distance(by_rows.between(kernel), kernel @ matrix @ kernel.T) < 1e-8
+    ridged = matrix + 1e-2 * torch.eye(12).double()
+    assert distance(by_rows.solved(kernel, 1e-2), kernel @ torch.linalg.inv(ridged)) < 1e-6
+
+
+def test_zero_moment_falls_back_on_the_weights():
+    kernel = gaussian(6, 12)
+    for moment in (
+        SecondMoment(rows=torch.zeros(3, 12).double()),
+        SecondMoment(torch.zeros(12, 12).double()),
+    ):
+        assert moment.ridge > 0
+        assert moment.lost(kernel) == 0.0
+        outputs = leading_outputs(kernel, moment, 2)
+        truncated = torch.linalg.svd(kernel)
+        best = (truncated.U[:, :2] * truncated.S[:2]) @ truncated.Vh[:2]
+        assert distance(outputs @ outputs.T @ kernel, best) < 1e-6
+
+
+def test_rounded_matrix_becomes_definite():
+    rows = gaussian(200, 6).float()
+    rows = torch.cat([rows, rows @ gaussian(6, 6, seed=1).float()], dim=1)
+    rounded = (rows.T @ rows / 200).double()
+    assert torch.linalg.eigvalsh(rounded)[0] < 0
+    definite = SecondMoment(matrix=rounded).definite().matrix
+    assert torch.linalg.eigvalsh(definite)[0] > 0
+    assert distance(definite, rounded) < 1e-6
+    by_rows = SecondMoment(rows=rows)
+    assert by_rows.definite() is by_rows
+
+
+# -- the closed form ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("out", [5, 12, 20])
+def test_leading_outputs_are_those_of_a_dense_svd_of_the_outputs(out, kind):
+    rows, kernel = inputs(kind), gaussian(out, 12)
+    values = torch.linalg.svdvals(rows @ kernel.T)
+    for moment in (SecondMoment(rows=rows), SecondMoment(matrix=rows.T @ rows)):
+        for rank in range(1, min(out, 12) + 1):
+            outputs = leading_outputs(kernel, moment, rank)
+            assert outputs.shape == (out, rank)
+            assert distance(outputs.T @ outputs, torch.eye(rank)) < 1e-10
+            lost = moment.lost(kernel - outputs @ (outputs.T @ kernel))
+            best = values[rank:].square().sum().item()
+            assert lost == pytest.approx(best, rel=1e-6, abs=1e-9 * values.square().sum().item())
+
+
+@pytest.mark.parametrize("out", [5, 20])
+def test_leading_outputs_are_the_whitened_truncation(out):
+    rows, kernel = inputs("full"), gaussian(out, 12)
+    lower = torch.linalg.cholesky(rows.T @ rows)
+    u, s, vh = torch.linalg.svd(kernel @ lower, full_matrices=False)
+    expected = torch.linalg.solve_triangular(
+        lower, (u[:, :3] * s[:3]) @ vh[:3], upper=False, left=False
+    )
+    outputs = leading_outputs(kernel, SecondMoment(rows=rows), 3)
+    assert distance(outputs @ outputs.T @ kernel, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nested_losses_are_the_explicit_ones(kind, weighted):
+    rows, kernel = inputs(kind), gaussian(7, 12)
+    root = gaussian(7, 7, seed=4)
+    importance = root @ root.T if weighted else None
+    moment = SecondMoment(rows=rows)
+    losses = nested_losses(moment.between(kernel), 7, importance)
+    assert losses.shape == (8,)
+    weights = torch.eye(7).double() if importance is None else importance
+    whole = losses[0].item()
+    for rank in range(8):
+        outputs = leading_outputs(kernel, moment, rank)
+        error = rows @ (kernel - outputs @ outputs.T @ kernel).T  # (samples, out)
+        explicit = (weights @ error.T @ error).trace().item()
+        # Errors along several principal components are uncorrelated, so that their losses add up.
+        assert losses[rank].item() == pytest.approx(explicit, rel=1e-6, abs=1e-8 * whole)
+    assert bool((losses.diff() <= 0).all())
+    assert torch.equal(nested_losses(moment.between(kernel), 3, importance), losses[:4])
+
+
+# -- one factor eliminated ------------------------------------------------------------------------
+
+ITERATIVE = [
+    (CP(), LayerSpec.of(nn.Conv2d(4, 5, (3, 2))), 4, cp.fit_cp_to),
+    (CPSeparable(), LayerSpec.of(nn.Conv2d(4, 5, (3, 2))), 4, cp.fit_cp_to),
+    (CPSeparable(), LayerSpec.of(nn.Conv3d(3, 5, (3, 2, 2))), 4, cp.fit_cp_to),
+    (Spatial(), LayerSpec.of(nn.Conv2d(4, 5, (3, 2))), 3, spatial.fit_spatial_to),
+    (Tucker2(), LayerSpec.of(nn.Conv2d(4, 5, (3, 2))), (2, 3), tucker2.fit_tucker2_to),
+    (Tucker2(), LayerSpec.of(nn.Conv1d(4, 5, 3)), (3, 2), tucker2.fit_tucker2_to),
+]
+
+
+def captured(monkeypatch, decomposer, spec, rank, fit):
+    """What a method's fit hands to `variable_projection`."""
+    module = {cp.fit_cp_to: cp, spatial.fit_spatial_to: spatial, tucker2.fit_tucker2_to: tucker2}[
+        fit
+    ]
+    calls = []
+
+    def spy(kernel, moment, features, start, **options):
+        calls.append((kernel, moment, features, start, options))
+        return variable_projection(kernel, moment, features, start, **options)
+
+    monkeypatch.setattr(module, "variable_projection", spy)
+    kernel = gaussian(*spec.weight_shape)
+    _, moment = both_ways(200, spec.fan_in, seed=3)
+    decomposer.fit_to(kernel, rank, moment)
+    (call,) = calls
+    return call
+
+
+def best_loss(kernel, moment, features, theta, rank):
+    """The share of the output that the best first factor loses, by a dense pseudo-inverse."""
+    eye = torch.eye(kernel.shape[1]).double()
+    projection = features.project(eye, theta)  # (fan_in, features)
+    values, vectors = torch.linalg.eigh(moment.matrix)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    targets = root @ kernel.T
+    fitted = (root @ projection) @ torch.linalg.lstsq(root @ projection, targets).solution
+    if rank is not None:
+        u, s, vh = torch.linalg.svd(fitted, full_matrices=False)
+        fitted = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return ((targets - fitted).square().sum() / targets.square().sum()).item()
+
+
+@pytest.mark.parametrize("decomposer, spec, rank, fit", ITERATIVE)
+def test_project_and_pair_are_of_the_same_features(monkeypatch, decomposer, spec, rank, fit):
+    kernel, _, features, start, _ = captured(monkeypatch, decomposer, spec, rank, fit)
+    projection = features.project(torch.eye(kernel.shape[1]).double(), start)
+    matrix = gaussian(3, kernel.shape[1], seed=5)
+    assert distance(features.project(matrix, start), matrix @ projection) < 1e-12
+    weights = gaussian(*projection.shape, seed=6)
+    assert distance(features.pair(weights, start), (weights * projection).sum()) < 1e-10
+
+
+@pytest.mark.parametrize("decomposer, spec, rank, fit", ITERATIVE)
+def test_gradient_is_that_of_finite_differences(monkeypatch, decomposer, spec, rank, fit):
+    kernel, moment, features, start, options = captured(monkeypatch, decomposer, spec, rank, fit)
+    theta = [part + 0.1 * gaussian(*part.shape, seed=7) for part in start]
+    seen = []
+
+    class OneStep(torch.optim.LBFGS):
+        def step(self, closure):
+            lost = closure()
+            grads = [part.grad.clone() for part in self.param_groups[0]["params"]]
+            seen.append((lost.item(), grads))
+
+    monkeypatch.setattr(torch.optim, "LBFGS", OneStep)
+    variable_projection(kernel, moment, features, theta, **options)
+    ((lost, grads),) = seen
+    assert lost == pytest.approx(
+        best_loss(kernel, moment, features, theta, options.get("rank")), rel=1e-5
+    )
+    directions = [gaussian(*part.shape, seed=8) for part in theta]
+
+    def along(step):
+        moved = [part + step * d for part, d in zip(theta, directions, strict=True)]
+        return best_loss(kernel, moment, features, moved, options.get("rank"))
+
+    numeric = (along(1e-4) - along(-1e-4)) / 2e-4
+    analytic = sum((g * d).sum().item() for g, d in zip(grads, directions, strict=True))
+    assert analytic == pytest.approx(numeric, rel=1e-4)
+
+
+@pytest.mark.parametrize("decomposer, spec, rank, fit", ITERATIVE)
+def test_first_factor_is_the_best_for_the_others(monkeypatch, decomposer, spec, rank, fit):
+    kernel, moment, features, start, options = captured(monkeypatch, decomposer, spec, rank, fit)
+    factor, theta = variable_projection(kernel, moment, features, start, **options)
+    projection = features.project(torch.eye(kernel.shape[1]).double(), theta)
+    lost = moment.lost(kernel - factor @ projection.T) / moment.lost(kernel)
+    limit = options.get("rank")
+    assert lost == pytest.approx(best_loss(kernel, moment, features, theta, limit), rel=1e-5)
+    assert lost <= best_loss(kernel, moment, features, start, limit)
+    assert not any(part.requires_grad for part in (factor, *theta))
+
+
+def test_kernel_without_output_needs_no_factor():
+    spec = LayerSpec.of(nn.Conv1d(4, 5, 3))
+    moment = SecondMoment(matrix=torch.zeros(12, 12).double())
+    for decomposer, rank in ((CP(), 2), (Tucker2(), (2, 2)), (SVD(), 2), (LowRank(), 2)):
+        fitted = decomposer.fit_to(torch.zeros(spec.weight_shape).double(), rank, moment)
+        assert not fitted.to_kernel().any()

@@ -1,0 +1,281 @@
+"""What each rank would lose, against fits made one by one."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tdecomp
+from tdecomp.decomposers.registry import get_decomposer
+from tdecomp.loss_curves.candidates import candidate, rank_options
+from tdecomp.loss_curves.curves import RankOptions
+from tdecomp.loss_curves.layer_losses import LayerLosses
+from tdecomp.model.filters import Filters
+from tdecomp.model.sites import find_sites
+from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
+
+
+def offers_of(model, name, methods, moments=None, inputs=None):
+    sites, _ = find_sites(model, Filters(), inputs)
+    wanted = [site for site in sites if site.name == name]
+    decomposers = [get_decomposer(method) for method in methods]
+    (found,) = rank_options(wanted, [decomposers], moments)
+    return found
+
+
+def losses_of(*args, **kwargs):
+    return offers_of(*args, **kwargs).losses
+
+
+def test_losses_are_the_errors_of_the_outputs_in_the_norm_of_their_gradients():
+    model, batches = convnet().double(), images(dtype=torch.float64)
+    moments = tdecomp.calibrate(model, batches, **QUIET)
+    layer, seen = model[3], moments["3"]
+    losses = losses_of(model, "3", ["lowrank"], moments)
+    decomposer = get_decomposer("lowrank")
+    nested = losses.nested(decomposer)
+    assert len(nested) == 13
+    assert [loss for loss, _ in nested] == sorted((loss for loss, _ in nested), reverse=True)
+    for rank in (1, 4, 12):
+        second = seen.second_moments()
+        kernel = decomposer.factorize(layer.weight, seen.spec, rank, second).to_kernel()
+        gone = (layer.weight - kernel).detach().flatten(1)
+        lost = torch.trace(seen.gradient @ gone @ second[0].matrix @ gone.T)
+        loss, error = nested[rank]
+        assert loss == pytest.approx(float(lost), rel=1e-6, abs=1e-9)
+        assert error == pytest.approx(seen.output_error(layer.weight, kernel), rel=1e-6, abs=1e-9)
+        assert losses.fit(decomposer, rank) == pytest.approx((loss, error), rel=1e-4, abs=1e-8)
+        assert losses.expected_error(decomposer, rank) == error
+
+
+def test_without_data_they_are_those_of_the_weights():
+    model = mlp()
+    losses = losses_of(model, "2", ["svd"])
+    squares = torch.linalg.svdvals(model[2].weight.detach().double()) ** 2
+    for rank in (1, 7, 19):
+        share = float(squares[rank:].sum() / squares.sum())
+        decomposer = get_decomposer("svd")
+        assert losses.nested(decomposer)[rank] == pytest.approx((share, share), rel=1e-6)
+        assert losses.expected_error(decomposer, rank) == pytest.approx(math.sqrt(share))
+        assert losses.fit(decomposer, rank) == pytest.approx((share, share), rel=1e-4)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_the_error_of_tucker2_is_a_bound(data):
+    model = convnet()
+    moments = tdecomp.calibrate(model, images(), **QUIET) if data else None
+    for rank in [(1, 1), (3, 5), (8, 8), (12, 12)]:
+        plan = tdecomp.plan(
+            model, "tucker2", rank=rank, include="3", data=moments, allow_expansion=True, **QUIET
+        )
+        row = tdecomp.apply(model, plan, data=moments, **QUIET).report["3"]
+        real = row.output_error if data else row.weight_error
+        assert real <= 1.02 * plan["3"].expected_error + 1e-6
+
+
+@pytest.mark.parametrize("method", ["svd", "lowrank", "spatial"])
+@pytest.mark.parametrize("data", [False, True])
+def test_the_errors_of_nested_methods_are_exact(method, data):
+    model, name = (mlp(), "2") if method == "svd" else (convnet(), "3")
+    batches = vectors() if method == "svd" else images()
+    moments = tdecomp.calibrate(model, batches, **QUIET) if data else None
+    plan = tdecomp.plan(model, method, rank=3, include=name, data=moments, **QUIET)
+    row = tdecomp.apply(model, plan, data=moments, **QUIET).report[name]
+    expected = plan[name].expected_error
+    if method == "spatial" and data:
+        assert expected is None or row.output_error <= 1.05 * expected
+        return
+    assert expected == pytest.approx(row.output_error if data else row.weight_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lowrank", "spatial", "tucker2", "cp", "cp-separable"])
+def test_options_save_something_and_fall(method):
+    model, batches = convnet(), images()
+    moments = tdecomp.calibrate(model, batches, **QUIET)
+    offer = offers_of(model, "3", [method], moments, batches[0])
+    losses, options = offer.losses, offer.options(get_decomposer(method))
+    assert 1 < len(options) <= 48
+    for smaller, larger in itertools.pairwise(options):
+        assert smaller.cost.deciding < larger.cost.deciding < losses.before.deciding
+        assert larger.loss <= smaller.loss
+        assert larger.error <= smaller.error
+    assert all(math.isfinite(o.loss) and o.loss >= 0 and o.error >= 0 for o in options)
+    middle = options[len(options) // 2]
+    fitted = losses.fit(get_decomposer(method), middle.rank)
+    assert middle.loss == pytest.approx(fitted[0], rel=0.35)
+
+
+def test_layers_without_gradients_count_as_much_as_the_others_do():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    batches = vectors()
+    moments = tdecomp.calibrate(model, batches, **QUIET)
+    del moments.layers["0"]
+    sites, _ = find_sites(model, Filters(), None)
+    decomposers = [get_decomposer("svd")]
+    unknown, known = (o.losses for o in rank_options(sites, [decomposers] * 2, moments))
+    whole = known.nested(decomposers[0])[0][0]
+    assert whole > 0
+    assert unknown.nested(decomposers[0])[0] == pytest.approx((whole, 1.0))
+    # With that layer alone there is nothing to compare with: a share is a share.
+    (alone,) = rank_options(sites[:1], [decomposers], moments)
+    assert alone.losses.nested(decomposers[0])[0] == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "channels, kernel_size, methods, pointless",
+    [
+        (128, 3, ["cp", "cp-separable"], {"cp-separable"}),
+        # Two depthwise layers of three weights each for one of nine are worth something here.
+        (16, 3, ["cp", "cp-separable"], set()),
+        (128, 3, ["cp-separable", "lowrank"], set()),
+        (32, 1, ["svd", "cp", "cp-separable"], {"cp", "cp-separable"}),
+        (32, 1, ["cp"], set()),
+        (32, 1, ["tucker2", "lowrank", "spatial"], {"tucker2", "spatial"}),
+        (32, 3, ["tucker2", "lowrank", "spatial"], set()),
+    ],
+)
+def test_a_method_is_not_tried_beside_one_that_contains_it(
+    channels, kernel_size, methods, pointless
+):
+    torch.manual_seed(0)
+    offer = offers_of(nn.Sequential(nn.Conv2d(channels, channels, kernel_size)), "0", methods)
+    fitted = {name: bool(offer.options(get_decomposer(name))) for name in methods}
+    assert {name for name in methods if offer.contained(get_decomposer(name))} == pointless
+    assert not any(fitted[name] for name in pointless)
+    assert not any(key[0] in pointless for key in offer.losses.cache)
+
+
+@pytest.mark.parametrize("channels, stride", [((24, 32), 1), ((32, 24), 2)])
+def test_large_ranks_of_cp_are_foreseen(channels, stride):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(*channels, 3, stride=stride, padding=1)
+    offer = offers_of(nn.Sequential(layer), "0", ["cp"], inputs=torch.randn(1, channels[0], 8, 8))
+    losses, method = offer.losses, get_decomposer("cp")
+    options = offer.options(method)
+    fitted = {key[-1] for key in losses.cache if key[-1] != "nested"}
+    assert max(fitted) < 0.5 * max(option.rank for option in options)
+    assert [o.loss for o in options] == sorted((o.loss for o in options), reverse=True)
+    for option in options:
+        if option.cost.deciding < 0.6 * losses.before.deciding:
+            _, share = losses.fit(method, option.rank)
+            assert option.error == pytest.approx(math.sqrt(share), rel=0.2)
+
+
+class Unlucky(tdecomp.CP):
+    """Fails above a rank, as a fit that degenerates does."""
+
+    name = "unlucky"
+    limit = 0
+
+    def factorize(self, weight, spec, rank, *args, **kwargs):
+        if rank > self.limit:
+            raise ValueError("it degenerates")
+        return super().factorize(weight, spec, rank, *args, **kwargs)
+
+    def draft(self):
+        return self
+
+
+def test_a_fit_that_fails_is_no_option():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3)
+    (site,), _ = find_sites(layer, Filters(), None)
+    method = Unlucky(l2_reg=0.0)  # with a ridge large ranks are foreseen, not tried
+    for limit, most in ((0, 0), (16, 16)):
+        Unlucky.limit = limit
+        losses = LayerLosses(layer.weight, site.spec, None)
+        options = RankOptions(losses, [method]).options(method)
+        assert all(option.rank <= most for option in options)
+        assert bool(options) == bool(most)
+    Unlucky.limit = 0
+    with pytest.raises(ValueError, match=r"cannot be met: the least is 1.0000"):
+        tdecomp.plan(layer, Unlucky(), rank=tdecomp.Budget(params=0.5), **QUIET)
+
+
+def test_a_hopeless_method_is_fitted_once_only(monkeypatch):
+    fits = []
+    usual = LayerLosses._fit_now
+
+    def counting(self, decomposer, rank):
+        fits.append(decomposer.name)
+        return (1e9, 1.0) if decomposer.name == "cp" else usual(self, decomposer, rank)
+
+    monkeypatch.setattr(LayerLosses, "_fit_now", counting)
+    offer = offers_of(convnet(), "3", ["lowrank", "cp"])
+    assert offer.options(get_decomposer("cp")) == []
+    assert fits == ["cp"]
+    assert offer.options(get_decomposer("lowrank"))
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 9), (6, 3), (12, 12)])
+def test_no_fit_loses_less_than_singular_values_say(ranks):
+    losses, tucker2 = losses_of(convnet(), "3", ["tucker2"]), get_decomposer("tucker2")
+    loss, _ = losses.fit(tucker2, ranks)
+    assert losses.least(tucker2, ranks) <= loss + 1e-6
+    assert losses.least(get_decomposer("lowrank"), 3) is None
+
+
+def test_singular_values_say_that_a_method_is_hopeless_without_a_fit(monkeypatch):
+    fits = []
+    monkeypatch.setattr(LayerLosses, "_fit_now", lambda *_: fits.append(1))
+    # A matrix: Tucker-2 is the SVD with a core that costs and gains nothing.
+    model = nn.Sequential(nn.Conv2d(96, 80, 1, bias=False))
+    offer = offers_of(model, "0", ["tucker2", "svd"])
+    assert offer.options(get_decomposer("tucker2")) == []
+    assert offer.options(get_decomposer("svd"))
+    assert not fits
+
+
+class Listed(tdecomp.SVD):
+    """Not hashable, as a plain dataclass with options is not."""
+
+    name = "listed"
+    __hash__ = None
+
+
+@pytest.mark.parametrize("rank", [3, tdecomp.Budget(params=0.5)], ids=str)
+def test_decomposers_need_not_be_hashable(rank):
+    plan = tdecomp.plan(mlp(), Listed(), rank=rank, data=vectors(), **QUIET)
+    assert any(row.method == "listed" for row in plan)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_does_not_matter(scale):
+    def ranks(factor):
+        model = mlp()
+        with torch.no_grad():
+            for layer in model[::2]:
+                layer.weight.mul_(factor)
+        plan = tdecomp.plan(model, "svd", rank=tdecomp.Budget(params=0.5), **QUIET)
+        return [row.rank for row in plan]
+
+    assert ranks(scale) == ranks(1.0)
+
+
+def test_a_zero_layer_loses_nothing():
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    for data in (None, vectors()):
+        plan = tdecomp.plan(model, "svd", rank=tdecomp.Budget(params=0.5), data=data, **QUIET)
+        assert plan["2"].expected_error == 0.0
+
+
+def test_spectra_and_options_are_computed_when_asked_for_and_once(monkeypatch):
+    calls = []
+    usual = RankOptions.options
+    monkeypatch.setattr(
+        RankOptions, "options", lambda self, d: calls.append(d.name) or usual(self, d)
+    )
+    model = mlp()
+    sites, _ = find_sites(model, Filters(), None)
+    (offer, *_) = rank_options(sites, [[get_decomposer("svd")]] * 3, None)
+    one = candidate(sites[0], get_decomposer("svd"), offer)
+    assert calls == []
+    assert one.options() is one.options()
+    assert one.spectra() is one.spectra()
+    assert calls == ["svd"]
+    assert one.before == offer.losses.before
+    assert one.cost(3) == offer.losses.cost(get_decomposer("svd"))(3)
+    assert one.max_rank == 16

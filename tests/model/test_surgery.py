@@ -1,0 +1,604 @@
+"""Every slot, every optimizer, and all of it or nothing."""
+
+import copy
+import inspect
+import sys
+import types
+from collections import OrderedDict, deque, namedtuple
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import tdecomp
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.model import surgery
+from tests.models import METHODS, MODELS
+from tests.unchanged import same_state, state_of, unchanged
+
+
+def decompose(model, rank=2, **options):
+    options.setdefault("inplace", True)
+    return tdecomp.decompose(model, METHODS, rank=rank, progress=False, **options)
+
+
+# Slots -------------------------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", "layer label")
+
+
+class Everywhere(nn.Module):
+    """One Linear, and the same in another kind of place."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+        self.place(place)
+
+    def place(self, place):
+        fc = self.fc
+        if place == "attribute":
+            self.again = fc
+        elif place == "unregistered":
+            object.__setattr__(self, "again", fc)
+        elif place == "module list":
+            self.again = nn.ModuleList([nn.Linear(12, 12), fc])
+        elif place == "module dict":
+            self.again = nn.ModuleDict({"a": fc})
+        elif place == "nested":
+            self.again = nn.Sequential(OrderedDict(a=nn.Sequential(nn.ReLU(), fc)))
+        elif place == "list":
+            self.again = [fc, fc, 1]
+        elif place == "dict":
+            self.again = {"a": fc, 3: "x"}
+        elif place == "tuple":
+            self.again = (fc, "label", fc)
+        elif place == "namedtuple":
+            self.again = Pair(fc, "label")
+        elif place == "deque":
+            self.again = deque([fc])
+        elif place == "dict of lists":
+            self.again = {"a": [{"b": fc}], "c": [(fc, 1)]}
+        elif place == "list in a tuple":
+            self.again = ([fc], 1)
+        elif place == "tuple in a tuple":
+            self.again = ((fc,), 1)
+        elif place == "module in a list":
+            self.again = [nn.Sequential(fc)]
+        elif place == "set":
+            self.again = {fc}
+        elif place == "object":
+            self.again = types.SimpleNamespace(fc=fc)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def held(value):
+    """Every Linear and every chain that can be reached from `value`."""
+    if isinstance(value, (nn.Linear, Chain)):
+        return [value]
+    if isinstance(value, (nn.Module, types.SimpleNamespace)):
+        inside = [v for k, v in vars(value).items() if k != "training"]
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    elif isinstance(value, (list, tuple, deque, set)):
+        inside = list(value)
+    else:
+        return []
+    return [found for item in inside for found in held(item)]
+
+
+REACHED = [
+    "attribute",
+    "unregistered",
+    "module list",
+    "module dict",
+    "nested",
+    "list",
+    "dict",
+    "tuple",
+    "deque",
+    "dict of lists",
+]
+MISSED = ["list in a tuple", "tuple in a tuple", "module in a list", "set", "object"]
+
+
+@pytest.mark.parametrize(
+    "place, inplace",
+    [pytest.param(place, False, id=f"{place}-copy") for place in REACHED + MISSED]
+    + [pytest.param(place, True, id=f"{place}-inplace") for place in REACHED]
+    + [pytest.param(place, True, id=f"{place}-inplace") for place in MISSED],
+)
+def test_the_chain_stands_in_every_slot(place, inplace):
+    model = Everywhere(place)
+    old, before = model.fc, held(model)
+    kind = type(model.again)
+    result = decompose(model, include="fc", inplace=inplace).model
+    after = held(result)
+    assert before.count(old) > 1
+    assert after.count(result.fc) == before.count(old)
+    assert old not in after
+    assert isinstance(result.fc, Chain)
+    assert type(result.again) is (Chain if kind is nn.Linear else kind)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_namedtuple_stays_one(inplace):
+    result = decompose(Everywhere("namedtuple"), inplace=inplace).model
+    assert type(result.again) is Pair
+    assert result.again.layer is result.fc
+
+
+def test_the_order_of_the_layers_is_kept():
+    model = MODELS["cnn"].build()
+    names = [name for name, _ in model.features.named_children()]
+    result = decompose(model).model
+    assert [name for name, _ in result.features.named_children()] == names
+    assert result is model
+
+
+@pytest.mark.parametrize("inplace", [True, False], ids=["inplace", "copy"])
+@pytest.mark.parametrize("name", ["cnn", "nested", "twice", "attention", "tuple"])
+def test_no_old_layer_and_no_old_parameter_is_left(name, inplace):
+    case = MODELS[name]
+    model = case.build()
+    before = {id(p): n for n, p in model.named_parameters()}
+    result = decompose(model, inplace=inplace)
+    rows = [row for row in result.report if row.method is not None]
+    gone = {n for n in before.values() if n.rpartition(".")[0] in {r.name for r in rows}}
+    kept = set(before.values()) - gone
+    now = {id(p) for p in result.model.parameters()}
+    if inplace:
+        assert {before[i] for i in now if i in before} == kept
+    else:
+        assert not now & set(before)
+    for row in rows:
+        for slot in row.names:
+            assert result.model.get_submodule(slot) is result.model.get_submodule(row.name)
+            assert isinstance(result.model.get_submodule(slot), Chain)
+
+
+def test_the_model_itself_cannot_be_replaced_in_place():
+    model = nn.Linear(16, 16)
+    with unchanged(model), pytest.raises(ValueError, match="leave inplace=False") as caught:
+        decompose(model)
+    assert "use result.model" in str(caught.value)
+    assert isinstance(decompose(model, inplace=False).model, Chain)
+
+
+def test_a_model_that_cannot_be_copied_says_what_to_do():
+    class Locked(nn.Sequential):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("locked")
+
+    model = Locked(nn.Linear(16, 16))
+    with unchanged(model), pytest.raises(ValueError, match="RuntimeError: locked") as caught:
+        decompose(model, inplace=False)
+    assert "use inplace=True" in str(caught.value)
+    assert isinstance(decompose(model).model[0], Chain)
+
+
+def test_old_weights_are_not_copied(monkeypatch):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    copied = []
+    original = nn.Parameter.__deepcopy__
+
+    def deepcopy(self, memo):
+        copied.append(tuple(self.shape))
+        return original(self, memo)
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", deepcopy)
+    decompose(model, include="0", inplace=False)
+    assert sorted(copied) == [(4,), (4, 64)]
+
+
+# Optimizers --------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if inspect.isclass(cls)
+    and issubclass(cls, torch.optim.Optimizer)
+    and cls is not torch.optim.Optimizer
+}
+OPTIONS = {
+    "sgd with momentum": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "sgd maximizing": (torch.optim.SGD, {"maximize": True, "weight_decay": 0.1}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "capturable": (torch.optim.Adam, {"foreach": True}),
+    "fused": (torch.optim.AdamW, {"fused": True}),
+    "centered rmsprop": (torch.optim.RMSprop, {"centered": True, "momentum": 0.5}),
+    "adagrad": (torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
+} | {name.lower(): (cls, {}) for name, cls in OPTIMIZERS.items() if name != "SparseAdam"}
+
+
+def network():
+    # Only matrices, for Muon.
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, 12, bias=False), nn.Tanh(), nn.Linear(12, 12, bias=False), nn.Tanh(),
+        nn.Linear(12, 6, bias=False),
+    )  # fmt: skip
+
+
+X, Y = torch.linspace(-1, 1, 96).reshape(8, 12), torch.linspace(-1, 1, 48).reshape(8, 6).sin()
+
+
+def train(model, *optimizers, steps=1):
+    def closure():
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = (model(X) - Y).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        for optimizer in optimizers:
+            optimizer.step(closure)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("which", ["0", "2"])
+def test_the_next_step_trains_the_new_parameters_and_no_old_one(kind, which):
+    cls, options = OPTIONS[kind]
+    model = network()
+    optimizer = cls(model.parameters(), lr=0.01, **options)
+    train(model, optimizer, steps=2)
+    old = model.get_submodule(which).weight
+    untouched = [p for p in model.parameters() if p is not old]
+    state = {id(p): copy.deepcopy(optimizer.state[p]) for p in untouched if p in optimizer.state}
+
+    decompose(model, include=which, optimizers=optimizer)
+
+    now = list(model.parameters())
+    held_now = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held_now} == {id(p) for p in now}
+    assert len(held_now) == len(now)
+    assert old not in optimizer.state
+    for p in untouched:
+        # LBFGS has one state, of all parameters laid end to end.
+        if id(p) in state and cls is not torch.optim.LBFGS:
+            torch.testing.assert_close(optimizer.state[p], state[id(p)], rtol=0, atol=0)
+    before, frozen = [p.detach().clone() for p in now], old.detach().clone()
+    train(model, optimizer)
+    assert all(not torch.equal(p, then) for p, then in zip(now, before, strict=True))
+    assert torch.equal(old, frozen)
+
+    # and it can be saved and brought back
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = cls(model.parameters(), lr=0.5, **options)
+    again.load_state_dict(saved)
+    assert again.param_groups[0]["lr"] == 0.01
+    train(model, again)
+
+
+def test_every_optimizer_of_torch_is_tried():
+    assert {cls for cls, _ in OPTIONS.values()} == set(OPTIMIZERS.values()) - {
+        torch.optim.SparseAdam
+    }
+
+
+def test_sparse_adam_follows_too():
+    # It steps on sparse gradients only, which no Linear has.
+    model = network()
+    optimizer = torch.optim.SparseAdam(list(model.parameters()))
+    decompose(model, include="0", optimizers=optimizer)
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {
+        id(p) for p in model.parameters()
+    }
+
+
+def test_an_untrained_optimizer_follows():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    decompose(model, optimizers=optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer)
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_groups_keep_their_options_and_their_members():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 6))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [model[0].weight, model[2].weight], "lr": 0.01, "weight_decay": 0.3},
+            {"params": [model[0].bias, model[2].bias], "lr": 0.1, "weight_decay": 0.0},
+        ]
+    )
+    groups = list(optimizer.param_groups)
+    train(model, optimizer)
+    options = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+    decompose(model, include="0", optimizers=optimizer)
+
+    assert all(a is b for a, b in zip(optimizer.param_groups, groups, strict=True))
+    assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == options
+    chain = model[0]
+    # in the place of the old ones, so that a saved state still fits
+    assert [id(p) for p in groups[0]["params"]] == [
+        id(p) for p in (chain[0].weight, chain[1].weight, model[2].weight)
+    ]
+    assert [id(p) for p in groups[1]["params"]] == [id(p) for p in (chain[1].bias, model[2].bias)]
+
+
+def test_several_optimizers_each_keep_their_own():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 6))
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+    second = torch.optim.Adam(model[2].parameters())
+    train(model, first, second)
+    with unchanged(second):
+        decompose(model, include="0", optimizers=[first, second])
+    assert {id(p) for p in first.param_groups[0]["params"]} == {
+        id(p) for p in model[0].parameters()
+    }
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, first, second)
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_an_optimizer_of_another_model_is_left_as_it_is():
+    model, other = network(), network()
+    optimizer = torch.optim.Adam(other.parameters())
+    train(other, optimizer)
+    mine = torch.optim.Adam(model.parameters())
+    with unchanged(optimizer, other):
+        decompose(model, optimizers=(mine, optimizer))
+
+
+def test_a_module_used_twice_is_followed_once():
+    model = MODELS["twice"].build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decompose(model, optimizers=optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 3
+
+
+def test_a_scheduler_goes_on():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    decompose(model, optimizers=optimizer)
+    train(model, optimizer)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_named_parameters_lose_their_names_rather_than_keep_wrong_ones():
+    model = network()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    decompose(model, include="0", optimizers=optimizer)
+    group = optimizer.param_groups[0]
+    assert len(group.get("param_names", group["params"])) == len(group["params"])
+    torch.optim.SGD(model.parameters(), lr=0.1).load_state_dict(optimizer.state_dict())
+
+
+def test_a_parameter_in_no_optimizer_is_reported():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12))
+    optimizer = torch.optim.SGD([*model[0].parameters(), model[1].weight], lr=0.1)
+    with pytest.warns(UserWarning, match="no optimizer had these replaced parameters: 1.bias, 2.b"):
+        decompose(model, optimizers=optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 5
+
+
+def test_a_warning_made_an_error_changes_nothing():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with unchanged(model, optimizer), pytest.raises(UserWarning, match="no optimizer had"):
+        decompose(model, optimizers=optimizer)
+
+
+def test_a_frozen_layer_keeps_its_place():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decompose(model, optimizers=optimizer)
+    assert [p.requires_grad for p in optimizer.param_groups[0]["params"]] == [
+        False, False, True, True, True, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_optimizers_need_inplace(many):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unchanged(model, optimizer), pytest.raises(ValueError, match="use inplace=True"):
+        decompose(model, inplace=False, optimizers=[optimizer] if many else optimizer)
+
+
+def test_what_is_no_optimizer():
+    model = network()
+    with unchanged(model), pytest.raises((TypeError, ValueError), match="optimizers"):
+        decompose(model, optimizers=model.parameters())
+
+
+# All or nothing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["0", "4"])
+def test_a_failure_leaves_an_lbfgs_as_it_was(which, monkeypatch):
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01)
+    train(model, optimizer)
+    listed = optimizer.param_groups[0]["params"]
+    follow = surgery._follow
+
+    def fail(*args):
+        follow(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgery, "_follow", fail)
+    state = {id(p): _frozen_state(s) for p, s in optimizer.state.items()}
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        decompose(model, include=which, optimizers=optimizer)
+    assert {id(p): _frozen_state(s) for p, s in optimizer.state.items()} == state
+    assert optimizer.param_groups[0]["params"] is listed is optimizer._params
+    assert [id(p) for p in listed] == [id(p) for p in model.parameters()]
+    train(model, optimizer)
+
+
+def _frozen_state(state):
+    return {key: id(value) for key, value in state.items()}
+
+
+def trained():
+    model = MODELS["nested"].build()
+    model.extra = [(model.stem[0], 1), {"a": model.heads["a"]}]
+    named = dict(model.named_parameters())
+    weights = [p for n, p in named.items() if n.endswith("weight")]
+    biases = [p for n, p in named.items() if n.endswith("bias")]
+    first = torch.optim.Adam([{"params": weights, "lr": 0.01}, {"params": biases[:1]}])
+    second = torch.optim.SGD(biases[1:], lr=0.1, momentum=0.9)
+    model(MODELS["nested"].inputs()).square().mean().backward()
+    first.step()
+    second.step()
+    return model, first, second
+
+
+def interrupt_at(step, error):
+    """A wrapper that raises `error` instead of, or right after, the `step`-th call."""
+    calls = 0
+
+    def wrap(function, after=False):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == step and not after:
+                raise error
+            value = function(*args, **kwargs)
+            if calls == step:
+                raise error
+            return value
+
+        return call
+
+    wrap.count = lambda: calls
+    return wrap
+
+
+ERRORS = [RuntimeError("no"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["error", "^C"])
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+def test_a_failure_in_the_fit_of_any_layer_changes_nothing(layer, error, monkeypatch):
+    model, *optimizers = trained()
+    # LowRank has its fit from SVD.
+    monkeypatch.setattr(tdecomp.SVD, "fit", interrupt_at(layer, error)(tdecomp.SVD.fit))
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ValueError
+    with unchanged(model, *optimizers), pytest.raises(expected) as caught:
+        decompose(model, optimizers=optimizers)
+    if expected is ValueError:
+        name = ["stem.0", "stem.1", "heads.a", "heads.b.1"][layer - 1]
+        assert f"layer {name!r}" in str(caught.value)
+        assert "RuntimeError: no" in str(caught.value)
+        assert f"exclude=[{name!r}]" in str(caught.value)
+
+
+class Tripwire(dict):
+    """A dict of slots whose assignments count and fail at one of them."""
+
+    def __init__(self, items, put):
+        super().__init__(items)
+        self.put = put
+
+    def __setitem__(self, key, value):
+        self.put(super().__setitem__)(key, value)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("error", ERRORS, ids=["error", "^C"])
+@pytest.mark.parametrize("slot", [1, 2, 3, 4])
+def test_a_failure_at_any_slot_changes_nothing(slot, error, after):
+    model, *optimizers = trained()
+    wrap = interrupt_at(slot, error)
+    for holder in (model.stem, model.heads, model.heads["b"]):
+        tripwire = Tripwire(holder._modules, lambda put: wrap(put, after))
+        object.__setattr__(holder, "_modules", tripwire)
+    with unchanged(model, *optimizers), pytest.raises(type(error)):
+        decompose(model, optimizers=optimizers)
+    assert wrap.count() >= slot
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("error", ERRORS, ids=["error", "^C"])
+@pytest.mark.parametrize("optimizer", [1, 2])
+@pytest.mark.parametrize("function", ["_follow", "_snapshot"])
+def test_a_failure_at_any_optimizer_changes_nothing(function, optimizer, error, after, monkeypatch):
+    model, *optimizers = trained()
+    wrap = interrupt_at(optimizer, error)
+    monkeypatch.setattr(surgery, function, wrap(getattr(surgery, function), after))
+    with unchanged(model, *optimizers), pytest.raises(type(error)):
+        decompose(model, optimizers=optimizers)
+    assert wrap.count() == optimizer
+
+
+def run_until(line, function):
+    """Run `function` until surgery.py is at its `line`-th line, raise there; lines that it ran."""
+    # Undoing is not interrupted, and the search for slots changes nothing.
+    left_out, lines = ("_restore", "put", "<lambda>", "_search", "_search_tuple"), 0
+
+    def on_line(_frame, event, _argument):
+        nonlocal lines
+        if event == "line":
+            lines += 1
+            if lines == line:
+                raise KeyboardInterrupt
+        return on_line
+
+    def on_call(frame, _event, _argument):
+        code = frame.f_code
+        inside = code.co_filename == surgery.__file__ and code.co_name not in left_out
+        return on_line if inside else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        function()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_an_interrupt_at_any_line_of_the_surgery_changes_nothing_or_all():
+    cpu = torch.device("cpu")
+
+    def surgeon(model, optimizers):
+        chains = {}
+        for module in (*model.stem, model.heads["a"], model.heads["b"][1]):
+            spec = LayerSpec.of(module)
+            method = tdecomp.LowRank() if spec.ndim else tdecomp.SVD()
+            chains[module] = method.build(spec, 2, cpu)
+        return lambda: surgery.replace_in(model, chains, optimizers)
+
+    model, *optimizers = trained()
+    total = run_until(0, surgeon(model, optimizers))
+    done = []
+    for line in range(1, total + 1):
+        model, *optimizers = trained()
+        operate, old = surgeon(model, optimizers), model.stem[0]
+        before = [state_of(thing) for thing in (model, *optimizers)]
+        assert run_until(line, operate) == line
+        done.append(model.stem[0] is not old)
+        if done[-1]:
+            groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+            now = {id(p) for p in model.parameters()}
+            assert {id(p) for g in groups for p in g["params"]} == now
+        else:
+            after = [state_of(thing) for thing in (model, *optimizers)]
+            assert all(map(same_state, before, after))
+    # It is decided once, and only the return comes after that.
+    assert done == sorted(done)
+    assert sum(done) <= 2
+
+
+def test_nothing_fails_without_an_interrupt():
+    model, *optimizers = trained()
+    decompose(model, optimizers=optimizers)
+    assert all(isinstance(layer, Chain) for layer in model.stem)
+    assert model.extra[0][0] is model.stem[0]
+    assert model.extra[1]["a"] is model.heads["a"]
+    groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}

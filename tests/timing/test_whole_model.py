@@ -1,0 +1,61 @@
+import torch
+from torch import nn
+
+from tdecomp.timing.speed import Speed
+from tdecomp.timing.stopwatch import Time
+from tdecomp.timing.whole_model import compare
+from tests.unchanged import unchanged
+
+
+def convs(count):
+    return nn.Sequential(*[nn.Conv2d(32, 32, 3, padding=1) for _ in range(count)], nn.Dropout())
+
+
+def test_a_smaller_model_is_faster_and_neither_is_changed():
+    large, small, x = convs(12).train(), convs(1), torch.zeros(4, 32, 16, 16)
+    state = torch.random.get_rng_state()
+    with unchanged(large), unchanged(small):
+        layouts = ("contiguous", "channels_last")
+        speed = compare(large, small, x, (layouts, layouts), rounds=3)
+    assert large.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert speed.measured.median < 1
+    assert speed.seconds_before > 0
+    assert {speed.layout_before, speed.layout} <= set(layouts)
+
+
+def test_the_best_layout_against_the_best(clock):
+    clock.slow_layouts = {"channels_last": 2.0}
+    x, layouts = torch.zeros(1, 32, 8, 8), ("contiguous", "channels_last")
+    speed = compare(convs(2), convs(1), x, (layouts, layouts))
+    assert (speed.layout_before, speed.layout) == ("contiguous", "contiguous")
+    assert abs(speed.measured.median - 0.5) < 1e-6
+    # The original in its best layout, whatever the result was planned for.
+    speed = compare(convs(2), convs(1), x, (layouts, ("channels_last",)))
+    assert (speed.layout_before, speed.layout) == ("contiguous", "channels_last")
+    assert abs(speed.measured.median - 1.0) < 1e-6
+
+
+def test_plain_data():
+    speed = Speed(0.5, "contiguous", "channels_last", 0.5, Time(0.6, 0.5, 0.7), 0.4, True, ("a",))
+    assert Speed.from_dict(speed.to_dict()) == speed
+    bare = Speed(0.5, "contiguous", "contiguous")
+    assert Speed.from_dict(bare.to_dict()) == bare
+    assert speed.expected.measured is None
+
+
+def test_words():
+    speed = Speed(0.5, "contiguous", "channels_last", 0.5, Time(0.6, 0.55, 0.7), 0.4, compiled=True)
+    words = str(speed)
+    for part in ("measured time 0.600", "predicted 0.500", "asked for 0.4", "missed by 50.0%"):
+        assert part in words
+    assert "contiguous before, channels_last after" in words
+    assert "compiled" in words
+    assert "SLOWER" not in words
+    slower = Speed(0.5, "contiguous", "contiguous", measured=Time(1.2, 1.1, 1.3))
+    assert "SLOWER than the original" in str(slower)
+    unclear = Speed(0.5, "contiguous", "contiguous", measured=Time(1.0, 0.9, 1.1))
+    assert "no faster that could be told" in str(unclear)
+    met = Speed(0.5, "contiguous", "contiguous", 0.5, Time(0.5, 0.5, 0.5), 0.5)
+    assert "missed" not in str(met)
+    assert "predicted 0.500 of the original's time" in str(met.expected)
