@@ -10,6 +10,7 @@ from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Source
 from tdecomp.decomposers.methods import Methods
 from tdecomp.model.batches import Forward
+from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.pipeline import check_optimizers, run
 from tdecomp.plans.make import as_patterns, plan_from
@@ -17,8 +18,9 @@ from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.ranks.budget import Budget
 from tdecomp.recovery.steps import Steps
 from tdecomp.result import Decomposition
-from tdecomp.timing.clock import Clock
+from tdecomp.timing.options import TimingOptions
 from tdecomp.timing.profile import Profile
+from tdecomp.timing.stopwatch import THIS_MACHINE
 
 
 def decompose(
@@ -67,13 +69,15 @@ def decompose(
     source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
     listed = check_optimizers(optimizers, inplace)
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
-    clock = Clock(profile, only_if_faster)
+    timing = TimingOptions(profile, only_if_faster)
+    example = None if example_inputs is None else Example(example_inputs, forward)
     planned, moments = plan_from(
-        model, methods, rank, example_inputs, filters, source, allow_expansion, clock, expect=False
+        model, methods, rank, example, filters, source, allow_expansion, timing, expect=False
     )
     timed = planned.speed is not None or isinstance(rank, Budget)
-    inputs = example_inputs if timed else None
-    return run(model, planned, moments, source, steps, inplace, listed, inputs)
+    stopwatch = THIS_MACHINE if profile is None else profile.stopwatch
+    timed_example = example if timed else None
+    return run(model, planned, moments, source, steps, inplace, listed, timed_example, stopwatch)
 
 
 def apply(
@@ -148,7 +152,8 @@ def apply(
         sites = list(match_sites(model, plan).values())
         planned = [row.name for row in plan if row.method is not None]
         moments = source.moments(model, sites, planned, gradients=False)
-    return run(model, plan, moments, source, steps, inplace, listed, example_inputs)
+    example = None if example_inputs is None else Example(example_inputs, forward)
+    return run(model, plan, moments, source, steps, inplace, listed, example)
 
 
 def plan(
@@ -225,8 +230,9 @@ def plan(
     """
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
     source = Source(data, forward, max_batches, max_memory, progress)
-    clock = Clock(profile, only_if_faster)
+    timing = TimingOptions(profile, only_if_faster)
+    example = None if example_inputs is None else Example(example_inputs, forward)
     planned, _ = plan_from(
-        model, methods, rank, example_inputs, filters, source, allow_expansion, clock, expect=True
+        model, methods, rank, example, filters, source, allow_expansion, timing, expect=True
     )
     return planned

@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +16,8 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.layers.chain import Chain
 from tdecomp.linalg.svd import frobenius_norm
+from tdecomp.model.example import Example
+from tdecomp.model.layout import in_layout
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import as_optimizers, copy_with, replace_in, unoptimized
 from tdecomp.parallel import each
@@ -27,8 +28,8 @@ from tdecomp.plans.row import Row
 from tdecomp.recovery.base import adopt
 from tdecomp.recovery.steps import Steps
 from tdecomp.result import Decomposition
-from tdecomp.timing.setting import in_layout
 from tdecomp.timing.speed import Speed
+from tdecomp.timing.stopwatch import THIS_MACHINE, Stopwatch
 from tdecomp.timing.whole_model import measured_speed
 from tdecomp.torch_state import undisturbed
 
@@ -54,7 +55,8 @@ def run(
     steps: Steps,
     inplace: bool,
     optimizers: tuple[Optimizer, ...],
-    example_inputs: Any,
+    example: Example | None,
+    stopwatch: Stopwatch = THIS_MACHINE,
 ) -> Decomposition:
     sites = match_sites(model, plan)
     chains: dict[nn.Module, Chain] = {}
@@ -75,7 +77,9 @@ def run(
     # A copy first, in any case: the steps after it may fail, and compare with the original.
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = steps.run(changed, model, source) if steps else ()
-    speed = None if example_inputs is None else _speed(model, changed, chains, plan, example_inputs)
+    speed = None
+    if example is not None:
+        speed = _speed(model, changed, chains, plan, example, stopwatch)
     if inplace:
         missing = unoptimized(model, chains, optimizers)
         if missing:
@@ -97,7 +101,8 @@ def _speed(
     changed: nn.Module,
     chains: dict[nn.Module, Chain],
     plan: Plan,
-    example_inputs: Any,
+    example: Example,
+    stopwatch: Stopwatch,
 ) -> Speed | None:
     """The time of the result against the original's, or None of a model that has no copy."""
     if changed is model:
@@ -105,7 +110,7 @@ def _speed(
             changed = copy_with(model, chains)
         except ValueError:
             return None
-    return measured_speed(model, changed, plan.speed, example_inputs)
+    return measured_speed(model, changed, plan.speed, example, stopwatch)
 
 
 def _fit(site: Site, row: Row, plan: Plan, moments: Moments | None) -> tuple[Chain, Row]:

@@ -15,7 +15,7 @@ from tdecomp import parallel
 from tdecomp.decomposers import als
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
-from tdecomp.model.trace import as_call
+from tdecomp.model.example import as_call
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
 

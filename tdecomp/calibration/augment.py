@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tdecomp.model.batches import Batches, each_tensor, tensors_of
+from tdecomp.model.batches import Batches, tensors_of
+from tdecomp.model.example import each_tensor
 
 # Varies a batch at random.
 Augment = Callable[[Any, torch.Generator], Any]

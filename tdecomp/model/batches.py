@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.model.trace import as_call, describe
+from tdecomp.model.example import as_call, describe, each_tensor
 
 # How a model is called with one batch.
 Forward = Callable[[nn.Module, Any], Any]
@@ -220,15 +220,3 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return moved.clone() if moved.is_inference() else moved
 
     return each_tensor(batch, move)
-
-
-def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with every tensor in them changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: each_tensor(item, change) for key, item in value.items()}
-    if isinstance(value, tuple):
-        make = getattr(type(value), "_make", type(value))  # a namedtuple takes items one by one
-        return make([each_tensor(item, change) for item in value])
-    return [each_tensor(item, change) for item in value] if isinstance(value, list) else value

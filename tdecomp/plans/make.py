@@ -16,6 +16,7 @@ from tdecomp.decomposers.methods import Methods, listed_methods
 from tdecomp.layers.cost import Cost, chain_cost, total
 from tdecomp.loss_curves.candidates import candidate, rank_options
 from tdecomp.loss_curves.layer_losses import LayerLosses
+from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.parallel import each, on_cpu
@@ -26,8 +27,9 @@ from tdecomp.ranks.breakeven import by_parameters
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 from tdecomp.ranks.short_forms import get_selector
-from tdecomp.timing.choose import TimedChoice
-from tdecomp.timing.clock import Clock
+from tdecomp.timing.choose import choose_with_times
+from tdecomp.timing.layout_times import TimedRequest
+from tdecomp.timing.options import TimingOptions
 from tdecomp.timing.profile import Profile
 
 
@@ -35,19 +37,19 @@ def plan_from(
     model: nn.Module,
     methods: Methods,
     rank: Any,
-    example_inputs: Any,
+    example: Example | None,
     filters: Filters,
     source: Source,
     allow_expansion: bool,
-    clock: Clock,
+    timing: TimingOptions,
     *,
     expect: bool,
 ) -> tuple[Plan, Moments | None]:
     """The plan, and the moments it was made with; without `expect` errors are not foreseen."""
     selector = get_selector(rank)
     decomposers = listed_methods(methods)
-    clock.refuse_without(example_inputs, selector)
-    sites, seen = find_sites(model, filters, example_inputs)
+    timing.check_example(example, selector)
+    sites, seen = find_sites(model, filters, example)
 
     open_sites: list[Site] = []
     able: list[list[Decomposer]] = []
@@ -69,7 +71,7 @@ def plan_from(
     wanted = {site.name for site in open_sites}
     moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
     by_name = {d.name: d for d in decomposers}
-    times = clock.profile_for(selector, model, example_inputs, decomposers, source.progress)
+    times = timing.profile_for(selector, model, example, sites, decomposers, source.progress)
     rounding = _rounding(selector, times)
     offers = rank_options(open_sites, able, moments, selector.largest_share, rounding)
     candidates = [
@@ -83,21 +85,23 @@ def plan_from(
     if selector.weighs_layers:
         _fit_options(open_sites, candidates, moments, source.progress)
     timed = None
-    if times is None:
+    if times is None or example is None:
         selected = selector.select(candidates, rest)
     else:
-        timed = TimedChoice(
-            model,
-            example_inputs,
-            open_sites,
-            candidates,
-            by_name,
-            selector,
-            rest,
-            times,
-            clock.only_if_faster,
-            _as_it_is if allow_expansion else _guarded,
-        ).best()
+        timed = choose_with_times(
+            TimedRequest(
+                model,
+                example,
+                times,
+                open_sites,
+                candidates,
+                by_name,
+                selector,
+                rest,
+                timing.only_if_faster,
+                _as_it_is if allow_expansion else _guarded,
+            )
+        )
         selected = timed.choices
     for site, choice, offer in zip(open_sites, selected, offers, strict=True):
         if not allow_expansion:
@@ -108,10 +112,15 @@ def plan_from(
     counted: set[int] = set()
     rows = [_row(site, choices[site.name], by_name, counted) for site in sites]
     if timed is not None:
-        rows = [timed.on(row) for row in rows]
+        rows = [
+            replace(row, latency_before=both[0], latency_after=both[1])
+            if (both := timed.seconds.get(row.name))
+            else row
+            for row in rows
+        ]
     macs = None if seen is None else seen.total_macs
     others = _everything_else(model, rows, macs, None if timed is None else timed.rest)
-    planned = Plan(rows, others, by_name, None if timed is None else timed.speed.expected)
+    planned = Plan(rows, others, by_name, None if timed is None else timed.speed)
     return planned, moments
 
 
