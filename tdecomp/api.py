@@ -7,7 +7,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches, Data, batches_or_moments
+from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.methods import Methods
 from tdecomp.model.batches import Forward
 from tdecomp.model.filters import Filters
@@ -15,7 +17,7 @@ from tdecomp.pipeline import check_optimizers, run
 from tdecomp.plans.make import as_patterns, plan_from
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.ranks.budget import Budget
-from tdecomp.recovery.steps import Steps
+from tdecomp.recovery.steps import check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
 from tdecomp.timing.clock import Clock
 from tdecomp.timing.profile import Profile
@@ -63,17 +65,20 @@ def decompose(
     Decomposition
         With `.model` and `.report`.
     """
-    steps = Steps(recalibrate_batchnorm, refit, distill)
-    source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
+    switches = {"refit": refit, "recalibrate_batchnorm": recalibrate_batchnorm, "distill": distill}
+    steps = recovery_steps([name for name, on in switches.items() if on])
+    given = _given(data, forward, max_batches, max_memory, augment, progress)
+    check_data(steps, given)
     listed = check_optimizers(optimizers, inplace)
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
     clock = Clock(profile, only_if_faster)
     planned, moments = plan_from(
-        model, methods, rank, example_inputs, filters, source, allow_expansion, clock, expect=False
-    )
+        model, methods, rank, example_inputs, filters, given, allow_expansion, clock, progress,
+        expect=False, variants=use_variants(steps),
+    )  # fmt: skip
     timed = planned.speed is not None or isinstance(rank, Budget)
     inputs = example_inputs if timed else None
-    return run(model, planned, moments, source, steps, inplace, listed, inputs)
+    return run(model, planned, moments, given, steps, inplace, listed, inputs, progress)
 
 
 def apply(
@@ -140,15 +145,18 @@ def apply(
     ValueError
         If the plan does not fit the model, or a weight cannot be factorized; names the layer.
     """
-    steps = Steps(recalibrate_batchnorm, refit, distill)
-    source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
+    switches = {"refit": refit, "recalibrate_batchnorm": recalibrate_batchnorm, "distill": distill}
+    steps = recovery_steps([name for name, on in switches.items() if on])
+    given = _given(data, forward, max_batches, max_memory, augment, progress)
+    check_data(steps, given)
     listed = check_optimizers(optimizers, inplace)
     moments = None
     if data is not None:
         sites = list(match_sites(model, plan).values())
         planned = [row.name for row in plan if row.method is not None]
-        moments = source.moments(model, sites, planned, gradients=False)
-    return run(model, plan, moments, source, steps, inplace, listed, example_inputs)
+        variants = use_variants(steps)
+        moments = site_moments(model, sites, planned, given, gradients=False, variants=variants)
+    return run(model, plan, moments, given, steps, inplace, listed, example_inputs, progress)
 
 
 def plan(
@@ -224,9 +232,23 @@ def plan(
         names the layer, what was got, what was expected and the remedy.
     """
     filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
-    source = Source(data, forward, max_batches, max_memory, progress)
+    given = _given(data, forward, max_batches, max_memory, None, progress)
     clock = Clock(profile, only_if_faster)
     planned, _ = plan_from(
-        model, methods, rank, example_inputs, filters, source, allow_expansion, clock, expect=True
-    )
+        model, methods, rank, example_inputs, filters, given, allow_expansion, clock, progress,
+        expect=True,
+    )  # fmt: skip
     return planned
+
+
+def _given(
+    data: Any,
+    forward: Forward | None,
+    max_batches: int | None,
+    max_memory: int | None,
+    augment: Augment | None,
+    progress: bool,
+) -> Batches | Moments | None:
+    if data is not None and not isinstance(data, (Data, Moments)):
+        data = Data(data, max_batches, max_memory, augment=augment)
+    return batches_or_moments(data, forward=forward, progress=progress)

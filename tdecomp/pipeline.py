@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from tdecomp.calibration.calibrate import watchable
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.layers.chain import Chain
@@ -24,8 +24,8 @@ from tdecomp.plans.make import check_weight, entries
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.recovery.base import adopt
-from tdecomp.recovery.steps import Steps
+from tdecomp.recovery.recovery import RecoveryStep, adopt
+from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
 from tdecomp.timing.setting import in_layout
 from tdecomp.timing.speed import Speed
@@ -50,11 +50,12 @@ def run(
     model: nn.Module,
     plan: Plan,
     moments: Moments | None,
-    source: Source,
-    steps: Steps,
+    data: Batches | Moments | None,
+    steps: Sequence[RecoveryStep],
     inplace: bool,
     optimizers: tuple[Optimizer, ...],
     example_inputs: Any,
+    progress: bool,
 ) -> Decomposition:
     sites = match_sites(model, plan)
     chains: dict[nn.Module, Chain] = {}
@@ -68,13 +69,13 @@ def run(
         bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)
         bar.update()
 
-    with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not source.progress) as bar:
+    with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not progress) as bar:
         fitted = each(fit, todo, size=lambda row: entries(sites[row.name], moments), done=show)
     changed_rows = {row.name: row for _, row in fitted}
     rows = [changed_rows.get(row.name, row) for row in plan]
     # A copy first, in any case: the steps after it may fail, and compare with the original.
     changed = model if inplace and not steps else copy_with(model, chains)
-    recovered = steps.run(changed, model, source) if steps else ()
+    recovered = run_steps(steps, changed, model, data)
     speed = None if example_inputs is None else _speed(model, changed, chains, plan, example_inputs)
     if inplace:
         missing = unoptimized(model, chains, optimizers)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from tdecomp.calibration.calibrate import calibrate_layers, watchable
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.calibrate import GRADIENT_SAMPLES, calibrate_layers, watchable
+from tdecomp.calibration.data import Batches, batches_for
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.layers.chain import Chain, Rank
@@ -87,9 +87,13 @@ def reduce_ranks(
         )
     merged = {name: _merged(chain, plan.decomposers[plan[name].method or ""], plan[name])
               for name, chain in chains.items() if isinstance(chain, Chain)}  # fmt: skip
-    source = Source(data, forward, max_batches, progress=progress)
     selector = get_selector(rank)
-    moments = _moments(model, chains, source, gradients=selector.weighs_layers)
+    given = None
+    if data is not None and not isinstance(data, Moments):
+        given = batches_for(
+            "reduce_ranks", data, forward=forward, max_batches=max_batches, progress=progress
+        )
+    moments = _moments(model, chains, data if given is None else given, selector.weighs_layers)
     candidates = _candidates(plan, merged, moments, selector.largest_share)
     rest = plan.after - total(c[0].before for c in candidates)
     _refuse_larger(selector, candidates)
@@ -139,11 +143,14 @@ def _merged(chain: Chain, decomposer: Decomposer, row: Row) -> nn.Module:
 
 
 def _moments(
-    model: nn.Module, chains: dict[str, nn.Module], source: Source, *, gradients: bool
+    model: nn.Module,
+    chains: dict[str, nn.Module],
+    data: Batches | Moments | None,
+    gradients: bool,
 ) -> Moments | None:
-    if source.data is None:
+    if data is None:
         return None
-    if isinstance(source.data, Moments):
+    if isinstance(data, Moments):
         raise ValueError(
             "reduce_ranks: moments of the original are not what the chains see now; expected "
             "batches"
@@ -153,13 +160,8 @@ def _moments(
         for name, chain in chains.items()
         if isinstance(chain, Chain) and watchable(chain.replaced)
     }
-    return calibrate_layers(
-        model,
-        watched,
-        source.batches("reduce_ranks"),
-        gradients=gradients,
-        progress=source.progress,
-    )
+    samples = GRADIENT_SAMPLES if gradients else 0
+    return calibrate_layers(model, watched, data, gradient_samples=samples)
 
 
 def _candidates(

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.methods import Methods, listed_methods
 from tdecomp.layers.cost import Cost, chain_cost, total
@@ -37,11 +38,13 @@ def plan_from(
     rank: Any,
     example_inputs: Any,
     filters: Filters,
-    source: Source,
+    data: Batches | Moments | None,
     allow_expansion: bool,
     clock: Clock,
+    progress: bool,
     *,
     expect: bool,
+    variants: bool = False,
 ) -> tuple[Plan, Moments | None]:
     """The plan, and the moments it was made with; without `expect` errors are not foreseen."""
     selector = get_selector(rank)
@@ -67,9 +70,11 @@ def plan_from(
     if isinstance(selector, ByLayer):
         _check_entries(selector, sites, choices)
     wanted = {site.name for site in open_sites}
-    moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
+    moments = site_moments(
+        model, sites, wanted, data, gradients=selector.weighs_layers, variants=variants
+    )
     by_name = {d.name: d for d in decomposers}
-    times = clock.profile_for(selector, model, example_inputs, decomposers, source.progress)
+    times = clock.profile_for(selector, model, example_inputs, decomposers, progress)
     rounding = _rounding(selector, times)
     offers = rank_options(open_sites, able, moments, selector.largest_share, rounding)
     candidates = [
@@ -81,7 +86,7 @@ def plan_from(
     rest = whole - total(c[0].before for c in candidates)
     # Without any layer to choose for, too: a budget for the whole model has to say that it fails.
     if selector.weighs_layers:
-        _fit_options(open_sites, candidates, moments, source.progress)
+        _fit_options(open_sites, candidates, moments, progress)
     timed = None
     if times is None:
         selected = selector.select(candidates, rest)
