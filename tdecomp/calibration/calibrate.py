@@ -1,5 +1,6 @@
 """One pass over unlabelled batches: what every layer of a model saw."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -89,14 +90,9 @@ def calibrate(
         a mask that fits no layer.
     """
     given = batches_for(
-        "calibrate",
-        batches,
-        forward=forward,
-        max_batches=max_batches,
-        max_memory=max_memory,
-        seed=seed,
-        progress=progress,
-    )
+        "calibrate", batches, forward=forward, seed=seed, progress=progress,
+        max_batches=max_batches, max_memory=max_memory,
+    )  # fmt: skip
     given = replace(given, data=replace(given.data, augment=augment))
     sites, _ = find_sites(model)
     layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
@@ -236,10 +232,7 @@ def _grouped(
     def count(name: str, x: Tensor) -> None:
         spec = _spec(layers[name])
         call = spec.call(x.shape)
-        positions = 1
-        for size in spec.output_size(call.size):
-            positions *= size
-        rows[name] += call.batch * positions
+        rows[name] += call.batch * math.prod(spec.output_size(call.size))
 
     with _inputs_shown(model, layers, count), torch.no_grad():
         batches.run(model, first)

@@ -78,17 +78,14 @@ class Data:
             )
         for name, unit in (("max_batches", ""), ("max_memory", " (bytes)")):
             limit = getattr(self, name)
-            whole = isinstance(limit, int) and not isinstance(limit, bool)
-            if limit is not None and not (whole and limit >= 1):
+            if limit is not None and not (_whole(limit) and limit >= 1):
                 raise ValueError(
                     f"data: expected {name} to be a whole number of at least 1{unit}, got {limit!r}"
                 )
-        for name, call in (("mask", "(batch)"), ("augment", "(batch, generator)")):
+        for name, call in (("mask", "mask(batch)"), ("augment", "augment(batch, generator)")):
             value = getattr(self, name)
             if value is not None and not callable(value):
-                raise TypeError(
-                    f"data: expected {name} to be None or callable as {name}{call}, got {value!r}"
-                )
+                raise TypeError(f"data: expected None or a callable {call}, got {name}={value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,20 +207,14 @@ def batches_for(
     data: Any,
     *,
     forward: Forward | None = None,
-    max_batches: int | None = None,
-    max_memory: int | None = None,
-    augment: Augment | None = flip_and_shift,
     seed: int | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Batches:
-    """The batches of a function that runs a model, from a `Data` or from batches and limits.
+    """The batches of a function that runs a model, from a `Data` or from batches and `options`.
 
-    Raises
-    ------
-    TypeError
-        If `data` are neither.
-    ValueError
-        For `Moments`, and for options that a `Data` holds already.
+    The options are fields of `Data`; a ValueError refuses those that `data` holds already, and
+    moments.
     """
     if isinstance(data, Moments):
         raise ValueError(
@@ -231,16 +222,14 @@ def batches_for(
             "batches, such as those that the moments were taken from"
         )
     if isinstance(data, Data):
-        given = {"max_batches": max_batches, "max_memory": max_memory}
-        twice = [name for name, value in given.items() if value is not None]
-        twice += ["augment"] if augment is not flip_and_shift else []
-        if twice:
+        given = [name for name, value in options.items() if value is not getattr(Data, name)]
+        if given:
+            expected = ", ".join(f"{name}=..." for name in given)
             raise ValueError(
-                f"{caller}: got {' and '.join(twice)} beside a Data; expected "
-                f"Data(batches, {', '.join(f'{name}=...' for name in twice)})"
+                f"{caller}: got {expected} beside a Data; expected Data(batches, {expected})"
             )
     else:
-        data = Data(data, max_batches, max_memory, augment=augment)
+        data = Data(data, **options)
     return Batches(data, caller, forward or call_model, seed, progress)
 
 
@@ -256,8 +245,11 @@ def batches_or_moments(
 
 def check_seed(seed: Any) -> None:
     """Raise a ValueError unless it is None or a seed that torch and NumPy take."""
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if seed is not None and not (whole and 0 <= seed < 2**32):
+    if seed is not None and not (_whole(seed) and 0 <= seed < 2**32):
         raise ValueError(
             f"expected seed to be None or a whole number from 0 to 2³² - 1, got {seed!r}"
         )
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)

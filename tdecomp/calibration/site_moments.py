@@ -21,18 +21,8 @@ def site_moments(
 ) -> Moments | None:
     """The moments of the wanted sites, taken now unless `data` are moments; None without data.
 
-    Parameters
-    ----------
-    model : nn.Module
-    sites : sequence of Site
-        All sites of the model.
-    wanted : collection of str
-        The names of the sites that need moments.
-    data : Batches, Moments or None
-    gradients : bool
-        Whether to take the gradients at the layers' outputs, too.
-    variants : bool
-        Whether layers that see few patches see variants of the batches, too.
+    With `gradients`, those at the layers' outputs are taken, too; with `variants`, layers that see
+    few patches see variants of the batches.
 
     Raises
     ------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdecomp.calibration.data import Batches, batches_for
+from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
@@ -97,11 +97,10 @@ def recalibrate_batchnorm(
     ValueError
         For NaN or infinities in a batch norm's inputs, and as `tdecomp.calibrate`.
     """
-    step = RecalibrateBatchnorm()
-    given = batches_for(
-        step.name, batches, forward=forward, max_batches=max_batches, seed=seed, progress=progress
-    )
-    return run_on_copy(step, model, original, given, inplace)
+    return run_on_copy(
+        RecalibrateBatchnorm(), model, original, batches, inplace, forward=forward,
+        max_batches=max_batches, seed=seed, progress=progress,
+    )  # fmt: skip
 
 
 def _statistics(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tdecomp.calibration.augment import Augment, flip_and_shift, paste
-from tdecomp.calibration.data import Batches, batches_for
+from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.hints import hinted
@@ -155,17 +155,10 @@ def distill(
         If the outputs of the two models differ in shape, if nothing requires gradients, if the
         loss becomes NaN, and as `tdecomp.calibrate`.
     """
-    step = Distill(steps, lr, hints)
-    given = batches_for(
-        step.name,
-        batches,
-        forward=forward,
-        max_batches=max_batches,
-        augment=augment,
-        seed=seed,
-        progress=progress,
-    )
-    return run_on_copy(step, model, original, given, inplace)
+    return run_on_copy(
+        Distill(steps, lr, hints), model, original, batches, inplace, forward=forward, seed=seed,
+        max_batches=max_batches, augment=augment, progress=progress,
+    )  # fmt: skip
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

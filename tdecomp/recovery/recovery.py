@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.data import Batches, batches_for
 from tdecomp.model.surgery import copy_with
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.torch_state import no_fast_path, seeded, untouched
@@ -69,37 +69,26 @@ class RecoveryStep(ABC):
     def run(
         self, model: nn.Module, original: nn.Module, batches: Batches, held_out: HeldOut
     ) -> Recovery:
-        """Change `model` itself; after an error it may be left half changed.
+        """Change the decomposed `model` itself; after an error it may be left half changed.
 
-        Parameters
-        ----------
-        model : nn.Module
-            A decomposed model.
-        original : nn.Module
-            The model that it was made from. It is left as it was.
-        batches : Batches
-        held_out : HeldOut
-            The samples that errors are taken on.
+        `original` is left as it was; `held_out` takes the errors before and after.
         """
 
 
 def run_on_copy(
-    step: RecoveryStep, model: nn.Module, original: Any, batches: Batches, inplace: bool
+    step: RecoveryStep, model: nn.Module, original: Any, batches: Any, inplace: bool, **options: Any
 ) -> Recovery:
     """Run a step on a copy; with `inplace`, `model` then takes the values of the copy.
 
-    The original, and with it the held-out samples, may be None for steps that can do without.
+    The original may be None for steps that can do without; `options` are those of `batches_for`.
     """
-    held_out: Any = None if original is None else HeldOut(original, batches)
-    with seeded(batches.seed):
-        recovery = step.run(copy_of(model), original, batches, held_out)
-    return replace(recovery, model=adopt(model, recovery.model)) if inplace else recovery
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy that can be trained, even if it is made in inference mode."""
-    with torch.inference_mode(False):
-        return copy_with(model, {})
+    given = batches_for(step.name, batches, **options)
+    held_out: Any = None if original is None else HeldOut(original, given)
+    with torch.inference_mode(False):  # the copy of an inference tensor could not be trained
+        copy = copy_with(model, {})
+    with seeded(given.seed):
+        recovery = step.run(copy, original, given, held_out)
+    return replace(recovery, model=adopt(model, copy)) if inplace else recovery
 
 
 def adopt(model: nn.Module, other: nn.Module) -> nn.Module:

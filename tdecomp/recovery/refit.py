@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches, batches_for
+from tdecomp.calibration.data import Batches
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.registry import get_decomposer, registered
@@ -147,17 +147,10 @@ def refit(
     ValueError
         If the model was not decomposed from this original, and as `tdecomp.calibrate`.
     """
-    step = Refit(gradients)
-    given = batches_for(
-        step.name,
-        batches,
-        forward=forward,
-        max_batches=max_batches,
-        augment=augment,
-        seed=seed,
-        progress=progress,
-    )
-    return run_on_copy(step, model, original, given, inplace)
+    return run_on_copy(
+        Refit(gradients), model, original, batches, inplace, forward=forward, seed=seed,
+        max_batches=max_batches, augment=augment, progress=progress,
+    )  # fmt: skip
 
 
 def _left_alone(layer: ReplacedLayer, reason: str) -> str:

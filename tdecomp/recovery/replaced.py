@@ -1,6 +1,7 @@
 """The chains of a decomposed model, each with the layer of the original that it replaced."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -63,10 +64,10 @@ def new_chains(model: nn.Module, original: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, Chain):
             old = before.get(name)
-            if not (isinstance(old, Chain) and _alike(old, module)):
+            if not isinstance(old, Chain) or _identity(old) != _identity(module):
                 found.append(name)
     return found
 
 
-def _alike(a: Chain, b: Chain) -> bool:
-    return (a.replaced, a.method, a.rank) == (b.replaced, b.method, b.rank)
+def _identity(chain: Chain) -> tuple[Any, ...]:
+    return chain.replaced, chain.method, chain.rank
