@@ -13,7 +13,6 @@ from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS
 from tdecomp.linalg.svd import leading_vectors
 from tdecomp.linalg.tensorly_backend import mode_products, torch_backend, unfold
 
@@ -62,14 +61,17 @@ class ALSOptions:
     l2_reg: float
     random_state: int
     effort: Effort
+    draft: bool = False
 
     @property
     def last_sweeps(self) -> int:
         """Without the ridge; in a draft the others are worth more."""
-        return 0 if self.n_iter_max <= DRAFT_ITERATIONS else self.effort.last_sweeps
+        return 0 if self.draft else self.effort.last_sweeps
 
 
-def cp_factors(kernel: Tensor, rank: int, options: ALSOptions) -> list[Tensor]:
+def cp_factors(
+    kernel: Tensor, rank: int, options: ALSOptions, start: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """One factor (size, R) for each mode of the kernel, whose sum of outer products is near it.
 
     Components that grow while they cancel are held down by a ridge on the factors, except where
@@ -82,6 +84,8 @@ def cp_factors(kernel: Tensor, rank: int, options: ALSOptions) -> list[Tensor]:
     kernel : Tensor, shape (out, in, *modes)
     rank : int
     options : ALSOptions
+    start : sequence of Tensor, optional
+        Factors to begin with, such as those of a draft.
 
     Raises
     ------
@@ -93,26 +97,39 @@ def cp_factors(kernel: Tensor, rank: int, options: ALSOptions) -> list[Tensor]:
         return [kernel.new_zeros(size, rank) for size in kernel.shape]
     kernel = kernel / norm
     bound = _MAX_COMPONENT_NORMS * rank**0.5
+    if start is not None:
+        near = [start[0] / norm, *start[1:]]
+        found = _polished(
+            kernel, rank, _sweep(kernel, rank, near, options.l2_reg, options), options
+        )
+        if component_norms(found) <= bound:
+            return [norm * found[0], *found[1:]]
     leading = [leading_vectors(unfold(kernel, mode), rank) for mode in range(2)]
     channels, outside = [vectors for vectors, _ in leading], max(share for _, share in leading)
     core, bases = _compressed(kernel, channels)
-    start = _singular_start(core, rank, options.random_state, [] if bases else channels)
+    singular = _singular_start(core, rank, options.random_state, [] if bases else channels)
     # A kernel that has this very rank wants no ridge; every other fit is an approximation.
-    plain = [(exact, 0.0) for exact in _exact_starts(core, rank, start, outside, options)]
-    ridged = [(start, strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
+    plain = [(exact, 0.0) for exact in _exact_starts(core, rank, singular, outside, options)]
+    ridged = [(singular, strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
     for factors, ridge in plain + (ridged if options.l2_reg else ridged[:1]):
         swept = _sweep(core, rank, factors, ridge, options)
         outer = [base @ factor for base, factor in zip(bases, swept, strict=False)]
-        found = [*outer, *swept[len(bases) :]]
-        if options.last_sweeps:
-            # On the kernel itself, and without the ridge.
-            found, _ = _parafac(kernel, rank, found, options.last_sweeps, tol=0.0, ridge=0.0)
+        found = _polished(kernel, rank, [*outer, *swept[len(bases) :]], options)
         if component_norms(found) <= bound:
             return [norm * found[0], *found[1:]]
     raise ValueError(
         f"CP degenerates: the component norms sum to {component_norms(found):.3g} times the "
         f"kernel's norm, expected at most {bound:.3g}; choose a lower rank or another method"
     )
+
+
+def _polished(
+    kernel: Tensor, rank: int, factors: list[Tensor], options: ALSOptions
+) -> list[Tensor]:
+    """The last sweeps, on the kernel itself and without the ridge."""
+    if not options.last_sweeps:
+        return factors
+    return _parafac(kernel, rank, factors, options.last_sweeps, tol=0.0, ridge=0.0)[0]
 
 
 def few_sweeps(kernel: Tensor, rank: int, sweeps: int, options: ALSOptions) -> list[Tensor]:

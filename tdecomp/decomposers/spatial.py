@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
+from tdecomp.decomposers.base import Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
@@ -19,6 +19,9 @@ from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import tails
 from tdecomp.linalg.svd import truncated_svd
 from tdecomp.linalg.variable_projection import Features, variable_projection
+
+# Enough for fits that are only compared with one another.
+_DRAFT_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Spatial(Decomposer):
 
     name: ClassVar[str] = "spatial"
     source: ClassVar[str] = "Jaderberg et al. 2014"
+    iterative: ClassVar[bool] = True
 
     n_iter_max: int = 50
     tol: float = 1e-7
@@ -157,20 +161,29 @@ class Spatial(Decomposer):
             replace(spec.along([1], middle, spec.out_channels), bias=spec.bias),
         )
 
-    def fit(self, kernel: Tensor, rank: Rank) -> SpatialFactors:
+    def fit(
+        self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
+    ) -> SpatialFactors:
+        del start, draft  # a truncated SVD needs neither
         assert isinstance(rank, int)
         return fit_spatial(kernel, rank)
 
     def fit_to(
-        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Factors | None = None,
+        *,
+        draft: bool = False,
     ) -> SpatialFactors:
         before = self.fit(kernel, rank) if start is None else start
         assert isinstance(before, SpatialFactors)
-        fitted = fit_spatial_to(kernel, before, moment, self.n_iter_max, self.tol)
-        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        most = min(self.n_iter_max, _DRAFT_ITERATIONS) if draft else self.n_iter_max
+        fitted = fit_spatial_to(kernel, before, moment, most, self.tol)
         return fitted if draft else better(kernel, moment, fitted, before)
 
-    def brief(self, iterations: int) -> "Spatial":
+    def limited(self, iterations: int) -> "Spatial":
         return replace(self, n_iter_max=min(self.n_iter_max, iterations))
 
     def lost_at_every_rank(

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
+from tdecomp.decomposers.base import Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
@@ -21,7 +21,8 @@ from tdecomp.linalg.svd import leading_vectors, truncated_svd
 from tdecomp.linalg.tensorly_backend import mode_products, unfold
 from tdecomp.linalg.variable_projection import Features, variable_projection
 
-# Drafts are compared with one another, where a thousandth of the error decides nothing.
+# Drafts are only compared with one another: a few iterations and a thousandth of the error do.
+_DRAFT_ITERATIONS = 8
 _DRAFT_TOL = 1e-3
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-3
@@ -191,6 +192,7 @@ class Tucker2(Decomposer):
 
     name: ClassVar[str] = "tucker2"
     source: ClassVar[str] = "Kim et al. 2016"
+    iterative: ClassVar[bool] = True
 
     n_iter_max: int = 100
     tol: float = 1e-4
@@ -217,22 +219,36 @@ class Tucker2(Decomposer):
             spec.pointwise(middle_out, spec.out_channels, bias=spec.bias),
         )
 
-    def fit(self, kernel: Tensor, rank: Rank) -> Tucker2Factors:
+    def fit(
+        self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
+    ) -> Tucker2Factors:
+        del start  # the higher-order SVD that sweeps begin with costs less than a sweep
         assert isinstance(rank, tuple)
-        return fit_tucker2(kernel, (rank[0], rank[1]), self.n_iter_max, self.tol)
+        return fit_tucker2(kernel, (rank[0], rank[1]), *self._stops(draft))
 
     def fit_to(
-        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Factors | None = None,
+        *,
+        draft: bool = False,
     ) -> Tucker2Factors:
-        before = self.fit(kernel, rank) if start is None else start
+        before = self.fit(kernel, rank, draft=draft) if start is None else start
         assert isinstance(before, Tucker2Factors)
-        fitted = fit_tucker2_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
-        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        n_iter_max, tol = self._stops(draft)
+        fitted = fit_tucker2_to(kernel, before, moment, n_iter_max, tol * _FINER)
         return fitted if draft else better(kernel, moment, fitted, before)
 
-    def brief(self, iterations: int) -> "Tucker2":
+    def limited(self, iterations: int) -> "Tucker2":
         tol = max(self.tol, _DRAFT_TOL)
         return replace(self, n_iter_max=min(self.n_iter_max, iterations), tol=tol)
+
+    def _stops(self, draft: bool) -> tuple[int, float]:
+        """The most iterations, and the tolerance."""
+        brief = self.limited(_DRAFT_ITERATIONS) if draft else self
+        return brief.n_iter_max, brief.tol
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
         first, core, last = stage_weights

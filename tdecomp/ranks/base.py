@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
@@ -39,6 +39,10 @@ class Option:
     cost: Cost
     loss: float
     error: float
+
+
+def _unknown(*_: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ class Candidate:
     options: Callable[[], Sequence[Option]] = tuple
     aliases: tuple[str, ...] = ()
     rounded: bool = False
+    decomposer: Any = None
+    errors: Callable[[], Sequence[float] | None] = _unknown
+    error_at: Callable[[Rank], float | None] = _unknown
+    by_outputs: bool = False
 
 
 @dataclass(frozen=True)
