@@ -24,7 +24,7 @@ from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.parallel import each, on_cpu
-from tdecomp.ranks.base import rank_at
+from tdecomp.ranks.grid import rank_at
 
 Kernels = dict[str, Tensor]
 

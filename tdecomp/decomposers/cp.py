@@ -18,9 +18,9 @@ from tdecomp.decomposers.base import Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.least_squares import Features, SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.tensorly_backend import torch_backend
-from tdecomp.linalg.variable_projection import Features, variable_projection
 
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-4
@@ -125,30 +125,28 @@ def fit_cp_to(
         Of the rank that is wanted.
     moment : SecondMoment
     """
-
-    def khatri_rao(theta: Sequence[Tensor]) -> Tensor:
-        """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
-        product = theta[0].new_ones(1, theta[0].shape[1])
-        for factor in theta:
-            norms = factor.norm(dim=0)
-            unit = factor / torch.where(norms > 0, norms, 1.0)
-            product = (product[:, None] * unit[None]).flatten(0, 1)
-        return product
-
-    others = list(start.factors[1:])
-    out, theta = variable_projection(
-        kernel.flatten(1),
-        moment,
-        Features(
-            lambda matrix, theta: matrix @ khatri_rao(theta),
-            lambda weights, theta: (weights * khatri_rao(theta)).sum(),
-        ),
-        others,
-        n_iter_max=n_iter_max,
-        tol=tol,
-    )
+    fit = SeparableFit(kernel.flatten(1), moment, cp_features())
+    out, theta = fit.minimise(start.factors[1:], n_iter_max=n_iter_max, tol=tol)
     unit = [factor / factor.norm(dim=0).clamp_min(torch.finfo(out.dtype).tiny) for factor in theta]
     return replace(start, factors=(out, *unit)).balanced()
+
+
+def cp_features() -> Features:
+    """The columns that the factor of the outputs multiplies, as a function of all other factors."""
+    return Features(
+        lambda matrix, theta: matrix @ _khatri_rao(theta),
+        lambda weights, theta: (weights * _khatri_rao(theta)).sum(),
+    )
+
+
+def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
+    product = factors[0].new_ones(1, factors[0].shape[1])
+    for factor in factors:
+        norms = factor.norm(dim=0)
+        unit = factor / torch.where(norms > 0, norms, 1.0)
+        product = (product[:, None] * unit[None]).flatten(0, 1)
+    return product
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from tdecomp.decomposers.base import Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.least_squares import Features, SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.svd import leading_vectors, truncated_svd
 from tdecomp.linalg.tensorly_backend import mode_products, unfold
-from tdecomp.linalg.variable_projection import Features, variable_projection
 
 # Drafts are only compared with one another: a few iterations and a thousandth of the error do.
 _DRAFT_ITERATIONS = 8
@@ -138,33 +138,10 @@ def fit_tucker2_to(
         Of the ranks that are wanted.
     moment : SecondMoment
     """
-    into, kernel_size = kernel.shape[1], kernel.shape[2:]
-    rank_out = start.out.shape[1]
-
-    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        # Only the span of the columns matters: orthonormal ones are the best conditioned.
-        basis = torch.linalg.qr(theta[0]).Q  # (in, R3)
-        split = matrix.reshape(len(matrix), into, -1)
-        features: Tensor = basis.T @ split  # (m, R3, kernel)
-        return features.flatten(1)
-
-    def pair(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        basis = torch.linalg.qr(theta[0]).Q
-        volume = len(weights) // into
-        split = weights.reshape(into, volume, -1, volume)
-        along = split.diagonal(dim1=1, dim2=3).sum(dim=-1)  # (in, R3)
-        paired: Tensor = (along * basis).sum()
-        return paired
-
-    factor, (channels,) = variable_projection(
-        kernel.flatten(1),
-        moment,
-        Features(project, pair),
-        [start.into],
-        rank=rank_out,
-        n_iter_max=n_iter_max,
-        tol=tol,
-    )
+    kernel_size, rank_out = kernel.shape[2:], start.out.shape[1]
+    features = tucker2_features(kernel.shape[1])
+    fit = SeparableFit(kernel.flatten(1), moment, features, rank=rank_out)
+    factor, (channels,) = fit.minimise([start.into], n_iter_max=n_iter_max, tol=tol)
     basis = torch.linalg.qr(channels).Q
     out, s, core = truncated_svd(factor, rank_out)  # (out, R4), (R4,), (R4, R3 · kernel)
     core = (s[:, None] * core).reshape(-1, basis.shape[1], *kernel_size)
@@ -173,6 +150,27 @@ def fit_tucker2_to(
         core = torch.cat([core, core.new_zeros(missing, *core.shape[1:])])
         out = torch.cat([out, out.new_zeros(len(out), missing)], dim=1)
     return Tucker2Factors(core, basis, out)
+
+
+def tucker2_features(into: int) -> Features:
+    """What core and output factor see, as a function of the input factor (in, R3)."""
+
+    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        # Only the span of the columns matters: orthonormal ones are the best conditioned.
+        basis = torch.linalg.qr(theta[0]).Q  # (in, R3)
+        split = matrix.reshape(len(matrix), into, -1)
+        features: Tensor = basis.T @ split  # (m, R3, kernel)
+        return features.flatten(1)
+
+    def inner(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        basis = torch.linalg.qr(theta[0]).Q
+        volume = len(weights) // into
+        split = weights.reshape(into, volume, -1, volume)
+        along = split.diagonal(dim1=1, dim2=3).sum(dim=-1)  # (in, R3)
+        product: Tensor = (along * basis).sum()
+        return product
+
+    return Features(project, inner)
 
 
 @dataclass(frozen=True)
