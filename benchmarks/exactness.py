@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import tdecomp
 from tdecomp import Decomposer, LayerSpec
+from tdecomp.decomposers.fit_layer import factorize
 
 SEEDS = 10
 FULL_RANK = ("svd", "lowrank", "spatial", "tucker2")
