@@ -10,6 +10,7 @@ from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
+from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.layers.chain import Rank
 
 # The ridge towards the original kernel, as a share of the inputs' mean square, where there are
@@ -86,7 +87,8 @@ class Match:
         spec = self._spec
         kernel = torch.cat(list(kernels))
         kernel = kernel.reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
-        return decomposer.factorize(kernel, spec, rank, self._about_mean, start)
+        weight = spec.from_forward_layout(kernel)
+        return factorize(decomposer, weight, spec, rank, self._about_mean, start)
 
     def best_bias(self, fitted: Factorization) -> Tensor:
         """The bias with which the factors' mean output is that of the original layer."""

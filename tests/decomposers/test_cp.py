@@ -8,6 +8,7 @@ from torch import nn
 from tdecomp.decomposers import als, cp
 from tdecomp.decomposers.cp import CP, CPSeparable
 from tdecomp.decomposers.factors import Factorization
+from tdecomp.decomposers.fit_layer import factorize, spectra_of
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import MOMENT_KINDS, DecomposerCase, distance
 from tests.geometries import geometries
@@ -31,7 +32,7 @@ class CPCase(DecomposerCase):
 
     def test_components_are_balanced(self):
         for rank in self.ranks(self.dense):
-            fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, rank)
+            fitted = factorize(self.decomposer, self.weight(self.dense), self.dense, rank)
             (factors,) = fitted.groups
             norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])  # (modes, R)
             assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
@@ -40,8 +41,8 @@ class CPCase(DecomposerCase):
     def test_components_of_a_fit_to_data_are_balanced(self, kind):
         for rank in self.ranks(self.dense):
             moments = [self.moment(self.dense, kind)]
-            (factors,) = self.fitter.factorize(
-                self.weight(self.dense), self.dense, rank, moments
+            (factors,) = factorize(
+                self.fitter, self.weight(self.dense), self.dense, rank, moments
             ).groups
             norms = torch.stack([factor.norm(dim=0) for factor in factors.factors])  # (modes, R)
             assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
@@ -49,13 +50,13 @@ class CPCase(DecomposerCase):
     @pytest.mark.parametrize("wrong", [2.0, float("nan")])
     def test_start_is_kept_where_it_is_better_and_comes_out_balanced(self, wrong, monkeypatch):
         weight = self.weight(self.dense)
-        (factors,) = self.fitter.factorize(weight, self.dense, 3).groups
+        (factors,) = factorize(self.fitter, weight, self.dense, 3).groups
         first, second, *others = factors.factors
         lopsided = replace(factors, factors=(100 * first, second / 100, *others))
         start = Factorization(self.dense, (lopsided,))
         monkeypatch.setattr(cp, "fit_cp_to", lambda _, start, *__: start.scaled(wrong))
         moment = self.moment(self.dense)
-        (again,) = self.fitter.factorize(weight, self.dense, 3, [moment], start).groups
+        (again,) = factorize(self.fitter, weight, self.dense, 3, [moment], start).groups
         assert distance(again.to_kernel(), factors.to_kernel()) < 1e-10
         norms = torch.stack([factor.norm(dim=0) for factor in again.factors])  # (modes, R)
         assert distance(norms, norms.mean(dim=0).expand_as(norms)) < 1e-10
@@ -78,7 +79,7 @@ class CPCase(DecomposerCase):
 
             monkeypatch.setattr(als, "parafac", count)
             method = type(self.decomposer)(effort=effort)
-            errors[effort] = distance(method.factorize(weight, spec, 16).to_kernel(), weight)
+            errors[effort] = distance(factorize(method, weight, spec, 16).to_kernel(), weight)
             sweeps[effort] = sum(made)
         assert errors["quick"] <= 1.03 * errors["balanced"]
         assert sweeps["quick"] <= 0.7 * sweeps["balanced"]
@@ -89,7 +90,7 @@ class CPCase(DecomposerCase):
             replace(self.decomposer, effort=effort)
 
     def test_balancing_keeps_the_kernel(self):
-        fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, 3)
+        fitted = factorize(self.decomposer, self.weight(self.dense), self.dense, 3)
         (factors,) = fitted.groups
         gains = torch.tensor([1e-3, 1.0, 50.0], dtype=torch.float64)
         first, second, *others = factors.factors
@@ -101,7 +102,7 @@ class CPCase(DecomposerCase):
             assert distance(one, other) < 1e-10
 
     def test_component_with_a_zero_factor_becomes_zero(self):
-        fitted = self.decomposer.factorize(self.weight(self.dense), self.dense, 3)
+        fitted = factorize(self.decomposer, self.weight(self.dense), self.dense, 3)
         (factors,) = fitted.groups
         first, *others = factors.factors
         first = first * torch.tensor([0.0, 1.0, 1.0])
@@ -115,7 +116,7 @@ class CPCase(DecomposerCase):
 
         def kernel(random_state):
             method = type(self.decomposer)(n_iter_max=5, random_state=random_state)
-            return method.factorize(weight, self.dense, rank).to_kernel()
+            return factorize(method, weight, self.dense, rank).to_kernel()
 
         assert torch.equal(kernel(1), kernel(1))
         assert not torch.equal(kernel(1), kernel(2))
@@ -133,7 +134,7 @@ class CPCase(DecomposerCase):
             for mode in range(3)
         )
         method = type(self.decomposer)(**options)
-        fitted = method.factorize(kernel, LayerSpec.of(nn.Conv1d(4, 4, 4)), 2)
+        fitted = factorize(method, kernel, LayerSpec.of(nn.Conv1d(4, 4, 4)), 2)
         norms = torch.stack([factor.norm(dim=0) for factor in fitted.groups[0].factors])
         ratio = norms.prod(dim=0).sum() / kernel.norm()
         return ratio.item(), distance(fitted.to_kernel(), kernel)
@@ -160,18 +161,18 @@ class CPCase(DecomposerCase):
     def test_float32_is_fitted_in_float64(self):
         weight = self.weight(self.dense, torch.float32)
         for rank in self.ranks(self.dense):
-            single = self.decomposer.factorize(weight, self.dense, rank)
-            double = self.decomposer.factorize(weight.double(), self.dense, rank)
+            single = factorize(self.decomposer, weight, self.dense, rank)
+            double = factorize(self.decomposer, weight.double(), self.dense, rank)
             pairs = zip(single.stage_weights(), double.stage_weights(), strict=True)
             assert all(torch.equal(one, other.float()) for one, other in pairs)
 
     def test_has_no_spectrum(self):
-        assert self.decomposer.spectra(self.weight(self.dense), self.dense) is None
+        assert spectra_of(self.decomposer, self.weight(self.dense), self.dense) is None
 
     def test_high_rank_is_nearly_exact(self):
         method = type(self.decomposer)()
         weight = self.weight(self.dense)
-        kernel = method.factorize(weight, self.dense, method.max_rank(self.dense)).to_kernel()
+        kernel = factorize(method, weight, self.dense, method.max_rank(self.dense)).to_kernel()
         assert distance(kernel, weight) < 2e-2
 
     def recovered(self, layer, rank, seeds=10):
@@ -188,7 +189,7 @@ class CPCase(DecomposerCase):
                 spec.out_channels, spec.in_channels, *spec.kernel_size
             )
             weight = spec.from_forward_layout(kernel)
-            hits += distance(method.factorize(weight, spec, rank).to_kernel(), weight) < 1e-3
+            hits += distance(factorize(method, weight, spec, rank).to_kernel(), weight) < 1e-3
         return hits
 
     @pytest.mark.parametrize("portion", [0.25, 0.5])

@@ -8,6 +8,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.calibration.calibrate import calibrate
+from tdecomp.decomposers.assemble import factors_of_chain
 from tests.decomposers.oracle import SAME_PADDING_OF_EVEN_KERNELS, distance
 from tests.geometries import GEOMETRIES
 from tests.unchanged import unchanged
@@ -118,11 +119,7 @@ def test_data_lowers_the_output_error(method):
 
 
 def _kernel(chain):
-    return (
-        tdecomp.decomposers.get_decomposer(chain.method)
-        .factorization_of(chain, chain.replaced)
-        .to_kernel()
-    )
+    return factors_of_chain(chain, tdecomp.decomposers.get_decomposer(chain.method)).to_kernel()
 
 
 def test_batches_and_their_moments_give_the_same():
@@ -341,4 +338,4 @@ def test_fine_tuning_of_chains_fitted_to_data_is_stable(method):
 
 def _factors(chain):
     decomposer = tdecomp.decomposers.get_decomposer(chain.method)
-    return decomposer.factorization_of(chain, chain.replaced).groups
+    return factors_of_chain(chain, decomposer).groups

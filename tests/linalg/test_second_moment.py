@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tdecomp.linalg.variable_projection import variable_projection
 from torch import nn
 
 from tdecomp.decomposers import cp, spatial, tucker2
@@ -10,7 +11,6 @@ from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs, nested_losses
-from tdecomp.linalg.variable_projection import variable_projection
 from tests.decomposers.oracle import distance
 
 

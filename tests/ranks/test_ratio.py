@@ -10,7 +10,8 @@ from torch import nn
 import tdecomp
 from tdecomp import Ratio
 from tdecomp.layers.cost import Cost
-from tdecomp.ranks.base import Candidate, largest_rank, rank_at, rank_ladder
+from tdecomp.ranks.base import Candidate
+from tdecomp.ranks.grid import largest_rank, rank_at, rank_ladder
 
 LAYERS = {
     "linear": (nn.Linear(24, 20), (2, 24)),
