@@ -181,7 +181,7 @@ def test_a_data_is_as_good_as_batches_and_limits():
     plain = tdecomp.calibrate(model, batches, max_batches=2, progress=False)
     data = tdecomp.calibrate(model, Data(batches, max_batches=2), progress=False)
     assert torch.equal(plain["0"].matrix, data["0"].matrix)
-    with pytest.raises(ValueError, match="calibrate: got max_batches=.* beside a Data"):
+    with pytest.raises(ValueError, match=r"calibrate: got max_batches=.* beside a Data"):
         tdecomp.calibrate(model, Data(batches), max_batches=2)
 
 

@@ -173,5 +173,5 @@ def test_a_mask_that_cannot_be(mask, words):
     with pytest.raises(ValueError, match=f"calibrate: {words}"):
         calibrate(original, data, **QUIET)
     model = decompose(original, "svd", rank={"0": 3}, **QUIET).model
-    with pytest.raises(ValueError, match="refit: .*(the mask|no samples that count)"):
+    with pytest.raises(ValueError, match=r"refit: .*(the mask|no samples that count)"):
         refit(model, original, data, **QUIET)
