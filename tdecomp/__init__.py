@@ -7,8 +7,7 @@
 1088
 """
 
-from importlib.metadata import version as _version
-
+from tdecomp._distribution import VERSION as _VERSION  # first: refuses a mixed installation
 from tdecomp.api import apply, decompose, plan
 from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
@@ -42,7 +41,7 @@ from tdecomp.result import Decomposition
 from tdecomp.timing.measure import profile
 from tdecomp.timing.profile import Profile
 
-__version__ = _version("tdecomp")
+__version__ = _VERSION
 
 __all__ = [
     "CP",

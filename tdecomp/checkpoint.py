@@ -11,7 +11,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tdecomp._distribution import VERSION
 from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.layers.chain import Chain
 from tdecomp.model.sites import find_sites
@@ -56,7 +56,7 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     shared = _shared(state)
     header = {
         "format": FORMAT,
-        "version": version("tdecomp"),
+        "version": VERSION,
         "plan": json.loads(plan.to_json()),
         "shared": shared,
         "strides": {

@@ -37,7 +37,7 @@ def test_names_that_issues_and_readme_use():
 
 
 def test_version():
-    assert tdecomp.__version__ == metadata.version("tdecomp")
+    assert tdecomp.__version__ == metadata.version("tdecomp-torch")
 
 
 def test_it_is_typed():
@@ -45,7 +45,7 @@ def test_it_is_typed():
 
 
 def test_it_needs_a_python_that_it_runs_on():
-    assert metadata.metadata("tdecomp")["Requires-Python"] == ">=3.11"
+    assert metadata.metadata("tdecomp-torch")["Requires-Python"] == ">=3.11"
 
 
 @pytest.mark.parametrize("name", ["tdecomp", *MODULES])
@@ -72,7 +72,7 @@ def test_examples_in_docstrings(name):
 
 # A file imports from its own room and from the rooms on the lines above its own.
 ORDER = """
-torch_state parallel
+_distribution torch_state parallel
 layers linalg
 model
 calibration decomposers

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.support.pairs import in_turns, row
 from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.decomposers.cp import CPSeparable
+from tdecomp.decomposers.fit_layer import factorize, spectra_of
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.evb import evb_rank
@@ -64,11 +65,11 @@ def _spec(weight: Tensor) -> LayerSpec:
 
 def _fitted(method: str | Decomposer, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     decomposer = get_decomposer(method)
-    return lambda weight: decomposer.factorize(weight, _spec(weight), rank).to_kernel()
+    return lambda weight: factorize(decomposer, weight, _spec(weight), rank).to_kernel()
 
 
 def _vbmf(weight: Tensor) -> tuple[int, ...]:
-    spectra = get_decomposer("tucker2").spectra(weight, _spec(weight))
+    spectra = spectra_of(get_decomposer("tucker2"), weight, _spec(weight))
     assert spectra is not None
     return tuple(evb_rank(s.squares[0], s.shape).rank for s in spectra)
 

@@ -19,6 +19,7 @@ from benchmarks.support.kernel_fits import plain_tucker2, vbmf_by_full_svd
 from benchmarks.support.machine import peak_memory
 from benchmarks.support.pairs import in_turns, row
 from benchmarks.support.torchvision_import import import_torchvision
+from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.svd import frobenius_norm
@@ -80,7 +81,7 @@ def three_rounds_of_thin_svds(model: nn.Module) -> Kernels:
 
 def _fit_a_quarter(conv: nn.Conv2d) -> None:
     decomposer, spec = get_decomposer("lowrank"), LayerSpec.of(conv)
-    decomposer.factorize(conv.weight, spec, rank_at(decomposer.max_rank(spec), 0.25))
+    factorize(decomposer, conv.weight, spec, rank_at(decomposer.max_rank(spec), 0.25))
 
 
 def lowrank_fits_in_turn(model: nn.Module) -> Kernels:
