@@ -11,6 +11,7 @@ from tdecomp._distribution import VERSION as _VERSION  # first: refuses a mixed 
 from tdecomp.api import apply, decompose, plan
 from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
+from tdecomp.calibration.data import Data
 from tdecomp.calibration.moments import Moments
 from tdecomp.checkpoint import load
 from tdecomp.decomposers.base import Decomposer
@@ -32,10 +33,10 @@ from tdecomp.ranks.budget import Budget
 from tdecomp.ranks.energy import Energy
 from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
-from tdecomp.recovery.base import Recovery
-from tdecomp.recovery.batchnorm import recalibrate_batchnorm
-from tdecomp.recovery.distill import distill
-from tdecomp.recovery.refit import refit
+from tdecomp.recovery.batchnorm import RecalibrateBatchnorm, recalibrate_batchnorm
+from tdecomp.recovery.distill import Distill, distill
+from tdecomp.recovery.recovery import Recovery
+from tdecomp.recovery.refit import Refit, refit
 from tdecomp.reduce import reduce_ranks
 from tdecomp.result import Decomposition
 from tdecomp.timing.measure import profile
@@ -51,8 +52,10 @@ __all__ = [
     "Budget",
     "CPSeparable",
     "Chain",
+    "Data",
     "Decomposer",
     "Decomposition",
+    "Distill",
     "Energy",
     "Factors",
     "LayerSpec",
@@ -62,7 +65,9 @@ __all__ = [
     "Profile",
     "RankSelector",
     "Ratio",
+    "RecalibrateBatchnorm",
     "Recovery",
+    "Refit",
     "Report",
     "Row",
     "Spatial",

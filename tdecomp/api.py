@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from tdecomp.calibration.data import door
+from tdecomp.calibration.data import batches_or_moments
+from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.loss_curves.sensitivity import Sensitivity, measure_sensitivity
 from tdecomp.model.batches import Forward
@@ -18,7 +19,7 @@ from tdecomp.pipeline import carry_out, check_optimizers
 from tdecomp.plans.make import Planned, Request, make_plan
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.ranks.short_forms import get_selector
-from tdecomp.recovery.steps import Recover, recovery_steps
+from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
 from tdecomp.timing.clock import profile_for
 from tdecomp.timing.profile import Profile
@@ -116,25 +117,27 @@ def decompose(
         For a rank, a method, a filter, inputs, data or weights that cannot be used; the message
         names the layer, what was got, what was expected and the remedy. The model is as it was.
     """
-    steps = recovery_steps(recover, data)
+    steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    source = door(data, forward, seed=seed, steps=steps, progress=progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    check_data(steps, batches)
     with restoring(seed):
         request = _request(
             model, methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
         )  # fmt: skip
-        planned = make_plan(model, request, source, expect=False)
+        planned = make_plan(model, request, batches, use_variants(steps), expect=False)
         timed = planned.plan.speed is not None or request.selector.weighs_layers
         return carry_out(
             model,
             planned,
-            source,
             steps,
+            batches,
             example=example if timed else None,
             inplace=inplace,
             optimizers=listed,
+            progress=progress,
         )
 
 
@@ -169,13 +172,13 @@ def plan(
         A row for every layer; those left alone say why.
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    source = door(data, forward, seed=seed, progress=progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     with restoring(seed):
         request = _request(
             model, methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
         )  # fmt: skip
-        return make_plan(model, request, source, expect=True).plan
+        return make_plan(model, request, batches, expect=True).plan
 
 
 def apply(
@@ -229,24 +232,33 @@ def apply(
             f"apply: expected a Plan, got {type(plan).__name__}; tdecomp.plan(model, methods, "
             "rank=...) makes one, tdecomp.Plan.from_json(text) reads one"
         )
-    steps = recovery_steps(recover, data)
+    steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    source = door(data, forward, seed=seed, steps=steps, progress=progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    check_data(steps, batches)
     with restoring(seed):
         sites = match_sites(find_sites(model)[0], plan)
         wanted = {row.name for row in plan if row.method is not None}
         for name in wanted:
             check_weight(sites[name])
-        moments = source.moments(model, list(sites.values()), wanted, gradients=False)
+        moments = site_moments(
+            model,
+            list(sites.values()),
+            wanted,
+            batches,
+            gradients=False,
+            variants=use_variants(steps),
+        )
         return carry_out(
             model,
             Planned(plan, sites, moments, {}),
-            source,
             steps,
+            batches,
             example=example,
             inplace=inplace,
             optimizers=listed,
+            progress=progress,
         )
 
 
@@ -281,10 +293,11 @@ def sensitivity(
         A table, plain data, and a picture: `print(table)`, `table.to_dict()`, `table.plot()`.
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    source = door(data, forward, seed=seed, progress=progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     filters = Filters(include, exclude, where)
     with restoring(seed):
-        return measure_sensitivity(model, listed_methods(methods), filters, example, source)
+        listed = listed_methods(methods)
+        return measure_sensitivity(model, listed, filters, example, batches, progress=progress)
 
 
 def _request(
@@ -302,12 +315,7 @@ def _request(
 ) -> Request:
     selector, listed = get_selector(rank), listed_methods(methods)
     times = profile_for(profile, only_if_faster, selector, model, example, listed, progress)
+    filters = Filters(include, exclude, where)
     return Request(
-        listed,
-        selector,
-        Filters(include, exclude, where),
-        example,
-        allow_expansion,
-        times,
-        only_if_faster,
+        listed, selector, filters, example, allow_expansion, times, only_if_faster, progress
     )

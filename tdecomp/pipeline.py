@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from tdecomp.calibration.calibrate import watchable
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.assemble import assemble
 from tdecomp.decomposers.base import Decomposer
@@ -25,7 +25,8 @@ from tdecomp.plans.make import Planned, entries
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.recovery.steps import Step, run_steps
+from tdecomp.recovery.recovery import RecoveryStep
+from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
 from tdecomp.timing.setting import in_layout
 from tdecomp.timing.speed import Speed
@@ -35,16 +36,17 @@ from tdecomp.timing.whole_model import measured_speed
 def carry_out(
     model: nn.Module,
     planned: Planned,
-    data: Source,
-    steps: Sequence[Step] = (),
+    steps: Sequence[RecoveryStep],
+    data: Batches | Moments | None,
     *,
     example: Example | None = None,
     inplace: bool = False,
     optimizers: Sequence[Optimizer] = (),
+    progress: bool = True,
 ) -> Decomposition:
     """Decompose the layers as planned, and put the chains in their places last of all."""
     plan = planned.plan
-    fitted = fit_all(planned, progress=data.progress)
+    fitted = fit_all(planned, progress=progress)
     chains = {planned.sites[row.name].module: chain for row, chain in fitted}
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = run_steps(steps, changed, model, data)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from tdecomp.calibration.calibrate import calibrate_layers, watchable
-from tdecomp.calibration.data import Source, door
+from tdecomp.calibration.calibrate import GRADIENT_SAMPLES, calibrate_layers, watchable
+from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.assemble import factors_of_chain, parameter
 from tdecomp.decomposers.base import Decomposer
@@ -81,11 +81,11 @@ def reduce_ranks(
     model, plan = decomposition.model, decomposition.plan
     listed = check_optimizers(optimizers, inplace)
     selector = get_selector(rank)
-    source = door(data, forward, seed=seed, progress=progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     with restoring(seed):
         chains = _chains(model, plan)
         sites = {name: _site(chain, plan[name]) for name, chain in chains.items()}
-        moments = _moments(model, chains, source, gradients=selector.weighs_layers)
+        moments = _moments(model, chains, batches, gradients=selector.weighs_layers)
         candidates = _candidates(plan, chains, sites, moments, selector)
         _refuse_larger(selector, candidates)
         rest = plan.after - total(c[0].before for c in candidates)
@@ -155,22 +155,23 @@ def _site(chain: Chain, row: Row) -> Site:
 
 
 def _moments(
-    model: nn.Module, chains: dict[str, Chain], source: Source, *, gradients: bool
+    model: nn.Module,
+    chains: dict[str, Chain],
+    data: Batches | Moments | None,
+    *,
+    gradients: bool,
 ) -> Moments | None:
-    if source.data is None:
+    if data is None:
         return None
-    if isinstance(source.data, Moments):
+    if isinstance(data, Moments):
         raise ValueError(
             "reduce_ranks: moments of the original are not what the chains see now; expected "
             "batches"
         )
     watched = {name: chain for name, chain in chains.items() if watchable(chain.replaced)}
+    samples = GRADIENT_SAMPLES if gradients else 0
     return calibrate_layers(
-        model,
-        watched,
-        source.batches("reduce_ranks"),
-        gradients=gradients,
-        progress=source.progress,
+        model, watched, data.called_by("reduce_ranks"), gradient_samples=samples
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.composer.core import LowRankSolution, resolve_size
+from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.chain import Chain
@@ -178,7 +179,7 @@ class Factorized(Chain):
         self.to_empty(device=weight.device)
         parts = (self.module0, self.module1)
         if keep_weights:
-            factors = _method(spec).factorize(weight, spec, self.latent_size).stage_weights()
+            factors = factorize(_method(spec), weight, spec, self.latent_size).stage_weights()
             with undisturbed(weight.device):
                 for part, values in zip(parts, factors, strict=True):
                     part.weight.copy_(values)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 from torch import nn
 
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches
+from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
@@ -170,13 +172,16 @@ def measure_sensitivity(
     methods: Sequence[Decomposer],
     filters: Filters,
     example: Example | None,
-    data: Source,
+    data: Batches | Moments | None,
+    *,
+    progress: bool,
 ) -> Sensitivity:
     """Find the layers, look at them, and draw the curve of every method."""
     sites, _ = find_sites(model, filters, example)
     able, left_alone = able_sites(sites, methods)
-    moments = data.moments(model, sites, {site.name for site, _ in able}, gradients=True)
-    offers = offer_ranks(able, moments, curves=True, progress=data.progress)
+    wanted = {site.name for site, _ in able}
+    moments = site_moments(model, sites, wanted, data, gradients=True)
+    offers = offer_ranks(able, moments, curves=True, progress=progress)
     offered = {
         offer.site.name: LayerSensitivity(
             offer.site.name,

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, chain_cost, total
@@ -40,6 +41,7 @@ class Request:
     profile : Profile or None
         With measured times.
     only_if_faster : bool
+    progress : bool
     """
 
     methods: Sequence[Decomposer]
@@ -49,6 +51,7 @@ class Request:
     allow_expansion: bool = False
     profile: Profile | None = None
     only_if_faster: bool = False
+    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,22 +73,32 @@ class Planned:
     drafts: Mapping[str, FittedLayer]
 
 
-def make_plan(model: nn.Module, request: Request, data: Source, *, expect: bool) -> Planned:
-    """The plan; with `expect` its rows say which error to expect, which may take further fits."""
+def make_plan(
+    model: nn.Module,
+    request: Request,
+    data: Batches | Moments | None,
+    variants: bool = False,
+    *,
+    expect: bool,
+) -> Planned:
+    """The plan; with `expect` its rows say which error to expect, which may take further fits.
+
+    With `variants`, layers that see few patches see variants of the batches, too.
+    """
     sites, trace = find_sites(model, request.filters, request.example)
     able, choices = able_sites(sites, request.methods)
     if isinstance(request.selector, ByLayer):
         _check_entries(request.selector, sites, choices)
     wanted = {site.name for site, _ in able}
     gradients = request.selector.weighs_layers
-    moments = data.moments(model, sites, wanted, gradients=gradients)
+    moments = site_moments(model, sites, wanted, data, gradients=gradients, variants=variants)
     offers = offer_ranks(
         able,
         moments,
         curves=request.selector.weighs_layers,
         largest_share=request.selector.largest_share,
         rounding=_rounding(request.selector, request.profile),
-        progress=data.progress,
+        progress=request.progress,
     )
     params = sum((p.numel() for p in model.parameters() if not is_lazy(p)), 0)
     macs = None if trace is None else trace.total_macs

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.decomposers.fit_layer import factorize
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.loss_curves.candidates import candidate, layer_losses
 from tdecomp.loss_curves.curve import layer_curves
 from tdecomp.loss_curves.losses import LayerLosses

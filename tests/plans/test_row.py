@@ -23,9 +23,7 @@ def test_every_row_comes_back_the_same():
 
 
 def test_a_report_holds_what_recovery_did():
-    result = tdecomp.decompose(
-        mlp(), "svd", rank=4, data=vectors(), recover=["refit"], **QUIET
-    )
+    result = tdecomp.decompose(mlp(), "svd", rank=4, data=vectors(), recover=["refit"], **QUIET)
     (step,) = result.report.recovery
     (plain,) = json.loads(result.report.to_json())["recovery"]
     assert plain["step"] == "refit"
