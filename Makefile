@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-models test-all lint format demo clean
+.PHONY: help install test test-models test-wheel test-all lint format demo clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: $(STAMP) ## Quick tests, with coverage
 
 test-models: $(STAMP) ## The whole list of torchvision models
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/test_torchvision.py
+
+test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
+	$(PY) -m pytest -q -m slow tests/test_wheel.py
 
 test-all: $(STAMP) ## Every test, the slow ones too
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --cov --cov-report=term $(PYTEST_ARGS)

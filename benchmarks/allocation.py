@@ -30,7 +30,7 @@ from benchmarks.support.data import image_folder
 from benchmarks.support.models import input_format, load_model
 from benchmarks.support.training import accuracy
 from tdecomp.decomposers.registry import get_decomposer
-from tdecomp.loss_curves.layer_losses import LayerLosses
+from tdecomp.loss_curves.losses import LayerLosses
 
 BATCH_SIZE = 128
 PROBE = 0.3  # of each layer's MACs, when one layer at a time is swapped
@@ -62,7 +62,7 @@ def single_swaps(
         losses = LayerLosses(weight, row.layer, moments[row.name], row.calls)
         found["weights"].append(row.weight_error**2)
         found["outputs"].append(row.output_error)
-        found["gradients"].append(losses.fit(get_decomposer(method), row.rank)[0])
+        found["gradients"].append(losses.fitted(get_decomposer(method), row.rank)[0])
         swapped = copy.deepcopy(model)
         parent, _, child = row.name.rpartition(".")
         chain = result.model.get_submodule(row.name)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import tdecomp
 from tdecomp import Decomposer, LayerSpec
+from tdecomp.decomposers.fit_layer import factorize
 
 SEEDS = 10
 FULL_RANK = ("svd", "lowrank", "spatial", "tucker2")
@@ -56,7 +57,7 @@ def planted_errors(
         factors = [torch.randn(n, rank, generator=draw, dtype=torch.float64) for n in modes]
         equation = "ar,br,cr,dr->abcd" if separable else "ar,br,cr->abc"
         kernel = torch.einsum(equation, *factors).reshape(shape)
-        fitted = decomposer.factorize(kernel, LayerSpec.of(layer), rank).to_kernel()
+        fitted = factorize(decomposer, kernel, LayerSpec.of(layer), rank).to_kernel()
         errors.append(float((fitted - kernel).norm() / kernel.norm()))
     return errors
 

@@ -7,11 +7,11 @@
 1088
 """
 
-from importlib.metadata import version as _version
-
+from tdecomp._distribution import VERSION as _VERSION  # first: refuses a mixed installation
 from tdecomp.api import apply, decompose, plan
 from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
+from tdecomp.calibration.data import Data
 from tdecomp.calibration.moments import Moments
 from tdecomp.checkpoint import load
 from tdecomp.decomposers.base import Decomposer
@@ -33,16 +33,16 @@ from tdecomp.ranks.budget import Budget
 from tdecomp.ranks.energy import Energy
 from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
-from tdecomp.recovery.base import Recovery
-from tdecomp.recovery.batchnorm import recalibrate_batchnorm
-from tdecomp.recovery.distill import distill
-from tdecomp.recovery.refit import refit
+from tdecomp.recovery.batchnorm import RecalibrateBatchnorm, recalibrate_batchnorm
+from tdecomp.recovery.distill import Distill, distill
+from tdecomp.recovery.recovery import Recovery
+from tdecomp.recovery.refit import Refit, refit
 from tdecomp.reduce import reduce_ranks
 from tdecomp.result import Decomposition
 from tdecomp.timing.measure import profile
 from tdecomp.timing.profile import Profile
 
-__version__ = _version("tdecomp")
+__version__ = _VERSION
 
 __all__ = [
     "CP",
@@ -52,8 +52,10 @@ __all__ = [
     "Budget",
     "CPSeparable",
     "Chain",
+    "Data",
     "Decomposer",
     "Decomposition",
+    "Distill",
     "Energy",
     "Factors",
     "LayerSpec",
@@ -63,7 +65,9 @@ __all__ = [
     "Profile",
     "RankSelector",
     "Ratio",
+    "RecalibrateBatchnorm",
     "Recovery",
+    "Refit",
     "Report",
     "Row",
     "Spatial",

@@ -1,4 +1,4 @@
-"""The public functions."""
+"""The public functions: their signatures and documentation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,21 +6,25 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.data import Source
-from tdecomp.decomposers.methods import Methods
+from tdecomp.calibration.data import batches_or_moments
+from tdecomp.calibration.site_moments import site_moments
+from tdecomp.decomposers.registry import Methods, listed_methods
+from tdecomp.loss_curves.sensitivity import Sensitivity, measure_sensitivity
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
-from tdecomp.pipeline import check_optimizers, run
-from tdecomp.plans.make import as_patterns, plan_from
+from tdecomp.model.sites import find_sites
+from tdecomp.model.weights import check_weight
+from tdecomp.pipeline import carry_out, check_optimizers
+from tdecomp.plans.make import Planned, Request, make_plan
 from tdecomp.plans.plan import Plan, match_sites
-from tdecomp.ranks.budget import Budget
-from tdecomp.recovery.steps import Steps
+from tdecomp.ranks.short_forms import get_selector
+from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
-from tdecomp.timing.options import TimingOptions
+from tdecomp.timing.measure import check_timing
 from tdecomp.timing.profile import Profile
 from tdecomp.timing.stopwatch import THIS_MACHINE
+from tdecomp.torch_state import restoring
 
 
 def decompose(
@@ -32,21 +36,15 @@ def decompose(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     where: Callable[[nn.Module, str], bool] | None = None,
-    min_channels: int = 0,
-    min_features: int = 0,
     allow_expansion: bool = False,
     data: Any = None,
     forward: Forward | None = None,
-    max_batches: int | None = None,
-    max_memory: int | None = None,
-    refit: bool = False,
-    recalibrate_batchnorm: bool = False,
-    distill: bool = False,
-    augment: Augment | None = flip_and_shift,
+    recover: Recover = (),
     profile: Profile | None = None,
     only_if_faster: bool = False,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
+    seed: int | None = None,
     progress: bool = True,
 ) -> Decomposition:
     """Decompose a model's layers: `plan` and `apply` in one call.
@@ -56,28 +54,133 @@ def decompose(
     >>> result.report["2"].rank
     (8, 8)
 
-    The parameters are those of `plan` and of `apply`, and so are the errors; an error leaves the
-    model as it was. Where ranks come from a `Budget`, or with measured times, the result is timed
-    against the original on `example_inputs`, and the report says how it compares.
+    Parameters
+    ----------
+    model : nn.Module
+    methods : str, Decomposer or a sequence of them
+        With several, the first that can take a layer is used, unless the ranks are a `Budget`,
+        which finds the best for each layer. "auto" is all of them, "dense" those without
+        depthwise layers: svd, lowrank, spatial and tucker2.
+    rank : int, tuple, float, str, RankSelector or dict
+        An int is a rank (for Tucker-2 the same rank twice; a pair is taken as it is), a float
+        below 1 that fraction of the largest useful rank, "vbmf" and "breakeven" name selectors;
+        see `tdecomp.Ratio`, `Budget`, `VBMF`, `Energy`. A dict gives layers, by name or glob, a
+        rank or a selector each.
+    example_inputs : Tensor, tuple or dict, optional
+        One call of the model: a tuple is positional, a dict keyword arguments. MACs are those of
+        this call, the batch included; without it only parameters are counted.
+    include, exclude : str or sequence of str
+        Names, globs, or the name of a container for all layers in it.
+    where : callable ``(module, name) -> bool``, optional
+        Which layers may be decomposed, such as `tdecomp.at_least(channels=16, features=64)`.
+    allow_expansion : bool
+        Decompose even where this saves no MACs.
+    data : iterable of batches, Moments or Data, optional
+        Unlabelled inputs: each layer is then fitted in the norm of its outputs, and errors are
+        those of the outputs. `tdecomp.Data` limits, masks or varies the batches.
+    forward : callable ``(model, batch) -> output``, optional
+        How the model is called with a batch, and with the example inputs; see
+        `tdecomp.calibrate`.
+    recover : str, step or a sequence of them
+        How to get accuracy back afterwards, in this order: "refit", "recalibrate_batchnorm",
+        "distill", or `tdecomp.Refit`, `RecalibrateBatchnorm`, `Distill` with options. They need
+        batches as `data`.
+    profile : Profile, optional
+        Measured times, from `tdecomp.profile`: rows then have them, the plan says how long the
+        whole model will take, in the profile's mode, and a Budget prefers ranks that suit the
+        machine. Budget(latency=...) and `only_if_faster` take a profile of their own if none is
+        given, in eager mode and the model's layout.
+    only_if_faster : bool
+        Leave alone each layer whose chain is not measurably faster.
+    inplace : bool
+        Change `model` itself, wholly or, on an error, not at all. By default a copy is changed.
+    optimizers : Optimizer or sequence of them
+        Only with `inplace`: the new parameters take the old ones' places in their groups; the
+        state of all others is kept. A warning names replaced parameters that no optimizer has.
+    seed : int, optional
+        Of everything random: gradients of random mixtures, varied batches, training, and what
+        a DataLoader shuffles by torch's global generator, which is put back afterwards. With the
+        same seed, data, machine and number of threads the result is the same bit for bit, except
+        where ranks depend on measured times. Without one, everything but the loader's own order
+        is drawn from fixed seeds.
+    progress : bool
+        Show bars.
 
     Returns
     -------
     Decomposition
-        With `.model` and `.report`.
+        With `.model`, `.report` and `.plan`. Where ranks come from a `Budget`, or with measured
+        times, the result is timed against the original on `example_inputs`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a rank, a method, a filter, inputs, data or weights that cannot be used; the message
+        names the layer, what was got, what was expected and the remedy. The model is as it was.
     """
-    steps = Steps(recalibrate_batchnorm, refit, distill)
-    source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
+    steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
-    filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
-    timing = TimingOptions(profile, only_if_faster)
-    example = None if example_inputs is None else Example(example_inputs, forward)
-    planned, moments = plan_from(
-        model, methods, rank, example, filters, source, allow_expansion, timing, expect=False
-    )
-    timed = planned.speed is not None or isinstance(rank, Budget)
-    stopwatch = THIS_MACHINE if profile is None else profile.stopwatch
-    timed_example = example if timed else None
-    return run(model, planned, moments, source, steps, inplace, listed, timed_example, stopwatch)
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    check_data(steps, batches)
+    with restoring(seed):
+        request = _request(
+            model, methods, rank, example, include, exclude, where,
+            allow_expansion, profile, only_if_faster, progress,
+        )  # fmt: skip
+        planned = make_plan(model, request, batches, use_variants(steps), expect=False)
+        timed = planned.plan.speed is not None or request.selector.weighs_layers
+        return carry_out(
+            model,
+            planned,
+            steps,
+            batches,
+            example=example if timed else None,
+            stopwatch=THIS_MACHINE if profile is None else profile.stopwatch,
+            inplace=inplace,
+            optimizers=listed,
+            progress=progress,
+        )
+
+
+def plan(
+    model: nn.Module,
+    methods: Methods,
+    *,
+    rank: Any,
+    example_inputs: Any = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    where: Callable[[nn.Module, str], bool] | None = None,
+    allow_expansion: bool = False,
+    data: Any = None,
+    forward: Forward | None = None,
+    profile: Profile | None = None,
+    only_if_faster: bool = False,
+    seed: int | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Choose a method and a rank for every layer, without changing anything.
+
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    >>> plan(model, "svd", rank=4)["0"].params_after
+    416
+
+    The parameters are those of `decompose`, and so are the errors.
+
+    Returns
+    -------
+    Plan
+        A row for every layer; those left alone say why.
+    """
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    with restoring(seed):
+        request = _request(
+            model, methods, rank, example, include, exclude, where,
+            allow_expansion, profile, only_if_faster, progress,
+        )  # fmt: skip
+        return make_plan(model, request, batches, expect=True).plan
 
 
 def apply(
@@ -86,15 +189,11 @@ def apply(
     *,
     data: Any = None,
     forward: Forward | None = None,
-    max_batches: int | None = None,
-    max_memory: int | None = None,
-    refit: bool = False,
-    recalibrate_batchnorm: bool = False,
-    distill: bool = False,
-    augment: Augment | None = flip_and_shift,
+    recover: Recover = (),
     example_inputs: Any = None,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
+    seed: int | None = None,
     progress: bool = True,
 ) -> Decomposition:
     """Decompose a model's layers as a plan says.
@@ -108,131 +207,117 @@ def apply(
       (1): Linear(in_features=4, out_features=32, bias=True)
     )
 
+    The other parameters are those of `decompose`.
+
     Parameters
     ----------
     model : nn.Module
         The one that was planned for, or another of the same architecture.
     plan : Plan
-    data : Moments or iterable of batches, optional
-        What the layers see, without labels: each layer is then fitted in the norm of its outputs.
-    forward, max_batches, max_memory
-        How the model is called with a batch, and limits; see `tdecomp.calibrate`.
-    refit, recalibrate_batchnorm, distill : bool
-        Get accuracy back afterwards, in this order; see `tdecomp.refit`,
-        `tdecomp.recalibrate_batchnorm` and `tdecomp.distill`. They need batches as `data`.
-    augment : callable ``(batch, generator) -> batch``, optional
-        With refit or distill, what varies batches, also for layers that see few patches of them;
-        by default images are mirrored and shifted a little. None where that makes no sense.
     example_inputs : Tensor, tuple or dict, optional
         With these the result is timed against the original, in the mode that the plan's profile
         was taken in.
-    inplace : bool
-        Change `model` itself, wholly or, on an error, not at all. By default a copy is changed.
-    optimizers : Optimizer or sequence of them
-        Only with `inplace`: the new parameters take the old ones' places in their groups; the
-        state of all others is kept. A warning names replaced parameters that no optimizer has.
-    progress : bool
-        Show a bar over the layers.
 
     Returns
     -------
     Decomposition
-        With `.model` and `.report`.
 
     Raises
     ------
+    TypeError
+        If `plan` is no plan.
     ValueError
         If the plan does not fit the model, or a weight cannot be factorized; names the layer.
     """
-    steps = Steps(recalibrate_batchnorm, refit, distill)
-    source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"apply: expected a Plan, got {type(plan).__name__}; tdecomp.plan(model, methods, "
+            "rank=...) makes one, tdecomp.Plan.from_json(text) reads one"
+        )
+    steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
-    moments = None
-    if data is not None:
-        sites = list(match_sites(model, plan).values())
-        planned = [row.name for row in plan if row.method is not None]
-        moments = source.moments(model, sites, planned, gradients=False)
-    example = None if example_inputs is None else Example(example_inputs, forward)
-    return run(model, plan, moments, source, steps, inplace, listed, example)
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    check_data(steps, batches)
+    with restoring(seed):
+        sites = match_sites(find_sites(model)[0], plan)
+        wanted = {row.name for row in plan if row.method is not None}
+        for name in wanted:
+            check_weight(sites[name])
+        moments = site_moments(
+            model,
+            list(sites.values()),
+            wanted,
+            batches,
+            gradients=False,
+            variants=use_variants(steps),
+        )
+        return carry_out(
+            model,
+            Planned(plan, sites, moments, {}),
+            steps,
+            batches,
+            example=example,
+            inplace=inplace,
+            optimizers=listed,
+            progress=progress,
+        )
 
 
-def plan(
+def sensitivity(
     model: nn.Module,
-    methods: Methods,
+    methods: Methods = "dense",
     *,
-    rank: Any,
     example_inputs: Any = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     where: Callable[[nn.Module, str], bool] | None = None,
-    min_channels: int = 0,
-    min_features: int = 0,
-    allow_expansion: bool = False,
     data: Any = None,
     forward: Forward | None = None,
-    max_batches: int | None = None,
-    max_memory: int | None = None,
-    profile: Profile | None = None,
-    only_if_faster: bool = False,
+    seed: int | None = None,
     progress: bool = True,
-) -> Plan:
-    """Choose a method and a rank for every layer, without changing anything.
+) -> Sensitivity:
+    """What each layer loses at each rank, by each method: the table to look at before choosing.
 
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    >>> plan(model, "svd", rank=4)["0"].params_after
-    416
+    >>> table = sensitivity(model, "svd", progress=False)
+    >>> [point.rank for point in table["2"]["svd"].points]
+    [1, 2, 3, 4, 5, 6]
 
-    Parameters
-    ----------
-    model : nn.Module
-    methods : str, Decomposer or a sequence of them
-        With several, the first that can take a layer is used, unless the ranks are a `Budget`,
-        which finds the best for each layer. "auto" is all of them, "dense" those without
-        depthwise layers: svd, lowrank, spatial and tucker2.
-    rank : int, tuple, float, str, RankSelector or dict
-        An int is a rank (for Tucker-2 the same rank twice; a pair is taken as it is), a float
-        below 1 that fraction of the largest useful rank, "vbmf" and "breakeven" name selectors;
-        see `tdecomp.Ratio`, `VBMF`, `Energy`. A dict gives layers, by name or glob, each their own.
-    example_inputs : Tensor, tuple or dict, optional
-        One call of the model: a tuple is positional, a dict keyword arguments. MACs are those of
-        this call, the batch included; without it only parameters are counted.
-    include, exclude : str or sequence of str
-        Names, globs, or the name of a container for all that it holds.
-    where : callable ``(module, name) -> bool``, optional
-    min_channels, min_features : int
-        Convolutions and Linear layers narrower than this, on either side, are left alone.
-    allow_expansion : bool
-        Decompose even where this saves no MACs.
-    data : Moments or iterable of batches, optional
-        What the layers see, without labels: errors are then those of the layers' outputs.
-    forward, max_batches, max_memory
-        How the model is called with a batch, and limits; see `tdecomp.calibrate`.
-    profile : Profile, optional
-        Measured times, from `tdecomp.profile`: rows then have them, the plan says how long the
-        whole model will take, in the profile's mode, and a Budget prefers ranks that the machine
-        likes. Budget(latency=...) and `only_if_faster` take a profile of their own if none is
-        given, in eager mode and the model's layout.
-    only_if_faster : bool
-        Leave alone each layer whose chain is not measurably faster.
-    progress : bool
-        Show bars.
+    These are the very candidates that a `Budget` chooses from. With the same `Moments` as data,
+    a later plan finds the fits that were made here.
+
+    The parameters are those of `decompose`.
 
     Returns
     -------
-    Plan
-        A row for every Linear and convolution; those left alone say why.
-
-    Raises
-    ------
-    ValueError
-        For a rank, a method, a filter, example inputs or weights that cannot be; the message
-        names the layer, what was got, what was expected and the remedy.
+    Sensitivity
+        A table, plain data, and a picture: `print(table)`, `table.to_dict()`, `table.plot()`.
     """
-    filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
-    source = Source(data, forward, max_batches, max_memory, progress)
-    timing = TimingOptions(profile, only_if_faster)
-    example = None if example_inputs is None else Example(example_inputs, forward)
-    planned, _ = plan_from(
-        model, methods, rank, example, filters, source, allow_expansion, timing, expect=True
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    filters = Filters(include, exclude, where)
+    with restoring(seed):
+        listed = listed_methods(methods)
+        return measure_sensitivity(model, listed, filters, example, batches, progress=progress)
+
+
+def _request(
+    model: nn.Module,
+    methods: Methods,
+    rank: Any,
+    example: Example | None,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    where: Callable[[nn.Module, str], bool] | None,
+    allow_expansion: bool,
+    profile: Profile | None,
+    only_if_faster: bool,
+    progress: bool,
+) -> Request:
+    selector, listed = get_selector(rank), listed_methods(methods)
+    check_timing(profile, only_if_faster, selector, example)
+    filters = Filters(include, exclude, where)
+    return Request(
+        listed, selector, filters, example, allow_expansion, profile, only_if_faster, progress
     )
-    return planned

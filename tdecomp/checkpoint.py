@@ -11,7 +11,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tdecomp._distribution import VERSION
+from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.layers.chain import Chain
+from tdecomp.model.sites import find_sites
 from tdecomp.model.surgery import copy_with
 from tdecomp.plans.plan import Plan, match_sites
+from tdecomp.plans.table import FORMAT, check_format
 
 _KEY = "tdecomp"
-_FORMAT = 1
 
 
 def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
@@ -53,8 +55,8 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
             )
     shared = _shared(state)
     header = {
-        "format": _FORMAT,
-        "version": version("tdecomp"),
+        "format": FORMAT,
+        "version": VERSION,
         "plan": json.loads(plan.to_json()),
         "shared": shared,
         "strides": {
@@ -104,13 +106,13 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(Path(file))
     plan = header.plan
-    sites = match_sites(model, plan)
+    sites = match_sites(find_sites(model)[0], plan)
     chains = {}
     for row in plan:
         if row.method is None or row.rank is None or row.layer is None:
             continue
         layer = sites[row.name].module
-        chains[layer] = plan.decomposers[row.method].build_like(layer, row.layer, row.rank)
+        chains[layer] = empty_chain_like(layer, row.layer, plan.decomposers[row.method], row.rank)
     rebuilt = copy_with(model, chains)
     lost = [
         f"{key} (shares {other})" for key, other in header.shared.items() if other not in tensors
@@ -197,22 +199,13 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
 def _parse(path: Path, text: str) -> _Header:
     try:
         header = json.loads(text)
-        newer = header["format"] > _FORMAT
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata is damaged: {error!r}") from error
-    if newer:
-        raise ValueError(
-            f"{path} has format {header['format']}, written by tdecomp "
-            f"{header.get('version', '(unknown)')}; this version reads up to {_FORMAT}: update "
-            "tdecomp"
-        )
-    try:
+        check_format(f"{path}: file", header["format"])
         shared, strides = dict(header["shared"].items()), dict(header["strides"].items())
         return _Header(Plan.from_json(json.dumps(header["plan"])), shared, strides)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its metadata is damaged: {error!r}") from error
 
 
 def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.PathLike[str]) -> None:

@@ -1,43 +1,178 @@
-"""Plan and apply: the only file that brings all the others together."""
+"""From a plan to its result: fit, recover, time, report, swap; one function for each step."""
 
-import math
-import time
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from tdecomp.calibration.calibrate import watchable
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
-from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.decomposers.assemble import assemble
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
-from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.model.example import Example
 from tdecomp.model.layout import in_layout
 from tdecomp.model.sites import Site
-from tdecomp.model.surgery import as_optimizers, copy_with, replace_in, unoptimized
-from tdecomp.parallel import each
-from tdecomp.plans.make import check_weight, entries
-from tdecomp.plans.plan import Plan, match_sites
+from tdecomp.model.surgery import as_optimizers, copy_with, swap, unoptimized
+from tdecomp.parallel import parallel_map
+from tdecomp.plans.make import Planned, entries
+from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.recovery.base import adopt
-from tdecomp.recovery.steps import Steps
+from tdecomp.recovery.recovery import RecoveryStep
+from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.stopwatch import THIS_MACHINE, Stopwatch
 from tdecomp.timing.whole_model import measured_speed
-from tdecomp.torch_state import undisturbed
+
+
+def carry_out(
+    model: nn.Module,
+    planned: Planned,
+    steps: Sequence[RecoveryStep],
+    data: Batches | Moments | None,
+    *,
+    example: Example | None = None,
+    stopwatch: Stopwatch = THIS_MACHINE,
+    inplace: bool = False,
+    optimizers: Sequence[Optimizer] = (),
+    progress: bool = True,
+) -> Decomposition:
+    """Decompose the layers as planned, and put the chains in their places last of all."""
+    plan = planned.plan
+    fitted = fit_all(planned, progress=progress)
+    chains = {planned.sites[row.name].module: chain for row, chain in fitted}
+    changed = model if inplace and not steps else copy_with(model, chains)
+    recovered = run_steps(steps, changed, model, data)
+    speed = None
+    if example is not None:
+        speed = _speed(model, changed, chains, plan, example, stopwatch)
+    rows = {row.name: row for row, _ in fitted}
+    report = Report(
+        [rows.get(row.name, row) for row in plan], plan.everything_else, recovered, speed
+    )
+    layout = None if plan.speed is None else (speed or plan.speed).layout
+    if not inplace:
+        return Decomposition(
+            changed if layout is None else in_layout(changed, layout), report, plan
+        )
+    _warn_of_unoptimized(model, chains, optimizers)
+    result = Decomposition(model, report, plan)
+    values = {} if changed is model else _changed_values(model, changed)
+    swap(model, chains, optimizers, values, layout=layout)
+    return result
+
+
+def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
+    """The finished row and the chain of each layer that is to be decomposed, in their order."""
+    todo = [row for row in planned.plan if row.method is not None]
+
+    def fit(row: Row) -> tuple[Row, Chain]:
+        method = planned.plan.decomposers[row.method or ""]
+        draft = planned.drafts.get(row.name)
+        return fit_row(planned.sites[row.name], row, method, planned.moments, draft)
+
+    def show(row: Row, _: tuple[Row, Chain]) -> None:
+        bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)
+        bar.update()
+
+    with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not progress) as bar:
+        return parallel_map(
+            fit,
+            todo,
+            size=lambda row: entries(planned.sites[row.name], planned.moments),
+            done=show,
+        )
+
+
+def fit_row(
+    site: Site,
+    row: Row,
+    method: Decomposer,
+    moments: Moments | None,
+    draft: FittedLayer | None = None,
+) -> tuple[Row, Chain]:
+    """The row with its errors and the time the fit took, and the chain for the layer.
+
+    Raises
+    ------
+    ValueError
+        If the fit fails; names the layer.
+    """
+    weight, spec, rank = site.module.weight, site.spec, row.rank
+    assert isinstance(weight, nn.Parameter)
+    assert spec is not None
+    assert rank is not None
+    seen = None if moments is None else moments.layers.get(site.name)
+    if draft is not None and not method.iterative:
+        fitted = draft
+    else:
+        start = None if draft is None else draft.factors
+        try:
+            on_device = None if seen is None else seen.to(weight.device)
+            fitted = fit_layer(weight, spec, method, rank, on_device, start)
+        except Exception as error:
+            raise ValueError(
+                f"layer {row.name!r} ({spec}): {row.method} at rank {rank} failed with "
+                f"{type(error).__name__}: {error}. Leave the layer alone with "
+                f"exclude=[{row.name!r}], or choose another method or rank for it"
+            ) from error
+    notes = [row.note, *fitted.notes]
+    if moments is not None and seen is None:
+        notes.append(f"fitted by its weights: {_why_no_moments(site)}")
+    row = replace(
+        row,
+        weight_error=fitted.weight_error,
+        output_error=fitted.output_error,
+        note="; ".join(note for note in notes if note) or None,
+        fit_seconds=fitted.seconds,
+        component_norms=fitted.component_norms,
+    )
+    return row, assemble(site.module, method, rank, fitted.factors, fitted.shift)
+
+
+def _why_no_moments(site: Site) -> str:
+    if watchable(site.spec):
+        return "no batch reached it"
+    return "transposed convolutions have no moments"
+
+
+def _speed(
+    model: nn.Module,
+    changed: nn.Module,
+    chains: Mapping[nn.Module, Chain],
+    plan: Plan,
+    example: Example,
+    stopwatch: Stopwatch,
+) -> Speed | None:
+    """The time of the result against the original's, or None for a model that cannot be copied."""
+    if changed is model:
+        try:
+            changed = copy_with(model, chains)
+        except ValueError:
+            return None
+    return measured_speed(model, changed, plan.speed, example, stopwatch)
+
+
+def _changed_values(model: nn.Module, changed: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers, by name, that recovery changed in layers that stay."""
+    mine = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    new = itertools.chain(changed.named_parameters(), changed.named_buffers())
+    return {n: v.detach() for n, v in new if n in mine and not torch.equal(v, mine[n])}
 
 
 def check_optimizers(
     optimizers: Optimizer | Sequence[Optimizer], inplace: bool
 ) -> tuple[Optimizer, ...]:
-    """The optimizers as a tuple; refuses what is none, and any without `inplace`."""
+    """The optimizers as a tuple; refuses anything else, and any without `inplace`."""
     listed = as_optimizers(optimizers)
     if listed and not inplace:
         raise ValueError(
@@ -47,134 +182,11 @@ def check_optimizers(
     return listed
 
 
-def run(
-    model: nn.Module,
-    plan: Plan,
-    moments: Moments | None,
-    source: Source,
-    steps: Steps,
-    inplace: bool,
-    optimizers: tuple[Optimizer, ...],
-    example: Example | None,
-    stopwatch: Stopwatch = THIS_MACHINE,
-) -> Decomposition:
-    sites = match_sites(model, plan)
-    chains: dict[nn.Module, Chain] = {}
-    todo = [row for row in plan if row.method is not None]
-
-    def fit(row: Row) -> tuple[Chain, Row]:
-        return _fit(sites[row.name], row, plan, moments)
-
-    def show(row: Row, fitted: tuple[Chain, Row]) -> None:
-        chains[sites[row.name].module] = fitted[0]
-        bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)
-        bar.update()
-
-    with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not source.progress) as bar:
-        fitted = each(fit, todo, size=lambda row: entries(sites[row.name], moments), done=show)
-    changed_rows = {row.name: row for _, row in fitted}
-    rows = [changed_rows.get(row.name, row) for row in plan]
-    # A copy first, in any case: the steps after it may fail, and compare with the original.
-    changed = model if inplace and not steps else copy_with(model, chains)
-    recovered = steps.run(changed, model, source) if steps else ()
-    speed = None
-    if example is not None:
-        speed = _speed(model, changed, chains, plan, example, stopwatch)
-    if inplace:
-        missing = unoptimized(model, chains, optimizers)
-        if missing:
-            # Before anything is changed: the caller may have made warnings errors.
-            warnings.warn(
-                f"no optimizer had these replaced parameters: {', '.join(missing)}",
-                stacklevel=3,
-            )
-        replace_in(model, chains, optimizers)
-        if changed is not model:
-            changed = adopt(model, changed)
-    if plan.speed is not None:
-        in_layout(changed, (speed or plan.speed).layout)
-    return Decomposition(changed, Report(rows, plan.everything_else, recovered, speed), plan)
-
-
-def _speed(
-    model: nn.Module,
-    changed: nn.Module,
-    chains: dict[nn.Module, Chain],
-    plan: Plan,
-    example: Example,
-    stopwatch: Stopwatch,
-) -> Speed | None:
-    """The time of the result against the original's, or None of a model that has no copy."""
-    if changed is model:
-        try:
-            changed = copy_with(model, chains)
-        except ValueError:
-            return None
-    return measured_speed(model, changed, plan.speed, example, stopwatch)
-
-
-def _fit(site: Site, row: Row, plan: Plan, moments: Moments | None) -> tuple[Chain, Row]:
-    """The chain that takes the layer's place, and the row with its errors and the time it took."""
-    assert row.method is not None
-    assert row.rank is not None
-    assert site.spec is not None
-    check_weight(site)
-    decomposer = plan.decomposers[row.method]
-    weight = site.module.weight
-    assert isinstance(weight, nn.Parameter)
-    seen = None if moments is None else moments.layers.get(site.name)
-    seen = None if seen is None else seen.to(weight.device)
-    start = time.perf_counter()
-    try:
-        second = None if seen is None else seen.second_moments()
-        factorization = decomposer.factorize(weight, site.spec, row.rank, second)
-    except Exception as error:
-        raise ValueError(
-            f"layer {row.name!r} ({site.spec}): {row.method} at rank {row.rank} failed with "
-            f"{type(error).__name__}: {error}. Leave the layer alone with exclude=[{row.name!r}], "
-            "or choose another method or rank for it"
-        ) from error
-    seconds = time.perf_counter() - start
-    # The factors are rounded to the layer's dtype by now; the product shall not be once more.
-    with undisturbed(weight.device):
-        precise = factorization.to(decomposer.fit_dtype(weight))
-        approximation = precise.to_kernel()
-        lost = relative_error(weight, approximation)
-        lost_output = shift = None
-        if seen is not None:
-            lost_output = seen.output_error(weight, approximation, second)
-            gone = weight.double() - approximation.double()
-            shift = seen.mean_output(gone) if site.spec.bias else None
-    if not math.isfinite(lost):
-        raise ValueError(
-            f"layer {row.name!r} ({site.spec}): {row.method} at rank {row.rank} gave factors that "
-            "are not finite; choose another method or rank, or leave it alone with "
-            f"exclude=[{row.name!r}]"
-        )
-    chain = decomposer.assemble(site.module, factorization, row.rank, shift)
-    norms = precise.component_norms()
-    return chain, replace(
-        row,
-        weight_error=lost,
-        output_error=lost_output,
-        note="; ".join(word for word in (row.note, _data_note(site, decomposer, moments)) if word)
-        or None,
-        fit_seconds=seconds,
-        component_norms=None if norms is None else norms / (frobenius_norm(weight) or 1.0),
-    )
-
-
-def _data_note(site: Site, decomposer: Decomposer, moments: Moments | None) -> str | None:
-    """What the reader should know of the data behind a layer's fit."""
-    if moments is None:
-        return None
-    if not watchable(site.spec):
-        return "fitted by its weights: transposed convolutions have no moments"
-    if site.name not in moments:
-        return "fitted by its weights: no batch reached it"
-    if not decomposer.uses_moments:
-        return f"fitted by its weights: {decomposer.name} uses no moments"
-    layer = moments[site.name]
-    if layer.few:
-        return f"fewer samples ({layer.count:,}) than fan_in ({layer.spec.fan_in:,})"
-    return None
+def _warn_of_unoptimized(
+    model: nn.Module, chains: Mapping[nn.Module, Chain], optimizers: Sequence[Optimizer]
+) -> None:
+    """Before anything is changed, since the caller may have made warnings errors."""
+    missing = unoptimized(model, chains, optimizers)
+    if missing:
+        words = f"no optimizer had these replaced parameters: {', '.join(missing)}"
+        warnings.warn(words, stacklevel=4)

@@ -8,25 +8,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from tdecomp.calibration.calibrate import calibrate_layers, watchable
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.calibrate import GRADIENT_SAMPLES, calibrate_layers, watchable
+from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
-from tdecomp.decomposers.base import Decomposer, relative_error
-from tdecomp.layers.chain import Chain, Rank
+from tdecomp.decomposers.assemble import factors_of_chain, parameter
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.chain import Chain
 from tdecomp.layers.cost import chain_cost, total
-from tdecomp.loss_curves.candidates import candidate, rank_options
+from tdecomp.loss_curves.offers import offer_ranks
 from tdecomp.model.batches import Forward
 from tdecomp.model.sites import Site
-from tdecomp.model.surgery import copy_with, replace_in
-from tdecomp.pipeline import check_optimizers
+from tdecomp.model.surgery import copy_with, swap
+from tdecomp.pipeline import check_optimizers, fit_row
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.ranks.base import Candidate, Choice, RankSelector
+from tdecomp.ranks.base import Candidate, RankSelector
 from tdecomp.ranks.fixed import ByLayer, Fixed, exceeds
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.result import Decomposition
-from tdecomp.torch_state import undisturbed
+from tdecomp.torch_state import restoring, undisturbed
 
 
 def reduce_ranks(
@@ -35,9 +36,9 @@ def reduce_ranks(
     rank: Any,
     data: Any = None,
     forward: Forward | None = None,
-    max_batches: int | None = None,
     inplace: bool = False,
     optimizers: Optimizer | Sequence[Optimizer] = (),
+    seed: int | None = None,
     progress: bool = True,
 ) -> Decomposition:
     """Lower the ranks of a decomposed model, trained since or not.
@@ -57,8 +58,8 @@ def reduce_ranks(
         What `decompose`, `apply` or this function returned.
     rank : int, tuple, float, str, RankSelector or dict
         As for `tdecomp.plan`; shares are of the chains and the model as they are now.
-    data, forward, max_batches
-        As for `tdecomp.apply`.
+    data, forward, seed
+        As for `tdecomp.decompose`; moments of the original say nothing of the chains.
     inplace : bool
         Change `decomposition.model` itself, wholly or, on an error, not at all.
     optimizers : Optimizer or sequence of them
@@ -79,116 +80,124 @@ def reduce_ranks(
     """
     model, plan = decomposition.model, decomposition.plan
     listed = check_optimizers(optimizers, inplace)
+    selector = get_selector(rank)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    with restoring(seed):
+        chains = _chains(model, plan)
+        sites = {name: _site(chain, plan[name]) for name, chain in chains.items()}
+        moments = _moments(model, chains, batches, gradients=selector.weighs_layers)
+        candidates = _candidates(plan, chains, sites, moments, selector)
+        _refuse_larger(selector, candidates)
+        rest = plan.after - total(c[0].before for c in candidates)
+        choices = selector.select(candidates, rest)
+        replacements: dict[nn.Module, Chain] = {}
+        rows = {row.name: row for row in plan}
+        bar = tqdm(candidates, desc="reduce", unit="layer", disable=not progress)
+        for (mine,), choice in zip(bar, choices, strict=True):
+            old, row = chains[mine.layer], rows[mine.layer]
+            if choice.rank is None or choice.rank == row.rank:
+                continue
+            planned = planned_row(row, mine.decomposer, choice.rank)
+            planned = replace(planned, note=f"from rank {row.rank}", expected_error=choice.error)
+            rows[mine.layer], new = fit_row(sites[mine.layer], planned, mine.decomposer, moments)
+            replacements[old] = new.train(old.training)
+        return _put(decomposition, list(rows.values()), replacements, inplace, listed)
+
+
+def _put(
+    before: Decomposition,
+    rows: list[Row],
+    replacements: dict[nn.Module, Chain],
+    inplace: bool,
+    optimizers: Sequence[Optimizer],
+) -> Decomposition:
+    unfitted = [replace(row, weight_error=None, output_error=None) for row in rows]
+    rest, methods = before.plan.everything_else, before.plan.decomposers
+    report, plan = Report(rows, rest), Plan(unfitted, rest, methods)
+    if not inplace:
+        return Decomposition(copy_with(before.model, replacements), report, plan)
+    result = Decomposition(before.model, report, plan)
+    swap(before.model, replacements, optimizers)
+    return result
+
+
+def _chains(model: nn.Module, plan: Plan) -> dict[str, Chain]:
     chains = {row.name: model.get_submodule(row.name) for row in plan if row.method is not None}
-    if not chains or not all(isinstance(chain, Chain) for chain in chains.values()):
+    found = {name: chain for name, chain in chains.items() if isinstance(chain, Chain)}
+    if not found or len(found) < len(chains):
         raise ValueError(
             "reduce_ranks: the model has no chains where the plan has them; expected what "
             "decompose() or apply() returned, its layers still in place"
         )
-    merged = {name: _merged(chain, plan.decomposers[plan[name].method or ""], plan[name])
-              for name, chain in chains.items() if isinstance(chain, Chain)}  # fmt: skip
-    source = Source(data, forward, max_batches, progress=progress)
-    selector = get_selector(rank)
-    moments = _moments(model, chains, source, gradients=selector.weighs_layers)
-    candidates = _candidates(plan, merged, moments, selector.largest_share)
-    rest = plan.after - total(c[0].before for c in candidates)
-    _refuse_larger(selector, candidates)
-    choices = selector.select(candidates, rest)
-
-    replacements: dict[nn.Module, Chain] = {}
-    rows = {row.name: row for row in plan}
-    bar = tqdm(candidates, desc="reduce", unit="layer", disable=not progress)
-    for (mine,), choice in zip(bar, choices, strict=True):
-        old, row = chains[mine.layer], rows[mine.layer]
-        if choice.rank is None or choice.rank == row.rank:
-            continue
-        assert isinstance(old, Chain)
-        new, rows[mine.layer] = _refitted(old, merged[mine.layer], row, choice, plan, moments)
-        replacements[old] = new
-    edited = [replace(row, weight_error=None, output_error=None) for row in rows.values()]
-    changed = model
-    if inplace:
-        replace_in(model, replacements, listed)
-    else:
-        changed = copy_with(model, replacements)
-    return Decomposition(
-        changed,
-        Report(list(rows.values()), plan.everything_else),
-        Plan(edited, plan.everything_else, plan.decomposers),
-    )
+    return found
 
 
-def _merged(chain: Chain, decomposer: Decomposer, row: Row) -> nn.Module:
-    """A stock layer with the kernel and the bias that the chain stands for."""
-    assert chain.replaced is not None
-    with undisturbed(_weight(chain[0]).device):
-        factors = decomposer.factorization_of(chain, chain.replaced)
+def _site(chain: Chain, row: Row) -> Site:
+    """A layer with the kernel and the bias that the chain stands for."""
+    method: Decomposer = chain.decomposer
+    spec, first = chain.replaced, next(chain.parameters())
+    assert spec is not None
+    with undisturbed(first.device):
+        factors = factors_of_chain(chain, method)
         if factors is None:
             raise ValueError(
-                f"layer {row.name!r}: {decomposer.name} cannot tell the factors of its chain; "
+                f"layer {row.name!r}: {method.name} cannot tell the factors of its chain; "
                 "expected a method that defines factors_of"
             )
-        layer: nn.Module = chain.replaced.build(_weight(chain[0]).device, _weight(chain[0]).dtype)
-        _weight(layer).copy_(factors.to_kernel())
+        layer = spec.build(first.device, first.dtype)
+        parameter(layer.weight).copy_(factors.to_kernel())
         if isinstance(layer.bias, nn.Parameter):
             assert isinstance(chain[-1].bias, Tensor)
             layer.bias.copy_(chain[-1].bias)
             layer.bias.requires_grad_(chain[-1].bias.requires_grad)
-    _weight(layer).requires_grad_(_weight(chain[0]).requires_grad)
-    return layer.train(chain.training)
+    parameter(layer.weight).requires_grad_(first.requires_grad)
+    return Site(row.names, layer.train(chain.training), row.layer, calls=row.calls)
 
 
 def _moments(
-    model: nn.Module, chains: dict[str, nn.Module], source: Source, *, gradients: bool
+    model: nn.Module,
+    chains: dict[str, Chain],
+    data: Batches | Moments | None,
+    *,
+    gradients: bool,
 ) -> Moments | None:
-    if source.data is None:
+    if data is None:
         return None
-    if isinstance(source.data, Moments):
+    if isinstance(data, Moments):
         raise ValueError(
             "reduce_ranks: moments of the original are not what the chains see now; expected "
             "batches"
         )
-    watched = {
-        name: chain
-        for name, chain in chains.items()
-        if isinstance(chain, Chain) and watchable(chain.replaced)
-    }
+    watched = {name: chain for name, chain in chains.items() if watchable(chain.replaced)}
+    samples = GRADIENT_SAMPLES if gradients else 0
     return calibrate_layers(
-        model,
-        watched,
-        source.batches("reduce_ranks"),
-        gradients=gradients,
-        progress=source.progress,
+        model, watched, data.called_by("reduce_ranks"), gradient_samples=samples
     )
 
 
 def _candidates(
-    plan: Plan, merged: dict[str, nn.Module], moments: Moments | None, largest_share: float
+    plan: Plan,
+    chains: dict[str, Chain],
+    sites: dict[str, Site],
+    moments: Moments | None,
+    selector: RankSelector,
 ) -> list[list[Candidate]]:
-    sites = [
-        Site(plan[name].names, layer, plan[name].layer, calls=plan[name].calls)
-        for name, layer in merged.items()
-    ]
-    methods = [[plan.decomposers[plan[site.name].method or ""]] for site in sites]
-    offers = rank_options(sites, methods, moments, largest_share)
-    found = []
-    for site, (decomposer,), offer in zip(sites, methods, offers, strict=True):
-        row = plan[site.name]
-        assert row.rank is not None
-        assert row.layer is not None
-        found.append([_limited(candidate(site, decomposer, offer), row, decomposer)])
-    return found
+    """For each chain the one candidate: its own method, at no more than the ranks it has now."""
+    able = [(site, [chains[name].decomposer]) for name, site in sites.items()]
+    offers = offer_ranks(
+        able, moments, curves=selector.weighs_layers, largest_share=selector.largest_share
+    )
+    return [[_limited(offer.candidates[0], plan[offer.site.name])] for offer in offers]
 
 
-def _limited(free: Candidate, row: Row, decomposer: Decomposer) -> Candidate:
-    """The candidate with no more than the ranks that the chain has now."""
+def _limited(free: Candidate, row: Row) -> Candidate:
     current = row.rank
     assert current is not None
     assert row.layer is not None
     return replace(
         free,
         max_rank=current,
-        before=chain_cost(decomposer.stages(row.layer, current), row.calls),
+        before=chain_cost(free.decomposer.stages(row.layer, current), row.calls),
         options=lambda: [o for o in free.options() if not exceeds(o.rank, current)],
     )
 
@@ -203,36 +212,3 @@ def _refuse_larger(selector: RankSelector, candidates: Sequence[Sequence[Candida
                 f"layer {mine.layer!r}: rank {named.rank} is above its current one, "
                 f"{mine.max_rank}; expected at most that: decompose the original for a larger one"
             )
-
-
-def _refitted(
-    old: Chain, layer: nn.Module, row: Row, choice: Choice, plan: Plan, moments: Moments | None
-) -> tuple[Chain, Row]:
-    """The chain at its new rank, and the row that says so."""
-    rank: Rank | None = choice.rank
-    spec = row.layer
-    assert rank is not None
-    assert spec is not None
-    decomposer, weight = plan.decomposers[row.method or ""], _weight(layer)
-    seen = None if moments is None else moments.layers.get(row.name)
-    with undisturbed(weight.device):
-        second = None if seen is None else seen.second_moments()
-        fitted = decomposer.factorize(weight, spec, rank, second)
-        kernel = fitted.to_kernel()
-        gone = weight.double() - kernel.double()
-        shift = seen.mean_output(gone) if seen is not None and spec.bias else None
-        chain = decomposer.assemble(layer, fitted, rank, shift)
-        lost = None if seen is None else seen.output_error(weight, kernel, second)
-        changed = planned_row(row, decomposer, rank)
-        return chain.train(old.training), replace(
-            changed,
-            note=f"from rank {row.rank}",
-            expected_error=choice.error,
-            weight_error=relative_error(weight, kernel),
-            output_error=lost,
-        )
-
-
-def _weight(layer: nn.Module) -> nn.Parameter:
-    assert isinstance(layer.weight, nn.Parameter)
-    return layer.weight

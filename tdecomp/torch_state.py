@@ -74,3 +74,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Global random numbers from this seed inside, the caller's own ones after; None: as they are.
+
+    A DataLoader that shuffles takes its order from them.
+    """
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -166,8 +166,7 @@ def _decompose(
         setting.methods,
         rank=parse_rank(setting.rank),
         example_inputs=example,
-        min_channels=min_channels,
-        min_features=min_channels,
+        where=tdecomp.at_least(channels=min_channels, features=min_channels),
         data=seen.moments if seen is not None and setting.data else None,
         progress=False,
     )

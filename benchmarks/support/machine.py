@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import tdecomp
 from tdecomp.timing.setting import processor_name
 
 
@@ -23,8 +24,8 @@ def describe_machine() -> dict[str, str | int]:
 
 def describe_versions() -> dict[str, str]:
     """The versions a measurement depends on."""
-    packages = ("tdecomp", "torch", "tensorly", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    own = {"python": platform.python_version(), "tdecomp": tdecomp.__version__}
+    return own | {name: version(name) for name in ("torch", "tensorly", "numpy")}
 
 
 def peak_memory() -> int:

@@ -19,11 +19,12 @@ from benchmarks.support.kernel_fits import plain_tucker2, vbmf_by_full_svd
 from benchmarks.support.machine import peak_memory
 from benchmarks.support.pairs import in_turns, row
 from benchmarks.support.torchvision_import import import_torchvision
+from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.parallel import each, on_cpu
-from tdecomp.ranks.base import rank_at
+from tdecomp.ranks.grid import rank_at
 
 Kernels = dict[str, Tensor]
 
@@ -80,7 +81,7 @@ def three_rounds_of_thin_svds(model: nn.Module) -> Kernels:
 
 def _fit_a_quarter(conv: nn.Conv2d) -> None:
     decomposer, spec = get_decomposer("lowrank"), LayerSpec.of(conv)
-    decomposer.factorize(conv.weight, spec, rank_at(decomposer.max_rank(spec), 0.25))
+    factorize(decomposer, conv.weight, spec, rank_at(decomposer.max_rank(spec), 0.25))
 
 
 def lowrank_fits_in_turn(model: nn.Module) -> Kernels:
@@ -143,11 +144,12 @@ def build(name: str, weights: str) -> nn.Module:
     if weights == "planted":
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                _plant(module)
+                plant(module)
     return model
 
 
-def _plant(conv: nn.Conv2d) -> None:
+def plant(conv: nn.Conv2d) -> None:
+    """Add a kernel of a third of the full rank to a layer's weight."""
     matrix = conv.weight.detach().flatten(1)
     rank = max(1, min(matrix.shape) // 3)
     planted = torch.randn(matrix.shape[0], rank) @ torch.randn(rank, matrix.shape[1])
@@ -159,11 +161,12 @@ def rows(only: str, repeats: int) -> Iterator[list[str]]:
     """One line per case whose title holds `only`."""
     for case in CASES:
         if only in case.title:
-            yield _measured(case, repeats)
+            model = build(case.model, case.weights)
+            yield measured(case, repeats, model, _peak_in_own_process(case))
 
 
-def _measured(case: Case, repeats: int) -> list[str]:
-    model = build(case.model, case.weights)
+def measured(case: Case, repeats: int, model: nn.Module, peak: float) -> list[str]:
+    """The line of a case on a model; `peak` is the memory in bytes of decomposing it once."""
     plain = (dict) if case.plain is None else partial(case.plain, model)
     sides = in_turns({"": partial(case.ours, model)}, plain, repeats)[""]
     kernels: Kernels = sides.found_plainly
@@ -184,7 +187,7 @@ def _measured(case: Case, repeats: int) -> list[str]:
         errors=errors,
         worse=case.worse,
         found=(f"{sum(one.method is not None for one in report)} layers", ""),
-        peak=_peak_in_own_process(case),
+        peak=peak,
     )
     if case.plain is None:
         cells[3] = cells[4] = ""

@@ -26,7 +26,7 @@ def import_torchvision() -> ModuleType:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "torchvision is not installed; it comes with pip install 'tdecomp[benchmarks]'"
+            "torchvision is not installed; it comes with pip install 'tdecomp-torch[benchmarks]'"
         )
     if not _load_operators(Path(spec.origin).parent):
         _declare_schemas()

@@ -1,26 +1,22 @@
-"""More images out of few: what a decomposed model is to be like the original on."""
+"""Random variants of images, so that few of them show more of what the original model does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tdecomp.model.batches import Batches, tensors_of
 from tdecomp.model.example import each_tensor
 
 # Varies a batch at random.
 Augment = Callable[[Any, torch.Generator], Any]
 
-# Over the batches: as they are, and in variants.
-PASSES = 4
-
-# Smaller maps are no images, or too small to be shifted.
+# Tensors with a shorter side than this are not taken for images.
 _LEAST_SIDE = 8
 # The largest shift, as a share of the shorter side.
 _SHIFT = 1 / 8
-# How many images have a part of another one pasted in, and its largest share of the area.
+# The share of images that get a part of another image, and the largest share of its area.
 _PASTED = 0.5
 _LARGEST_PART = 0.5
 
@@ -31,8 +27,9 @@ def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
     >>> flip_and_shift(torch.ones(2, 3, 8, 8), torch.Generator()).shape
     torch.Size([2, 3, 8, 8])
 
-    The original says what comes of the images, so that no label can become wrong. Only floating
-    tensors (batch, channels, height, width) of at least 8×8 are images; all else stays.
+    No label can become wrong by this, as the original model's outputs are the targets. Only
+    floating tensors (batch, channels, height, width) of at least 8×8 are taken for images; all
+    else stays.
     """
     return each_tensor(batch, lambda tensor: _varied(tensor, generator))
 
@@ -57,7 +54,7 @@ def paste(batch: Any, generator: torch.Generator) -> Any:
     """Paste a rectangle of another image of the batch into about half of the images, at random.
 
     Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
-    Features", without the labels: what the original says of the mixture is what counts.
+    Features", without labels: the targets are the original model's outputs for the mixture.
     """
     return each_tensor(batch, lambda tensor: _pasted(tensor, generator))
 
@@ -83,16 +80,3 @@ def _pasted(batch: Tensor, generator: torch.Generator) -> Tensor:
 def _images(tensor: Tensor) -> bool:
     floating = tensor.dim() == 4 and tensor.is_floating_point()
     return floating and min(tensor.shape[2:]) >= _LEAST_SIDE
-
-
-def variants(batches: Batches, device: torch.device, augment: Augment | None) -> Iterator[Any]:
-    """The batches again and again, varied: for those who need more than there are."""
-    if augment is None:
-        return
-    for number in range(1, PASSES):
-        generator = torch.Generator("cpu").manual_seed(number)
-        for batch in batches.on(device):
-            other = augment(batch, generator)
-            if all(a is b for a, b in zip(tensors_of(batch), tensors_of(other), strict=True)):
-                return  # nothing that it varies
-            yield other

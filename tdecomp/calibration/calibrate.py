@@ -1,9 +1,11 @@
 """One pass over unlabelled batches: what every layer of a model saw."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,18 +13,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tdecomp.calibration.accumulator import Accumulator
-from tdecomp.calibration.augment import PASSES, Augment, variants
+from tdecomp.calibration.augment import Augment
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import PASSES, Batches, batches_for
 from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.model.batches import Batches, Forward, count_samples, device_of
+from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import find_sites
-from tdecomp.torch_state import no_fast_path, untouched
+from tdecomp.torch_state import no_fast_path, seeded, untouched
 
-# Examples whose gradients say how much each layer's outputs matter: ranks need no more.
-_GRADIENT_SAMPLES = 128
-# Patches for each entry of one, from which on a layer needs no variants of the batches.
+# The samples that output gradients are taken of: weighing layers needs no more.
+GRADIENT_SAMPLES = 128
+# A layer with this many patches for each entry of a patch needs no variants of the batches.
 _ENOUGH = 16
 
 
@@ -35,6 +39,7 @@ def calibrate(
     max_memory: int | None = None,
     gradients: bool = True,
     augment: Augment | None = None,
+    seed: int | None = None,
     progress: bool = True,
 ) -> Moments:
     """Run unlabelled batches through a model and sum up what each layer sees.
@@ -44,15 +49,15 @@ def calibrate(
     >>> moments["2"].matrix.shape
     torch.Size([1, 72, 72])
 
-    Memory is fan_in · min(fan_in, patches) for each layer, whatever the number of batches. The
-    model runs in eval mode and is left as it was.
+    Each layer needs memory for fan_in · min(fan_in, patches) numbers, whatever the number of
+    batches. The model runs in eval mode and is left as it was.
 
     Parameters
     ----------
     model : nn.Module
-    batches : iterable of batches
+    batches : iterable of batches, or Data
         A DataLoader, or any iterable of tensors, tuples or dicts: what the model takes, labels
-        (further items of a tuple) ignored. A single tensor is one batch.
+        (further items of a tuple) ignored. A single tensor is one batch. A `Data` adds a mask.
     forward : callable ``(model, batch) -> output``, optional
         How the model is called, where the batch is not simply its arguments.
     max_batches : int, optional
@@ -64,8 +69,11 @@ def calibrate(
         whole-model budget weighs the layers.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches, in further passes for layers that the batches hold few patches for:
-        `tdecomp.flip_and_shift` for pictures. A fit to few patches is good on these alone, and a
-        budget would take it for better than it is.
+        `tdecomp.flip_and_shift` for images. Errors of a fit to few patches are too low on these
+        same patches, which misleads a budget. The `augment` of a `Data` is not used here.
+    seed : int, optional
+        Random numbers derive from it: those of the gradients and of `augment`, and those of a
+        DataLoader that shuffles. None: always the same ones, but for the DataLoader.
     progress : bool
         Show a bar over the batches.
 
@@ -78,19 +86,19 @@ def calibrate(
     Raises
     ------
     ValueError
-        For no batches, batches that the model rejects, NaN or infinities in a layer's inputs.
+        For no batches, batches that the model rejects, NaN or infinities in a layer's inputs, and
+        a mask that fits no layer.
     """
+    given = batches_for(
+        "calibrate", batches, forward=forward, seed=seed, progress=progress,
+        max_batches=max_batches, max_memory=max_memory,
+    )  # fmt: skip
+    given = replace(given, data=replace(given.data, augment=augment))
     sites, _ = find_sites(model)
     layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
-    return calibrate_layers(
-        model,
-        layers,
-        Batches(batches, "calibrate", forward, max_batches),
-        max_memory=max_memory,
-        gradients=gradients,
-        augment=augment,
-        progress=progress,
-    )
+    samples = GRADIENT_SAMPLES if gradients else 0
+    with seeded(seed):
+        return calibrate_layers(model, layers, given, gradient_samples=samples, variants=True)
 
 
 def watchable(spec: LayerSpec | None) -> bool:
@@ -103,24 +111,23 @@ def calibrate_layers(
     layers: Mapping[str, nn.Module],
     batches: Batches,
     *,
-    max_memory: int | None = None,
-    gradients: bool = False,
-    augment: Augment | None = None,
-    progress: bool = True,
+    gradient_samples: int = 0,
+    variants: bool = False,
 ) -> Moments:
     """`calibrate` for some layers, by name."""
     found: dict[str, LayerMoments] = {}
     samples = peak = 0
-    groups = [list(layers)]
-    if max_memory is not None:
-        groups = _grouped(model, layers, batches, max_memory, 1 if augment is None else PASSES)
-    if augment is not None:
-        batches.again("augment")
+    groups, varied = [list(layers)], variants and batches.data.augment is not None
+    if batches.data.max_memory is not None:
+        groups = _grouped(model, layers, batches, PASSES if varied else 1)
+    if varied:
+        batches.require_several_passes("augment")
+    rows = CountedRows(batches)
     for number, names in enumerate(groups, 1):
         watched = {name: layers[name] for name in names}
         title = "calibrate" if len(groups) == 1 else f"calibrate {number}/{len(groups)}"
         sums, slopes, samples, held = _summed(
-            model, watched, batches, title, gradients, augment, progress
+            model, watched, batches, title, rows, gradient_samples, varied
         )
         peak = max(peak, held)
         for name in names:
@@ -128,9 +135,11 @@ def calibrate_layers(
             if moments is not None:
                 _check_finite(name, moments)
                 found[name] = moments
+    if layers:
+        rows.check_used()
     unreached = tuple(name for name in layers if name not in found)
     moments_of_all = Moments(found, unreached, samples, peak)
-    if progress:
+    if batches.progress:
         tqdm.write(f"calibrate: {moments_of_all!r}", file=sys.stderr)
     return moments_of_all
 
@@ -140,30 +149,38 @@ def _summed(
     layers: Mapping[str, nn.Module],
     batches: Batches,
     title: str,
-    gradients: bool,
-    augment: Augment | None,
-    progress: bool,
+    rows: CountedRows,
+    gradient_samples: int,
+    varied: bool,
 ) -> tuple[dict[str, Accumulator], dict[str, Tensor], int, int]:
+    """The sums and the gradients by layer, the samples, and the most bytes that the sums held."""
     sums = {name: Accumulator(_spec(layer)) for name, layer in layers.items()}
     slopes = None
-    if gradients:
-        slopes = OutputGradients({name: (layer, _spec(layer)) for name, layer in layers.items()})
+    if gradient_samples:
+        specs = {name: (layer, _spec(layer)) for name, layer in layers.items()}
+        slopes = OutputGradients(specs, batches)
     samples = peak = 0
     watching = True
     enough: set[str] = set()
 
     def watch(name: str, x: Tensor) -> None:
         if watching and name not in enough:
-            sums[name].add(x)
+            sums[name].add(rows.of_layer(x, sums[name].spec))
 
+    def run(batch: Any) -> int:
+        rows.begin(batch)
+        with torch.no_grad():
+            batches.run(model, batch)
+        return max(peak, sum(s.nbytes for s in sums.values()))
+
+    device = device_of(model)
     with _inputs_shown(model, layers, watch), torch.inference_mode(False):
-        for batch in batches.bar(device_of(model), title, progress):
-            with torch.no_grad():
-                batches.run(model, batch)
-            if slopes is not None and samples < _GRADIENT_SAMPLES:
+        for batch in batches.bar(device, title):
+            peak = run(batch)
+            if slopes is not None and samples < gradient_samples:
                 watching = False
                 try:
-                    slopes.add(model, batch, batches, _GRADIENT_SAMPLES - samples)
+                    slopes.add(model, batch, gradient_samples - samples)
                 except Exception as error:  # the model runs forwards, as has just been seen
                     slopes = None
                     warnings.warn(
@@ -173,14 +190,11 @@ def _summed(
                     )
                 watching = True
             samples += count_samples(batch)
-            peak = max(peak, sum(s.nbytes for s in sums.values()))
-        for batch in variants(batches, device_of(model), augment):
+        for batch in batches.variants(device) if varied else ():
             enough.update(n for n, s in sums.items() if s.count >= _ENOUGH * s.spec.fan_in)
             if len(enough) == len(sums):
                 break
-            with torch.no_grad():
-                batches.run(model, batch)
-            peak = max(peak, sum(s.nbytes for s in sums.values()))
+            peak = run(batch)
     return sums, {} if slopes is None else slopes.finish(), samples, peak
 
 
@@ -188,7 +202,7 @@ def _summed(
 def _inputs_shown(
     model: nn.Module, layers: Mapping[str, nn.Module], show: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Each call of one of the layers is shown first, by name and input; the model is left as is."""
+    """Call `show` with the name and the input of each layer that is about to run."""
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(no_fast_path())
@@ -207,21 +221,18 @@ def _grouped(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Batches,
-    max_memory: int,
     passes: int,
 ) -> list[list[str]]:
     """Layers in groups whose sums stay under the limit, as far as the first batch tells."""
-    batches.again("a max_memory")
+    max_memory = batches.data.max_memory or 0
+    batches.require_several_passes("a max_memory")
     first = next(batches.on(device_of(model)))
     rows = dict.fromkeys(layers, 0)
 
     def count(name: str, x: Tensor) -> None:
         spec = _spec(layers[name])
         call = spec.call(x.shape)
-        positions = 1
-        for size in spec.output_size(call.size):
-            positions *= size
-        rows[name] += call.batch * positions
+        rows[name] += call.batch * math.prod(spec.output_size(call.size))
 
     with _inputs_shown(model, layers, count), torch.no_grad():
         batches.run(model, first)
@@ -248,7 +259,7 @@ def _grouped(
 
 def _check_finite(name: str, moments: LayerMoments) -> None:
     matrix = moments.matrix
-    # Whatever is not finite in the rest of a second moment is not on its diagonal either.
+    # A non-finite entry off the diagonal always shows on the diagonal too, so that is enough.
     diagonal = None if matrix is None else matrix.diagonal(dim1=1, dim2=2)
     for part in (diagonal, moments.rows, moments.mean):
         if part is not None and not bool(torch.isfinite(part).all()):
@@ -259,5 +270,5 @@ def _check_finite(name: str, moments: LayerMoments) -> None:
 
 
 def _spec(layer: nn.Module) -> LayerSpec:
-    """Of a layer, or of the one that a chain replaced."""
+    """The spec of a layer, or of the layer that a chain replaced."""
     return getattr(layer, "replaced", None) or LayerSpec.of(layer)

@@ -1,82 +1,255 @@
-"""Unlabelled data as a user hands it over: batches, or moments already taken from them."""
+"""Unlabelled data: as the user describes it, and as the functions inside run a model on it."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from tdecomp.calibration.augment import Augment
-from tdecomp.calibration.calibrate import calibrate_layers, watchable
+from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.moments import Moments
-from tdecomp.model.batches import Batches, Forward
-from tdecomp.model.sites import Site
+from tdecomp.model.batches import Forward, call_model, moved, tensors_of
+from tdecomp.model.example import describe
+
+# Says which rows of a batch count.
+Mask = Callable[[Any], Tensor]
+
+# How often the batches are gone through: once as they are, then in variants.
+PASSES = 4
+# Each seed has this many random generators of its own.
+_GENERATORS = 64
 
 
-@dataclass(frozen=True)
-class Source:
-    """Unlabelled data as a user hands it over: batches, or moments already taken from them."""
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Unlabelled batches, with their limits and with the rows that count.
 
-    data: Any = None
-    forward: Forward | None = None
+    >>> batches = [{"x": torch.randn(4, 7, 16), "is_token": torch.ones(4, 7)}]
+    >>> data = Data(batches, max_batches=10, mask=lambda batch: batch["is_token"].bool())
+
+    Parameters
+    ----------
+    batches : iterable of batches
+        A DataLoader, or any iterable of tensors, tuples or dicts: the inputs of the model. Further
+        items of a tuple, such as labels, are ignored. A single tensor or dict is one batch.
+    max_batches : int, optional
+        Use only the first batches, at most this many.
+    max_memory : int, optional
+        The memory in bytes that sums over layers' inputs may take at a time; see `calibrate`.
+    mask : callable ``(batch) -> Tensor``, optional
+        Which rows count, e.g. tokens that are not padding: a bool tensor (batch,) or
+        (batch, length), True for rows that count. It holds for the moments, for the gradients and
+        for the sums of `refit`, in layers whose input has the shape of the mask in front: a Linear
+        on (batch, ..., features) or (batch, length, ..., features), and, for a mask (batch,), a
+        convolution on (batch, channels, ...). All rows count in every other layer, in
+        `recalibrate_batchnorm`, in `distill` and in the errors of the whole model.
+    augment : callable ``(batch, generator) -> batch``, optional
+        Varies batches at random, for `refit`, `distill` and the fits before them; all else uses
+        the batches as they are. By default images are mirrored and shifted a little. None where
+        this makes no sense.
+
+    Raises
+    ------
+    TypeError
+        If `batches` are no batches, or `mask` or `augment` cannot be called.
+    ValueError
+        If a limit is not a whole number of at least 1.
+    """
+
+    batches: Any
     max_batches: int | None = None
     max_memory: int | None = None
-    progress: bool = True
-    augment: Augment | None = None
+    mask: Mask | None = None
+    augment: Augment | None = flip_and_shift
 
-    def batches(self, wanted_by: str) -> Batches:
-        """The batches, for steps that moments are not enough for."""
-        if self.data is None or isinstance(self.data, Moments):
-            got = "none" if self.data is None else "moments"
-            raise ValueError(
-                f"{wanted_by} runs the model on batches, got {got}; expected data= to be a "
-                "DataLoader or a list of batches"
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, Moments):
+            raise TypeError(
+                "Data holds batches, got Moments; expected data=moments without Data around them"
             )
-        return Batches(self.data, wanted_by, self.forward, self.max_batches)
+        iterable = isinstance(self.batches, Iterable) and not isinstance(self.batches, (str, bytes))
+        if not iterable:
+            raise TypeError(
+                "data: expected batches (a DataLoader, or an iterable of tensors, tuples or "
+                f"dicts), got {type(self.batches).__name__}"
+            )
+        for name, unit in (("max_batches", ""), ("max_memory", " (bytes)")):
+            limit = getattr(self, name)
+            if limit is not None and not (_whole(limit) and limit >= 1):
+                raise ValueError(
+                    f"data: expected {name} to be a whole number of at least 1{unit}, got {limit!r}"
+                )
+        for name, call in (("mask", "mask(batch)"), ("augment", "augment(batch, generator)")):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"data: expected None or a callable {call}, got {name}={value!r}")
 
-    def moments(
-        self, model: nn.Module, sites: Sequence[Site], wanted: Collection[str], *, gradients: bool
-    ) -> Moments | None:
-        """Moments of the wanted sites, taken now unless they were handed over; None without data.
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches with all that it takes to run a model on them, as often as needed.
+
+    >>> [x.shape for x in Batches(Data(torch.zeros(2, 3)), "example").on(torch.device("cpu"))]
+    [torch.Size([2, 3])]
+
+    Attributes
+    ----------
+    data : Data
+    caller : str
+        The function that runs the model, which error messages start with.
+    forward : callable ``(model, batch) -> output``
+        How the model is called.
+    seed : int, optional
+        From which all random numbers derive; None for those of seed 0.
+    progress : bool
+        Whether to show bars.
+    """
+
+    data: Data
+    caller: str
+    forward: Forward = call_model
+    seed: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    def called_by(self, caller: str) -> "Batches":
+        """The same batches, used by another function."""
+        return replace(self, caller=caller)
+
+    def require_several_passes(self, reason: str) -> None:
+        """Refuse batches that can be iterated over only once; `reason` says who needs more."""
+        batches = self.data.batches
+        if iter(batches) is batches:
+            raise ValueError(
+                f"{self.caller}: {reason} goes through the batches more than once, got "
+                f"{type(batches).__name__}, which yields them only once; expected a DataLoader or "
+                "a list"
+            )
+
+    def __len__(self) -> int:
+        """How many there are; 0 if this is not known."""
+        batches, limit = self._iterable(), self.data.max_batches
+        known = len(batches) if isinstance(batches, Sized) else 0
+        return known if limit is None else min(known, limit)
+
+    def on(self, device: torch.device) -> Iterator[Any]:
+        """Yield the batches, every tensor in them on `device`."""
+        empty = True
+        for batch in islice(self._iterable(), self.data.max_batches):
+            empty = False
+            yield moved(batch, device)
+        if empty:
+            raise ValueError(
+                f"{self.caller}: got no batches; expected at least one (an exhausted generator "
+                "looks like this too: pass a DataLoader or a list)"
+            )
+
+    def bar(self, device: torch.device, title: str) -> Iterator[Any]:
+        """`on`, with a progress bar."""
+        total = len(self) or None
+        yield from tqdm(
+            self.on(device), desc=title, total=total, unit="batch", disable=not self.progress
+        )
+
+    def variants(self, device: torch.device) -> Iterator[Any]:
+        """Yield the batches in further passes, varied by `data.augment`."""
+        if self.data.augment is None:
+            return
+        for number in range(1, PASSES):
+            generator = self.generator(number)
+            for batch in self.on(device):
+                other = self.data.augment(batch, generator)
+                if all(a is b for a, b in zip(tensors_of(batch), tensors_of(other), strict=True)):
+                    return  # it holds nothing that `augment` varies
+                yield other
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output for one batch.
 
         Raises
         ------
-        ValueError
-            For moments of another model or of inputs of another size, and as `calibrate`.
+        BatchError
+            If the model rejects the batch.
         """
-        if self.data is None:
-            return None
-        if isinstance(self.data, Moments):
-            _check_fit(self.data, sites)
-            return self.data
-        layers = {s.name: s.module for s in sites if s.name in wanted and watchable(s.spec)}
-        return calibrate_layers(
-            model,
-            layers,
-            self.batches("data"),
-            max_memory=self.max_memory,
-            gradients=gradients,
-            augment=self.augment,
-            progress=self.progress,
+        try:
+            return self.forward(model, batch)
+        except BatchError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"{self.caller}: the model rejected a batch ({describe(batch)}): "
+                f"{type(error).__name__}: {error}. Expected what the model takes as its first "
+                "argument, a tuple that starts with it, or a dict of keyword arguments; "
+                "forward=lambda model, batch: ... says how else to call it"
+            ) from error
+
+    def generator(self, number: int) -> torch.Generator:
+        """A random generator in its first state: each number and each seed has its own."""
+        seed = _GENERATORS * (self.seed or 0) + number
+        return torch.Generator("cpu").manual_seed(seed)
+
+    def _iterable(self) -> Iterable[Any]:
+        batches: Iterable[Any] = self.data.batches
+        return [batches] if isinstance(batches, (Tensor, dict)) else batches
+
+
+class BatchError(ValueError):
+    """A batch that the model or the mask rejects."""
+
+
+def batches_for(
+    caller: str,
+    data: Any,
+    *,
+    forward: Forward | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Batches:
+    """The batches of a function that runs a model, from a `Data` or from batches and `options`.
+
+    The options are fields of `Data`; a ValueError refuses those that `data` holds already, and
+    moments.
+    """
+    if isinstance(data, Moments):
+        raise ValueError(
+            f"{caller} runs the model on batches, got moments; expected a DataLoader or a list of "
+            "batches, such as those that the moments were taken from"
+        )
+    if isinstance(data, Data):
+        given = [name for name, value in options.items() if value is not getattr(Data, name)]
+        if given:
+            expected = ", ".join(f"{name}=..." for name in given)
+            raise ValueError(
+                f"{caller}: got {expected} beside a Data; expected Data(batches, {expected})"
+            )
+    else:
+        data = Data(data, **options)
+    return Batches(data, caller, forward or call_model, seed, progress)
+
+
+def batches_or_moments(
+    data: Any, *, forward: Forward | None = None, seed: int | None = None, progress: bool = True
+) -> Batches | Moments | None:
+    """What a user gave as ``data=``: None, `Moments`, a `Data`, or batches without one."""
+    if data is None or isinstance(data, Moments):
+        check_seed(seed)
+        return data
+    return batches_for("data", data, forward=forward, seed=seed, progress=progress)
+
+
+def check_seed(seed: Any) -> None:
+    """Raise a ValueError unless it is None or a seed that torch and NumPy take."""
+    if seed is not None and not (_whole(seed) and 0 <= seed < 2**32):
+        raise ValueError(
+            f"expected seed to be None or a whole number from 0 to 2³² - 1, got {seed!r}"
         )
 
 
-def _check_fit(moments: Moments, sites: Sequence[Site]) -> None:
-    known = {name: site for site in sites for name in site.names}
-    for name, layer in moments.items():
-        site = known.get(name)
-        if site is None or site.spec != layer.spec:
-            found = "no such layer" if site is None else str(site.spec)
-            raise ValueError(
-                f"layer {name!r}: the moments are of {layer.spec}, the model has {found}; expected "
-                "moments of this very model: calibrate(model, batches) takes them"
-            )
-        for call in site.calls or ():
-            if layer.sizes and call.size not in layer.sizes:
-                seen = ", ".join("×".join(map(str, size)) for size in layer.sizes[:3])
-                asked = "×".join(map(str, call.size))
-                raise ValueError(
-                    f"layer {name!r}: the moments are of inputs of size {seen}, the example inputs "
-                    f"give it {asked}; expected both to be of one size: calibrate with images as "
-                    "large as example_inputs"
-                )
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)

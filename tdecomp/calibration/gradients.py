@@ -1,4 +1,4 @@
-"""How much each layer's outputs matter to what the model says."""
+"""How much an error in each layer's outputs changes the outputs of the model."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,52 +8,56 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import output_rows
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import Batches
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.model.batches import Batches, count_samples, in_parts, tensors_of
+from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.torch_state import frozen, undisturbed
 
-# Of these at a time the activations are kept.
-_GRADIENTS_AT_A_TIME = 16
+# The samples whose activations are kept at a time, for the backward pass.
+_SAMPLES_AT_A_TIME = 16
 
 
 class OutputGradients:
     """Gradients at the layers' outputs, of random mixtures of the model's outputs.
 
-    For outputs z and v ~ N(0, I), ``E[(∂vᵀz/∂y)(∂vᵀz/∂y)ᵀ] = Jᵀ J``: by how much a small error in
-    y changes the square of the model's outputs, as in the Fisher information of a Gaussian
-    (Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
-    Curvature", section 2). No labels, and no assumption on what the outputs mean.
+    For layer outputs y, model outputs z and v ~ N(0, I), ``E[(∂vᵀz/∂y)(∂vᵀz/∂y)ᵀ] = Jᵀ J`` says by
+    how much a small error in y changes the square of z, as the Fisher information of a Gaussian
+    does (Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature", section 2). It needs no labels, and z may mean anything.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[nn.Module, LayerSpec]]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, tuple[nn.Module, LayerSpec]], batches: Batches) -> None:
+        self._layers, self._batches = layers, batches
+        self._rows = CountedRows(batches)
         self._sums: dict[str, Tensor] = {}
         self.samples = 0
-        self._generator = torch.Generator("cpu").manual_seed(0)
+        self._generator = batches.generator(0)
 
-    def add(self, model: nn.Module, batch: Any, batches: Batches, most: int) -> None:
+    def add(self, model: nn.Module, batch: Any, most: int) -> None:
         """Run the first samples of a batch forwards and backwards, a few at a time.
 
-        Where the model takes no part of the batch, as of a long sequence, all of it at once.
+        If the model rejects a part of the batch, as of a single sequence, it gets the whole batch.
         """
-        parts = in_parts(batch, _GRADIENTS_AT_A_TIME, most)
+        parts = in_parts(batch, _SAMPLES_AT_A_TIME, most)
         try:
             for few in parts:
-                self._add(model, few, batches)
+                self._add(model, few)
         except Exception:
             if len(parts) == 1:
                 raise
-            self._add(model, batch, batches)
+            self._add(model, batch)
 
-    def _add(self, model: nn.Module, batch: Any, batches: Batches) -> None:
+    def _add(self, model: nn.Module, batch: Any) -> None:
+        self._rows.begin(batch)
         anchors: list[Tensor] = []
 
         def mark(name: str, output: Tensor) -> Tensor:
-            if not output.requires_grad:  # nothing before it does: the graph begins here
+            if not output.requires_grad:  # no earlier layer is marked: the graph begins here
                 output = output.detach().requires_grad_()
                 anchors.append(output)
             output.register_hook(lambda slope: self._take(name, slope))
-            return output.clone()  # what follows may change it in place
+            return output.clone()  # the next module may change it in place
 
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
@@ -63,22 +67,25 @@ class OutputGradients:
                 )
                 stack.callback(handle.remove)
             with torch.enable_grad():
-                outputs = [z for z in tensors_of(batches.run(model, batch)) if z.requires_grad]
-                if not outputs:
+                outputs = tensors_of(self._batches.run(model, batch))
+                mixed = [self._mixture(z) for z in outputs if z.requires_grad]
+                if not mixed:
                     return
-                mixed = [
-                    (z * torch.randn(z.shape, generator=self._generator, device="cpu").to(z)).sum()
-                    for z in outputs
-                ]
                 torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
         self.samples += count_samples(batch)
 
+    def _mixture(self, z: Tensor) -> Tensor:
+        v = torch.randn(z.shape, generator=self._generator, device="cpu").to(z)
+        return self._rows.of_output(z * v).sum()
+
     def _take(self, name: str, slope: Tensor) -> None:
+        spec = self._layers[name][1]
         with undisturbed(slope.device):
-            rows = output_rows(slope, self._layers[name][1]).float()
+            rows = output_rows(self._rows.of_layer(slope, spec), spec).float()
             product = (rows.T @ rows).double()
             self._sums[name] = self._sums[name] + product if name in self._sums else product
 
     def finish(self) -> dict[str, Tensor]:
+        """The second moment (out, out) for each layer that has a finite one."""
         found = {name: total / max(self.samples, 1) for name, total in self._sums.items()}
         return {name: g for name, g in found.items() if bool(torch.isfinite(g).all())}

@@ -64,24 +64,36 @@ class LayerMoments:
     def output_variance(
         self, weight: Tensor, second: Sequence[SecondMoment] | None = None
     ) -> float:
-        """``E‖y − E y‖²`` of the layer's outputs with this weight; see `output_error`."""
+        """``E‖y − E y‖²`` of the layer's outputs with this weight."""
         if second is None or not self.spec.bias:
             second = replace(self, spec=replace(self.spec, bias=True)).second_moments()
         return sum(m.lost(k) for m, k in zip(second, self.kernels(weight), strict=True))
 
-    def output_error(
-        self, weight: Tensor, approximation: Tensor, second: Sequence[SecondMoment] | None = None
-    ) -> float:
-        """The share of the outputs' variance that is lost, with the bias corrected for the mean.
+    def lost(
+        self, weight: Tensor, difference: Tensor, second: Sequence[SecondMoment]
+    ) -> tuple[float, float | None]:
+        """The share of the outputs' variance that is lost, and the loss weighted by gradients.
 
-        ``E‖(W − W̃) x‖² / E‖W x − E[W x]‖²``, both weights in the layer's own layout; `second`
-        is what `second_moments` gave, where it is at hand.
+        ``E‖D x‖² / E‖W x − E[W x]‖²`` of a difference D of weights, with the bias corrected for
+        the mean; and ``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment, None without.
+
+        Parameters
+        ----------
+        weight, difference : Tensor
+            In the layer's own layout.
+        second : sequence of SecondMoment
+            As `second_moments` gives them.
         """
-        second = self.second_moments() if second is None else second
-        difference = self.kernels(weight.detach().double() - approximation.detach().double())
-        lost = sum(m.lost(d) for m, d in zip(second, difference, strict=True))
+        kernels, blocks = self.kernels(difference), self.gradient_blocks()
+        if blocks is None:
+            lost, loss = sum(m.lost(d) for m, d in zip(second, kernels, strict=True)), None
+        else:
+            outputs = [m.between(d) for m, d in zip(second, kernels, strict=True)]
+            lost = sum(max(float(group.trace()), 0.0) for group in outputs)
+            pairs = zip(blocks, outputs, strict=True)
+            loss = max(sum(float((block * group).sum()) for block, group in pairs), 0.0)
         variance = self.output_variance(weight, second)
-        return lost / variance if variance > 0 else float(lost > 0)
+        return (lost / variance if variance > 0 else float(lost > 0)), loss
 
     def mean_output(self, weight: Tensor) -> Tensor:
         """``W E[x]`` (out_channels,), without the bias."""

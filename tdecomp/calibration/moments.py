@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec
 
@@ -44,8 +45,8 @@ class Moments(Mapping[str, LayerMoments]):
         self.unreached = unreached
         self.samples = samples
         self.peak_bytes = peak_bytes
-        # Fits that were made to choose ranks, so that the next budget finds them.
-        self.fits: dict[Any, dict[Any, Any]] = {}
+        # Losses and drafts already computed, so that the next plan finds them.
+        self.fits = FitCache()
 
     def __getitem__(self, name: str) -> LayerMoments:
         return self.layers[name]

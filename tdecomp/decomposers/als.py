@@ -1,11 +1,11 @@
-"""CP factors of a kernel by alternating least squares: TensorLy's sweeps, well started and ended.
+"""CP factors of a kernel by alternating least squares: TensorLy's sweeps, their start and end.
 
 Phan et al. 2020, "Stable Low-rank Tensor Decomposition for Compression of Convolutional Neural
-Network", on why they have to be kept from degenerating.
+Network", explains why the fit has to be kept from degenerating.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,75 +13,90 @@ from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS
 from tdecomp.linalg.svd import leading_vectors
 from tdecomp.linalg.tensorly_backend import mode_products, torch_backend, unfold
 
+# Noise on the singular vectors that a fit starts from, relative to their size.
 _JITTER = 1e-2
-# A relative error below which the kernel counts as being of the rank asked for.
+# Below this relative error a kernel counts as having the rank that is asked for.
 _EXACT = 1e-2
-# Ranks above the channels are found in a few sweeps only where the factors have about as many
-# entries as the kernel.
+# A rank above the number of channels is found in a few sweeps only where the factors have at least
+# this share of the kernel's entries.
 _PARITY = 0.8
-# Above this times √rank the sum of the component norms counts as degenerate.
-_MAX_COMPONENT_NORMS = 5.0
-# The share of its size that a kernel may be compressed to for that to be worth it.
+# A kernel is compressed only if this share of its size, or less, is left.
 _WORTHWHILE = 0.5
 # Always on the factors, so that the normal equations of a rank-deficient kernel can be solved.
 _TRACE_RIDGE = 1e-10
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How long each part of a fit is given.
+class Sweeps:
+    """The numbers of sweeps of each part of a fit, and the tolerance of the main part.
 
     Attributes
     ----------
-    trial_sweeps : int
-        That show whether a kernel has the very rank asked for, where it may.
-    last_sweeps : int
-        At the end, on the kernel itself and without the ridge, that take back what it cost.
+    trial : int
+        To find out whether a kernel has exactly the rank asked for, where that is possible.
+    last : int
+        At the end, on the kernel itself and without the ridge, to recover what the ridge cost.
     coarser : float
-        How many times `tol` the progress of a sweep has to be for another one to be made.
+        The factor on `tol` for the sweeps before.
     """
 
-    trial_sweeps: int
-    last_sweeps: int
+    trial: int
+    last: int
     coarser: float
 
 
-EFFORTS = {"balanced": Effort(5, 4, 1.0), "quick": Effort(2, 2, 20.0)}
+EFFORTS = {
+    "balanced": Sweeps(trial=5, last=4, coarser=1.0),
+    "quick": Sweeps(trial=2, last=2, coarser=20.0),
+}
 
 
 @dataclass(frozen=True)
 class ALSOptions:
-    """How `parafac` is run; see `CP` for what each means."""
+    """How `parafac` is run; `CP` describes the first five.
+
+    Attributes
+    ----------
+    draft : bool
+        Whether the fit only estimates what a rank loses. It then has no last sweeps.
+    max_component_norms : float
+        A fit counts as degenerate if the sum of its component norms is above this, times √rank.
+    """
 
     n_iter_max: int
     tol: float
     l2_reg: float
     random_state: int
-    effort: Effort
+    sweeps: Sweeps
+    draft: bool = False
+    max_component_norms: float = 5.0
 
     @property
     def last_sweeps(self) -> int:
-        """Without the ridge; in a draft the others are worth more."""
-        return 0 if self.n_iter_max <= DRAFT_ITERATIONS else self.effort.last_sweeps
+        """The sweeps on the kernel itself and without the ridge, none in a draft."""
+        return 0 if self.draft else self.sweeps.last
 
 
-def cp_factors(kernel: Tensor, rank: int, options: ALSOptions) -> list[Tensor]:
+def cp_factors(
+    kernel: Tensor, rank: int, options: ALSOptions, start: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """One factor (size, R) for each mode of the kernel, whose sum of outer products is near it.
 
-    Components that grow while they cancel are held down by a ridge on the factors, except where
-    the kernel turns out to be of the rank asked for. Where the sum of the component norms still
-    ends above ``5 √rank`` times the kernel's norm (``√rank`` is that of orthogonal components),
-    the fit is made again with a stronger ridge.
+    A ridge on the factors keeps components from growing while they cancel each other, except where
+    the kernel turns out to have exactly the rank asked for. If the sum of the component norms still
+    ends above ``max_component_norms √rank`` times the kernel's norm (for orthogonal components it
+    is ``√rank`` times), the fit is made again with a stronger ridge.
 
     Parameters
     ----------
     kernel : Tensor, shape (out, in, *modes)
     rank : int
     options : ALSOptions
+    start : sequence of Tensor, optional
+        Factors to start from, such as those of a draft.
 
     Raises
     ------
@@ -92,20 +107,17 @@ def cp_factors(kernel: Tensor, rank: int, options: ALSOptions) -> list[Tensor]:
     if norm == 0.0:
         return [kernel.new_zeros(size, rank) for size in kernel.shape]
     kernel = kernel / norm
-    bound = _MAX_COMPONENT_NORMS * rank**0.5
+    bound = options.max_component_norms * rank**0.5
     leading = [leading_vectors(unfold(kernel, mode), rank) for mode in range(2)]
     channels, outside = [vectors for vectors, _ in leading], max(share for _, share in leading)
     core, bases = _compressed(kernel, channels)
-    start = _singular_start(core, rank, options.random_state, [] if bases else channels)
-    # A kernel that has this very rank wants no ridge; every other fit is an approximation.
-    plain = [(exact, 0.0) for exact in _exact_starts(core, rank, start, outside, options)]
-    ridged = [(start, strength * options.l2_reg) for strength in (1.0, 10.0, 100.0)]
-    for factors, ridge in plain + (ridged if options.l2_reg else ridged[:1]):
+    known = [] if bases else channels
+    near = None if start is None else _within([start[0] / norm, *start[1:]], bases)
+    for factors, ridge in _starts(core, rank, known, outside, near, options):
         swept = _sweep(core, rank, factors, ridge, options)
         outer = [base @ factor for base, factor in zip(bases, swept, strict=False)]
         found = [*outer, *swept[len(bases) :]]
         if options.last_sweeps:
-            # On the kernel itself, and without the ridge.
             found, _ = _parafac(kernel, rank, found, options.last_sweeps, tol=0.0, ridge=0.0)
         if component_norms(found) <= bound:
             return [norm * found[0], *found[1:]]
@@ -116,7 +128,7 @@ def cp_factors(kernel: Tensor, rank: int, options: ALSOptions) -> list[Tensor]:
 
 
 def few_sweeps(kernel: Tensor, rank: int, sweeps: int, options: ALSOptions) -> list[Tensor]:
-    """Factors to begin a fit of another kind with."""
+    """Factors after a few sweeps, for a fit of another kind to start from."""
     start = _singular_start(kernel, rank, options.random_state)
     return _parafac(kernel, rank, start, sweeps, options.tol, options.l2_reg)[0]
 
@@ -128,11 +140,11 @@ def component_norms(factors: Sequence[Tensor]) -> float:
 
 
 def _compressed(kernel: Tensor, channels: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The kernel in the leading singular vectors of its outputs and inputs, and these vectors.
+    """The kernel in the basis of its channels' leading singular vectors, and these vectors.
 
-    Sweeps cost a fraction there, and the components of a fit of a low rank lie nearly in their
-    span (Bro and Andersson 1998, "Improving the speed of multiway algorithms: Part II.
-    Compression"). Where little is gained the kernel as it is, and no vectors.
+    Sweeps are much cheaper there, and the components of a low-rank fit lie nearly in the span of
+    the vectors (Bro and Andersson 1998, "Improving the speed of multiway algorithms: Part II.
+    Compression"). Where the kernel would hardly get smaller, it is returned without any vectors.
     """
     size = math.prod(vectors.shape[1] for vectors in channels)
     if size > _WORTHWHILE * math.prod(kernel.shape[:2]):
@@ -140,12 +152,37 @@ def _compressed(kernel: Tensor, channels: list[Tensor]) -> tuple[Tensor, list[Te
     return mode_products(kernel, [vectors.T for vectors in channels], modes=[0, 1]), channels
 
 
+def _within(factors: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor]:
+    """The factors in the bases of a compressed kernel's channels."""
+    inner = [base.T @ factor for base, factor in zip(bases, factors, strict=False)]
+    return [*inner, *factors[len(bases) :]]
+
+
+def _starts(
+    kernel: Tensor,
+    rank: int,
+    channels: Sequence[Tensor],
+    outside: float,
+    near: list[Tensor] | None,
+    options: ALSOptions,
+) -> Iterator[tuple[list[Tensor], float]]:
+    """Factors to start from and the ridge to sweep with, in the order in which they are tried."""
+    if near is not None:
+        yield near, options.l2_reg
+    singular = _singular_start(kernel, rank, options.random_state, channels)
+    # A kernel of exactly this rank needs no ridge; every other fit is an approximation.
+    for exact in _exact_starts(kernel, rank, singular, outside, options):
+        yield exact, 0.0
+    for strength in (1.0, 10.0, 100.0) if options.l2_reg else (1.0,):
+        yield singular, strength * options.l2_reg
+
+
 def _exact_starts(
     kernel: Tensor, rank: int, start: list[Tensor], outside: float, options: ALSOptions
 ) -> list[list[Tensor]]:
-    """Factors near which the kernel has this very rank, if a few sweeps find any.
+    """Factors that nearly give the kernel, if a few sweeps find any: it has this rank then.
 
-    No fit reaches the share of the squares that is `outside` the leading vectors of a mode.
+    `outside` is the share of the squares outside the leading vectors of a mode; every fit loses it.
     """
     weights = rank * sum(kernel.shape)
     beyond_channels = rank > max(kernel.shape[:2])
@@ -153,10 +190,10 @@ def _exact_starts(
         return []
     starts = [start]
     if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
-        # It finds kernels that have this rank, which singular vectors often miss.
+        # Sweeps from here find such kernels where those from singular vectors often fail.
         starts += _diagonalisation_start(kernel, rank)
-    sweeps = min(options.effort.trial_sweeps, options.n_iter_max)
-    tol = options.tol * options.effort.coarser
+    sweeps = min(options.sweeps.trial, options.n_iter_max)
+    tol = options.tol * options.sweeps.coarser
     tries = [_parafac(kernel, rank, one, sweeps, tol, ridge=0.0) for one in starts]
     factors, errors = min(tries, key=lambda fit: fit[1][-1])
     return [factors] if errors[-1] < _EXACT else []
@@ -165,14 +202,14 @@ def _exact_starts(
 def _sweep(
     kernel: Tensor, rank: int, start: list[Tensor], ridge: float, options: ALSOptions
 ) -> list[Tensor]:
-    """All sweeps from `start` but the last few; with a ridge single precision is enough."""
+    """The sweeps from `start` except the last ones; with a ridge single precision is enough."""
     dtype = torch.float32 if ridge else kernel.dtype
     swept, _ = _parafac(
         kernel.to(dtype),
         rank,
         [factor.to(dtype) for factor in start],
         max(1, options.n_iter_max - options.last_sweeps),
-        options.tol * options.effort.coarser,
+        options.tol * options.sweeps.coarser,
         ridge,
     )
     return [factor.to(kernel.dtype) for factor in swept]
@@ -201,10 +238,10 @@ def _singular_start(
 ) -> list[Tensor]:
     """The leading singular vectors of each unfolding, filled up with seeded Gaussian columns.
 
-    `channels` are those of the first modes, where they are known.
+    `channels` are the vectors of the first modes where they are known already.
 
-    A little noise on all of them leaves the saddle points of symmetric kernels, where sweeps from
-    the singular vectors themselves would lose components for good.
+    A little noise moves the start away from the saddle points of symmetric kernels, where sweeps
+    from the singular vectors themselves would lose components for good.
     """
     generator = torch.Generator("cpu").manual_seed(random_state)
     factors = []
@@ -222,18 +259,18 @@ def _singular_start(
 def _diagonalisation_start(kernel: Tensor, rank: int) -> list[list[Tensor]]:
     """CP by the eigenvectors of a quotient of two slice mixtures (Leurgans, Ross and Abel 1993).
 
-    Exact where the kernel has this rank; an empty list where the slices are singular.
+    Exact where the kernel has this rank. The list is empty where the slices are singular.
     """
     out, _ = leading_vectors(unfold(kernel, 0), rank)
     into, _ = leading_vectors(unfold(kernel, 1), rank)
     slices = kernel.flatten(2)  # (out, in, kernel)
     core = mode_products(slices, [out.T, into.T], modes=[0, 1])  # (R, R, kernel)
-    # Any two mixtures of the slices do; fixed, unequal ones keep the fit deterministic.
+    # Any two different mixtures of the slices work; fixed ones keep the fit deterministic.
     position = torch.arange(1, core.shape[2] + 1, dtype=core.dtype, device=core.device)
     left, right = core @ position.sin(), core @ (2 * position).cos()
     try:
         values, vectors = torch.linalg.eig(torch.linalg.solve(right, left, left=False))
-        # A complex pair spans the same plane as the real and imaginary part of one of the two.
+        # A conjugate pair spans the same plane as the real and the imaginary part of one of them.
         columns = torch.where(values.imag >= 0, vectors.real, vectors.imag)
         out = out @ (columns / columns.norm(dim=0))  # (out, R)
         rows = torch.linalg.pinv(out) @ unfold(slices, 0)  # (R, in · kernel), each of rank one

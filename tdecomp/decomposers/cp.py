@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from tdecomp.decomposers.als import EFFORTS, ALSOptions, component_norms, cp_factors, few_sweeps
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
+from tdecomp.decomposers.base import Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.least_squares import Features, SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.tensorly_backend import torch_backend
-from tdecomp.linalg.variable_projection import Features, variable_projection
 
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-4
+# Enough for fits that are only compared with one another.
+_DRAFT_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,11 @@ class CPFactors(Factors):
 
 
 def fit_cp(
-    kernel: Tensor, rank: int, kernel_size: tuple[int, ...], options: ALSOptions
+    kernel: Tensor,
+    rank: int,
+    kernel_size: tuple[int, ...],
+    options: ALSOptions,
+    start: Sequence[Tensor] | None = None,
 ) -> CPFactors:
     """The sum of `rank` outer products that alternating least squares finds; see `cp_factors`.
 
@@ -98,8 +104,10 @@ def fit_cp(
     kernel_size : tuple of int
         The spatial modes before they were joined.
     options : ALSOptions
+    start : sequence of Tensor, optional
+        Factors to begin with.
     """
-    return CPFactors(tuple(cp_factors(kernel, rank, options)), kernel_size).balanced()
+    return CPFactors(tuple(cp_factors(kernel, rank, options, start)), kernel_size).balanced()
 
 
 def fit_cp_to(
@@ -117,30 +125,28 @@ def fit_cp_to(
         Of the rank that is wanted.
     moment : SecondMoment
     """
-
-    def khatri_rao(theta: Sequence[Tensor]) -> Tensor:
-        """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
-        product = theta[0].new_ones(1, theta[0].shape[1])
-        for factor in theta:
-            norms = factor.norm(dim=0)
-            unit = factor / torch.where(norms > 0, norms, 1.0)
-            product = (product[:, None] * unit[None]).flatten(0, 1)
-        return product
-
-    others = list(start.factors[1:])
-    out, theta = variable_projection(
-        kernel.flatten(1),
-        moment,
-        Features(
-            lambda matrix, theta: matrix @ khatri_rao(theta),
-            lambda weights, theta: (weights * khatri_rao(theta)).sum(),
-        ),
-        others,
-        n_iter_max=n_iter_max,
-        tol=tol,
-    )
+    fit = SeparableFit(kernel.flatten(1), moment, cp_features())
+    out, theta = fit.minimise(start.factors[1:], n_iter_max=n_iter_max, tol=tol)
     unit = [factor / factor.norm(dim=0).clamp_min(torch.finfo(out.dtype).tiny) for factor in theta]
     return replace(start, factors=(out, *unit)).balanced()
+
+
+def cp_features() -> Features:
+    """The columns that the factor of the outputs multiplies, as a function of all other factors."""
+    return Features(
+        lambda matrix, theta: matrix @ _khatri_rao(theta),
+        lambda weights, theta: (weights * _khatri_rao(theta)).sum(),
+    )
+
+
+def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
+    product = factors[0].new_ones(1, factors[0].shape[1])
+    for factor in factors:
+        norms = factor.norm(dim=0)
+        unit = factor / torch.where(norms > 0, norms, 1.0)
+        product = (product[:, None] * unit[None]).flatten(0, 1)
+    return product
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ class CP(Decomposer):
     name: ClassVar[str] = "cp"
     source: ClassVar[str] = "Lebedev et al. 2015, joint spatial modes"
     fits_in_float64: ClassVar[bool] = True
+    iterative: ClassVar[bool] = True
 
     n_iter_max: int = 100
     tol: float = 1e-4
@@ -199,19 +206,28 @@ class CP(Decomposer):
             spec.pointwise(middle, spec.out_channels, bias=spec.bias),
         )
 
-    def fit(self, kernel: Tensor, rank: Rank) -> CPFactors:
-        assert isinstance(rank, int)
-        kernel_size = tuple(kernel.shape[2:])
-        return fit_cp(self._joined(kernel), rank, kernel_size, self._options())
-
-    def fit_to(
-        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+    def fit(
+        self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
     ) -> CPFactors:
         assert isinstance(rank, int)
-        before = self._start(kernel, rank) if start is None else start
+        begin = start.factors if isinstance(start, CPFactors) else None
+        options = self._options(draft)
+        return fit_cp(self._joined(kernel), rank, tuple(kernel.shape[2:]), options, begin)
+
+    def fit_to(
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Factors | None = None,
+        *,
+        draft: bool = False,
+    ) -> CPFactors:
+        assert isinstance(rank, int)
+        before = self._start(kernel, rank, draft) if start is None else start
         assert isinstance(before, CPFactors)
-        fitted = fit_cp_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
-        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        n_iter_max = self._options(draft).n_iter_max
+        fitted = fit_cp_to(kernel, before, moment, n_iter_max, self.tol * _FINER)
         return fitted if draft else better(kernel, moment, fitted, before.balanced())
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
@@ -222,14 +238,16 @@ class CP(Decomposer):
         # may be refused there, which only trying tells.
         return spec.kernel_volume > 1 and self.l2_reg > 0
 
-    def brief(self, iterations: int) -> "CP":
+    def limited(self, iterations: int) -> "CP":
         return replace(self, n_iter_max=min(self.n_iter_max, iterations))
 
-    def _start(self, kernel: Tensor, rank: int) -> CPFactors:
+    def _start(self, kernel: Tensor, rank: int, draft: bool) -> CPFactors:
         """What a fit to data starts from: a fit to the weights, or a draft's few sweeps."""
-        if self.n_iter_max > DRAFT_ITERATIONS or not kernel.any():
+        if not draft or not kernel.any():
             return self.fit(kernel, rank)
-        factors = few_sweeps(self._joined(kernel), rank, self.n_iter_max // 2, self._options())
+        options = self._options(draft)
+        sweeps = max(1, options.n_iter_max // 2)
+        factors = few_sweeps(self._joined(kernel), rank, sweeps, options)
         return CPFactors(tuple(factors), tuple(kernel.shape[2:]))
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> CPFactors:
@@ -242,9 +260,10 @@ class CP(Decomposer):
     def _joined(self, kernel: Tensor) -> Tensor:
         return kernel.reshape(*kernel.shape[:2], *self._spatial_modes(tuple(kernel.shape[2:])))
 
-    def _options(self) -> ALSOptions:
+    def _options(self, draft: bool = False) -> ALSOptions:
+        most = min(self.n_iter_max, _DRAFT_ITERATIONS) if draft else self.n_iter_max
         effort = EFFORTS[self.effort]
-        return ALSOptions(self.n_iter_max, self.tol, self.l2_reg, self.random_state, effort)
+        return ALSOptions(most, self.tol, self.l2_reg, self.random_state, effort, draft)
 
     def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
         return (math.prod(kernel_size),)

@@ -1,4 +1,4 @@
-"""What a fit finds: the factors of one kernel, and those of a layer, group by group."""
+"""The result of a fit: the factors of one kernel, and those of a layer, group by group."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,9 +28,10 @@ class Factors(ABC):
         """The factors of `scale` times the kernel."""
 
     def component_norms(self) -> float | None:
-        """The sum of the norms of the terms that add up to the kernel, for methods that have such.
+        """The sum of the norms of the terms that add up to the kernel; None for other methods.
 
-        Far above the kernel's norm the terms cancel, and rounding or fine-tuning undoes them.
+        If it is far above the kernel's norm the terms cancel each other, and rounding or
+        fine-tuning destroys the sum.
         """
         return None
 
@@ -72,7 +73,7 @@ class Factorization:
 def better(
     kernel: Tensor, moment: SecondMoment, fitted: AnyFactors, start: AnyFactors
 ) -> AnyFactors:
-    """The factors that lose less of the outputs; what is not finite loses everything."""
+    """The factors that lose less of the outputs; the start if `fitted` is not finite."""
     matrix = kernel.flatten(1)
     lost = [moment.lost(matrix - factors.to_kernel().flatten(1)) for factors in (fitted, start)]
     return fitted if lost[0] <= lost[1] else start

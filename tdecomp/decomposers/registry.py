@@ -1,8 +1,19 @@
-"""The decomposers that have a name."""
+"""The methods by name, and what a user may give as `methods`.
 
+A new method is a file of its own, its test, and a line of `_BUILT_IN`.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.cp import CP, CPSeparable
+from tdecomp.decomposers.lowrank import LowRank
+from tdecomp.decomposers.spatial import Spatial
+from tdecomp.decomposers.svd import SVD
+from tdecomp.decomposers.tucker2 import Tucker2
+
+_BUILT_IN = (SVD, LowRank, Spatial, Tucker2, CP, CPSeparable)
 
 _REGISTRY: dict[str, Decomposer] = {}
 
@@ -48,6 +59,11 @@ def _place(decomposer: Decomposer) -> tuple[str, str]:
     return type(decomposer).__module__, type(decomposer).__qualname__
 
 
+def unregister(name: str) -> None:
+    """Forget a method that was registered under this name."""
+    del _REGISTRY[name]
+
+
 def registered() -> tuple[str, ...]:
     """The names of all registered decomposers."""
     return tuple(_REGISTRY)
@@ -67,3 +83,35 @@ def get_decomposer(method: str | Decomposer) -> Decomposer:
     if method not in _REGISTRY:
         raise ValueError(f"unknown method {method!r}: {expected}")
     return _REGISTRY[method]
+
+
+# Names that stand for several methods; () stands for all of them.
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "auto": (),
+    "dense": ("svd", "lowrank", "spatial", "tucker2"),
+}
+Methods = str | Decomposer | Sequence[str | Decomposer]
+
+
+def listed_methods(methods: Methods) -> list[Decomposer]:
+    """The decomposers behind a name, a group's name, a decomposer, or a sequence of these."""
+    if isinstance(methods, str) and methods in _GROUPS:
+        return [get_decomposer(name) for name in _GROUPS[methods] or registered()]
+    listed = [methods] if isinstance(methods, (str, Decomposer)) else _listed(methods)
+    if not listed:
+        raise ValueError("methods: expected at least one method, got an empty sequence")
+    found = [get_decomposer(method) for method in listed]
+    names = [d.name for d in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"methods: each at most once, got {', '.join(map(repr, twice))} twice")
+    return found
+
+
+def _listed(methods: Any) -> list[Any]:
+    # Anything that is no sequence is one method, which get_decomposer will refuse in words.
+    return list(methods) if isinstance(methods, (list, tuple)) else [methods]
+
+
+for _method in _BUILT_IN:
+    register(_method)

@@ -11,14 +11,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
+from tdecomp.decomposers.base import Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.least_squares import Features, SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import tails
 from tdecomp.linalg.svd import truncated_svd
-from tdecomp.linalg.variable_projection import Features, variable_projection
+
+# Enough for fits that are only compared with one another.
+_DRAFT_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -82,30 +85,29 @@ def fit_spatial_to(
     moment : SecondMoment
     """
     out, into, height, width = kernel.shape
+    fit = SeparableFit(kernel.flatten(1), moment, spatial_features(into, height, width))
+    factor, (vertical,) = fit.minimise([start.vertical[..., 0]], n_iter_max=n_iter_max, tol=tol)
+    horizontal = factor.reshape(out, -1, 1, width)  # (out, rank, 1, kw)
+    root = horizontal.square().sum(dim=(0, 2, 3)).sqrt().sqrt()  # (rank,)
+    vertical = _unit(vertical, dims=(1, 2)) * root[:, None, None]
+    scale = torch.where(root > 0, root, 1.0)
+    return SpatialFactors(vertical[..., None], horizontal / scale[:, None, None])
+
+
+def spatial_features(into: int, height: int, width: int) -> Features:
+    """What the horizontal step sees, as a function of the vertical one (rank, in, kh)."""
 
     def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
         vertical = _unit(theta[0], dims=(1, 2))  # (rank, in, kh)
         split = matrix.reshape(-1, into, height, width)
         return torch.einsum("msij,rsi->mrj", split, vertical).flatten(1)  # (m, rank · kw)
 
-    def pair(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    def inner(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
         split = weights.reshape(into, height, width, -1, width)
         along = split.diagonal(dim1=2, dim2=4).sum(dim=-1)  # (in, kh, rank)
         return (along.permute(2, 0, 1) * _unit(theta[0], dims=(1, 2))).sum()
 
-    factor, (vertical,) = variable_projection(
-        kernel.flatten(1),
-        moment,
-        Features(project, pair),
-        [start.vertical[..., 0]],
-        n_iter_max=n_iter_max,
-        tol=tol,
-    )
-    horizontal = factor.reshape(out, -1, 1, width)  # (out, rank, 1, kw)
-    root = horizontal.square().sum(dim=(0, 2, 3)).sqrt().sqrt()  # (rank,)
-    vertical = _unit(vertical, dims=(1, 2)) * root[:, None, None]
-    scale = torch.where(root > 0, root, 1.0)
-    return SpatialFactors(vertical[..., None], horizontal / scale[:, None, None])
+    return Features(project, inner)
 
 
 def _unit(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -130,6 +132,7 @@ class Spatial(Decomposer):
 
     name: ClassVar[str] = "spatial"
     source: ClassVar[str] = "Jaderberg et al. 2014"
+    iterative: ClassVar[bool] = True
 
     n_iter_max: int = 50
     tol: float = 1e-7
@@ -157,20 +160,29 @@ class Spatial(Decomposer):
             replace(spec.along([1], middle, spec.out_channels), bias=spec.bias),
         )
 
-    def fit(self, kernel: Tensor, rank: Rank) -> SpatialFactors:
+    def fit(
+        self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
+    ) -> SpatialFactors:
+        del start, draft  # a truncated SVD needs neither
         assert isinstance(rank, int)
         return fit_spatial(kernel, rank)
 
     def fit_to(
-        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Factors | None = None,
+        *,
+        draft: bool = False,
     ) -> SpatialFactors:
         before = self.fit(kernel, rank) if start is None else start
         assert isinstance(before, SpatialFactors)
-        fitted = fit_spatial_to(kernel, before, moment, self.n_iter_max, self.tol)
-        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        most = min(self.n_iter_max, _DRAFT_ITERATIONS) if draft else self.n_iter_max
+        fitted = fit_spatial_to(kernel, before, moment, most, self.tol)
         return fitted if draft else better(kernel, moment, fitted, before)
 
-    def brief(self, iterations: int) -> "Spatial":
+    def limited(self, iterations: int) -> "Spatial":
         return replace(self, n_iter_max=min(self.n_iter_max, iterations))
 
     def lost_at_every_rank(

@@ -106,14 +106,23 @@ output_padding=(), groups=1, padding_mode='zeros', bias=False, transposed=False)
         first = replace(spec, out_channels=middle, bias=False)
         return first, spec.pointwise(middle, spec.out_channels, bias=spec.bias)
 
-    def fit(self, kernel: Tensor, rank: Rank) -> LowRankFactors:
+    def fit(
+        self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
+    ) -> LowRankFactors:
+        del start, draft
         assert isinstance(rank, int)
         return fit_low_rank(kernel, rank)
 
     def fit_to(
-        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Factors | None = None,
+        *,
+        draft: bool = False,
     ) -> LowRankFactors:
-        del start  # the closed form needs none
+        del start, draft  # the closed form needs neither
         assert isinstance(rank, int)
         return fit_low_rank_to(kernel, rank, moment)
 

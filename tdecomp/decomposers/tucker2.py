@@ -12,16 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
+from tdecomp.decomposers.base import Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.least_squares import Features, SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.svd import leading_vectors, truncated_svd
 from tdecomp.linalg.tensorly_backend import mode_products, unfold
-from tdecomp.linalg.variable_projection import Features, variable_projection
 
-# Drafts are compared with one another, where a thousandth of the error decides nothing.
+# Drafts are only compared with one another: a few iterations and a thousandth of the error do.
+_DRAFT_ITERATIONS = 8
 _DRAFT_TOL = 1e-3
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-3
@@ -137,33 +138,10 @@ def fit_tucker2_to(
         Of the ranks that are wanted.
     moment : SecondMoment
     """
-    into, kernel_size = kernel.shape[1], kernel.shape[2:]
-    rank_out = start.out.shape[1]
-
-    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        # Only the span of the columns matters: orthonormal ones are the best conditioned.
-        basis = torch.linalg.qr(theta[0]).Q  # (in, R3)
-        split = matrix.reshape(len(matrix), into, -1)
-        features: Tensor = basis.T @ split  # (m, R3, kernel)
-        return features.flatten(1)
-
-    def pair(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        basis = torch.linalg.qr(theta[0]).Q
-        volume = len(weights) // into
-        split = weights.reshape(into, volume, -1, volume)
-        along = split.diagonal(dim1=1, dim2=3).sum(dim=-1)  # (in, R3)
-        paired: Tensor = (along * basis).sum()
-        return paired
-
-    factor, (channels,) = variable_projection(
-        kernel.flatten(1),
-        moment,
-        Features(project, pair),
-        [start.into],
-        rank=rank_out,
-        n_iter_max=n_iter_max,
-        tol=tol,
-    )
+    kernel_size, rank_out = kernel.shape[2:], start.out.shape[1]
+    features = tucker2_features(kernel.shape[1])
+    fit = SeparableFit(kernel.flatten(1), moment, features, rank=rank_out)
+    factor, (channels,) = fit.minimise([start.into], n_iter_max=n_iter_max, tol=tol)
     basis = torch.linalg.qr(channels).Q
     out, s, core = truncated_svd(factor, rank_out)  # (out, R4), (R4,), (R4, R3 · kernel)
     core = (s[:, None] * core).reshape(-1, basis.shape[1], *kernel_size)
@@ -172,6 +150,27 @@ def fit_tucker2_to(
         core = torch.cat([core, core.new_zeros(missing, *core.shape[1:])])
         out = torch.cat([out, out.new_zeros(len(out), missing)], dim=1)
     return Tucker2Factors(core, basis, out)
+
+
+def tucker2_features(into: int) -> Features:
+    """What core and output factor see, as a function of the input factor (in, R3)."""
+
+    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        # Only the span of the columns matters: orthonormal ones are the best conditioned.
+        basis = torch.linalg.qr(theta[0]).Q  # (in, R3)
+        split = matrix.reshape(len(matrix), into, -1)
+        features: Tensor = basis.T @ split  # (m, R3, kernel)
+        return features.flatten(1)
+
+    def inner(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        basis = torch.linalg.qr(theta[0]).Q
+        volume = len(weights) // into
+        split = weights.reshape(into, volume, -1, volume)
+        along = split.diagonal(dim1=1, dim2=3).sum(dim=-1)  # (in, R3)
+        product: Tensor = (along * basis).sum()
+        return product
+
+    return Features(project, inner)
 
 
 @dataclass(frozen=True)
@@ -191,6 +190,7 @@ class Tucker2(Decomposer):
 
     name: ClassVar[str] = "tucker2"
     source: ClassVar[str] = "Kim et al. 2016"
+    iterative: ClassVar[bool] = True
 
     n_iter_max: int = 100
     tol: float = 1e-4
@@ -217,22 +217,36 @@ class Tucker2(Decomposer):
             spec.pointwise(middle_out, spec.out_channels, bias=spec.bias),
         )
 
-    def fit(self, kernel: Tensor, rank: Rank) -> Tucker2Factors:
+    def fit(
+        self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
+    ) -> Tucker2Factors:
+        del start  # the higher-order SVD that sweeps begin with costs less than a sweep
         assert isinstance(rank, tuple)
-        return fit_tucker2(kernel, (rank[0], rank[1]), self.n_iter_max, self.tol)
+        return fit_tucker2(kernel, (rank[0], rank[1]), *self._stops(draft))
 
     def fit_to(
-        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Factors | None = None
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Factors | None = None,
+        *,
+        draft: bool = False,
     ) -> Tucker2Factors:
-        before = self.fit(kernel, rank) if start is None else start
+        before = self.fit(kernel, rank, draft=draft) if start is None else start
         assert isinstance(before, Tucker2Factors)
-        fitted = fit_tucker2_to(kernel, before, moment, self.n_iter_max, self.tol * _FINER)
-        draft = self.n_iter_max <= DRAFT_ITERATIONS
+        n_iter_max, tol = self._stops(draft)
+        fitted = fit_tucker2_to(kernel, before, moment, n_iter_max, tol * _FINER)
         return fitted if draft else better(kernel, moment, fitted, before)
 
-    def brief(self, iterations: int) -> "Tucker2":
+    def limited(self, iterations: int) -> "Tucker2":
         tol = max(self.tol, _DRAFT_TOL)
         return replace(self, n_iter_max=min(self.n_iter_max, iterations), tol=tol)
+
+    def _stops(self, draft: bool) -> tuple[int, float]:
+        """The most iterations, and the tolerance."""
+        brief = self.limited(_DRAFT_ITERATIONS) if draft else self
+        return brief.n_iter_max, brief.tol
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
         first, core, last = stage_weights

@@ -1,6 +1,7 @@
 """The chain of stock layers that stands where a layer stood."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -19,22 +20,26 @@ class Chain(nn.Sequential):
     Attributes
     ----------
     method : str
-        The name of the decomposer that made it.
+        The name of the method that made it.
+    decomposer : Decomposer
+        That method, with its options.
     rank : int or tuple of int
     replaced : LayerSpec
         The layer that stood here before.
     """
 
     method: str | None = None
+    decomposer: Any = None  # methods stand in a room above this one
     rank: Rank | None = None
     replaced: LayerSpec | None = None
 
     @classmethod
     def from_stages(
-        cls, stages: Sequence[nn.Module], method: str, rank: Rank, replaced: LayerSpec
+        cls, stages: Sequence[nn.Module], decomposer: Any, rank: Rank, replaced: LayerSpec
     ) -> "Chain":
         chain = cls(*stages)
-        chain.method, chain.rank, chain.replaced = method, rank, replaced
+        chain.method, chain.decomposer = decomposer.name, decomposer
+        chain.rank, chain.replaced = rank, replaced
         return chain
 
     def extra_repr(self) -> str:

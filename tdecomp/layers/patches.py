@@ -13,12 +13,10 @@ from torch.nn import functional
 
 from tdecomp.layers.spec import LayerSpec
 
-# Rows made at a time: few enough to stay in a cache, enough for an efficient product.
-_CHUNK_BYTES = 4 * 2**20
-_LEAST_ROWS = 2048
 
-
-def patches(x: Tensor, spec: LayerSpec) -> Iterator[Tensor]:
+def patches(
+    x: Tensor, spec: LayerSpec, *, chunk_bytes: int = 4 * 2**20, least_rows: int = 2048
+) -> Iterator[Tensor]:
     """Yield slices (groups, positions, fan_in) of a layer's unfolded input.
 
     >>> conv = LayerSpec.of(nn.Conv2d(4, 8, 3, padding=1))
@@ -30,30 +28,29 @@ def patches(x: Tensor, spec: LayerSpec) -> Iterator[Tensor]:
     x : Tensor, shape (..., in) for a Linear, (batch, in, *size) or (in, *size) for a convolution
     spec : LayerSpec
         Of a Linear or a convolution that is not transposed.
+    chunk_bytes, least_rows : int
+        The size of a slice, and the least number of its rows: few enough to stay in a cache, enough
+        for an efficient matrix product.
     """
+    rows = max(least_rows, chunk_bytes // (x.element_size() * spec.fan_in * spec.groups))
     if spec.ndim == 0:
         flat = x.reshape(1, -1, spec.in_channels)
-        yield from flat.split(_rows_at_a_time(spec, x), dim=1)
+        yield from flat.split(rows, dim=1)
         return
     batch = x if x.dim() == spec.ndim + 2 else x[None]
     if spec.kernel_volume == 1 and set(spec.stride) == {1} and not any(_padding(spec)):
         per_image = math.prod(batch.shape[2:])
-        for images in batch.split(max(1, _rows_at_a_time(spec, x) // max(per_image, 1))):
+        for images in batch.split(max(1, rows // max(per_image, 1))):
             grouped = images.flatten(2).unflatten(1, (spec.groups, spec.group_in))
             yield grouped.permute(1, 0, 3, 2).reshape(spec.groups, -1, spec.group_in)
         return
     out = spec.output_size(tuple(batch.shape[2:]))
     per_image = math.prod(out)
-    rows = _rows_at_a_time(spec, x)
     for images in batch.split(max(1, rows // max(per_image, 1))):
         windows = _windows(images, spec)  # (images, *out, *kernel, in)
         for lines in windows.split(max(1, rows * out[0] // max(per_image, 1)), dim=1):
             grouped = lines.unflatten(-1, (spec.groups, spec.group_in)).movedim(-2, 0)
             yield grouped.reshape(spec.groups, -1, spec.fan_in)
-
-
-def _rows_at_a_time(spec: LayerSpec, x: Tensor) -> int:
-    return max(_LEAST_ROWS, _CHUNK_BYTES // (x.element_size() * spec.fan_in * spec.groups))
 
 
 def _windows(images: Tensor, spec: LayerSpec) -> Tensor:

@@ -1,7 +1,7 @@
 """The rank that empirical variational Bayes gives a matrix, from its singular values alone.
 
-The model is V = B Aᵀ + noise, with Gaussian priors on the columns of A and B, whose variances are
-learnt (so columns that do not pay are switched off), and with a noise variance that is learnt too.
+The model is V = B Aᵀ + noise, with Gaussian priors on the columns of A and B. Their variances are
+learnt, so that columns which do not pay are switched off, and so is the variance of the noise.
 Variational Bayes usually iterates; fully observed, its global minimum is known in closed form up to
 one number, the noise variance. Names follow the papers: V has L rows and M ≥ L columns (transpose
 it otherwise), α = L/M, and γ₁ ≥ γ₂ ≥ … are its singular values.
@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-# Squares computed in float64 are known to a few of its epsilons, relative to the largest of them
-# (1 to 2 seen as eigenvalues of Gram matrices of exact low rank, 64 × 64 to 512 × 4608).
+# Squares computed in float64 are accurate to a few epsilons of the largest one (1 to 2 were seen in
+# eigenvalues of Gram matrices of exact low rank, 64 × 64 to 512 × 4608).
 _ROUND_OFF = 16 * float(np.finfo(np.float64).eps)
-# A larger negative value than float32 Gram matrices give is no square of a singular value.
+# Eigenvalues of float32 Gram matrices are not more negative than this, relative to the largest.
 _NEGATIVE_TOLERANCE = 1e-5
 # Newton's steps halve the error even at a double root, so these reach the last digit.
 _MAX_STEPS = 60
@@ -37,15 +37,15 @@ _MAX_STEPS = 60
 
 @dataclass(frozen=True)
 class EVBEstimate:
-    """What empirical variational Bayes makes of a matrix.
+    """The empirical variational Bayes estimate for a matrix.
 
     Attributes
     ----------
     rank : int
         Number of singular values above the threshold; may be 0.
     noise_variance : float
-        Variance of one entry's noise, in the square of the matrix's units; 0.0 if nothing but
-        round-off is left beside the `rank` components.
+        Variance of the noise in one entry, in squared units of the matrix; 0.0 if only round-off
+        is left beside the `rank` components.
     """
 
     rank: int
@@ -63,10 +63,9 @@ def evb_rank(squared_singular_values: np.ndarray, shape: tuple[int, int]) -> EVB
     Parameters
     ----------
     squared_singular_values : (n,) array
-        γ², in any order. Eigenvalues of the Gram matrix will do; leave the slightly negative ones
-        in, they show how large the round-off is. There are min(shape) values. If fewer are given,
-        the missing ones are taken to be zero, so a truncated spectrum is read as that of an exactly
-        low-rank matrix: give all of them.
+        γ², in any order, min(shape) of them. Eigenvalues of the Gram matrix can be given, with
+        their slightly negative ones, which show how large the round-off is. Values that are missing
+        count as zero, so a truncated spectrum is read as that of an exactly low-rank matrix.
     shape : (int, int)
         Rows and columns of the matrix, in either order.
 
@@ -75,7 +74,7 @@ def evb_rank(squared_singular_values: np.ndarray, shape: tuple[int, int]) -> EVB
     EVBEstimate
         The global minimum of the free energy over the noise variance. A matrix of exact rank
         r < L M / (L + M) gives (r, 0.0): the free energy falls without bound as the noise variance
-        goes to zero. Of a larger exact rank, part is explained as noise, as in any other matrix;
+        goes to zero. Of a larger exact rank, part is explained as noise, as in any other matrix:
         the rank found is always less than L M / (L + M).
 
     Raises
@@ -88,17 +87,17 @@ def evb_rank(squared_singular_values: np.ndarray, shape: tuple[int, int]) -> EVB
     Exact, not a search on a grid; O(L) memory, O(L²) operations at worst. From Nakajima et al.,
     JMLR 14 (2013), in the form of their NIPS 25 (2012); see the head of this file.
 
-    The noise is taken to be equally strong everywhere. A few dead (nearly zero) rows contradict
-    that: they alone then pass for the noise, and all the rest for signal. Drop them first.
+    The noise is assumed to be equally strong everywhere. A few dead (nearly zero) rows contradict
+    that: they are then taken for the noise, and all else for signal. Drop such rows first.
     """
     short, long = _checked_shape(shape)
     values = _checked_values(squared_singular_values, short)
     largest = float(values.max(initial=0.0))
     if largest == 0.0:
         return EVBEstimate(rank=0, noise_variance=0.0)
-    # Everything below is relative to the largest value, so that no scale can over- or underflow.
+    # Everything below is relative to the largest value, so that nothing over- or underflows.
     relative = values / largest
-    # A zero eigenvalue comes out as ± round-off, so the most negative one shows how large that is.
+    # Zero eigenvalues come out as ± round-off: the most negative one shows its size.
     round_off = max(_ROUND_OFF, -2.0 * float(relative.min()))
     spectrum = np.zeros(short)
     spectrum[: len(values)] = np.sort(np.maximum(relative, 0.0))[::-1]

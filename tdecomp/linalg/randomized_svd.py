@@ -7,56 +7,64 @@ constructing approximate matrix decompositions", algorithm 4.4.
 import torch
 from torch import Tensor
 
-# Sides of a matrix at and above which, and shares of the smaller side up to which, it pays.
-_LARGE = 1024
-_LOW = 1 / 8
-# Columns of the sketch for each wanted, and some more.
-_WIDER, _MORE = 1.25, 16
-_PASSES = 12
-# How much more of the squares further passes may be expected to save, as a share of what is lost:
-# what they do save is a third of what is expected or less, on spectra from flat to steep.
-_SETTLED = 5e-3
-# Shares of the squares that float32's round-off hides.
+# The sketch is faster than an SVD up to this share of the smaller side.
+_LARGEST_SHARE = 1 / 8
+# Columns of the sketch: this many for each vector that is wanted, and some more.
+_OVERSAMPLING, _EXTRA_COLUMNS = 1.25, 16
+# A sketch has converged when further passes are expected to reduce the error by at most this
+# share. On spectra from flat to steep they reduce it by a third of the expected amount, or less.
+_CONVERGED = 5e-3
+# A share of the squared matrix that the round-off of float32 hides.
 _ROUND_OFF = 1e-6
 
 
-def sketched(matrix: Tensor, rank: int) -> Tensor | None:
-    """The `rank` leading left singular vectors of a float32 matrix, or None where that fails.
+def randomized_vectors(
+    matrix: Tensor, rank: int, *, smallest_side: int = 1024, max_passes: int = 12
+) -> Tensor | None:
+    """The `rank` leading left singular vectors of a float32 matrix, or None where an SVD is better.
 
     >>> matrix = torch.randn(1024, 1100, generator=torch.Generator().manual_seed(0))
-    >>> sketched(matrix, 8).shape
+    >>> randomized_vectors(matrix, 8).shape
     torch.Size([1024, 8])
 
-    What is lost is known after each pass. It only ever falls, slower from one pass to the next:
-    once further ones would save next to nothing, the vectors are as good as those of an SVD, to
-    about a thousandth of the error. None where that takes too many passes, where so little is lost
-    that it cannot be checked, and where the matrix is small or the rank high, so that a sketch
-    would not be faster.
+    The error is known after each pass over the matrix, and falls by less from one pass to the
+    next. Once further passes would hardly reduce it, the vectors are as good as those of an SVD, to
+    about a thousandth of the error.
 
     Parameters
     ----------
     matrix : Tensor, shape (m, n)
     rank : int
+    smallest_side : int
+        Smaller matrices are left to an SVD.
+    max_passes : int
+
+    Returns
+    -------
+    Tensor, shape (m, rank), or None
+        None if the matrix is small or not in float32, if the rank is high, if the error is too
+        small for float32 to check it, or if it has not converged after `max_passes`.
     """
     shortest = min(matrix.shape)
-    if matrix.dtype != torch.float32 or shortest < _LARGE or rank > _LOW * shortest:
+    too_small = shortest < smallest_side or rank > _LARGEST_SHARE * shortest
+    if matrix.dtype != torch.float32 or too_small:
         return None
     power = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     generator = torch.Generator().manual_seed(0)
-    width = int(_WIDER * rank) + _MORE
+    width = int(_OVERSAMPLING * rank) + _EXTRA_COLUMNS
     test = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
     lost = power
-    for done in range(1, _PASSES + 1):
+    for done in range(1, max_passes + 1):
         basis = torch.linalg.qr(matrix @ test).Q  # (m, width)
         test = matrix.T @ basis  # (n, width)
         gram = test.double().T @ test.double()
         values, vectors = torch.linalg.eigh(gram)
         before, lost = lost, power - float(values[-rank:].sum())
-        # The gains fall at least as the squares of the passes' numbers do.
+        # The gain of a pass falls at least with the square of its number.
         expected = (before - lost) * done
         if lost <= _ROUND_OFF * power:
             return None
-        if expected <= _SETTLED * lost:
+        if expected <= _CONVERGED * lost:
             leading: Tensor = basis @ vectors.flip(1)[:, :rank].to(matrix.dtype)
             return leading
     return None

@@ -1,8 +1,8 @@
-"""Approximating a kernel in the norm of what its layer sees.
+"""Approximating a kernel so that its outputs change least: the norm of a second moment.
 
-For inputs x with second moment G, the output of a kernel K approximated by K̃ loses
+For inputs x with second moment G, approximating a kernel K by K̃ changes the outputs by
 ``E‖(K − K̃) x‖² = tr((K − K̃) G (K − K̃)ᵀ)``. Without data G is the identity, and this is the
-Frobenius norm of the weights.
+squared Frobenius norm of the difference.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Towards the weights themselves in directions that the data never showed, as a share of the mean
-# input power: far below what float32 inputs resolve, far above what float64 rounds away.
+# Added to the diagonal, as a share of the mean input power, so that the weights themselves decide
+# in directions that the data never showed. Far below the precision of float32 inputs, and far above
+# the round-off of float64.
 _RIDGE = 1e-10
-# How much stronger it gets until a matrix is positive definite.
-_MORE_RIDGE = 4.0
+# The factor by which the ridge grows until a matrix is positive definite.
+_RIDGE_GROWTH = 4.0
 
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """``E[x xᵀ]`` of a layer's inputs, as a matrix or, for few samples, by the samples themselves.
+    """``E[x xᵀ]`` of a layer's inputs, as a matrix or, for few samples, as the samples themselves.
 
     >>> SecondMoment(torch.eye(3)).lost(torch.ones(2, 3))
     6.0
@@ -30,7 +31,7 @@ class SecondMoment:
     ----------
     matrix : Tensor, shape (fan_in, fan_in), or None
     rows : Tensor, shape (samples, fan_in), or None
-        Such that ``rows.T @ rows`` is the second moment.
+        With ``rows.T @ rows`` the second moment.
     """
 
     matrix: Tensor | None = None
@@ -42,14 +43,11 @@ class SecondMoment:
     @property
     def ridge(self) -> float:
         """What is added to the diagonal."""
-        held = (
-            self.matrix.diagonal().sum() if self.matrix is not None else self._rows.square().sum()
-        )
-        return _RIDGE * (float(held) / self.fan_in or 1.0)
+        return _RIDGE * (self.trace / self.fan_in or 1.0)
 
     @property
     def trace(self) -> float:
-        """The inputs' whole power."""
+        """The power of all inputs together."""
         if self.matrix is not None:
             return float(self.matrix.diagonal().sum())
         return float(self._rows.square().sum())
@@ -76,7 +74,7 @@ class SecondMoment:
         return self.applied(kernel) @ kernel.T
 
     def features(self, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """``G P`` (fan_in, features), where `project` multiplies by P from the right."""
+        """``G P`` (fan_in, features), for the callable `project` with ``project(M) = M P``."""
         if self.matrix is not None:
             return project(self.matrix)
         return self._rows.T @ project(self._rows)
@@ -89,7 +87,7 @@ class SecondMoment:
             shifted = _ridged(matrix, ridge)
             solution: Tensor = torch.cholesky_solve(right.T, torch.linalg.cholesky(shifted)).T
             return solution
-        # By the samples, which are fewer (the matrix inversion lemma).
+        # With fewer samples than inputs their Gram matrix is smaller (matrix inversion lemma).
         ridge += self.ridge
         samples = self._rows @ self._rows.T
         shifted = _ridged(samples, ridge)
@@ -98,9 +96,9 @@ class SecondMoment:
         return result
 
     def definite(self) -> "SecondMoment":
-        """With a ridge that makes a matrix positive definite.
+        """The moment with a ridge that makes its matrix positive definite.
 
-        One that was summed up in float32 may have eigenvalues of either sign for directions that
+        A matrix summed up in float32 may have slightly negative eigenvalues, for directions that
         the inputs hardly take.
         """
         if self.matrix is None:
@@ -111,9 +109,9 @@ class SecondMoment:
     def _definite_ridge(self) -> float:
         assert self.matrix is not None
         ridge = self.ridge
-        # What is not finite never gets there, and is for the fit to complain of.
+        # A matrix that is not finite never becomes definite; the fit then raises an error.
         while ridge < self.trace and self._indefinite(ridge):
-            ridge *= _MORE_RIDGE
+            ridge *= _RIDGE_GROWTH
         return ridge
 
     def _indefinite(self, ridge: float) -> bool:
@@ -123,7 +121,7 @@ class SecondMoment:
     def lost(self, difference: Tensor) -> float:
         """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
         if self.matrix is not None:
-            # Rounding may leave less than nothing of what is met exactly.
+            # Round-off can make the loss of an exact fit slightly negative.
             return max(float(((difference @ self.matrix) * difference).sum()), 0.0)
         return float((difference @ self._rows.T).square().sum())
 
@@ -137,37 +135,38 @@ def _ridged(matrix: Tensor, ridge: float) -> Tensor:
 def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
     """The `rank` leading principal directions (out, rank) of the outputs ``K x``.
 
-    ``U Uᵀ K`` is the best approximation of that rank in the norm of the moment: the principal
-    components of the outputs (Zhang et al. 2016, equations 4 to 6), which is what whitening the
-    inputs, truncating and undoing the whitening comes to, without inverting anything.
-
     >>> leading_outputs(torch.eye(2).double(), SecondMoment(torch.eye(2).double() * 3), 2).shape
     torch.Size([2, 2])
+
+    ``U Uᵀ K`` is the best approximation of that rank in the norm of the moment (Zhang et al. 2016,
+    equations 4 to 6). Whitening the inputs, truncating an SVD and undoing the whitening gives the
+    same, but has to invert a matrix.
     """
     out, fan_in = kernel.shape
     if out <= fan_in:
         return leading_eigenvectors(moment.between(kernel), rank)
-    # Outputs of more dimensions than the inputs stay in the span of the kernel's columns.
+    # With more outputs than inputs, the outputs lie in the span of the kernel's columns.
     basis, triangle = torch.linalg.qr(kernel)  # (out, fan_in), (fan_in, fan_in)
     outputs: Tensor = basis @ leading_eigenvectors(moment.between(triangle), rank)
     return outputs
 
 
 def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """The eigenvectors (n, rank) of the largest eigenvalues of a symmetric matrix (n, n)."""
     vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors.flip(1)
     return vectors[:, :rank]
 
 
 def nested_losses(outputs: Tensor, ranks: int, importance: Tensor | None = None) -> Tensor:
-    """What is lost when 0, 1, … `ranks` leading principal components of the outputs are kept.
+    """The losses when 0, 1, … `ranks` leading principal components of the outputs are kept.
 
     Parameters
     ----------
     outputs : Tensor, shape (out, out)
-        Their second moment.
+        The second moment of the outputs.
     ranks : int
     importance : Tensor, shape (out, out), optional
-        The loss of an error with second moment E is ``tr(H E)``; without H the trace of E.
+        H: the loss of an error with second moment E is ``tr(H E)``, by default the trace of E.
     """
     values, vectors = torch.linalg.eigh(outputs)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)

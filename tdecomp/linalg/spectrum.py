@@ -8,8 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdecomp.linalg.svd import gram_matrix
-from tdecomp.linalg.tensorly_backend import svd
+from tdecomp.linalg.svd import gram_matrix, svd
 from tdecomp.parallel import each, on_cpu
 
 
@@ -20,8 +19,8 @@ class Spectrum:
     Attributes
     ----------
     squares : ndarray, shape (groups, min(shape))
-        Of the unfoldings over the layer's largest entry. Round-off may leave those of a
-        rank-deficient unfolding slightly negative.
+        Those of the unfolding divided by the layer's largest entry. Round-off may make the zeros
+        of a rank-deficient unfolding slightly negative.
     shape : tuple of int
         Rows and columns of each group's unfolding.
     """
@@ -31,12 +30,13 @@ class Spectrum:
 
 
 def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
-    """For each unfolding its spectrum; an unfolding is one matrix per group, all of one shape.
+    """The spectrum of each unfolding, given as one matrix for each group, all of one shape.
 
-    Only the squares are ever used, so the Gram matrix of the smaller side in float64 gives all
-    the accuracy that a float32 kernel has, at a fraction of an SVD's cost.
+    Only the squares are used, so the Gram matrix of the smaller side in float64 is as accurate as
+    a float32 kernel, at a fraction of an SVD's cost.
     """
-    # Squares of very small or large kernels leave even float64's range, and no selector minds.
+    # Squares of very small or large kernels leave even the range of float64. Selectors only compare
+    # the values of one layer, so a common factor does not matter.
     largest = max(float(matrix.detach().abs().max()) for matrix in unfoldings[0]) or 1.0
     matrices = [matrix.detach() for groups in unfoldings for matrix in groups]
     squares = each(lambda matrix: _squared_singular_values(matrix, largest), matrices, size=on_cpu)
@@ -48,19 +48,21 @@ def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
 
 
 def tails(matrix: Tensor) -> Tensor:
-    """What the best approximations of rank 0, 1, 2 … lose: sums of squared singular values.
+    """The squared errors of the best approximations of rank 0, 1, 2 and so on.
+
+    They are sums of the smallest squared singular values.
 
     >>> tails(torch.diag(torch.tensor([1.0, 3.0])))
     tensor([10.,  1.,  0.], dtype=torch.float64)
     """
     squares = torch.from_numpy(_squared_singular_values(matrix, 1.0)).clamp_min(0.0)
-    sums = squares.flip(0).cumsum(0).flip(0)  # the smallest first, so that none is lost
+    sums = squares.flip(0).cumsum(0).flip(0)  # smallest first: no small one is rounded away
     return torch.cat([sums, sums.new_zeros(1)])
 
 
 def _squared_singular_values(matrix: Tensor, scale: float) -> NDArray[np.float64]:
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # Squares of float32 entries stay in float64's range as they are.
+    # Squares of float32 entries stay in the range of float64 without scaling.
     inner = scale if matrix.dtype == torch.float64 else 1.0
     try:
         values = torch.linalg.eigvalsh(gram_matrix(wide, inner)).flip(0)

@@ -1,33 +1,45 @@
-"""Truncated singular value decompositions and norms.
-
-Nothing here forms a full square factor.
-"""
+"""Singular value decompositions, truncated ones too, Gram matrices and norms."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
-from tdecomp.linalg.randomized_svd import sketched
-from tdecomp.linalg.tensorly_backend import svd
+from tdecomp.linalg.randomized_svd import randomized_vectors
 
-# Columns that are turned to float64 at a time when a Gram matrix is summed up.
+# Columns that are converted to float64 at a time when a Gram matrix is summed up.
 _GRAM_CHUNK = 8192
-# Rows of its triangle that are computed at a time: fewer are wasted on the other triangle.
+# Rows of its lower triangle that are computed at a time: with fewer, less of the upper one is.
 _GRAM_ROWS = 128
-# The share of the squares below which those of a float64 matrix drown in its Gram matrix.
+# A Gram matrix does not resolve squared singular values below this share of their sum.
 _UNRESOLVED = 1e-12
-# Norms above which no square that matters is lost to the end of the range.
+# Above these norms no entry that matters has a square that underflows.
 _SMALLEST_NORMS = {torch.float32: 1e-12, torch.float64: 1e-140}
 _TINY = float(np.finfo(np.float64).tiny)
 
 
+def svd(matrix: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.linalg.svd`; where it does not converge, LAPACK's slower gesvd, in float64."""
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=full_matrices)
+    except torch.linalg.LinAlgError:
+        arrays = scipy.linalg.svd(
+            matrix.detach().double().cpu().numpy(),
+            full_matrices=full_matrices,
+            lapack_driver="gesvd",
+        )
+        u, s, vh = (torch.as_tensor(array).to(matrix) for array in arrays)
+    return u, s, vh
+
+
 def frobenius_norm(tensor: Tensor) -> float:
-    """The root of the sum of squares, also where the squares leave the range of float64."""
+    """The root of the sum of squares, even where the squares leave the range of float64."""
     values = tensor.detach()
     if values.numel() and values.dtype in _SMALLEST_NORMS:
-        # Row by row: over millions of entries a float32 sum would lose four digits.
+        # Row by row: a float32 sum over millions of entries would lose four digits.
         rows = values.reshape(1 if values.dim() < 2 else len(values), -1)
         norm = float(torch.linalg.vector_norm(rows, dim=1).double().norm())
         if norm > _SMALLEST_NORMS[values.dtype] and math.isfinite(norm):
@@ -37,16 +49,28 @@ def frobenius_norm(tensor: Tensor) -> float:
     return scale * float((values / scale).norm()) if scale else 0.0
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(
+    matrix: Tensor,
+    rank: int,
+    *,
+    randomized: Callable[[Tensor, int], Tensor | None] = randomized_vectors,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` leading singular triplets of a matrix.
 
     >>> u, s, vh = truncated_svd(torch.eye(4), 2)
     >>> u.shape, s.shape, vh.shape
     (torch.Size([4, 2]), torch.Size([2]), torch.Size([2, 4]))
 
-    Of a float32 matrix they come from the Gram matrix of its smaller side, in float64, so that
-    squaring the singular values loses nothing that float32 could tell; for a low rank of a large
-    one from a sketch, as far as that is as good.
+    Those of a float32 matrix come from a random sketch if `randomized` gives one, else from the
+    Gram matrix of its smaller side. That is in float64, so that squaring the singular values loses
+    nothing that float32 resolves.
+
+    Parameters
+    ----------
+    matrix : Tensor, shape (m, n)
+    rank : int
+    randomized : callable
+        See `randomized_vectors`.
 
     Raises
     ------
@@ -55,19 +79,21 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if matrix.dtype == torch.float32:
         try:
-            return _gram_svd(matrix, rank)
+            return _gram_svd(matrix, rank, randomized)
         except torch.linalg.LinAlgError:
             pass  # the SVD itself may still converge
     u, s, vh = svd(matrix)
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gram_svd(
+    matrix: Tensor, rank: int, randomized: Callable[[Tensor, int], Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The leading triplets by projection, so that at full rank the product is the matrix."""
     if matrix.shape[0] > matrix.shape[1]:
-        v, s, uh = _gram_svd(matrix.T, rank)
+        v, s, uh = _gram_svd(matrix.T, rank, randomized)
         return uh.T, s, v.T
-    u = sketched(matrix, rank)  # (rows, rank)
+    u = randomized(matrix, rank)  # (rows, rank)
     if u is None:
         vectors = torch.linalg.eigh(gram_matrix(matrix)).eigenvectors
         u = vectors.flip(1)[:, :rank].to(matrix.dtype)
@@ -79,7 +105,7 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
     """The lower triangle of ``matrix @ matrix.T / scale²`` in float64, some columns at a time.
 
-    `eigh` reads no more of it, and the rest would cost as much again.
+    `eigh` and `eigvalsh` do not read the upper triangle, which would cost as much again.
     """
     rows = matrix.shape[0]
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
@@ -100,8 +126,8 @@ def leading_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
     >>> vectors.shape, outside
     (torch.Size([2, 1]), 0.2)
 
-    Orthonormal, also where the matrix is of a lower rank. They come from the Gram matrix of the
-    smaller side, in float64, or from an SVD where more is wanted than such a matrix tells.
+    They are orthonormal even where the matrix has a lower rank. They come from the Gram matrix of
+    the smaller side, in float64, or from an SVD where a Gram matrix is not accurate enough.
     """
     rows, columns = matrix.shape
     by_columns = rank <= columns < rows
@@ -115,7 +141,7 @@ def leading_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
         return _leading_by_svd(matrix, rank)
     leading = vectors.flip(1)[:, :rank].to(matrix.dtype)
     if by_columns:
-        # Only the span matters, and these columns are as long as the singular values.
+        # Only their span matters: the lengths of these columns are the singular values.
         leading = torch.linalg.qr(matrix @ leading).Q
     return leading, outside
 

@@ -1,12 +1,8 @@
-"""TensorLy on torch tensors: the one place that sets its backend.
-
-No setting of TensorLy outlives a call.
-"""
+"""TensorLy on torch tensors: the only file that sets TensorLy's backend, and puts it back."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import scipy.linalg
 import tensorly
 import tensorly.tenalg
 import torch
@@ -14,35 +10,23 @@ from tensorly.backend.pytorch_backend import PyTorchBackend
 from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 from torch import Tensor
 
-
-def svd(matrix: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.linalg.svd`; where it does not converge LAPACK's sturdier gesvd, once, in float64."""
-    try:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=full_matrices)
-    except torch.linalg.LinAlgError:
-        arrays = scipy.linalg.svd(
-            matrix.detach().double().cpu().numpy(),
-            full_matrices=full_matrices,
-            lapack_driver="gesvd",
-        )
-        u, s, vh = (torch.as_tensor(array).to(matrix) for array in arrays)
-    return u, s, vh
+from tdecomp.linalg.svd import svd
 
 
 class _Mttkrp:
     """The unfolding along a mode times the Khatri-Rao product of the other factors.
 
-    TensorLy's own forms that product, which for the spatial modes of a kernel of 512×512×3×3 at
-    rank 1,000 is 6 GB; contracting the largest mode first never needs more than the kernel's size
-    over that mode's, times the rank. That first contraction is nearly all of the work, and kept:
-    a sweep that goes through the modes in turn can use it for all that follow (Phan, Tichavský
+    TensorLy's own version forms that product: 6 GB for the spatial modes of a 512×512×3×3 kernel at
+    rank 1,000. Contracting the largest mode first never needs more than the kernel's entries,
+    divided by that mode's size and multiplied by the rank. This first contraction is nearly all of
+    the work. It is kept, since the following modes of a sweep can use it again (Phan, Tichavský
     and Cichocki 2013, "Fast Alternating LS Algorithms for High Order CANDECOMP/PARAFAC").
     """
 
     def __init__(self) -> None:
-        # The tensor, the factor and their product. Factors are replaced, never written to.
+        # The tensor, the factor and their product. Sweeps replace factors and never modify them.
         self._known: tuple[Tensor, Tensor, Tensor] | None = None
-        # Written to again and again: fresh memory of this size costs more than the arithmetic.
+        # Reused for each product: allocating this much memory takes longer than the arithmetic.
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(
@@ -83,14 +67,14 @@ class _Mttkrp:
         return known
 
 
-# An instance of TensorLy's own backend, with one function put in another's place.
+# TensorLy's own backend with one function replaced.
 _BACKEND = PyTorchBackend()
 _BACKEND.svd = svd
 
 
 @contextmanager
 def torch_backend() -> Iterator[None]:
-    """TensorLy on torch tensors, for the length of a `with` block and this thread only."""
+    """TensorLy on torch tensors, within a `with` block and in this thread only."""
     algebra = CoreTenalgBackend()
     algebra.unfolding_dot_khatri_rao = _Mttkrp()
     with (

@@ -1,92 +1,94 @@
-"""What a rank selector is offered: for a layer and a method, its ranks, costs and losses."""
+"""What a rank selector is offered: for a layer and a method its ranks, costs and losses."""
 
 import hashlib
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.chain import Rank
 from tdecomp.linalg.spectrum import Spectrum
-from tdecomp.loss_curves.curves import RankOptions
-from tdecomp.loss_curves.layer_losses import LayerLosses, whole_loss
+from tdecomp.loss_curves.curve import LossCurve
+from tdecomp.loss_curves.losses import LayerLosses, whole_loss
 from tdecomp.model.sites import Site
-from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Option
-from tdecomp.ranks.grid import ANY_RANK, Rounding
-from tdecomp.torch_state import undisturbed
+from tdecomp.ranks.base import Candidate, Option
 
 
-def rank_options(
-    sites: Sequence[Site],
-    methods: Sequence[Sequence[Decomposer]],
-    moments: Moments | None,
-    largest_share: float = LARGEST_SHARE,
-    rounding: Rounding = ANY_RANK,
-) -> list[RankOptions]:
-    """For each site its ranks and what they lose, in one unit for all of them.
+def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLosses]:
+    """For each site the losses of its ranks, in one unit for all sites.
 
     A layer whose gradients are not known counts as much as the others do on average.
     """
-    found = []
+    cache = FitCache() if moments is None else moments.fits
+    found, wholes = [], []
     for site in sites:
         weight, spec = site.module.weight, site.spec
         assert isinstance(weight, nn.Parameter)
         assert spec is not None
         mine = None if moments is None else moments.layers.get(site.name)
-        fits: dict[Any, Any] = {}
-        if moments is not None:
-            fits = moments.fits.setdefault((site.name, _digest(weight)), {})
+        key = site.name if moments is None else (site.name, _digest(weight))
         if mine is not None:
             mine = mine.to(weight.device)
-        found.append(LayerLosses(weight, spec, mine, site.calls, cache=fits))
-    if any(lost.moments is not None and lost.moments.gradient is not None for lost in found):
-        wholes = []
-        for lost in found:
-            if lost.moments is not None and lost.moments.gradient is not None:
-                with undisturbed(lost.weight.device):
-                    wholes.append(whole_loss(lost.weight, lost.moments) or 0.0)
-        for lost in found:
-            lost.unit = sum(wholes) / len(wholes)
-    return [
-        RankOptions(losses, able, largest_share, rounding)
-        for losses, able in zip(found, methods, strict=True)
-    ]
+            whole = whole_loss(weight, mine)
+            wholes += [] if whole is None else [whole]
+        found.append(LayerLosses(weight, spec, mine, site.calls, 1.0, cache, key))
+    unit = sum(wholes) / len(wholes) if wholes else 1.0
+    return [replace(losses, unit=unit) for losses in found]
 
 
 def _digest(weight: nn.Parameter) -> bytes:
-    """Of the values, so that other weights never find these fits, however they came to be."""
+    """A hash of the values, so that other weights never find these fits."""
     values = weight.detach().cpu().contiguous().view(torch.uint8)
     return hashlib.blake2b(values.numpy().data, digest_size=16).digest()
 
 
-def candidate(site: Site, decomposer: Decomposer, offers: RankOptions) -> Candidate:
-    """The site and the method as a selector sees them."""
-    losses, spec = offers.losses, offers.losses.spec
-
-    def spectra() -> tuple[Spectrum, ...] | None:
-        try:
-            return losses.spectra(decomposer)
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(
-                f"layer {site.name!r} ({spec}): its singular values cannot be computed ({error}); "
-                f"give it a rank of its own, or leave it alone with exclude=[{site.name!r}]"
-            ) from error
-
-    @cache
-    def options() -> Sequence[Option]:
-        return offers.options(decomposer)
-
+def candidate(
+    site: Site,
+    method: Decomposer,
+    losses: LayerLosses,
+    curves: Mapping[str, LossCurve],
+    *,
+    rounded: bool = False,
+) -> Candidate:
+    """The site and the method as a selector sees them; `curves` where the selector weighs layers."""
+    points: tuple[Option, ...] = curves[method.name].points if curves else ()
     return Candidate(
         layer=site.name,
-        method=decomposer.name,
-        max_rank=decomposer.max_rank(spec),
+        method=method.name,
+        max_rank=method.max_rank(losses.spec),
         before=losses.before,
-        cost=losses.cost(decomposer),
-        spectra=spectra,
-        options=options,
+        cost=partial(losses.cost, method),
+        spectra=partial(_spectra, site.name, method, losses),
+        options=partial(tuple, points),
         aliases=site.names[1:],
-        rounded=offers.rounding != ANY_RANK,
+        rounded=rounded,
+        decomposer=method,
+        errors=partial(_errors, method, losses),
+        error_at=partial(_error_at, method, losses),
+        by_outputs=losses.fits_to_data(method),
     )
+
+
+def _spectra(name: str, method: Decomposer, losses: LayerLosses) -> tuple[Spectrum, ...] | None:
+    try:
+        return losses.spectra(method)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"layer {name!r} ({losses.spec}): its singular values cannot be computed ({error}); "
+            f"give it a rank of its own, or leave it alone with exclude=[{name!r}]"
+        ) from error
+
+
+def _errors(method: Decomposer, losses: LayerLosses) -> list[float] | None:
+    nested = losses.nested(method)
+    return None if nested is None else [losses.row_error(method, share) for _, share in nested]
+
+
+def _error_at(method: Decomposer, losses: LayerLosses, rank: Rank) -> float | None:
+    share = losses.fitted(method, rank)[1]
+    return losses.row_error(method, share)

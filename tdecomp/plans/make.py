@@ -1,173 +1,184 @@
-"""What to do with each layer: sites × decomposers × a rank selector make a Plan."""
+"""How a plan is made: find the layers, look at them, offer ranks, choose, guard."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from tdecomp.calibration.data import Source
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.methods import Methods, listed_methods
+from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, chain_cost, total
-from tdecomp.loss_curves.candidates import candidate, rank_options
-from tdecomp.loss_curves.layer_losses import LayerLosses
+from tdecomp.loss_curves.losses import LayerLosses
+from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.parallel import each, on_cpu
+from tdecomp.model.weights import is_lazy
+from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
-from tdecomp.ranks.base import Candidate, Choice, RankSelector
-from tdecomp.ranks.breakeven import by_parameters
+from tdecomp.ranks.base import Choice, RankSelector
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
-from tdecomp.ranks.short_forms import get_selector
-from tdecomp.timing.choose import choose_with_times
-from tdecomp.timing.layout_times import TimedRequest
-from tdecomp.timing.options import TimingOptions
+from tdecomp.timing.choose import TimedChoices, choose_with_times
+from tdecomp.timing.measure import profile_for
 from tdecomp.timing.profile import Profile
 
 
-def plan_from(
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for.
+
+    Attributes
+    ----------
+    methods : sequence of Decomposer
+    selector : RankSelector
+    filters : Filters
+    example : Example or None
+    allow_expansion : bool
+    profile : Profile or None
+        With measured times.
+    only_if_faster : bool
+    progress : bool
+    """
+
+    methods: Sequence[Decomposer]
+    selector: RankSelector
+    filters: Filters = field(default_factory=Filters)
+    example: Example | None = None
+    allow_expansion: bool = False
+    profile: Profile | None = None
+    only_if_faster: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and all that was found out on the way to it.
+
+    Attributes
+    ----------
+    plan : Plan
+    sites : mapping of str to Site
+    moments : Moments or None
+    drafts : mapping of str to FittedLayer
+        Fits made to choose ranks that are of the chosen method and rank, by the layer's name.
+    """
+
+    plan: Plan
+    sites: Mapping[str, Site]
+    moments: Moments | None
+    drafts: Mapping[str, FittedLayer]
+
+
+def make_plan(
     model: nn.Module,
-    methods: Methods,
-    rank: Any,
-    example: Example | None,
-    filters: Filters,
-    source: Source,
-    allow_expansion: bool,
-    timing: TimingOptions,
+    request: Request,
+    data: Batches | Moments | None,
+    variants: bool = False,
     *,
     expect: bool,
-) -> tuple[Plan, Moments | None]:
-    """The plan, and the moments it was made with; without `expect` errors are not foreseen."""
-    selector = get_selector(rank)
-    decomposers = listed_methods(methods)
-    timing.check_example(example, selector)
-    sites, seen = find_sites(model, filters, example)
+) -> Planned:
+    """The plan; with `expect` its rows say which error to expect, which may take further fits.
 
-    open_sites: list[Site] = []
-    able: list[list[Decomposer]] = []
-    choices: dict[str, Choice] = {}
-    for site in sites:
-        if site.reason is not None or site.spec is None:
-            choices[site.name] = Choice(reason=site.reason)
-            continue
-        taking = [d for d in decomposers if d.refusal(site.spec) is None]
-        if not taking:
-            reasons = (d.refusal(site.spec) for d in decomposers)
-            choices[site.name] = Choice(reason="; ".join(r for r in reasons if r))
-            continue
-        check_weight(site)
-        open_sites.append(site)
-        able.append(taking)
-    if isinstance(selector, ByLayer):
-        _check_entries(selector, sites, choices)
-    wanted = {site.name for site in open_sites}
-    moments = source.moments(model, sites, wanted, gradients=selector.weighs_layers)
-    by_name = {d.name: d for d in decomposers}
-    times = timing.profile_for(selector, model, example, sites, decomposers, source.progress)
-    rounding = _rounding(selector, times)
-    offers = rank_options(open_sites, able, moments, selector.largest_share, rounding)
-    candidates = [
-        [candidate(site, d, offer) for d in taking]
-        for site, taking, offer in zip(open_sites, able, offers, strict=True)
-    ]
-    everything = sum((p.numel() for p in model.parameters() if not _lazy(p)), 0)
-    whole = Cost(everything, None if seen is None else seen.total_macs)
-    rest = whole - total(c[0].before for c in candidates)
-    # Without any layer to choose for, too: a budget for the whole model has to say that it fails.
-    if selector.weighs_layers:
-        _fit_options(open_sites, candidates, moments, source.progress)
-    timed = None
-    if times is None or example is None:
-        selected = selector.select(candidates, rest)
-    else:
-        timed = choose_with_times(
-            TimedRequest(
-                model,
-                example,
-                times,
-                open_sites,
-                candidates,
-                by_name,
-                selector,
-                rest,
-                timing.only_if_faster,
-                _as_it_is if allow_expansion else _guarded,
-            )
-        )
-        selected = timed.choices
-    for site, choice, offer in zip(open_sites, selected, offers, strict=True):
-        if not allow_expansion:
-            choice = _guarded(choice)
-        error = _expected_error(choice, by_name, offer.losses) if expect else None
-        choices[site.name] = replace(choice, error=error)
-
+    With `variants`, layers that see few patches see variants of the batches, too.
+    """
+    sites, trace = find_sites(model, request.filters, request.example)
+    able, choices = able_sites(sites, request.methods)
+    if isinstance(request.selector, ByLayer):
+        _check_entries(request.selector, sites, choices)
+    wanted = {site.name for site, _ in able}
+    gradients = request.selector.weighs_layers
+    moments = site_moments(model, sites, wanted, data, gradients=gradients, variants=variants)
+    times = profile_for(
+        request.profile, request.only_if_faster, request.selector, model, request.example, sites,
+        request.methods, request.progress,
+    )  # fmt: skip
+    offers = offer_ranks(
+        able,
+        moments,
+        curves=request.selector.weighs_layers,
+        largest_share=request.selector.largest_share,
+        rounding=_rounding(request.selector, times),
+        progress=request.progress,
+    )
+    params = sum((p.numel() for p in model.parameters() if not is_lazy(p)), 0)
+    macs = None if trace is None else trace.total_macs
+    chosen, timed = _choose(model, request, times, offers, Cost(params, macs))
+    for offer, choice in zip(offers, chosen, strict=True):
+        error = _expected_error(choice, offer.losses) if expect else None
+        choices[offer.site.name] = replace(choice, error=error)
     counted: set[int] = set()
-    rows = [_row(site, choices[site.name], by_name, counted) for site in sites]
+    rows = [_row(site, choices[site.name], counted) for site in sites]
     if timed is not None:
-        rows = [
-            replace(row, latency_before=both[0], latency_after=both[1])
-            if (both := timed.seconds.get(row.name))
-            else row
-            for row in rows
-        ]
-    macs = None if seen is None else seen.total_macs
-    others = _everything_else(model, rows, macs, None if timed is None else timed.rest)
-    planned = Plan(rows, others, by_name, None if timed is None else timed.speed)
-    return planned, moments
+        rows = [_with_times(row, timed) for row in rows]
+    rest = Cost(params, macs) - total(row.before for row in rows)
+    plan = Plan(
+        rows,
+        replace(rest, latency=None if timed is None else timed.rest),
+        {method.name: method for method in request.methods},
+        None if timed is None else timed.speed,
+    )
+    return Planned(plan, {site.name: site for site in sites}, moments, _drafts(offers, chosen))
 
 
-def _expected_error(
-    choice: Choice, decomposers: Mapping[str, Decomposer], losses: LayerLosses
-) -> float | None:
-    """Exact or a bound where the method has such; else what the selector's own fits say."""
+def _choose(
+    model: nn.Module,
+    request: Request,
+    times: Profile | None,
+    offers: Sequence[Offer],
+    whole: Cost,
+) -> tuple[list[Choice], TimedChoices | None]:
+    """A guarded choice for each offer, and the measured times where there are any."""
+    candidates = [offer.candidates for offer in offers]
+    rest = whole - total(listed[0].before for listed in candidates)
+    guard: Callable[[Choice], Choice] = _unguarded if request.allow_expansion else guarded
+    if times is None:
+        return [guard(choice) for choice in request.selector.select(candidates, rest)], None
+    assert request.example is not None
+    timed = choose_with_times(
+        [offer.site for offer in offers],
+        candidates,
+        request.selector,
+        rest,
+        times,
+        request.example,
+        model,
+        only_if_faster=request.only_if_faster,
+        guard=guard,
+    )
+    return list(timed.choices), timed
+
+
+def _unguarded(choice: Choice) -> Choice:
+    return choice
+
+
+def _expected_error(choice: Choice, losses: LayerLosses) -> float | None:
+    """Exact or a bound where the method has one; else what the selector's own fits say."""
     if choice.candidate is None or choice.rank is None:
         return None
-    error = losses.expected_error(decomposers[choice.candidate.method], choice.rank)
+    error = losses.expected_error(choice.candidate.decomposer, choice.rank)
     return choice.error if error is None else error
 
 
-def _fit_options(
-    sites: Sequence[Site],
-    candidates: Sequence[Sequence[Candidate]],
-    moments: Moments | None,
-    progress: bool,
-) -> None:
-    """Fit what a selector that weighs layers is going to ask for, with a bar."""
-
-    def fit(layer: tuple[Site, Sequence[Candidate]]) -> None:
-        for one in layer[1]:
-            one.options()
-
-    def size(layer: tuple[Site, Sequence[Candidate]]) -> int:
-        return entries(layer[0], moments)
-
-    with tqdm(total=len(sites), desc="plan", unit="layer", disable=not progress) as bar:
-        layers = list(zip(sites, candidates, strict=True))
-        each(fit, layers, size=size, done=lambda _layer, _none: bar.update())
-
-
-def entries(site: Site, moments: Moments | None) -> int:
-    """How many numbers a fit of this layer works on; 0 where they are not the processor's."""
-    weight, spec = site.module.weight, site.spec
-    assert isinstance(weight, nn.Parameter)
-    if moments is None or spec is None or site.name not in moments:
-        return on_cpu(weight)
-    # A fit to data makes many small steps on a moment where one to weights makes few large ones.
-    return max(on_cpu(weight), spec.fan_in**2 // 4) if on_cpu(weight) else 0
+def _drafts(offers: Sequence[Offer], choices: Sequence[Choice]) -> dict[str, FittedLayer]:
+    found = {}
+    for offer, choice in zip(offers, choices, strict=True):
+        if choice.candidate is not None and choice.rank is not None:
+            draft = offer.losses.known_draft(choice.candidate.decomposer, choice.rank)
+            if draft is not None:
+                found[offer.site.name] = draft
+    return found
 
 
 def _check_entries(
     selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]
 ) -> None:
-    """Refuse entries that match no layer, or none that can be decomposed."""
+    """Refuse entries that match no layer, or only layers that cannot be decomposed."""
     for pattern in selector.selectors:
         named = [site for site in sites if any(matches(name, pattern) for name in site.names)]
         if not named:
@@ -179,71 +190,26 @@ def _check_entries(
             )
 
 
-def check_weight(site: Site) -> None:
-    """Refuse weights that no factorization can be made of."""
-    for name, parameter in site.module.named_parameters(recurse=False):
-        if parameter.is_meta:
-            raise ValueError(
-                f"layer {site.name!r} ({site.spec}): its {name} is on the meta device and has no "
-                "values; load the weights first (model.to_empty(device=...), load_state_dict)"
-            )
-        if math.isfinite(float(parameter.detach().sum())):
-            continue  # nothing that is not finite leaves a sum finite, and sums are fast
-        if not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise ValueError(
-                f"layer {site.name!r} ({site.spec}): {bad} of {parameter.numel()} entries of its "
-                f"{name} are NaN or infinite; expected finite values. Mend the weights or leave "
-                f"the layer alone with exclude=[{site.name!r}]"
-            )
-
-
-def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
-    """A filter as the user writes it: one pattern, several, or none."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-
-
 def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
     if selector.round_to is not None:
         return Rounding(selector.round_to, forced=True)
     return ANY_RANK if profile is None else profile.rounding
 
 
-def _as_it_is(choice: Choice) -> Choice:
-    return choice
-
-
-def _guarded(choice: Choice) -> Choice:
-    """The choice, unless its chain would not be cheaper than the layer."""
-    if choice.candidate is None or choice.rank is None:
-        return choice
-    before, after = choice.candidate.before, choice.candidate.cost(choice.rank)
-    if after.deciding >= before.deciding:
-        return Choice(
-            reason=f"{choice.candidate.method} at rank {choice.rank} would not save "
-            f"{before.unit}: {after.deciding:,} against the layer's {before.deciding:,}"
-        )
-    notes = (choice.note, by_parameters(choice.candidate))
-    return replace(choice, note="; ".join(dict.fromkeys(n for n in notes if n)) or None)
-
-
-def _row(
-    site: Site, choice: Choice, decomposers: Mapping[str, Decomposer], counted: set[int]
-) -> Row:
+def _row(site: Site, choice: Choice, counted: set[int]) -> Row:
     """The site's row; a parameter that it shares with an earlier row is counted there only."""
-    own = {id(p): p.numel() for p in site.module.parameters(recurse=False) if not _lazy(p)}
+    own = {id(p): p.numel() for p in site.module.parameters(recurse=False) if not is_lazy(p)}
     params = sum(numel for key, numel in own.items() if key not in counted)
     counted.update(own)
     macs = None if site.spec is None else chain_cost([site.spec], site.calls).macs
-    before = Cost(params, macs)
     row = Row(
         site.name,
         site.names,
         site.spec,
-        params_before=before.params,
-        params_after=before.params,
-        macs_before=before.macs,
-        macs_after=before.macs,
+        params_before=params,
+        params_after=params,
+        macs_before=macs,
+        macs_after=macs,
         reason=choice.reason,
         note=choice.note,
         calls=site.calls,
@@ -251,15 +217,9 @@ def _row(
     if choice.candidate is None or choice.rank is None:
         return row
     row = replace(row, expected_error=choice.error)
-    return planned_row(row, decomposers[choice.candidate.method], choice.rank)
+    return planned_row(row, choice.candidate.decomposer, choice.rank)
 
 
-def _everything_else(
-    model: nn.Module, rows: Sequence[Row], total_macs: int | None, rest: float | None
-) -> Cost:
-    params = sum(p.numel() for p in model.parameters() if not _lazy(p))
-    return replace(Cost(params, total_macs) - total(row.before for row in rows), latency=rest)
-
-
-def _lazy(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, nn.parameter.UninitializedParameter)
+def _with_times(row: Row, timed: TimedChoices) -> Row:
+    before, after = timed.seconds.get(row.name, (None, None))
+    return replace(row, latency_before=before, latency_after=after)

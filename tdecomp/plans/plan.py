@@ -1,23 +1,18 @@
 """A plan: which layer gets which method and rank, as plain data."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.registry import get_decomposer
+from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layers.cost import Cost, chain_cost
-from tdecomp.layers.spec import LayerSpec
-from tdecomp.model.sites import Site, find_sites
-from tdecomp.plans.row import Row, calls_from_list, cost_from_dict
-from tdecomp.plans.table import Table
+from tdecomp.model.sites import Site
+from tdecomp.plans.row import Row, cost_from_dict
+from tdecomp.plans.table import FORMAT, Table, read_json
 from tdecomp.ranks.base import spread
 from tdecomp.timing.speed import Speed
-
-_FORMAT = 1
 
 
 class Plan(Table):
@@ -34,7 +29,7 @@ class Plan(Table):
     decomposers : mapping of str to Decomposer
         The methods that the rows name, with their options.
     speed : Speed or None
-        With a profile, how long the whole model took with chains like these.
+        With a profile, the time of the whole model with such chains.
     """
 
     title = "layers to be"
@@ -59,9 +54,9 @@ class Plan(Table):
         ----------
         name : str
         method : str or Decomposer, optional
-            As it is planned already, if left out.
+            By default the one that is planned already.
         rank : int or tuple of int, optional
-            As it is planned already, if left out.
+            By default the one that is planned already.
 
         Raises
         ------
@@ -96,9 +91,15 @@ class Plan(Table):
         return Plan(rows, self.everything_else, named, speed)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, with the options of its methods."""
+        """The plan as plain data, with the options of its methods.
+
+        Raises
+        ------
+        ValueError
+            If a method cannot be rebuilt from its options.
+        """
         options = {name: _options(d) for name, d in self.decomposers.items()}
-        return {"format": _FORMAT, "methods": options, **super().to_dict()}
+        return {"format": FORMAT, "methods": options, **super().to_dict()}
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -107,44 +108,34 @@ class Plan(Table):
         Raises
         ------
         ValueError
-            If it is no plan, of a newer format, or has a method or a rank that cannot be.
+            If it is no plan, of another format, or has a method or a rank that cannot be.
         """
-        try:
-            data = json.loads(text)
-            if data["format"] != _FORMAT:
-                raise ValueError(
-                    f"plan format {data['format']!r}: this version reads format {_FORMAT}"
-                )
-            decomposers = {
-                name: _with_options(name, options) for name, options in data["methods"].items()
-            }
-            for name in {row["method"] for row in data["rows"]} - {None, *decomposers}:
-                decomposers[name] = get_decomposer(name)
-            rows = [_row_from_dict(row, decomposers) for row in data["rows"]]
+        with read_json("plan", text) as data:
+            methods = {name: _with_options(name, known) for name, known in data["methods"].items()}
+            for name in {row["method"] for row in data["rows"]} - {None, *methods}:
+                methods[name] = get_decomposer(name)
+            rows = [_counted_anew(Row.from_dict(row), methods) for row in data["rows"]]
             if len({row.name for row in rows}) < len(rows):
                 raise TypeError("a layer has two rows")
-            speed = None if data.get("speed") is None else Speed.from_dict(data["speed"])
-            return cls(rows, cost_from_dict(data["everything_else"]), decomposers, speed)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"not a plan's JSON: {type(error).__name__}: {error}") from error
+            speed = None if data["speed"] is None else Speed.from_dict(data["speed"])
+            return cls(rows, cost_from_dict(data["everything_else"]), methods, speed)
 
 
-def match_sites(model: nn.Module, plan: Plan) -> dict[str, Site]:
-    """The model's sites by name, each checked to be what the plan's row was planned for.
+def match_sites(sites: Iterable[Site], plan: Plan) -> dict[str, Site]:
+    """The model's sites by name, each checked to be the layer that the plan's row was made for.
 
     Raises
     ------
     ValueError
         If the model lacks a layer of the plan, has another in its place, or cannot spare it.
     """
-    found, _ = find_sites(model)
-    sites = {site.name: site for site in found}
+    found = {site.name: site for site in sites}
     for row in plan:
-        site = sites.get(row.name)
+        site = found.get(row.name)
         if site is None:
             raise ValueError(
-                f"layer {row.name!r}: the plan has it, the model has no such Linear or "
-                "convolution; expected a model of the architecture that was planned for"
+                f"layer {row.name!r}: the plan has it, the model has no such layer; expected a "
+                "model of the architecture that was planned for"
             )
         if site.names != row.names:
             raise ValueError(
@@ -158,16 +149,16 @@ def match_sites(model: nn.Module, plan: Plan) -> dict[str, Site]:
             )
         if row.method is not None and site.reason is not None:
             raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
-    for name in sites.keys() - {row.name for row in plan}:
+    for name in found.keys() - {row.name for row in plan}:
         raise ValueError(
             f"layer {name!r}: the model has it, the plan does not; expected a model of the "
             "architecture that was planned for"
         )
-    return sites
+    return found
 
 
 def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
-    """The row with this method and rank, and what they cost.
+    """The row with this method and rank, and their costs.
 
     Raises
     ------
@@ -179,7 +170,7 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
     refusal = decomposer.refusal(row.layer)
     if refusal is not None:
         raise ValueError(f"layer {row.name!r} ({row.layer}): {refusal}")
-    listed = tuple(rank) if isinstance(rank, list) else rank  # as JSON has pairs
+    listed = tuple(rank) if isinstance(rank, list) else rank
     rank = spread(listed, decomposer.max_rank(row.layer))
     try:
         decomposer.check_rank(rank, row.layer)
@@ -196,8 +187,47 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
     )
 
 
+def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:
+    """A row that was read, with its own costs; a row that was edited has no expectations."""
+    if row.method is None:
+        return replace(row, params_after=row.params_before, macs_after=row.macs_before)
+    planned = planned_row(row, decomposers[row.method], row.rank)
+    if (planned.params_after, planned.macs_after) == (row.params_after, row.macs_after):
+        return planned
+    return replace(planned, expected_error=None, latency_after=None)
+
+
 def _options(decomposer: Decomposer) -> dict[str, Any]:
-    return asdict(decomposer) if is_dataclass(decomposer) else {}
+    """The options that make the method again, as plain data.
+
+    Raises
+    ------
+    ValueError
+        If they do not, so that the plan could not be read again.
+    """
+    name = decomposer.name
+    if not is_dataclass(decomposer):
+        if name in registered() and type(get_decomposer(name)) is type(decomposer):
+            return {}
+        raise ValueError(
+            f"method {name!r} cannot be rebuilt from a plan: {type(decomposer).__name__} is neither "
+            "a dataclass, whose fields are its options, nor registered; make it one of the two"
+        )
+    options = {f.name: getattr(decomposer, f.name) for f in fields(decomposer) if f.init}
+    try:
+        if type(decomposer)(**_read(json.loads(json.dumps(options)))) == decomposer:
+            return options
+        found = "other options come back"
+    except (TypeError, ValueError) as error:
+        found = str(error)
+    raise ValueError(
+        f"method {name!r} cannot be rebuilt from its options {options}: {found}; expected fields "
+        "that hold numbers, strings or tuples of them"
+    )
+
+
+def _read(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
 
 
 def _with_options(name: str, options: dict[str, Any]) -> Decomposer:
@@ -207,32 +237,4 @@ def _with_options(name: str, options: dict[str, Any]) -> Decomposer:
     unknown = set(options) - {f.name for f in fields(decomposer)}
     if unknown:
         raise ValueError(f"plan: {name!r} has no option {', '.join(map(repr, sorted(unknown)))}")
-    return replace(decomposer, **options)
-
-
-def _row_from_dict(data: dict[str, Any], decomposers: Mapping[str, Decomposer]) -> Row:
-    layer = None if data["layer"] is None else LayerSpec.from_dict(data["layer"])
-    counts = (data["params_before"], data["macs_before"] or 0)
-    if not isinstance(data["name"], str) or not all(isinstance(n, int) for n in counts):
-        raise TypeError(f"expected a name and whole counts, got {data['name']!r} and {counts}")
-    row = Row(
-        data["name"],
-        tuple(data["names"]),
-        layer,
-        params_before=data["params_before"],
-        params_after=data["params_before"],
-        macs_before=data["macs_before"],
-        macs_after=data["macs_before"],
-        reason=data["reason"],
-        note=data["note"],
-        expected_error=data.get("expected_error"),
-        latency_before=data.get("latency_before"),
-        latency_after=data.get("latency_after"),
-        calls=calls_from_list(data["calls"]),
-    )
-    if data["method"] is None:
-        return row
-    planned = planned_row(row, decomposers[data["method"]], data["rank"])
-    if (planned.params_after, planned.macs_after) == (data["params_after"], data["macs_after"]):
-        return planned
-    return replace(planned, expected_error=None, latency_after=None)  # edited: nobody expected it
+    return replace(decomposer, **_read(options))

@@ -1,19 +1,11 @@
 """The picture of a report: each layer's cost before and after, and its error."""
 
-import io
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-
-class NotebookFigure(Figure):
-    """A figure that a notebook shows, whether or not pyplot was imported."""
-
-    def _repr_png_(self) -> bytes:
-        drawn = io.BytesIO()
-        self.savefig(drawn, format="png")
-        return drawn.getvalue()
+from tdecomp.loss_curves.plot import NotebookFigure
 
 
 def bars_and_errors(

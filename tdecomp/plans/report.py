@@ -1,15 +1,12 @@
-"""A layer's row, and the table of rows that people look at."""
+"""What was done to each layer, and to the model afterwards."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tdecomp.layers.cost import Cost
 from tdecomp.plans.row import Row
-from tdecomp.plans.table import Table
+from tdecomp.plans.table import FORMAT, Table
 from tdecomp.timing.speed import Speed
-
-if TYPE_CHECKING:
-    pass
 
 
 class Report(Table):
@@ -18,7 +15,7 @@ class Report(Table):
     Attributes
     ----------
     recovery : tuple of Recovery
-        What the steps after it did to the error of the whole model.
+        What the steps after the fit did to the error of the whole model.
     """
 
     def __init__(
@@ -34,3 +31,11 @@ class Report(Table):
     def summary(self) -> str:
         """One line: how many layers, parameters and MACs, and what was done afterwards."""
         return "; ".join((super().summary(), *map(str, self.recovery)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, with the results of the recovery steps."""
+        return {
+            "format": FORMAT,
+            **super().to_dict(),
+            "recovery": [step.to_dict() for step in self.recovery],
+        }

@@ -1,7 +1,6 @@
-"""A layer row: plain data and back."""
+"""One layer's row: plain data, and back."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tdecomp.layers.chain import Rank
@@ -21,16 +20,16 @@ class Row:
         All of them.
     layer : LayerSpec or None
         None where the sizes are not known (lazy and quantized layers).
+    params_before, params_after : int
+    macs_before, macs_after : int or None
+        Of one forward pass of the example inputs; None without them.
     method : str or None
         None where the layer is left alone.
     rank : int, tuple of int or None
     reason : str or None
         Why it is left alone.
     note : str or None
-        What else a reader should know, e.g. that a break-even went by parameters.
-    params_before, params_after : int
-    macs_before, macs_after : int or None
-        Of one forward pass of the example inputs; None without them.
+        A remark, for example that a break-even counted parameters.
     expected_error : float or None
         Before anything is fitted: of ``output_error`` with data, of ``weight_error`` without. Exact
         for svd, lowrank and spatial, a bound for tucker2; None for CP unless a budget fitted it.
@@ -45,7 +44,7 @@ class Row:
     component_norms : float or None
         For CP, the sum of the components' norms over the kernel's: far above √rank they cancel.
     calls : tuple of Call or None
-        What the example inputs asked of the layer.
+        The calls of the layer in one pass of the example inputs.
     """
 
     name: str
@@ -77,42 +76,43 @@ class Row:
         return Cost(self.params_after, self.macs_after, self.latency_after)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data."""
-        rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
-        return {
-            "name": self.name,
-            "names": list(self.names),
-            "layer": None if self.layer is None else self.layer.to_dict(),
-            "method": self.method,
-            "rank": rank,
-            "reason": self.reason,
-            "note": self.note,
-            "params_before": self.params_before,
-            "params_after": self.params_after,
-            "macs_before": self.macs_before,
-            "macs_after": self.macs_after,
-            "expected_error": self.expected_error,
-            "weight_error": self.weight_error,
-            "output_error": self.output_error,
-            "latency_before": self.latency_before,
-            "latency_after": self.latency_after,
-            "fit_seconds": self.fit_seconds,
-            "component_norms": self.component_norms,
-            "calls": None
-            if self.calls is None
-            else [[call.batch, list(call.size)] for call in self.calls],
+        """The row as plain data; `Row.from_dict` brings it back."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain["names"] = list(self.names)
+        plain["layer"] = None if self.layer is None else self.layer.to_dict()
+        plain["rank"] = list(self.rank) if isinstance(self.rank, tuple) else self.rank
+        if self.calls is not None:
+            plain["calls"] = [[call.batch, list(call.size)] for call in self.calls]
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Row":
+        """The inverse of `to_dict`, also after a round trip through JSON.
+
+        Raises
+        ------
+        KeyError, TypeError
+            If an entry is missing, unknown or of a wrong kind.
+        """
+        counts = [data[key] for key in ("params_before", "params_after")]
+        counts += [data[key] or 0 for key in ("macs_before", "macs_after")]
+        if not isinstance(data["name"], str) or not all(isinstance(n, int) for n in counts):
+            raise TypeError(f"expected a name and whole counts, got {data['name']!r} and {counts}")
+        layer, rank, calls = data["layer"], data["rank"], data["calls"]
+        known = {
+            "names": tuple(data["names"]),
+            "layer": None if layer is None else LayerSpec.from_dict(layer),
+            "rank": tuple(rank) if isinstance(rank, list) else rank,
+            "calls": None if calls is None else tuple(Call(n, tuple(size)) for n, size in calls),
         }
+        return cls(**{**data, **known})
 
 
 def cost_to_dict(cost: Cost) -> dict[str, float | None]:
+    """A cost as plain data."""
     return {"params": cost.params, "macs": cost.macs, "latency": cost.latency}
 
 
 def cost_from_dict(data: dict[str, Any]) -> Cost:
-    """The inverse of a cost's plain data."""
-    return Cost(data["params"], data["macs"], data.get("latency"))
-
-
-def calls_from_list(data: Sequence[Any] | None) -> tuple[Call, ...] | None:
-    """The inverse of a row's plain calls."""
-    return None if data is None else tuple(Call(batch, tuple(size)) for batch, size in data)
+    """The inverse of `cost_to_dict`."""
+    return Cost(data["params"], data["macs"], data["latency"])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,32 @@ from tdecomp.timing.speed import Speed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# Of plans, reports and files; 1 was that of tdecomp 0.1.
+FORMAT = 2
+
+
+@contextmanager
+def read_json(what: str, text: str) -> Iterator[dict[str, Any]]:
+    """The plain data in a JSON text; a ValueError where it is none of this format."""
+    try:
+        data = json.loads(text)
+        check_format(what, data["format"])
+        yield data
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a {what}'s JSON: {type(error).__name__}: {error}") from error
+
+
+def check_format(what: str, found: Any) -> None:
+    """Refuse what another version of tdecomp wrote."""
+    if found != FORMAT:
+        writer = "tdecomp 0.1" if found == 1 else "another version of tdecomp"
+        remedy = "make it anew" if found == 1 else "update tdecomp"
+        raise ValueError(
+            f"{what} format {found!r}, written by {writer}: this version reads format {FORMAT}; "
+            f"{remedy}"
+        )
 
 
 class Table:
@@ -117,7 +144,9 @@ class Table:
         try:
             from tdecomp.plans.plot import bars_and_errors  # matplotlib is an extra
         except ImportError as error:
-            raise ImportError("plot() needs matplotlib: pip install 'tdecomp[plot]'") from error
+            raise ImportError(
+                "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
+            ) from error
         by_macs = self.everything_else.macs is not None
         return bars_and_errors(
             labels=[row.name or "(model)" for row in self.rows],

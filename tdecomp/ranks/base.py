@@ -1,37 +1,37 @@
-"""What a rank selector sees and answers, and the walk along a method's ranks that they share.
+"""The contract of a rank selector: what it sees of each layer, and what it answers.
 
-A selector never sees a module: for each layer it gets the methods that can take it, and for each
-of them the range of ranks, the cost of a rank and, when asked for, the spectra.
+A selector never sees a module. For each layer it gets a `Candidate` for every method that can take
+the layer: the largest useful rank, the cost of a rank and, computed when called, the spectra, the
+ranks worth considering and the errors of ranks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.linalg.spectrum import Spectrum
 
 NOTHING = Cost(0, 0)
-# Of a layer's cost, that a chain may keep to be worth considering.
+# The largest share of a layer's cost at which a chain is still worth considering.
 LARGEST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Option:
-    """A rank of a candidate, with what it costs and what it loses.
+    """A rank of a candidate, its cost and its loss.
 
     Attributes
     ----------
     rank : int or tuple of int
     cost : Cost
     loss : float
-        Comparable from layer to layer.
+        In a unit that is the same for all layers.
     error : float
-        The layer's own: the share of its output's variance that is lost, or without data
+        Relative to this layer: the share of its output's variance that is lost, or without data
         ``‖W − W̃‖ / ‖W‖``.
     """
 
@@ -39,6 +39,14 @@ class Option:
     cost: Cost
     loss: float
     error: float
+
+
+def _no_errors() -> None:
+    return None
+
+
+def _no_error_at(rank: Rank) -> None:
+    del rank
 
 
 @dataclass(frozen=True)
@@ -53,18 +61,28 @@ class Candidate:
     max_rank : int or tuple of int
         The largest useful rank, or ranks.
     before : Cost
-        Of the layer as it is.
+        The layer's own cost.
     cost : callable ``rank -> Cost``
-        Of the chain, growing with each rank.
+        The cost of the chain; it grows with each rank.
     spectra : callable ``() -> tuple of Spectrum or None``
-        One for each rank, computed when called; None for methods whose rank has no spectrum.
+        One spectrum for each rank, computed when called; None for methods whose rank has none.
     options : callable ``() -> sequence of Option``
         The ranks worth considering, computed when called.
     aliases : tuple of str
         The layer's other names.
     rounded : bool
-        Whether the options are multiples that the hardware likes, between which there is nothing
-        to be gained.
+        Whether the options are multiples that the hardware runs efficiently. The ranks between
+        them are then not considered: they save no time.
+    decomposer : object
+        The method itself with its options.
+    errors : callable ``() -> sequence of float or None``
+        The exact relative errors at rank 0, 1, 2 …, computed when called, of a method whose best
+        fits are nested; None for all other methods.
+    error_at : callable ``rank -> float or None``
+        The relative error of a fit at this rank, made when called; None if the fit fails.
+    by_outputs : bool
+        Whether these errors are shares of the variance of the layer's output on data. Otherwise
+        they are ``‖W − W̃‖ / ‖W‖``.
     """
 
     layer: str
@@ -76,11 +94,15 @@ class Candidate:
     options: Callable[[], Sequence[Option]] = tuple
     aliases: tuple[str, ...] = ()
     rounded: bool = False
+    decomposer: Any = None
+    errors: Callable[[], Sequence[float] | None] = _no_errors
+    error_at: Callable[[Rank], float | None] = _no_error_at
+    by_outputs: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a selector answers for one layer: a method and a rank, or the reason for none."""
+    """A selector's answer for one layer: a method and a rank, or the reason for none."""
 
     candidate: Candidate | None = None
     rank: Rank | None = None
@@ -91,25 +113,25 @@ class Choice:
 
 
 class RankSelector(ABC):
-    """Decides how much. Local selectors look at one layer; a budget looks at all of them."""
+    """Chooses the ranks. Local selectors see one layer at a time, a budget sees all of them."""
 
-    # Whether it weighs layers against each other, so that gradients are worth their time.
+    # Whether losses are compared between layers, which gradients make more accurate.
     weighs_layers: ClassVar[bool] = False
 
-    # The share of the original's time that is asked for, and the multiple that ranks shall have.
+    # The share of the original's time that is asked for, and the multiple to round ranks to.
     latency: float | None = None
     round_to: int | None = None
 
     @property
     def largest_share(self) -> float:
-        """Of a layer's own cost, that its chain may keep to be worth an iterative fit."""
+        """The largest share of a layer's cost at which its chain is worth an iterative fit."""
         return LARGEST_SHARE
 
     @abstractmethod
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
-        """One choice per site, from its candidates in the order of the user's methods.
+        """One choice for each site, from its candidates in the order of the user's methods.
 
-        `rest` is the cost of all of the model that is none of these sites.
+        `rest` is the cost of everything in the model outside these sites.
         """
 
 
@@ -121,7 +143,7 @@ class LocalSelector(RankSelector):
         """The rank for this candidate, or the reason for none."""
 
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
-        del rest  # each layer for itself
+        del rest  # it only matters to selectors that compare layers
         return [self.choose(candidates[0]) for candidates in sites]
 
 
@@ -130,19 +152,19 @@ def is_share(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
-def rank_at(max_rank: Rank, fraction: float | Fraction) -> Rank:
-    """That fraction of the largest useful rank, floored, at least 1; of each rank of a tuple.
+def as_tuple(rank: Rank) -> tuple[int, ...]:
+    """The ranks as a tuple, a single one included."""
+    return rank if isinstance(rank, tuple) else (rank,)
 
-    >>> rank_at(100, 0.25), rank_at((64, 128), 0.1)
-    (25, (6, 12))
-    """
-    if isinstance(max_rank, tuple):
-        return tuple(max(1, int(fraction * limit)) for limit in max_rank)
-    return max(1, int(fraction * max_rank))
+
+def in_form_of(max_rank: Rank, ranks: Iterable[int]) -> Rank:
+    """The ranks as the method takes them: an int where its largest rank is one, else a tuple."""
+    found = tuple(ranks)
+    return found if isinstance(max_rank, tuple) else found[0]
 
 
 def spread(rank: Rank, max_rank: Rank) -> Rank:
-    """One int for a method of several ranks means each of them; all else stays as it is.
+    """For a method of several ranks, an int stands for each of them; others are returned as given.
 
     >>> spread(8, (64, 128)), spread(8, 64)
     ((8, 8), 8)
@@ -152,26 +174,19 @@ def spread(rank: Rank, max_rank: Rank) -> Rank:
     return rank
 
 
-def rank_ladder(max_rank: Rank) -> Sequence[Rank]:
-    """Every rank that a common fraction of the largest ones gives, ascending.
+def spectra_of(candidate: Candidate, selector: str) -> tuple[Spectrum, ...]:
+    """The candidate's spectra, one for each rank.
 
-    >>> rank_ladder((2, 4))
-    [(1, 1), (1, 2), (1, 3), (2, 4)]
+    Raises
+    ------
+    ValueError
+        If the method's rank says nothing about singular values, as with CP.
     """
-    if isinstance(max_rank, int):
-        return range(1, max_rank + 1)
-    fractions = {Fraction(r, limit) for limit in max_rank for r in range(1, limit + 1)}
-    return sorted({rank_at(max_rank, fraction) for fraction in fractions})
-
-
-def largest_rank(candidate: Candidate, fits: Callable[[Cost], bool]) -> Rank | None:
-    """The largest rank of the ladder whose cost `fits`, or None; costs grow along the ladder."""
-    ladder = rank_ladder(candidate.max_rank)
-    low, high = 0, len(ladder)  # every rank below `low` fits, none from `high` on
-    while low < high:
-        middle = (low + high) // 2
-        if fits(candidate.cost(ladder[middle])):
-            low = middle + 1
-        else:
-            high = middle
-    return ladder[low - 1] if low else None
+    spectra = candidate.spectra()
+    if spectra is None:
+        raise ValueError(
+            f"layer {candidate.layer!r}: {selector} reads singular values, which say nothing of "
+            f"the rank of {candidate.method!r}. Selectors that apply to it: an int, a float or "
+            "Ratio(..., of='rank'), Ratio(..., of='params'), Ratio(..., of='macs'), 'breakeven'"
+        )
+    return spectra

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, largest_rank, rank_at
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector
+from tdecomp.ranks.grid import largest_rank, rank_at
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from tdecomp.linalg.spectrum import Spectrum
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
-from tdecomp.ranks.spectral import spectra_of
+from tdecomp.ranks.base import (
+    Candidate,
+    Choice,
+    LocalSelector,
+    in_form_of,
+    is_share,
+    spectra_of,
+)
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,8 @@ class Energy(LocalSelector):
     >>> Energy(0.9)
     Energy(share=0.9)
 
-    For Tucker-2 of each of the two channel unfoldings; for grouped layers of all groups together.
+    For Tucker-2 each rank keeps this share of its own channel unfolding; in grouped layers the
+    singular values of all groups are summed.
 
     Parameters
     ----------
@@ -31,8 +38,8 @@ class Energy(LocalSelector):
             raise ValueError(f"Energy: expected a share above 0 and at most 1, got {self.share!r}")
 
     def choose(self, candidate: Candidate) -> Choice:
-        ranks = tuple(self._rank(s) for s in spectra_of(candidate, "Energy"))
-        return Choice(candidate, ranks if isinstance(candidate.max_rank, tuple) else ranks[0])
+        ranks = (self._rank(spectrum) for spectrum in spectra_of(candidate, "Energy"))
+        return Choice(candidate, in_form_of(candidate.max_rank, ranks))
 
     def _rank(self, spectrum: Spectrum) -> int:
         kept = np.cumsum(np.clip(spectrum.squares.sum(axis=0), 0.0, None))

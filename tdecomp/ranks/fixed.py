@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.model.filters import matches
-from tdecomp.ranks.base import NOTHING, Candidate, Choice, LocalSelector, RankSelector, spread
+from tdecomp.ranks.base import (
+    NOTHING,
+    Candidate,
+    Choice,
+    LocalSelector,
+    RankSelector,
+    as_tuple,
+    spread,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Fixed(LocalSelector):
     rank: Rank
 
     def __post_init__(self) -> None:
-        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        ranks = as_tuple(self.rank)
         if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
             raise ValueError(
                 f"rank: expected a positive int, or a tuple of them for Tucker-2, got {self.rank!r}"
@@ -73,9 +81,7 @@ class Fixed(LocalSelector):
 
 def exceeds(rank: Rank, max_rank: Rank) -> bool:
     """Whether any of the ranks is above its limit."""
-    if isinstance(rank, tuple) and isinstance(max_rank, tuple):
-        return any(r > limit for r, limit in zip(rank, max_rank, strict=True))
-    return rank > max_rank  # type: ignore[operator]
+    return any(r > limit for r, limit in zip(as_tuple(rank), as_tuple(max_rank), strict=True))
 
 
 @dataclass(frozen=True)

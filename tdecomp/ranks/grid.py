@@ -1,15 +1,18 @@
-"""The ranks of a method that are worth a look: few, and whole multiples of what hardware likes."""
+"""Which ranks of a method are looked at: all of them in order, or a few of them, rounded."""
 
 import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
+from tdecomp.ranks.base import Candidate, as_tuple, in_form_of
 
-# A rank that is not forced to be a multiple shall still have so many values to choose from.
+# How many multiples must be left to choose from where rounding is not forced.
 _CHOICES = 4
 
 
@@ -24,8 +27,8 @@ class Rounding:
     ----------
     multiple : int
     forced : bool
-        Also where few such ranks are left; a rank whose largest is below the multiple is then
-        the largest itself. Otherwise the multiple is halved there.
+        Keep the multiple even where it leaves few ranks; a method whose largest rank is below the
+        multiple then has that rank only. Otherwise the multiple is halved for it.
     """
 
     multiple: int = 1
@@ -41,12 +44,9 @@ class Rounding:
         return multiple
 
     def nearest(self, rank: Rank, largest: Rank) -> Rank:
-        """The rank of that kind next to this one, or ranks next to these."""
-        if isinstance(rank, tuple):
-            assert isinstance(largest, tuple)
-            return tuple(self._nearest(r, most) for r, most in zip(rank, largest, strict=True))
-        assert isinstance(largest, int)
-        return self._nearest(rank, largest)
+        """The multiple nearest to the rank, or to each rank of a tuple."""
+        pairs = zip(as_tuple(rank), as_tuple(largest), strict=True)
+        return in_form_of(largest, (self._nearest(r, most) for r, most in pairs))
 
     def _nearest(self, rank: int, largest: int) -> int:
         multiple = self.of(largest)
@@ -64,9 +64,9 @@ def rank_steps(
     count: int,
     rounding: Rounding = ANY_RANK,
 ) -> list[Rank]:
-    """At most about `count` ranks whose cost is within the limit, ascending, on a log scale.
+    """About `count` ranks at most, ascending on a log scale, whose cost is within the limit.
 
-    Several ranks go along a common fraction of their largest.
+    Several ranks are a common fraction of their largest ones.
 
     Parameters
     ----------
@@ -78,24 +78,52 @@ def rank_steps(
         most = last(0, largest, lambda rank: cost(rank).deciding <= limit)
         ranks: list[Rank] = list(_spaced(math.ceil(smallest * most), most, count))
     else:
-        descent = _common_fractions(largest, cost, 2 * count)
-        within = [r for r in descent if smallest * limit <= cost(r).deciding <= limit]
+        fractions = _common_fractions(largest, cost, 2 * count)
+        within = [r for r in fractions if smallest * limit <= cost(r).deciding <= limit]
         ranks = [within[i - 1] for i in _spaced(1, len(within), count)]
     rounded = dict.fromkeys(rounding.nearest(rank, largest) for rank in ranks)
-    paying = (rank for rank in rounded if cost(rank).deciding <= limit)
-    return sorted(paying, key=lambda rank: cost(rank).deciding)
+    affordable = (rank for rank in rounded if cost(rank).deciding <= limit)
+    return sorted(affordable, key=lambda rank: cost(rank).deciding)
+
+
+def rank_at(max_rank: Rank, fraction: float | Fraction) -> Rank:
+    """That fraction of the largest useful rank, or of each one: rounded down, at least 1.
+
+    >>> rank_at(100, 0.25), rank_at((64, 128), 0.1)
+    (25, (6, 12))
+    """
+    return in_form_of(max_rank, (max(1, int(fraction * limit)) for limit in as_tuple(max_rank)))
+
+
+def rank_ladder(max_rank: Rank) -> Sequence[Rank]:
+    """Every rank that a common fraction of the largest ones gives, ascending.
+
+    >>> rank_ladder((2, 4))
+    [(1, 1), (1, 2), (1, 3), (2, 4)]
+    """
+    if isinstance(max_rank, int):
+        return range(1, max_rank + 1)
+    fractions = {Fraction(r, limit) for limit in max_rank for r in range(1, limit + 1)}
+    return sorted({rank_at(max_rank, fraction) for fraction in fractions})
+
+
+def largest_rank(candidate: Candidate, fits: Callable[[Cost], bool]) -> Rank | None:
+    """The largest rank of the ladder whose cost `fits`, or None; costs grow along the ladder."""
+    ladder = rank_ladder(candidate.max_rank)
+    count = bisect_left(ladder, True, key=lambda rank: not fits(candidate.cost(rank)))
+    return ladder[count - 1] if count else None
 
 
 def last(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The last whole number of a range that fits, where all up to it do; at least the first."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    """The largest number from `low` to `high` that fits; `low` if none above it does.
+
+    All numbers up to the largest one must fit.
+    """
+    return low + bisect_left(range(low + 1, high + 1), True, key=lambda number: not fits(number))
 
 
 def _spaced(low: int, high: int, count: int) -> list[int]:
-    """At most so many whole numbers from `low` to `high`, evenly spaced on a log scale."""
+    """At most `count` whole numbers from `low` to `high`, evenly spaced on a log scale."""
     if high < 1:
         return []
     low = max(1, min(low, high))
@@ -107,7 +135,7 @@ def _common_fractions(
 ) -> list[Rank]:
     """Ranks from the smallest to the largest, along a common fraction."""
     fractions = np.geomspace(1 / max(largest), 1.0, count).tolist()
-    ranks: dict[Rank, None] = {}
-    for fraction in fractions:
-        ranks[tuple(max(1, round(fraction * limit)) for limit in largest)] = None
-    return sorted(ranks, key=lambda rank: cost(rank).deciding)
+    ranks: list[Rank] = [
+        tuple(max(1, round(fraction * limit)) for limit in largest) for fraction in fractions
+    ]
+    return sorted(dict.fromkeys(ranks), key=lambda rank: cost(rank).deciding)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tdecomp.layers.cost import Cost
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share, largest_rank, rank_at
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
+from tdecomp.ranks.grid import largest_rank, rank_at
 
 Of = Literal["rank", "params", "macs"]
 

@@ -1,19 +1,21 @@
-"""How much: the rank selectors, and the short forms a user may write for them."""
+"""The short forms that a user may write for the rank selectors."""
 
 import math
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
+from tdecomp.ranks.base import RankSelector
 from tdecomp.ranks.breakeven import BreakEven
-from tdecomp.ranks.budget import Budget
-from tdecomp.ranks.energy import Energy
 from tdecomp.ranks.fixed import ByLayer, Fixed
 from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
 
-_NAMED: dict[str, type[RankSelector]] = {"vbmf": VBMF, "breakeven": BreakEven}
+# The selectors that can be given by name: one line each.
+_NAMED: dict[str, type[RankSelector]] = {
+    "vbmf": VBMF,
+    "breakeven": BreakEven,
+}
 
 
 def get_selector(rank: Any) -> RankSelector:
@@ -25,7 +27,7 @@ def get_selector(rank: Any) -> RankSelector:
     Raises
     ------
     ValueError
-        If it is no rank: the message says what is.
+        If it stands for no rank; the message lists what does.
     """
     if isinstance(rank, RankSelector):
         return rank
@@ -66,18 +68,3 @@ _EXPECTED = (
     "Budget(macs=0.5), Energy(0.9) or VBMF(weaken=0.5), or a dict of layer names or globs to "
     "any of these but a Budget, which is for the whole model"
 )
-
-__all__ = [
-    "VBMF",
-    "BreakEven",
-    "Budget",
-    "ByLayer",
-    "Candidate",
-    "Choice",
-    "Energy",
-    "Fixed",
-    "LocalSelector",
-    "RankSelector",
-    "Ratio",
-    "get_selector",
-]

@@ -4,8 +4,15 @@ from dataclasses import dataclass
 
 from tdecomp.linalg.evb import evb_rank
 from tdecomp.linalg.spectrum import Spectrum
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
-from tdecomp.ranks.spectral import spectra_of
+from tdecomp.ranks.base import (
+    Candidate,
+    Choice,
+    LocalSelector,
+    as_tuple,
+    in_form_of,
+    is_share,
+    spectra_of,
+)
 
 
 @dataclass(frozen=True)
@@ -15,14 +22,15 @@ class VBMF(LocalSelector):
     >>> VBMF(), VBMF(weaken=0.5)
     (VBMF(weaken=0.0), VBMF(weaken=0.5))
 
-    For Tucker-2 of the two channel unfoldings (Kim et al. 2016); for grouped layers the largest
-    estimate of any group. Never 0: the row says when the estimate was.
+    For Tucker-2 each rank is the estimate of its own channel unfolding (Kim et al. 2016); for
+    grouped layers it is the largest estimate of any group. A rank is never 0: where the estimate
+    was, the row says so.
 
     Parameters
     ----------
     weaken : float
-        0 is the estimate, 1 the full rank, in between a rank on the way as in MUSCO (Gusak et al.
-        2019, section 3.2).
+        0 gives the estimate, 1 the full rank, values in between a rank between the two, as in
+        MUSCO (Gusak et al. 2019, section 3.2).
     """
 
     weaken: float = 0.0
@@ -32,20 +40,13 @@ class VBMF(LocalSelector):
             raise ValueError(f"VBMF: expected weaken from 0 to 1, got {self.weaken!r}")
 
     def choose(self, candidate: Candidate) -> Choice:
-        spectra = spectra_of(candidate, "VBMF")
         limits = candidate.max_rank
-        estimates = tuple(_estimate(spectrum) for spectrum in spectra)
-        ranks = tuple(
-            self._weakened(estimate, limit)
-            for estimate, limit in zip(
-                estimates, limits if isinstance(limits, tuple) else (limits,), strict=True
-            )
-        )
-        note = None
-        if 0 in estimates:
-            shown = estimates if isinstance(limits, tuple) else estimates[0]
-            note = f"the VBMF estimate was {shown}"
-        return Choice(candidate, ranks if isinstance(limits, tuple) else ranks[0], note=note)
+        estimates = tuple(_estimate(spectrum) for spectrum in spectra_of(candidate, "VBMF"))
+        pairs = zip(estimates, as_tuple(limits), strict=True)
+        rank = in_form_of(limits, (self._weakened(estimate, limit) for estimate, limit in pairs))
+        shown = in_form_of(limits, estimates)
+        note = f"the VBMF estimate was {shown}" if 0 in estimates else None
+        return Choice(candidate, rank, note=note)
 
     def _weakened(self, estimate: int, limit: int) -> int:
         # Truncation towards the full rank, as in MUSCO; the nudge undoes float round-off only.

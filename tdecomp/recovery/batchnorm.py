@@ -1,16 +1,54 @@
-"""Batch norm statistics taken anew on the decomposed model's own activations."""
+"""Batch norm statistics re-estimated on the decomposed model's own activations."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward, device_of
-from tdecomp.recovery.base import Recovery, Yardstick, adopt, batches_for, copy_of
+from tdecomp.recovery.held_out import HeldOut
+from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.torch_state import untouched
+
+
+@dataclass(frozen=True)
+class RecalibrateBatchnorm(RecoveryStep):
+    """`recalibrate_batchnorm` as a step of `decompose`.
+
+    >>> RecalibrateBatchnorm().name
+    'recalibrate_batchnorm'
+    """
+
+    name: ClassVar[str] = "recalibrate_batchnorm"
+
+    def run(
+        self,
+        model: nn.Module,
+        original: nn.Module | None,
+        batches: Batches,
+        held_out: HeldOut | None,
+    ) -> Recovery:
+        del original
+        if held_out is not None:
+            batches.require_several_passes("an error taken before and after")
+        before = math.nan if held_out is None else held_out.error(model)
+        norms = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        }
+        statistics = _statistics(model, norms, batches)
+        with torch.no_grad():
+            for name, values in statistics.items():
+                for buffer, value in zip(_buffers(norms[name]), values, strict=True):
+                    buffer.copy_(value)
+        after = math.nan if held_out is None else held_out.error(model)
+        return Recovery(model, self.name, before, after, {}, _notes(norms, statistics))
 
 
 def recalibrate_batchnorm(
@@ -21,6 +59,7 @@ def recalibrate_batchnorm(
     forward: Forward | None = None,
     max_batches: int | None = None,
     inplace: bool = False,
+    seed: int | None = None,
     progress: bool = True,
 ) -> Recovery:
     """Re-estimate the running mean and variance of every batch norm, without labels.
@@ -30,20 +69,22 @@ def recalibrate_batchnorm(
     >>> recovery.model[1].num_batches_tracked
     tensor(1)
 
-    All batches count the same, as with ``momentum=None``. Only batch norms that keep statistics
-    are put in training mode, so that dropout and the rest stay as in evaluation.
+    All batches have the same weight, as with ``momentum=None``. Only batch norms that keep
+    statistics are put in training mode, so that dropout and the rest stay as in evaluation.
 
     Parameters
     ----------
     model : nn.Module
-    batches : iterable of batches
+    batches : iterable of batches, or Data
         As for `tdecomp.calibrate`.
     original : nn.Module, optional
-        To say what it did to the error; without it both errors are NaN.
+        Needed for the errors before and after; without it both are NaN.
     forward, max_batches
         As for `tdecomp.calibrate`.
     inplace : bool
         Change `model` itself, wholly or, on an error, not at all.
+    seed : int, optional
+        Makes the order of a DataLoader that shuffles reproducible.
     progress : bool
         Show a bar over the batches.
 
@@ -56,42 +97,37 @@ def recalibrate_batchnorm(
     ValueError
         For NaN or infinities in a batch norm's inputs, and as `tdecomp.calibrate`.
     """
-    source = batches_for("recalibrate_batchnorm", batches, forward, max_batches)
-    yardstick = None
-    if original is not None:
-        source.again("an error taken before and after")
-        yardstick = Yardstick(original, source)
-    changed = copy_of(model)
-    norms = {
-        name: module
-        for name, module in changed.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-    before = math.nan if yardstick is None else yardstick.lost_by(changed)
+    return run_on_copy(
+        RecalibrateBatchnorm(), model, original, batches, inplace, forward=forward,
+        max_batches=max_batches, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def _statistics(
+    model: nn.Module, norms: Mapping[str, _BatchNorm], batches: Batches
+) -> dict[str, list[Tensor]]:
+    """The new buffers of each batch norm that a batch reaches; the model is left as it was."""
     momenta = {name: norm.momentum for name, norm in norms.items()}
-    with untouched(changed), torch.no_grad():
+    with untouched(model), torch.no_grad():
         for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None  # the plain average over the batches
             norm.train()
-        for batch in source.bar(device_of(changed), "batch norm", progress):
-            source.run(changed, batch)
-        # Those that no batch reached keep what they have.
+        for batch in batches.bar(device_of(model), "batch norm"):
+            batches.run(model, batch)
         statistics = {
-            name: [value.clone() for value in norm._buffers.values() if value is not None]
+            name: [value.clone() for value in _buffers(norm)]
             for name, norm in norms.items()
             if norm.num_batches_tracked is None or norm.num_batches_tracked > 0
         }
+    for name, norm in norms.items():
+        norm.momentum = momenta[name]
     _check_finite(statistics)
-    with torch.no_grad():
-        for name, norm in norms.items():
-            norm.momentum = momenta[name]
-            held = [value for value in norm._buffers.values() if value is not None]
-            for buffer, value in zip(held, statistics.get(name, held), strict=True):
-                buffer.copy_(value)
-    after = math.nan if yardstick is None else yardstick.lost_by(changed)
-    changed = adopt(model, changed) if inplace else changed
-    return Recovery(changed, "recalibrate_batchnorm", before, after, {}, _notes(norms, statistics))
+    return statistics
+
+
+def _buffers(norm: _BatchNorm) -> list[Tensor]:
+    return [value for value in norm._buffers.values() if value is not None]
 
 
 def _check_finite(statistics: Mapping[str, Sequence[Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""Outputs from inside a network, for one model to be taught by another.
+"""Outputs of modules inside a network, for training one model to give those of another.
 
 Romero et al. 2015, "FitNets: Hints for Thin Deep Nets".
 """
@@ -9,16 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdecomp.calibration.data import Batches
 from tdecomp.layers.chain import Chain
-from tdecomp.model.batches import Batches, tensors_of
+from tdecomp.model.batches import tensors_of
 
+# The largest number of hinted modules.
 _HINTS = 4
 
 
 def hinted(model: nn.Module) -> list[str]:
-    """A few modules whose outputs are worth comparing: blocks that hold chains, evenly spread.
+    """The names of a few blocks that hold chains, evenly spread, whose outputs are compared.
 
-    A chain alone is none: what it gives before norm and activation is not what the next one sees.
+    A chain by itself is not such a block: its output before norm and activation is not the input
+    of the next layer.
     """
 
     def blocks(name: str) -> list[str]:
@@ -51,7 +54,7 @@ class Outputs:
 
             def take(_: Any, __: Any, output: Any, name: str = name) -> None:
                 if isinstance(output, Tensor) and output.is_floating_point():
-                    # What follows may change it in place.
+                    # The next module may change it in place.
                     self._found[name] = output.clone()
 
             self._stack.callback(module.register_forward_hook(take).remove)
@@ -61,7 +64,7 @@ class Outputs:
         self._stack.close()
 
     def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:
-        """The outputs of one call by their positions, the hints by their modules' names."""
+        """The outputs of one call by position, and those of the hinted modules by name."""
         self._found = {}
         outputs = tensors_of(batches.run(model, batch))
         return {**self._found, **dict(enumerate(outputs))}

@@ -1,4 +1,4 @@
-"""How near a chain's outputs come to the original layer's, and the factors that come nearest."""
+"""The factors of a chain whose outputs come nearest to the original layer's outputs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,38 +10,35 @@ from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
+from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.layers.chain import Rank
 
-# Towards the original kernel, as a share of the inputs' mean power, for as many samples as inputs
-# to each output; with more samples it goes down in proportion.
+# The ridge towards the original kernel, as a share of the inputs' mean square, where there are
+# fan_in samples; it falls in proportion to the number of samples.
 _RIDGE = 1e-2
 
 
 class Match:
-    """The chain's inputs x and the original's outputs y, by the moments of both.
+    """The chain's inputs x and the original layer's outputs y, by the moments of both.
 
-    Outputs matter as the model's own outputs feel them: with gradients of second moment G, an
-    error e counts ``eᵀ (G / mean(diag G) + λI) e``. The share λ of all outputs alike is larger
-    where few samples have shown G.
+    Errors are weighted by how much the model's outputs depend on them: with gradients of second
+    moment G, an error e counts ``eᵀ (G / mean(diag G) + λI) e``. The share λ, by which all outputs
+    count alike, is larger where G comes from few samples.
 
     Parameters
     ----------
     sums : Accumulator
-        Of inputs and outputs.
+        The sums over inputs and outputs.
     moments : LayerMoments
-        What the sums come to; without G all outputs matter alike.
+        The moments of the inputs; without a gradient all outputs count alike.
     weight : Tensor
-        The original layer's.
+        The original layer's weight.
     samples : int
-        That G was taken of.
+        The number of samples that G was taken of.
     """
 
     def __init__(
-        self,
-        sums: Accumulator,
-        moments: LayerMoments,
-        weight: Tensor,
-        samples: int,
+        self, sums: Accumulator, moments: LayerMoments, weight: Tensor, samples: int
     ) -> None:
         self._moments, self._spec = moments, moments.spec
         self._cross, self._mean_output, self._power = sums.mean_cross()
@@ -56,9 +53,9 @@ class Match:
             self._roots, self._inverses = [r for r, _ in pairs], [i for _, i in pairs]
 
     def _free(self, weight: Tensor) -> list[Tensor]:
-        """Each group's kernel that, without any restriction, comes nearest to the outputs.
+        """Each group's kernel of full rank whose outputs come nearest.
 
-        Where the samples say little it stays with the original kernel.
+        In directions with few samples it stays near the original kernel.
         """
         targets = []
         kernels = self._moments.kernels(weight)
@@ -76,7 +73,7 @@ class Match:
         return targets
 
     def fit(self, decomposer: Decomposer, rank: Rank, start: Factorization) -> Factorization:
-        """The factors whose outputs come nearest, from those that the chain has."""
+        """The factors whose outputs come nearest, by a fit that starts from the chain's factors."""
         targets, roots, inverses = self._target, self._roots, self._inverses
         if roots is None or inverses is None:
             return self._fit(decomposer, rank, targets, start)
@@ -90,13 +87,15 @@ class Match:
         spec = self._spec
         kernel = torch.cat(list(kernels))
         kernel = kernel.reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
-        return decomposer.factorize(kernel, spec, rank, self._about_mean, start)
+        weight = spec.from_forward_layout(kernel)
+        return factorize(decomposer, weight, spec, rank, self._about_mean, start)
 
     def best_bias(self, fitted: Factorization) -> Tensor:
+        """The bias with which the factors' mean output is that of the original layer."""
         return self._mean_output.flatten() - self._moments.mean_output(fitted.to_kernel())
 
     def lost(self, fitted: Factorization, bias: Tensor | None) -> float:
-        """``E‖y − K̃ x − b̃‖²`` as a share of the variance of y, both as they matter."""
+        """``E‖y − K̃ x − b̃‖²`` as a share of the variance of y, both weighted."""
         kernel = fitted.to_kernel()
         shift = self._moments.mean_output(kernel).reshape(self._mean_output.shape)
         shift -= self._mean_output
@@ -118,7 +117,7 @@ class Match:
 
 
 def _roots(gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """The square root of what errors count, and its inverse."""
+    """The square root of the weights of errors, and its inverse."""
     count = len(gradient)
     scale = float(gradient.diagonal().mean())
     if not scale > 0:
@@ -132,11 +131,11 @@ def _roots(gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:
 def _mixed(
     factorization: Factorization, matrices: Sequence[Tensor], decomposer: Decomposer
 ) -> Factorization:
-    """The factors of the kernel whose outputs are mixed by these matrices, one for each group."""
+    """The factors with each group's outputs multiplied by its matrix."""
     groups = []
     for factors, matrix in zip(factorization.groups, matrices, strict=True):
         *first, last = factors.stage_weights()
         mixed = decomposer.factors_of((*first, (matrix @ last.flatten(1)).reshape(last.shape)))
-        assert mixed is not None  # that of the chain's own stages was not
+        assert mixed is not None  # the method knew the factors of the chain's own stages
         groups.append(mixed)
     return replace(factorization, groups=tuple(groups))

@@ -1,64 +1,92 @@
-"""Getting accuracy back without labels: each way alone, or several as steps of `decompose`."""
+"""The steps of `decompose` that get accuracy back, in the order given."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from tdecomp.calibration.data import Source
-from tdecomp.recovery.base import Recovery, chains_not_in
-from tdecomp.recovery.batchnorm import recalibrate_batchnorm
-from tdecomp.recovery.distill import distill
-from tdecomp.recovery.refit import refit
+from tdecomp.calibration.data import Batches
+from tdecomp.calibration.moments import Moments
+from tdecomp.recovery.batchnorm import RecalibrateBatchnorm
+from tdecomp.recovery.distill import Distill
+from tdecomp.recovery.held_out import HeldOut
+from tdecomp.recovery.recovery import Recovery, RecoveryStep
+from tdecomp.recovery.refit import Refit
+from tdecomp.recovery.replaced import new_chains
 
-# A refitted chain gives what the layer gave, which the old statistics are those of; only what is
-# still missing is for new ones to make up for.
-_ORDER = ("refit", "recalibrate_batchnorm", "distill")
-_NOTHING = "no layer was decomposed"
+_STEPS: dict[str, type[RecoveryStep]] = {
+    step.name: step for step in (Refit, RecalibrateBatchnorm, Distill)
+}
+
+# What a user may give as `recover`.
+Recover = None | str | RecoveryStep | Sequence[str | RecoveryStep]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Which of them to take: the refit first, the fine-tuning last."""
+def recovery_steps(recover: Recover) -> tuple[RecoveryStep, ...]:
+    """The steps that a user means by names and objects, in the order given.
 
-    recalibrate_batchnorm: bool = False
-    refit: bool = False
-    distill: bool = False
+    >>> recovery_steps(["refit", Distill(steps=50)])
+    (Refit(gradients=True), Distill(steps=50, lr=None, hints=True))
 
-    def __bool__(self) -> bool:
-        return self.recalibrate_batchnorm or self.refit or self.distill
+    Raises
+    ------
+    TypeError
+        For anything else than names and steps.
+    ValueError
+        For a name that no step has.
+    """
+    if recover is None:
+        return ()
+    given = recover if isinstance(recover, (list, tuple)) else [recover]
+    return tuple(_step(one) for one in given)
 
-    def take(self, source: Source) -> Source:
-        """The data as these steps use it; what they cannot be taken with is refused at once.
 
-        What is refitted or distilled is meant for more than these batches, all else for just them.
-        """
-        for name in _ORDER:
-            if getattr(self, name):
-                source.batches(name).again(name)
-        return source if self.refit or self.distill else replace(source, augment=None)
+def _step(given: Any) -> RecoveryStep:
+    if isinstance(given, RecoveryStep):
+        return given
+    names = ", ".join(map(repr, _STEPS))
+    classes = ", ".join(step.__name__ for step in _STEPS.values())
+    expected = f"expected {names}, or one of {classes} with options, e.g. Distill(steps=50)"
+    if not isinstance(given, str):
+        hint = " (a class: make an instance of it)" if isinstance(given, type) else ""
+        raise TypeError(f"recover: got {given!r}{hint}; {expected}")
+    if given not in _STEPS:
+        raise ValueError(f"recover: unknown step {given!r}; {expected}")
+    return _STEPS[given]()
 
-    def run(self, model: nn.Module, original: nn.Module, source: Source) -> tuple[Recovery, ...]:
-        """Take the steps on `model` itself."""
-        if not chains_not_in(original, model):
-            names = [name for name in _ORDER if getattr(self, name)]
-            return tuple(Recovery(model, n, 0.0, 0.0, {}, (_NOTHING,)) for n in names)
-        done: list[Recovery] = []
-        common = {
-            "forward": source.forward,
-            "max_batches": source.max_batches,
-            "inplace": True,
-            "progress": source.progress,
-        }
-        varied = {**common, "augment": source.augment}
-        if self.refit:
-            done.append(refit(model, original, source.data, **varied))  # type: ignore[arg-type]
-        if self.recalibrate_batchnorm:
-            done.append(
-                recalibrate_batchnorm(model, source.data, original=original, **common)  # type: ignore[arg-type]
+
+def check_data(steps: Sequence[RecoveryStep], data: Batches | Moments | None) -> None:
+    """Raise a ValueError for data that the steps cannot use, before any work is done."""
+    for step in steps:
+        if not isinstance(data, Batches):
+            got = "none" if data is None else "moments"
+            raise ValueError(
+                f"recover: {step.name} runs the model on batches, got {got}; expected data= to be "
+                "a DataLoader or a list of batches"
             )
-        if self.distill:
-            done.append(distill(model, original, source.data, **varied))  # type: ignore[arg-type]
-        return tuple(done)
+        data.called_by("recover").require_several_passes(step.name)
 
 
-__all__ = ["Recovery", "Steps", "distill", "recalibrate_batchnorm", "refit"]
+def use_variants(steps: Sequence[RecoveryStep]) -> bool:
+    """Whether the fits before these steps should use variants of the batches, too."""
+    return any(step.uses_variants for step in steps)
+
+
+def run_steps(
+    steps: Sequence[RecoveryStep],
+    model: nn.Module,
+    original: nn.Module,
+    data: Batches | Moments | None,
+) -> tuple[Recovery, ...]:
+    """Run the steps on `model` itself; after an error it may be left half changed.
+
+    The original is evaluated once for the errors of all steps.
+    """
+    check_data(steps, data)
+    if not steps or not isinstance(data, Batches):
+        return ()
+    if not new_chains(model, original):
+        nothing = ("no layer was decomposed",)
+        return tuple(Recovery(model, step.name, 0.0, 0.0, {}, nothing) for step in steps)
+    held_out = HeldOut(original, data.called_by("recover"))
+    return tuple(step.run(model, original, data.called_by(step.name), held_out) for step in steps)

@@ -1,17 +1,21 @@
 """A choice of ranks with measured times: chosen by predictions, then timed as a whole model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
+from torch import nn
+
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
+from tdecomp.model.example import Example
 from tdecomp.model.sites import Site
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 from tdecomp.timing.latency_predictor import LatencyPredictor
 from tdecomp.timing.layout_times import LayerComparison, LayoutTimes, TimedRequest
+from tdecomp.timing.profile import Profile
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.time_penalty import choose_with_time_penalty
 
@@ -49,25 +53,56 @@ class TimedChoices:
         return self.speed.predicted or 1.0
 
 
-def choose_with_times(request: TimedRequest) -> TimedChoices:
+def choose_with_times(
+    sites: Sequence[Site],
+    candidates: Sequence[Sequence[Candidate]],
+    selector: RankSelector,
+    rest: Cost,
+    profile: Profile,
+    example: Example,
+    model: nn.Module,
+    *,
+    only_if_faster: bool,
+    guard: Callable[[Choice], Choice],
+) -> TimedChoices:
     """Choose for all sites in each layout of the profile, and return the best result.
+
+    Parameters
+    ----------
+    sites : sequence of Site
+        The layers that may be replaced.
+    candidates : sequence of sequences of Candidate
+        For each site.
+    selector : RankSelector
+    rest : Cost
+        The cost of the model outside these sites.
+    profile : Profile
+    example : Example
+    model : nn.Module
+    only_if_faster : bool
+        Leave each layer alone whose chain is not measurably faster.
+    guard : callable ``Choice -> Choice``
+        Replaces a choice that is refused in any case by one that says why.
 
     Raises
     ------
     ValueError
         If the budget cannot be met, or the times scatter by more than what it asks for.
     """
+    request = TimedRequest(
+        sites, candidates, selector, rest, profile, example, model, only_if_faster, guard
+    )
     comparisons: dict[Any, LayerComparison] = {}
     found: list[TimedChoices] = []
     refused: dict[str, ValueError] = {}
-    for layout in request.profile.layouts:
+    for layout in profile.layouts:
         try:
             found.append(_choose_in_layout(LayoutTimes(request, layout, comparisons)))
         except ValueError as error:
             refused[layout] = error
     if not found:
-        raise refused[request.profile.best_layout]
-    return min(found, key=partial(_demerit, request.selector.latency))
+        raise refused[profile.best_layout]
+    return min(found, key=partial(_demerit, selector.latency))
 
 
 def _demerit(budget: float | None, timed: TimedChoices) -> tuple[float, float]:
@@ -154,7 +189,7 @@ def _with_times(candidate: Candidate, site: Site, times: LayoutTimes, factor: fl
     time_counts = times.request.only_if_faster or times.request.selector.latency is not None
 
     def cost(rank: Rank) -> Cost:
-        latency = factor * times.chain(site, candidate.method, rank)
+        latency = factor * times.chain(site, candidate, rank)
         return replace(candidate.cost(rank), latency=latency)
 
     @cache

@@ -1,13 +1,13 @@
 """Times of one model in one memory layout: of its layers, of their chains, and of the whole."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
@@ -23,36 +23,15 @@ from tdecomp.timing.stopwatch import EFFORTS, ratio
 
 @dataclass(frozen=True)
 class TimedRequest:
-    """What is to be chosen, and by which times.
+    """The arguments of `choose_with_times`, which documents them."""
 
-    Attributes
-    ----------
-    model : nn.Module
-    example : Example
-    profile : Profile
-    sites : sequence of Site
-        The layers that may be replaced.
-    candidates : sequence of sequences of Candidate
-        For each site.
-    decomposers : mapping of str to Decomposer
-        By the candidates' method names.
-    selector : RankSelector
-    rest : Cost
-        The cost of the model outside these sites.
-    only_if_faster : bool
-        Leave each layer alone whose chain is not measurably faster.
-    guard : callable ``Choice -> Choice``
-        What each choice has to pass in any case.
-    """
-
-    model: nn.Module
-    example: Example
-    profile: Profile
     sites: Sequence[Site]
     candidates: Sequence[Sequence[Candidate]]
-    decomposers: Mapping[str, Decomposer]
     selector: RankSelector
     rest: Cost
+    profile: Profile
+    example: Example
+    model: nn.Module
     only_if_faster: bool
     guard: Callable[[Choice], Choice]
 
@@ -98,17 +77,17 @@ class LayoutTimes:
         """Seconds of each site's layer in one pass."""
         return [self.layer(site) for site in self.request.sites]
 
-    def chain(self, site: Site, method: str, rank: Rank) -> float:
+    def chain(self, site: Site, candidate: Candidate, rank: Rank) -> float:
         """Seconds of a chain in the layer's place."""
-        decomposer, calls = self.request.decomposers[method], site.calls or ()
-        return self.request.profile.chain(decomposer, _spec(site), rank, calls, self.layout)
+        method, calls = candidate.decomposer, site.calls or ()
+        return self.request.profile.chain(method, _spec(site), rank, calls, self.layout)
 
     def chosen(self, choices: Sequence[Choice]) -> float:
         """The sum over all sites: of each the chosen chain, or the layer that is kept."""
         return sum(
             self.layer(site)
             if choice.candidate is None or choice.rank is None
-            else self.chain(site, choice.candidate.method, choice.rank)
+            else self.chain(site, choice.candidate, choice.rank)
             for site, choice in zip(self.request.sites, choices, strict=True)
         )
 
@@ -117,8 +96,7 @@ class LayoutTimes:
         if choice.candidate is None or choice.rank is None or not site.calls:
             return None
         spec, profile = _spec(site), self.request.profile
-        decomposer = self.request.decomposers[choice.candidate.method]
-        chains = [(spec,), tuple(decomposer.stages(spec, choice.rank))]
+        chains = [(spec,), tuple(choice.candidate.decomposer.stages(spec, choice.rank))]
         layout, where = profile.timed_in(self.layout), device_and_dtype(self.request.model)
         key = (layout, *chains, site.calls)
         if key not in self.comparisons:
@@ -135,8 +113,8 @@ class LayoutTimes:
         """The measured speed of the whole model with the chosen chains."""
         request = self.request
         chains = {
-            site.module: request.decomposers[choice.candidate.method].build_like(
-                site.module, _spec(site), choice.rank
+            site.module: empty_chain_like(
+                site.module, _spec(site), choice.candidate.decomposer, choice.rank
             )
             for site, choice in zip(request.sites, choices, strict=True)
             if choice.candidate is not None and choice.rank is not None

@@ -10,13 +10,14 @@ from torch import nn
 from tqdm import tqdm
 
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.methods import Methods, listed_methods
+from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import Example
 from tdecomp.model.layout import LAYOUTS, layout_of
 from tdecomp.model.sites import Site, find_sites
+from tdecomp.ranks.base import RankSelector
 from tdecomp.timing.profile import Profile, model_in_words, timed_ranks
 from tdecomp.timing.setting import Setting, device_and_dtype
 from tdecomp.timing.speed import Quartiles
@@ -159,6 +160,45 @@ def measure(
             for stages, column in zip(missing, seconds.T, strict=True):
                 result.times[layout, stages, call] = Quartiles.over(column)
     return result
+
+
+def check_timing(
+    profile: Profile | None, only_if_faster: bool, selector: RankSelector, example: Example | None
+) -> None:
+    """Raise an error if times are asked for and there is no call of the model to time."""
+    check_profile("profile", profile)
+    asked = {
+        "only_if_faster=True": only_if_faster,
+        "Budget(latency=...)": selector.latency is not None,
+        "profile=...": profile is not None,
+    }
+    for name, wanted in asked.items():
+        if wanted and example is None:
+            raise ValueError(
+                f"{name}: times are those of one call of the model, got no example_inputs; "
+                "expected inputs of the batch size that is going to be used"
+            )
+
+
+def profile_for(
+    profile: Profile | None,
+    only_if_faster: bool,
+    selector: RankSelector,
+    model: nn.Module,
+    example: Example | None,
+    sites: Sequence[Site],
+    methods: Sequence[Decomposer],
+    progress: bool,
+) -> Profile | None:
+    """The given profile, checked; a new one if one is needed; None if no times are asked for."""
+    if example is None:
+        return None
+    if profile is not None:
+        profile.check(model, example)
+        return profile
+    if selector.latency is None and not only_if_faster:
+        return None
+    return measure(model, example, sites, methods, progress=progress)
 
 
 def check_profile(name: str, value: Any) -> None:

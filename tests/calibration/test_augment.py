@@ -1,4 +1,4 @@
-"""Variants of images: what is varied, what is left alone, and how often."""
+"""Variants of images: what is varied, and what is left alone."""
 
 from collections import namedtuple
 
@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from tdecomp import flip_and_shift
-from tdecomp.calibration.augment import PASSES, paste, variants
-from tdecomp.model.batches import Batches
-
-CPU = torch.device("cpu")
+from tdecomp.calibration.augment import paste
 
 
 def generator(seed=0):
@@ -95,15 +92,3 @@ def test_containers_stay_what_they_are():
     held = flip_and_shift({"x": [pictures()], "name": "a"}, generator())
     assert held["name"] == "a"
     assert held["x"][0].shape == pictures().shape
-
-
-def test_variants_differ_from_pass_to_pass():
-    seen = list(variants(Batches([pictures(), pictures()], "test"), CPU, flip_and_shift))
-    assert len(seen) == 2 * (PASSES - 1)
-    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
-
-
-def test_there_are_none_of_what_is_not_varied():
-    vectors = Batches([(torch.zeros(4, 3), torch.zeros(4))], "test")
-    assert list(variants(vectors, CPU, flip_and_shift)) == []
-    assert list(variants(Batches([pictures()], "test"), CPU, None)) == []

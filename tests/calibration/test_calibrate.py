@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdecomp
-from tdecomp.calibration import calibrate as calibration
 from tdecomp.calibration.accumulator import Accumulator
-from tdecomp.calibration.calibrate import calibrate
+from tdecomp.calibration.calibrate import calibrate, calibrate_layers
+from tdecomp.calibration.data import batches_for
 from tdecomp.calibration.moments import Moments
 from tdecomp.model.batches import call_model
 from tdecomp.model.sites import find_sites
@@ -159,12 +159,6 @@ def test_max_batches_leaves_the_others_alone():
     assert len(list(batches)) == 1
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_wrong_max_batches(limit):
-    with pytest.raises(ValueError, match="calibrate: expected max_batches"):
-        taken(small(), [images()], max_batches=limit)
-
-
 @pytest.mark.parametrize("model", [MODELS["encoder"], MODELS["attention"]], ids=["encoder", "mha"])
 def test_fast_paths_hide_nothing_and_are_on_again_afterwards(model):
     inside = []
@@ -291,7 +285,7 @@ def test_nan_and_infinity_name_the_layer(value, count):
 def test_model_without_layers_and_data_that_are_none():
     with pytest.raises(ValueError, match="no Linear or convolution"):
         taken(nn.ReLU(), [images()])
-    with pytest.raises(TypeError, match="calibrate: expected batches"):
+    with pytest.raises(TypeError, match="data: expected batches"):
         taken(small(), 3)
 
 
@@ -479,8 +473,7 @@ def tiny():
 
 @pytest.mark.parametrize("frozen", ["none", "first", "all"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_gradients_are_those_of_the_jacobians(frozen, mode, monkeypatch):
-    monkeypatch.setattr(calibration, "_GRADIENT_SAMPLES", 1440)
+def test_gradients_are_those_of_the_jacobians(frozen, mode):
     model = tiny()
     if frozen == "all":
         model.requires_grad_(False)
@@ -489,7 +482,9 @@ def test_gradients_are_those_of_the_jacobians(frozen, mode, monkeypatch):
     x = torch.randn(24, 2, 3, 3, generator=torch.Generator().manual_seed(1))
     with mode(), unchanged(model):
         # Many draws of the mixture on the same images.
-        moments = taken(model, [x.repeat(60, 1, 1, 1)])
+        layers = {"0": model[0], "3": model[3]}
+        batches = batches_for("test", [x.repeat(60, 1, 1, 1)], progress=False)
+        moments = calibrate_layers(model, layers, batches, gradient_samples=1440)
     expected = jacobian_moments(model, x)
     for name, gradient in expected.items():
         assert distance(moments[name].gradient, gradient) < 0.1, name
@@ -644,7 +639,7 @@ def test_moments_are_no_batches():
     moments = taken(small(), [images()])
     with pytest.raises(ValueError, match="refit runs the model on batches, got moments"):
         tdecomp.decompose(
-            small(), "lowrank", rank=2, data=moments, refit=True, allow_expansion=True
+            small(), "lowrank", rank=2, data=moments, recover="refit", allow_expansion=True
         )
 
 

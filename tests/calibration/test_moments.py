@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tdecomp.calibration.accumulator import Accumulator
-from tdecomp.layers import patches as patches_module
+from tdecomp.layers.patches import patches
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import SAME_PADDING_OF_EVEN_KERNELS, distance
 from tests.geometries import GEOMETRIES
@@ -73,16 +73,29 @@ def test_moments_are_those_of_the_dense_patches(geometry, batch):
         assert torch.equal(moments.rows, rows)
 
 
-@pytest.mark.parametrize("geometry", PLAIN, ids=str)
-def test_size_of_the_slices_does_not_matter(geometry, monkeypatch):
-    x = skewed(geometry.input(MANY))
-    whole = seen(geometry.spec, x)
-    monkeypatch.setattr(patches_module, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(patches_module, "_LEAST_ROWS", 2)
-    sliced = seen(geometry.spec, x)
-    assert sliced.count == whole.count
-    assert distance(sliced.mean, whole.mean) < 1e-12
-    assert distance(full_matrix(sliced), full_matrix(whole)) < 1e-12
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(300, 2), torch.randn(9000, 300)),
+        (nn.Conv2d(60, 2, 3, stride=2, padding=1), torch.randn(9, 60, 64, 64)),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_inputs_of_many_slices_with_their_outputs(layer, x):
+    layer, x = layer.double(), skewed(x.double())
+    spec = LayerSpec.of(layer)
+    assert len(list(patches(x, spec))) > 2
+    with torch.no_grad():
+        y = layer(x)
+    sums = Accumulator(spec, with_outputs=True)
+    sums.add(x, y)
+    rows = x if spec.ndim == 0 else nn.functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
+    moments = sums.finish()
+    assert moments.count == len(rows)
+    assert distance(moments.mean[0], rows.mean(0)) < 1e-12
+    assert distance(moments.matrix[0], rows.T @ rows / len(rows)) < 1e-12
+    cross, _, _ = sums.mean_cross()
+    assert distance(cross[0], _rows(y, layer).T @ rows / len(rows)) < 1e-12
 
 
 def test_wide_products_are_made_in_blocks():

@@ -1,4 +1,4 @@
-"""What every decomposer must do, checked against torch's own layers; each method subclasses it."""
+"""Tests that every decomposer passes, against torch's own layers; each method subclasses them."""
 
 import itertools
 import math
@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdecomp.decomposers.assemble import assemble, empty_chain, factors_of_chain
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.fit_layer import factorize, spectra_of
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import STOCK_LAYERS, LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
-from tests.geometries import GEOMETRIES
+from tests.geometries import GEOMETRIES, case
 
 # torch says so of the layer itself: padding="same" with an even kernel copies the input.
 SAME_PADDING_OF_EVEN_KERNELS = "ignore:Using padding='same' with even kernel:UserWarning"
@@ -71,10 +73,13 @@ class DecomposerCase:
     def wrong_ranks(self, largest):
         return [0, -1, largest + 1, True, 1.0, (1, 1), (1,), ()]
 
+    def taken(self):
+        """The geometries that the method takes."""
+        return [geometry for geometry in GEOMETRIES if self.takes(geometry.spec)]
+
     def pytest_generate_tests(self, metafunc):
         if "geometry" in metafunc.fixturenames:
-            taken = [g for g in GEOMETRIES if self.takes(g.spec)]
-            metafunc.parametrize("geometry", taken, ids=str)
+            metafunc.parametrize("geometry", self.taken(), ids=str)
 
     def weight(self, spec, dtype=torch.float64, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -85,11 +90,11 @@ class DecomposerCase:
     def check_against_the_layer(self, geometry, rank):
         """Outputs and gradients are those of the layer with the factorized kernel in it."""
         layer, spec = geometry.layer(), geometry.spec
-        factorization = self.decomposer.factorize(layer.weight, spec, rank)
+        factorization = factorize(self.decomposer, layer.weight, spec, rank)
         kernel = factorization.to_kernel()
         assert kernel.shape == layer.weight.shape
         assert kernel.dtype == layer.weight.dtype
-        chain = self.decomposer.assemble(layer, factorization, rank)
+        chain = assemble(layer, self.decomposer, rank, factorization)
         reference = geometry.layer()
         reference.weight.data = kernel
 
@@ -134,35 +139,43 @@ class DecomposerCase:
     # -- structure and cost -------------------------------------------------------------------
 
     @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
-    def test_cost_is_what_torch_counts(self, geometry):
-        layer, spec = geometry.layer(), geometry.spec
-        inputs = [geometry.input(2), geometry.input(3)]
-        for rank in self.ranks(spec):
-            chain = self.decomposer.build(spec, rank, dtype=torch.float64)
-            with FlopCounterMode(display=False) as counter:
-                shapes = [chain(x).shape for x in inputs]
-            cost = chain_cost(
-                self.decomposer.stages(spec, rank), [spec.call(x.shape) for x in inputs]
-            )
-            assert cost.macs == counter.get_total_flops() // 2
-            assert cost.params == sum(p.numel() for p in chain.parameters())
-            assert shapes == [layer(x).shape for x in inputs]
+    def test_cost_is_what_torch_counts(self):
+        for geometry in self.taken():
+            with case(geometry):
+                layer, spec = geometry.layer(), geometry.spec
+                inputs = [geometry.input(2), geometry.input(3)]
+                for rank in self.ranks(spec):
+                    chain = empty_chain(self.decomposer, spec, rank, dtype=torch.float64)
+                    with FlopCounterMode(display=False) as counter:
+                        shapes = [chain(x).shape for x in inputs]
+                    cost = chain_cost(
+                        self.decomposer.stages(spec, rank), [spec.call(x.shape) for x in inputs]
+                    )
+                    assert cost.macs == counter.get_total_flops() // 2
+                    assert cost.params == sum(p.numel() for p in chain.parameters())
+                    assert shapes == [layer(x).shape for x in inputs]
 
-    def test_chain_is_made_of_stock_layers(self, geometry):
-        layer, spec = geometry.layer(), geometry.spec
-        rank = self.ranks(spec)[0]
-        chain = self.decomposer.assemble(
-            layer, self.decomposer.factorize(layer.weight, spec, rank), rank
-        )
-        assert isinstance(chain, Chain)
-        assert (chain.method, chain.rank, chain.replaced) == (self.decomposer.name, rank, spec)
-        assert all(type(stage) in STOCK_LAYERS for stage in chain)
-        *first, last = chain
-        assert all(stage.bias is None for stage in first)
-        assert (last.bias is None) == (layer.bias is None)
-        if layer.bias is not None:
-            assert torch.equal(last.bias, layer.bias)
-            assert last.bias is not layer.bias
+    def test_chain_is_made_of_stock_layers(self):
+        for geometry in self.taken():
+            with case(geometry):
+                layer, spec = geometry.layer(), geometry.spec
+                rank = self.ranks(spec)[0]
+                factorization = factorize(self.decomposer, layer.weight, spec, rank)
+                chain = assemble(layer, self.decomposer, rank, factorization)
+                assert isinstance(chain, Chain)
+                assert (chain.method, chain.rank, chain.replaced) == (
+                    self.decomposer.name,
+                    rank,
+                    spec,
+                )
+                assert chain.decomposer is self.decomposer
+                assert all(type(stage) in STOCK_LAYERS for stage in chain)
+                *first, last = chain
+                assert all(stage.bias is None for stage in first)
+                assert (last.bias is None) == (layer.bias is None)
+                if layer.bias is not None:
+                    assert torch.equal(last.bias, layer.bias)
+                    assert last.bias is not layer.bias
 
     @pytest.mark.parametrize("training", [True, False])
     def test_chain_keeps_what_the_layer_was(self, training):
@@ -171,29 +184,32 @@ class DecomposerCase:
         layer.weight.requires_grad_(not training)
         layer.bias.requires_grad_(training)
         rank = self.ranks(self.dense)[0]
-        factorization = self.decomposer.factorize(layer.weight, self.dense, rank)
-        chain = self.decomposer.assemble(layer, factorization, rank)
+        factorization = factorize(self.decomposer, layer.weight, self.dense, rank)
+        chain = assemble(layer, self.decomposer, rank, factorization)
         assert all(module.training is training for module in chain.modules())
         assert all(stage.weight.requires_grad is not training for stage in chain)
         assert chain[-1].bias.requires_grad is training
 
-    @pytest.mark.parametrize("any_geometry", GEOMETRIES, ids=str)
-    def test_refusal_says_which_layers_it_takes(self, any_geometry):
-        reason = self.decomposer.refusal(any_geometry.spec)
-        if self.takes(any_geometry.spec):
-            assert reason is None
-        else:
-            assert self.decomposer.name in reason
+    def test_refusal_says_which_layers_it_takes(self):
+        for geometry in GEOMETRIES:
+            with case(geometry):
+                reason = self.decomposer.refusal(geometry.spec)
+                if self.takes(geometry.spec):
+                    assert reason is None
+                else:
+                    assert self.decomposer.name in reason
 
     # -- ranks --------------------------------------------------------------------------------
 
-    def test_largest_useful_rank_can_be_fitted_and_one_more_cannot(self, geometry):
-        spec = geometry.spec
-        largest = self.decomposer.max_rank(spec)
-        self.decomposer.check_rank(largest, spec)
-        for wrong in self.wrong_ranks(largest):
-            with pytest.raises(ValueError, match=self.decomposer.name):
-                self.decomposer.factorize(geometry.layer().weight, spec, wrong)
+    def test_largest_useful_rank_can_be_fitted_and_one_more_cannot(self):
+        for geometry in self.taken():
+            with case(geometry):
+                spec = geometry.spec
+                largest = self.decomposer.max_rank(spec)
+                self.decomposer.check_rank(largest, spec)
+                for wrong in self.wrong_ranks(largest):
+                    with pytest.raises(ValueError, match=self.decomposer.name):
+                        factorize(self.decomposer, geometry.layer().weight, spec, wrong)
 
     def test_error_of_a_wrong_rank_says_what_was_got_and_what_is_expected(self):
         largest = self.decomposer.max_rank(self.dense)
@@ -208,11 +224,11 @@ class DecomposerCase:
     def test_fit_is_deterministic_and_leaves_the_generators_alone(self):
         weight = self.weight(self.dense)
         for rank in self.ranks(self.dense):
-            first = self.decomposer.factorize(weight, self.dense, rank).stage_weights()
+            first = factorize(self.decomposer, weight, self.dense, rank).stage_weights()
             torch.manual_seed(99)
             np.random.seed(99)  # noqa: NPY002  TensorLy's own choice of generator
             states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-            second = self.decomposer.factorize(weight, self.dense, rank).stage_weights()
+            second = factorize(self.decomposer, weight, self.dense, rank).stage_weights()
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
             assert torch.equal(states[0], torch.get_rng_state())
             assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
@@ -220,7 +236,7 @@ class DecomposerCase:
     def test_fit_leaves_the_weight_alone(self):
         weight = nn.Parameter(self.weight(self.dense))
         before = weight.detach().clone()
-        factorization = self.decomposer.factorize(weight, self.dense, self.ranks(self.dense)[-1])
+        factorization = factorize(self.decomposer, weight, self.dense, self.ranks(self.dense)[-1])
         assert torch.equal(weight, before)
         assert not any(w.requires_grad for w in factorization.stage_weights())
 
@@ -234,14 +250,26 @@ class DecomposerCase:
         parts = [self.weight(self.dense, seed=seed) for seed in (0, 1)]
         rank = self.ranks(self.dense)[1]
         assert self.decomposer.max_rank(spec) == self.decomposer.max_rank(self.dense)
-        alone = [self.decomposer.factorize(p, self.dense, rank).to_kernel() for p in parts]
-        both = self.decomposer.factorize(torch.cat(parts), spec, rank).to_kernel()
+        alone = [factorize(self.decomposer, p, self.dense, rank).to_kernel() for p in parts]
+        both = factorize(self.decomposer, torch.cat(parts), spec, rank).to_kernel()
         assert torch.equal(both, torch.cat(alone))
+
+    def test_fit_that_starts_from_a_draft_is_as_good(self):
+        weight = self.weight(self.dense)
+        for rank in self.ranks(self.dense):
+            draft = factorize(self.fitter, weight, self.dense, rank, draft=True)
+            errors = [
+                distance(
+                    factorize(self.fitter, weight, self.dense, rank, start=s).to_kernel(), weight
+                )
+                for s in (draft, None)
+            ]
+            assert errors[0] <= 1.02 * errors[1] + 1e-6
 
     @pytest.mark.parametrize("scale", [1e-8, 3.0])
     def test_scaled_factors_are_those_of_the_scaled_kernel(self, scale):
         rank = self.ranks(self.dense)[1]
-        (factors,) = self.decomposer.factorize(self.weight(self.dense), self.dense, rank).groups
+        (factors,) = factorize(self.decomposer, self.weight(self.dense), self.dense, rank).groups
         assert distance(factors.scaled(scale).to_kernel(), scale * factors.to_kernel()) < 1e-12
 
     # -- numbers that don't cooperate -----------------------------------------------------------
@@ -253,9 +281,9 @@ class DecomposerCase:
             layer.weight.copy_(self.weight(self.dense))
             layer.bias.zero_()
         for rank in self.ranks(self.dense):
-            factorization = self.decomposer.factorize(layer.weight, self.dense, rank)
+            factorization = factorize(self.decomposer, layer.weight, self.dense, rank)
             kernel = factorization.to_kernel()
-            chain = self.decomposer.assemble(layer, factorization, rank)
+            chain = assemble(layer, self.decomposer, rank, factorization)
             assert {p.dtype for p in chain.parameters()} == {kernel.dtype} == {dtype}
             assert torch.isfinite(kernel).all()
 
@@ -264,8 +292,8 @@ class DecomposerCase:
     def test_scale_of_the_kernel_does_not_matter(self, scale, dtype, bound):
         weight = self.weight(self.dense).to(dtype).double()
         for rank in self.ranks(self.dense):
-            usual = self.decomposer.factorize(weight.to(dtype), self.dense, rank)
-            scaled = self.decomposer.factorize((weight * scale).to(dtype), self.dense, rank)
+            usual = factorize(self.decomposer, weight.to(dtype), self.dense, rank)
+            scaled = factorize(self.decomposer, (weight * scale).to(dtype), self.dense, rank)
             assert all(torch.isfinite(w).all() for w in scaled.stage_weights())
             # The rounding of bfloat16 differs from scale to scale, so the error is what counts.
             lost = distance(usual.to_kernel(), weight)
@@ -275,7 +303,7 @@ class DecomposerCase:
     def test_zero_kernel(self, dtype):
         for rank in self.ranks(self.dense):
             weight = self.weight(self.dense, dtype) * 0
-            factorization = self.decomposer.factorize(weight, self.dense, rank)
+            factorization = factorize(self.decomposer, weight, self.dense, rank)
             assert all(torch.isfinite(w).all() for w in factorization.stage_weights())
             assert not factorization.to_kernel().any()
 
@@ -290,14 +318,14 @@ class DecomposerCase:
         if zeros:
             weight[1], weight[:, 0] = 0, 0
         for rank in self.ranks(self.dense):
-            factorization = self.decomposer.factorize(weight.to(dtype), self.dense, rank)
+            factorization = factorize(self.decomposer, weight.to(dtype), self.dense, rank)
             assert all(torch.isfinite(w).all() for w in factorization.stage_weights())
             assert distance(factorization.to_kernel(), weight) < bound
 
     def test_constant_kernel_is_exact(self):
         weight = torch.ones(self.dense.weight_shape)
         for rank in self.ranks(self.dense):
-            factorization = self.decomposer.factorize(weight, self.dense, rank)
+            factorization = factorize(self.decomposer, weight, self.dense, rank)
             assert distance(factorization.to_kernel(), weight) < 1e-5
 
     # -- the fit to data ------------------------------------------------------------------------
@@ -331,8 +359,8 @@ class DecomposerCase:
     def test_fit_to_data_loses_no_more_of_the_outputs_than_one_to_the_weights(self, kind):
         weight, moments = self.weight(self.dense), [self.moment(self.dense, kind)]
         for rank in self.ranks(self.dense):
-            by_weight = self.fitter.factorize(weight, self.dense, rank)
-            by_data = self.fitter.factorize(weight, self.dense, rank, moments)
+            by_weight = factorize(self.fitter, weight, self.dense, rank)
+            by_data = factorize(self.fitter, weight, self.dense, rank, moments)
             lost = self.lost(by_data, weight, moments)
             assert lost <= self.lost(by_weight, weight, moments) + 1e-12
             assert all(torch.isfinite(w).all() for w in by_data.stage_weights())
@@ -342,15 +370,15 @@ class DecomposerCase:
     def test_fit_to_data_gains_where_inputs_are_unequal(self):
         weight, moments = self.weight(self.dense), [self.moment(self.dense)]
         rank = self.ranks(self.dense)[1]
-        by_weight = self.fitter.factorize(weight, self.dense, rank)
-        by_data = self.fitter.factorize(weight, self.dense, rank, moments)
+        by_weight = factorize(self.fitter, weight, self.dense, rank)
+        by_data = factorize(self.fitter, weight, self.dense, rank, moments)
         assert self.lost(by_data, weight, moments) < 0.95 * self.lost(by_weight, weight, moments)
 
     def test_rows_and_their_matrix_give_the_same_fit(self):
         weight, rows = self.weight(self.dense), self.rows(self.dense)
         rank = self.ranks(self.dense)[1]
         by_rows, by_matrix = (
-            self.fitter.factorize(weight, self.dense, rank, [moment])
+            factorize(self.fitter, weight, self.dense, rank, [moment])
             for moment in (SecondMoment(rows=rows), SecondMoment(matrix=rows.T @ rows))
         )
         assert distance(by_rows.to_kernel(), by_matrix.to_kernel()) < 1e-3
@@ -358,16 +386,16 @@ class DecomposerCase:
     def test_fit_to_data_starts_from_given_factors(self):
         weight, moments = self.weight(self.dense), [self.moment(self.dense)]
         rank = self.ranks(self.dense)[1]
-        once = self.fitter.factorize(weight, self.dense, rank, moments)
-        again = self.fitter.factorize(weight, self.dense, rank, moments, start=once)
+        once = factorize(self.fitter, weight, self.dense, rank, moments)
+        again = factorize(self.fitter, weight, self.dense, rank, moments, start=once)
         assert self.lost(again, weight, moments) <= self.lost(once, weight, moments) * (1 + 1e-9)
 
     @pytest.mark.parametrize("kind", MOMENT_KINDS)
     def test_few_iterations_from_good_factors_keep_what_was_gained(self, kind):
         weight, moments = self.weight(self.dense), [self.moment(self.dense, kind)]
         for rank in self.ranks(self.dense):
-            once = self.fitter.factorize(weight, self.dense, rank, moments)
-            again = self.fitter.brief(4).factorize(weight, self.dense, rank, moments, once)
+            once = factorize(self.fitter, weight, self.dense, rank, moments)
+            again = factorize(self.fitter.limited(4), weight, self.dense, rank, moments, once)
             lost, before = (self.lost(f, weight, moments) for f in (again, once))
             assert lost <= before * (1 + 1e-6) + 1e-9
 
@@ -375,8 +403,8 @@ class DecomposerCase:
         zero = SecondMoment(matrix=torch.zeros(self.dense.fan_in, self.dense.fan_in).double())
         weight = self.weight(self.dense)
         for rank in self.ranks(self.dense):
-            fitted = self.fitter.factorize(weight, self.dense, rank, [zero])
-            by_weight = self.fitter.factorize(weight, self.dense, rank)
+            fitted = factorize(self.fitter, weight, self.dense, rank, [zero])
+            by_weight = factorize(self.fitter, weight, self.dense, rank)
             lost, least = (distance(f.to_kernel(), weight) for f in (fitted, by_weight))
             assert lost <= least + 1e-6
 
@@ -391,21 +419,21 @@ class DecomposerCase:
         moments = [self.moment(self.dense, seed=seed) for seed in (5, 6)]
         rank = self.ranks(self.dense)[1]
         alone = [
-            self.fitter.factorize(part, self.dense, rank, [moment]).to_kernel()
+            factorize(self.fitter, part, self.dense, rank, [moment]).to_kernel()
             for part, moment in zip(parts, moments, strict=True)
         ]
-        both = self.fitter.factorize(torch.cat(parts), spec, rank, moments).to_kernel()
+        both = factorize(self.fitter, torch.cat(parts), spec, rank, moments).to_kernel()
         assert torch.equal(both, torch.cat(alone))
 
     def test_fit_to_data_is_deterministic_and_leaves_everything_alone(self):
         weight, moment = nn.Parameter(self.weight(self.dense)), self.moment(self.dense)
         before = weight.detach().clone(), moment.matrix.clone()
         rank = self.ranks(self.dense)[1]
-        first = self.fitter.factorize(weight, self.dense, rank, [moment]).stage_weights()
+        first = factorize(self.fitter, weight, self.dense, rank, [moment]).stage_weights()
         torch.manual_seed(99)
         state = torch.get_rng_state()
         with torch.inference_mode(), torch.autocast("cpu"):
-            again = self.fitter.factorize(weight, self.dense, rank, [moment])
+            again = factorize(self.fitter, weight, self.dense, rank, [moment])
         second = again.stage_weights()
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert torch.equal(state, torch.get_rng_state())
@@ -418,22 +446,22 @@ class DecomposerCase:
     def test_scales_of_kernel_and_inputs_do_not_matter(self, scale, of):
         weight, moment = self.weight(self.dense), self.moment(self.dense)
         rank = self.ranks(self.dense)[1]
-        usual = self.fitter.factorize(weight, self.dense, rank, [moment])
+        usual = factorize(self.fitter, weight, self.dense, rank, [moment])
         if of == "kernel":
-            scaled = self.fitter.factorize(scale * weight, self.dense, rank, [moment])
+            scaled = factorize(self.fitter, scale * weight, self.dense, rank, [moment])
             assert distance(scaled.to_kernel(), scale * usual.to_kernel()) < 1e-6
         else:
             larger = SecondMoment(matrix=scale**2 * moment.matrix)
-            scaled = self.fitter.factorize(weight, self.dense, rank, [larger])
+            scaled = factorize(self.fitter, weight, self.dense, rank, [larger])
             assert distance(scaled.to_kernel(), usual.to_kernel()) < 1e-3
 
     @pytest.mark.parametrize("dtype", list(HALF_TO_DOUBLE), ids=str)
     def test_fit_to_data_has_the_dtype_of_the_layer(self, dtype):
         weight, moments = self.weight(self.dense, dtype), [self.moment(self.dense)]
         rank = self.ranks(self.dense)[1]
-        fitted = self.fitter.factorize(weight, self.dense, rank, moments)
+        fitted = factorize(self.fitter, weight, self.dense, rank, moments)
         assert {w.dtype for w in fitted.stage_weights()} == {dtype}
-        precise = self.fitter.factorize(weight.double(), self.dense, rank, moments)
+        precise = factorize(self.fitter, weight.double(), self.dense, rank, moments)
         lost, least = (self.lost(f, weight, moments) for f in (fitted, precise))
         assert lost == pytest.approx(least, rel=30 * HALF_TO_DOUBLE[dtype])
 
@@ -446,7 +474,7 @@ class DecomposerCase:
         for kind in MOMENT_KINDS:
             moments = [self.moment(self.dense, kind)]
             for rank in self.ranks(self.dense):
-                fitted = self.fitter.factorize(weight, self.dense, rank, moments)
+                fitted = factorize(self.fitter, weight, self.dense, rank, moments)
                 gone = (weight - fitted.to_kernel()).flatten(1)
                 power = moments[0].lost(weight.flatten(1)) or 1.0
                 assert moments[0].lost(gone) / power < 1e-9
@@ -457,7 +485,7 @@ class DecomposerCase:
     def test_factors_come_back_from_their_stages(self):
         weight = self.weight(self.dense)
         for rank in self.ranks(self.dense):
-            (factors,) = self.decomposer.factorize(weight, self.dense, rank).groups
+            (factors,) = factorize(self.decomposer, weight, self.dense, rank).groups
             again = self.decomposer.factors_of(factors.stage_weights())
             assert type(again) is type(factors)
             assert torch.equal(again.to_kernel(), factors.to_kernel())
@@ -467,20 +495,26 @@ class DecomposerCase:
             )
 
     @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
-    def test_factors_come_back_from_a_chain(self, geometry):
-        layer, spec = geometry.layer(), geometry.spec
-        rank = self.ranks(spec)[0]
-        factorization = self.decomposer.factorize(layer.weight, spec, rank)
-        chain = self.decomposer.assemble(layer, factorization, rank)
-        again = self.decomposer.factorization_of(chain, spec)
-        assert (again.spec, len(again.groups)) == (spec, spec.groups)
-        assert torch.equal(again.to_kernel(), factorization.to_kernel())
+    def test_factors_come_back_from_a_chain(self):
+        for geometry in self.taken():
+            with case(geometry):
+                layer, spec = geometry.layer(), geometry.spec
+                rank = self.ranks(spec)[0]
+                factorization = factorize(self.decomposer, layer.weight, spec, rank)
+                chain = assemble(layer, self.decomposer, rank, factorization)
+                again = factors_of_chain(chain, self.decomposer)
+                assert (again.spec, len(again.groups)) == (spec, spec.groups)
+                assert torch.equal(again.to_kernel(), factorization.to_kernel())
 
     # -- estimates ------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("kind", [None, *MOMENT_KINDS])
-    @pytest.mark.parametrize("weighted", [False, True])
-    def test_losses_at_every_rank_are_those_of_the_fits(self, kind, weighted):
+    def test_losses_at_every_rank_are_those_of_the_fits(self):
+        for kind in (None, *MOMENT_KINDS):
+            for weighted in (False, True):
+                with case(kind, weighted):
+                    self.check_losses_at_every_rank(kind, weighted)
+
+    def check_losses_at_every_rank(self, kind, weighted):
         weight = self.weight(self.dense)
         moment = None if kind is None else self.moment(self.dense, kind)
         out = self.dense.out_channels
@@ -499,21 +533,22 @@ class DecomposerCase:
             gone = weight
             if rank:
                 moments = None if moment is None else [moment]
-                fitted = self.fitter.factorize(weight, self.dense, rank, moments)
+                fitted = factorize(self.fitter, weight, self.dense, rank, moments)
                 gone = weight - fitted.to_kernel()
             gone = gone.flatten(1)
             lost = (weights @ gone @ seen @ gone.T).trace().item()
             assert losses[rank].item() == pytest.approx(lost, rel=1e-6, abs=1e-8 * losses[0].item())
 
-    def test_draft_is_the_same_method_and_nearly_as_good(self):
-        draft = self.fitter.brief(8)
-        assert type(draft) is type(self.fitter)
-        assert draft.max_rank(self.dense) == self.fitter.max_rank(self.dense)
+    def test_draft_is_nearly_as_good(self):
         weight, moments = self.weight(self.dense), [self.moment(self.dense)]
         for rank in self.ranks(self.dense):
             quick, best = (
-                self.lost(d.factorize(weight, self.dense, rank, moments), weight, moments)
-                for d in (draft, self.fitter)
+                self.lost(
+                    factorize(self.fitter, weight, self.dense, rank, moments, draft=draft),
+                    weight,
+                    moments,
+                )
+                for draft in (True, False)
             )
             assert quick <= 1.5 * best + 1e-2
 
@@ -525,29 +560,26 @@ class ExactMethodCase(DecomposerCase):
     def test_full_rank_fit_to_data_equals_the_kernel(self, kind):
         weight, moment = self.weight(self.dense), self.moment(self.dense, kind)
         rank = self.fitter.max_rank(self.dense)
-        fitted = self.fitter.factorize(weight, self.dense, rank, [moment])
+        fitted = factorize(self.fitter, weight, self.dense, rank, [moment])
         assert moment.lost((weight - fitted.to_kernel()).flatten(1)) < 1e-9 * moment.trace
         if kind == "full":
             assert distance(fitted.to_kernel(), weight) < 1e-5
 
-    @pytest.mark.parametrize(
-        "dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str
-    )
-    def test_full_rank_equals_the_layer(self, geometry, dtype, bound):
-        layer, spec = geometry.layer(dtype), geometry.spec
-        rank = self.decomposer.max_rank(spec)
-        factorization = self.decomposer.factorize(layer.weight, spec, rank)
-        assert distance(factorization.to_kernel(), layer.weight) < bound
-        chain = self.decomposer.assemble(layer, factorization, rank)
-        x = geometry.input(2, dtype=dtype)
-        with torch.no_grad():
-            assert distance(chain(x), layer(x)) < bound
+    def test_full_rank_equals_the_layer(self, geometry):
+        rank = self.decomposer.max_rank(geometry.spec)
+        for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+            layer, x = geometry.layer(dtype), geometry.input(2, dtype=dtype)
+            factorization = factorize(self.decomposer, layer.weight, geometry.spec, rank)
+            chain = assemble(layer, self.decomposer, rank, factorization)
+            with case(dtype), torch.no_grad():
+                assert distance(factorization.to_kernel(), layer.weight) < bound
+                assert distance(chain(x), layer(x)) < bound
 
     @pytest.mark.parametrize("dtype, bound", list(HALF_TO_DOUBLE.items()), ids=str)
     def test_full_rank_is_exact_in_every_dtype(self, dtype, bound):
         weight = self.weight(self.dense, dtype)
         rank = self.decomposer.max_rank(self.dense)
-        kernel = self.decomposer.factorize(weight, self.dense, rank).to_kernel()
+        kernel = factorize(self.decomposer, weight, self.dense, rank).to_kernel()
         assert distance(kernel, weight) < bound
 
 
@@ -571,25 +603,29 @@ class MatrixMethodCase(ExactMethodCase):
         assert values.shape == (spec.groups, largest)
         errors = []
         for rank in range(1, largest + 1):
-            kernel = self.decomposer.factorize(weight, spec, rank).to_kernel()
+            kernel = factorize(self.decomposer, weight, spec, rank).to_kernel()
             errors.append((kernel - weight).norm().item())
             tail = math.sqrt((values[:, rank:] ** 2).sum())
             assert errors[-1] == pytest.approx(tail, rel=1e-9, abs=1e-9)
         assert all(b < a for a, b in itertools.pairwise(errors))
 
-    def test_spectrum_is_that_of_the_matrix(self, geometry):
-        spec = geometry.spec
-        (spectrum,) = self.decomposer.spectra(geometry.layer().weight, spec)
-        values = self.group_singular_values(geometry)
-        assert sorted(spectrum.shape)[0] == values.shape[1]
-        assert math.prod(spectrum.shape) == math.prod(spec.weight_shape) // spec.groups
-        scale = float(geometry.layer().weight.detach().abs().max())
-        np.testing.assert_allclose(spectrum.squares * scale**2, values**2, rtol=1e-9, atol=1e-9)
+    def test_spectrum_is_that_of_the_matrix(self):
+        for geometry in self.taken():
+            with case(geometry):
+                spec = geometry.spec
+                (spectrum,) = spectra_of(self.decomposer, geometry.layer().weight, spec)
+                values = self.group_singular_values(geometry)
+                assert sorted(spectrum.shape)[0] == values.shape[1]
+                assert math.prod(spectrum.shape) == math.prod(spec.weight_shape) // spec.groups
+                scale = float(geometry.layer().weight.detach().abs().max())
+                np.testing.assert_allclose(
+                    spectrum.squares * scale**2, values**2, rtol=1e-9, atol=1e-9
+                )
 
     def test_both_layers_share_the_norm(self):
         rank = self.ranks(self.dense)[1]
-        first, second = self.decomposer.factorize(
-            self.weight(self.dense), self.dense, rank
+        first, second = factorize(
+            self.decomposer, self.weight(self.dense), self.dense, rank
         ).stage_weights()
         assert first.norm().item() == pytest.approx(second.norm().item())
 
@@ -608,13 +644,14 @@ class PrincipalOutputsCase(MatrixMethodCase):
         whole = (values**2).sum()
         for moment in (SecondMoment(rows=rows), SecondMoment(matrix=rows.T @ rows)):
             for rank in range(1, self.decomposer.max_rank(self.dense) + 1):
-                fitted = self.decomposer.factorize(weight, self.dense, rank, [moment])
+                fitted = factorize(self.decomposer, weight, self.dense, rank, [moment])
                 approximated = (rows @ fitted.to_kernel().flatten(1).T).numpy()
                 lost = ((outputs - approximated) ** 2).sum()
                 assert lost == pytest.approx((values[rank:] ** 2).sum(), rel=1e-6, abs=1e-9 * whole)
 
     def test_both_layers_share_the_norm_of_each_component(self):
-        fitted = self.decomposer.factorize(
+        fitted = factorize(
+            self.decomposer,
             self.weight(self.dense),
             self.dense,
             self.ranks(self.dense)[1],

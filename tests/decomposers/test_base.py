@@ -7,19 +7,25 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers import registry
-from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.decomposers.assemble import assemble, empty_chain
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factors
+from tdecomp.decomposers.fit_layer import factorize, relative_error
 from tdecomp.decomposers.lowrank import LowRank
-from tdecomp.decomposers.registry import get_decomposer, registered
+from tdecomp.decomposers.registry import get_decomposer, register, registered, unregister
 from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.spec import LayerSpec
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch):
-    """Whatever a test registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+def own_registry():
+    """Methods that a test registers are forgotten after it, and those of the library come back."""
+    before = {name: get_decomposer(name) for name in registered()}
+    yield
+    for name in set(registered()) - set(before):
+        unregister(name)
+    for method in before.values():
+        register(method)
 
 
 @dataclass(frozen=True)
@@ -156,8 +162,8 @@ class TestChannelsLast:
         rank = (2, 3) if method == "tucker2" else 3
 
         def chain():
-            fitted = decomposer.factorize(layer.weight, spec, rank)
-            return decomposer.assemble(layer, fitted, rank)
+            fitted = factorize(decomposer, layer.weight, spec, rank)
+            return assemble(layer, decomposer, rank, fitted)
 
         usual = chain()
         assert all(stage.weight.is_contiguous() for stage in usual)
@@ -176,15 +182,18 @@ class TestChannelsLast:
 class TestBuild:
     def test_is_on_the_default_device_unless_told(self):
         spec = LayerSpec.of(nn.Conv2d(4, 6, 3))
-        assert LowRank().build(spec, 2)[0].weight.device == torch.get_default_device()
-        assert LowRank().build(spec, 2, torch.device("meta"))[0].weight.is_meta
+        assert empty_chain(LowRank(), spec, 2)[0].weight.device == torch.get_default_device()
+        assert empty_chain(LowRank(), spec, 2, torch.device("meta"))[0].weight.is_meta
 
     def test_linear_is_on_the_default_device_unless_told(self):
-        assert SVD().build(LayerSpec(4, 6), 2)[1].bias.device == torch.get_default_device()
-        assert SVD().build(LayerSpec(4, 6), 2, torch.device("meta"))[1].bias.is_meta
+        assert empty_chain(SVD(), LayerSpec(4, 6), 2)[1].bias.device == torch.get_default_device()
+        assert empty_chain(SVD(), LayerSpec(4, 6), 2, torch.device("meta"))[1].bias.is_meta
 
     def test_has_the_dtype_it_is_told(self):
-        assert SVD().build(LayerSpec(4, 6), 2, dtype=torch.float16)[0].weight.dtype == torch.float16
+        assert (
+            empty_chain(SVD(), LayerSpec(4, 6), 2, dtype=torch.float16)[0].weight.dtype
+            == torch.float16
+        )
 
 
 class TestRelativeError:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tdecomp.decomposers.registry import get_decomposer
+from tdecomp.decomposers.assemble import assemble, empty_chain
+from tdecomp.decomposers.fit_layer import factorize
+from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import distance
 
@@ -44,8 +46,8 @@ def fitted(method):
     chains = []
     for layer in layers:
         spec = LayerSpec.of(layer)
-        factorization = decomposer.factorize(layer.weight, spec, RANKS[method])
-        chains.append(decomposer.assemble(layer, factorization, RANKS[method]))
+        factorization = factorize(decomposer, layer.weight, spec, RANKS[method])
+        chains.append(assemble(layer, decomposer, RANKS[method], factorization))
     return in_a_model(chains)
 
 
@@ -53,7 +55,7 @@ def empty(method):
     """The same structure, made from specs and ranks alone, with NaN for weights."""
     layers = linear() if method == "svd" else features()
     decomposer = get_decomposer(method)
-    model = in_a_model([decomposer.build(LayerSpec.of(m), RANKS[method]) for m in layers])
+    model = in_a_model([empty_chain(decomposer, LayerSpec.of(m), RANKS[method]) for m in layers])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -81,8 +83,6 @@ def same_bits(one, other):
 
 
 def test_every_registered_method_of_the_library_has_its_round_trips():
-    from tdecomp.decomposers.registry import registered
-
     own = [name for name in registered() if type(get_decomposer(name)).__module__[:7] == "tdecomp"]
     assert set(own) == set(RANKS)
 

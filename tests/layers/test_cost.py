@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdecomp.decomposers.assemble import empty_chain
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
@@ -27,7 +28,7 @@ def test_a_chain_costs_what_torch_counts(method, geometry):
     largest = decomposer.max_rank(spec)
     rank = tuple(-(-r // 2) for r in largest) if isinstance(largest, tuple) else -(-largest // 2)
     cpu = torch.device("cpu")
-    chain = decomposer.build(spec, rank, cpu, torch.float64)
+    chain = empty_chain(decomposer, spec, rank, cpu, torch.float64)
     x = geometry.input(2)
     with FlopCounterMode(display=False) as counter:
         chain(x)

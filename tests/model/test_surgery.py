@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import tdecomp
+from tdecomp.decomposers.assemble import empty_chain
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model import surgery
@@ -570,7 +571,7 @@ def test_an_interrupt_at_any_line_of_the_surgery_changes_nothing_or_all():
         for module in (*model.stem, model.heads["a"], model.heads["b"][1]):
             spec = LayerSpec.of(module)
             method = tdecomp.LowRank() if spec.ndim else tdecomp.SVD()
-            chains[module] = method.build(spec, 2, cpu)
+            chains[module] = empty_chain(method, spec, 2, cpu)
         return lambda: surgery.replace_in(model, chains, optimizers)
 
     model, *optimizers = trained()

@@ -234,5 +234,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     report = decomposed("linear", "svd", 2)
     monkeypatch.delitem(sys.modules, "tdecomp.plotting", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'tdecomp\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'tdecomp-torch\[plot\]'"):
         report.plot()

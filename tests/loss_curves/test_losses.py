@@ -8,58 +8,73 @@ import torch
 from torch import nn
 
 import tdecomp
+from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
-from tdecomp.loss_curves.candidates import candidate, rank_options
-from tdecomp.loss_curves.curves import RankOptions
-from tdecomp.loss_curves.layer_losses import LayerLosses
+from tdecomp.loss_curves.candidates import candidate, layer_losses
+from tdecomp.loss_curves.curve import layer_curves
+from tdecomp.loss_curves.losses import LayerLosses
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
 
 
-def offers_of(model, name, methods, moments=None, inputs=None):
+def losses_of(model, name, moments=None, inputs=None):
     sites, _ = find_sites(model, Filters(), inputs)
-    wanted = [site for site in sites if site.name == name]
-    decomposers = [get_decomposer(method) for method in methods]
-    (found,) = rank_options(wanted, [decomposers], moments)
+    (found,) = layer_losses([site for site in sites if site.name == name], moments)
     return found
 
 
-def losses_of(*args, **kwargs):
-    return offers_of(*args, **kwargs).losses
+def methods_of(*names):
+    return [get_decomposer(name) for name in names]
+
+
+class Counted(tdecomp.CP):
+    """CP that counts its fits."""
+
+    name = "counted"
+
+    def __init__(self, *args, worse=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "ranks", [])
+        object.__setattr__(self, "worse", worse)
+
+    def fit(self, kernel, rank, start=None, *, draft=False):
+        self.ranks.append(rank)
+        return super().fit(kernel, rank, start, draft=draft).scaled(self.worse)
 
 
 def test_losses_are_the_errors_of_the_outputs_in_the_norm_of_their_gradients():
     model, batches = convnet().double(), images(dtype=torch.float64)
     moments = tdecomp.calibrate(model, batches, **QUIET)
     layer, seen = model[3], moments["3"]
-    losses = losses_of(model, "3", ["lowrank"], moments)
+    losses = losses_of(model, "3", moments)
     decomposer = get_decomposer("lowrank")
     nested = losses.nested(decomposer)
     assert len(nested) == 13
     assert [loss for loss, _ in nested] == sorted((loss for loss, _ in nested), reverse=True)
     for rank in (1, 4, 12):
         second = seen.second_moments()
-        kernel = decomposer.factorize(layer.weight, seen.spec, rank, second).to_kernel()
+        kernel = factorize(decomposer, layer.weight, seen.spec, rank, second).to_kernel()
         gone = (layer.weight - kernel).detach().flatten(1)
         lost = torch.trace(seen.gradient @ gone @ second[0].matrix @ gone.T)
         loss, error = nested[rank]
         assert loss == pytest.approx(float(lost), rel=1e-6, abs=1e-9)
-        assert error == pytest.approx(seen.output_error(layer.weight, kernel), rel=1e-6, abs=1e-9)
-        assert losses.fit(decomposer, rank) == pytest.approx((loss, error), rel=1e-4, abs=1e-8)
+        share, _ = seen.lost(layer.weight, layer.weight - kernel, second)
+        assert error == pytest.approx(share, rel=1e-6, abs=1e-9)
+        assert losses.fitted(decomposer, rank) == pytest.approx((loss, error), rel=1e-4, abs=1e-8)
         assert losses.expected_error(decomposer, rank) == error
 
 
 def test_without_data_they_are_those_of_the_weights():
     model = mlp()
-    losses = losses_of(model, "2", ["svd"])
+    losses = losses_of(model, "2")
     squares = torch.linalg.svdvals(model[2].weight.detach().double()) ** 2
     for rank in (1, 7, 19):
         share = float(squares[rank:].sum() / squares.sum())
         decomposer = get_decomposer("svd")
         assert losses.nested(decomposer)[rank] == pytest.approx((share, share), rel=1e-6)
         assert losses.expected_error(decomposer, rank) == pytest.approx(math.sqrt(share))
-        assert losses.fit(decomposer, rank) == pytest.approx((share, share), rel=1e-4)
+        assert losses.fitted(decomposer, rank) == pytest.approx((share, share), rel=1e-4)
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -94,8 +109,8 @@ def test_the_errors_of_nested_methods_are_exact(method, data):
 def test_options_save_something_and_fall(method):
     model, batches = convnet(), images()
     moments = tdecomp.calibrate(model, batches, **QUIET)
-    offer = offers_of(model, "3", [method], moments, batches[0])
-    losses, options = offer.losses, offer.options(get_decomposer(method))
+    losses = losses_of(model, "3", moments, batches[0])
+    options = layer_curves(losses, methods_of(method))[method].points
     assert 1 < len(options) <= 48
     for smaller, larger in itertools.pairwise(options):
         assert smaller.cost.deciding < larger.cost.deciding < losses.before.deciding
@@ -103,7 +118,7 @@ def test_options_save_something_and_fall(method):
         assert larger.error <= smaller.error
     assert all(math.isfinite(o.loss) and o.loss >= 0 and o.error >= 0 for o in options)
     middle = options[len(options) // 2]
-    fitted = losses.fit(get_decomposer(method), middle.rank)
+    fitted = losses.fitted(get_decomposer(method), middle.rank)
     assert middle.loss == pytest.approx(fitted[0], rel=0.35)
 
 
@@ -114,13 +129,13 @@ def test_layers_without_gradients_count_as_much_as_the_others_do():
     del moments.layers["0"]
     sites, _ = find_sites(model, Filters(), None)
     decomposers = [get_decomposer("svd")]
-    unknown, known = (o.losses for o in rank_options(sites, [decomposers] * 2, moments))
+    unknown, known = layer_losses(sites, moments)
     whole = known.nested(decomposers[0])[0][0]
     assert whole > 0
     assert unknown.nested(decomposers[0])[0] == pytest.approx((whole, 1.0))
     # With that layer alone there is nothing to compare with: a share is a share.
-    (alone,) = rank_options(sites[:1], [decomposers], moments)
-    assert alone.losses.nested(decomposers[0])[0] == pytest.approx((1.0, 1.0))
+    (alone,) = layer_losses(sites[:1], moments)
+    assert alone.nested(decomposers[0])[0] == pytest.approx((1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -140,26 +155,26 @@ def test_a_method_is_not_tried_beside_one_that_contains_it(
     channels, kernel_size, methods, pointless
 ):
     torch.manual_seed(0)
-    offer = offers_of(nn.Sequential(nn.Conv2d(channels, channels, kernel_size)), "0", methods)
-    fitted = {name: bool(offer.options(get_decomposer(name))) for name in methods}
-    assert {name for name in methods if offer.contained(get_decomposer(name))} == pointless
-    assert not any(fitted[name] for name in pointless)
-    assert not any(key[0] in pointless for key in offer.losses.cache)
+    losses = losses_of(nn.Sequential(nn.Conv2d(channels, channels, kernel_size)), "0")
+    curves = layer_curves(losses, methods_of(*methods))
+    contained = {n for n, c in curves.items() if "at the same cost" in (c.note or "")}
+    assert contained == pointless
+    assert not any(curves[name].points for name in pointless)
 
 
 @pytest.mark.parametrize("channels, stride", [((24, 32), 1), ((32, 24), 2)])
 def test_large_ranks_of_cp_are_foreseen(channels, stride):
     torch.manual_seed(0)
     layer = nn.Conv2d(*channels, 3, stride=stride, padding=1)
-    offer = offers_of(nn.Sequential(layer), "0", ["cp"], inputs=torch.randn(1, channels[0], 8, 8))
-    losses, method = offer.losses, get_decomposer("cp")
-    options = offer.options(method)
-    fitted = {key[-1] for key in losses.cache if key[-1] != "nested"}
-    assert max(fitted) < 0.5 * max(option.rank for option in options)
+    inputs, method = torch.randn(1, channels[0], 8, 8), get_decomposer("cp")
+    losses = losses_of(nn.Sequential(layer), "0", inputs=inputs)
+    curve = layer_curves(losses, [method])["cp"]
+    options = curve.points
+    assert max(curve.fitted) < 0.5 * max(option.rank for option in options)
     assert [o.loss for o in options] == sorted((o.loss for o in options), reverse=True)
     for option in options:
         if option.cost.deciding < 0.6 * losses.before.deciding:
-            _, share = losses.fit(method, option.rank)
+            _, share = losses.fitted(method, option.rank)
             assert option.error == pytest.approx(math.sqrt(share), rel=0.2)
 
 
@@ -169,13 +184,10 @@ class Unlucky(tdecomp.CP):
     name = "unlucky"
     limit = 0
 
-    def factorize(self, weight, spec, rank, *args, **kwargs):
+    def fit(self, kernel, rank, start=None, *, draft=False):
         if rank > self.limit:
             raise ValueError("it degenerates")
-        return super().factorize(weight, spec, rank, *args, **kwargs)
-
-    def draft(self):
-        return self
+        return super().fit(kernel, rank, start, draft=draft)
 
 
 def test_a_fit_that_fails_is_no_option():
@@ -186,7 +198,7 @@ def test_a_fit_that_fails_is_no_option():
     for limit, most in ((0, 0), (16, 16)):
         Unlucky.limit = limit
         losses = LayerLosses(layer.weight, site.spec, None)
-        options = RankOptions(losses, [method]).options(method)
+        options = layer_curves(losses, [method])["unlucky"].points
         assert all(option.rank <= most for option in options)
         assert bool(options) == bool(most)
     Unlucky.limit = 0
@@ -194,38 +206,31 @@ def test_a_fit_that_fails_is_no_option():
         tdecomp.plan(layer, Unlucky(), rank=tdecomp.Budget(params=0.5), **QUIET)
 
 
-def test_a_hopeless_method_is_fitted_once_only(monkeypatch):
-    fits = []
-    usual = LayerLosses._fit_now
-
-    def counting(self, decomposer, rank):
-        fits.append(decomposer.name)
-        return (1e9, 1.0) if decomposer.name == "cp" else usual(self, decomposer, rank)
-
-    monkeypatch.setattr(LayerLosses, "_fit_now", counting)
-    offer = offers_of(convnet(), "3", ["lowrank", "cp"])
-    assert offer.options(get_decomposer("cp")) == []
-    assert fits == ["cp"]
-    assert offer.options(get_decomposer("lowrank"))
+def test_a_dominated_method_is_fitted_once_only():
+    method = Counted(worse=3.0)
+    curves = layer_curves(losses_of(convnet(), "3"), [get_decomposer("lowrank"), method])
+    assert curves["counted"].points == ()
+    assert "lowrank loses less" in curves["counted"].note
+    assert len(method.ranks) == 1
+    assert curves["lowrank"].points
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 9), (6, 3), (12, 12)])
 def test_no_fit_loses_less_than_singular_values_say(ranks):
-    losses, tucker2 = losses_of(convnet(), "3", ["tucker2"]), get_decomposer("tucker2")
-    loss, _ = losses.fit(tucker2, ranks)
+    losses, tucker2 = losses_of(convnet(), "3"), get_decomposer("tucker2")
+    loss, _ = losses.fitted(tucker2, ranks)
     assert losses.least(tucker2, ranks) <= loss + 1e-6
     assert losses.least(get_decomposer("lowrank"), 3) is None
 
 
-def test_singular_values_say_that_a_method_is_hopeless_without_a_fit(monkeypatch):
-    fits = []
-    monkeypatch.setattr(LayerLosses, "_fit_now", lambda *_: fits.append(1))
+def test_singular_values_say_that_a_method_is_dominated_without_a_fit():
     # A matrix: Tucker-2 is the SVD with a core that costs and gains nothing.
-    model = nn.Sequential(nn.Conv2d(96, 80, 1, bias=False))
-    offer = offers_of(model, "0", ["tucker2", "svd"])
-    assert offer.options(get_decomposer("tucker2")) == []
-    assert offer.options(get_decomposer("svd"))
-    assert not fits
+    losses = losses_of(nn.Sequential(nn.Conv2d(96, 80, 1, bias=False)), "0")
+    tucker2, svd = methods_of("tucker2", "svd")
+    curves = layer_curves(losses, [tucker2, svd])
+    assert not curves["tucker2"].points
+    assert curves["svd"].points
+    assert all(losses.known_draft(tucker2, (r, r)) is None for r in range(1, 81))
 
 
 class Listed(tdecomp.SVD):
@@ -262,20 +267,37 @@ def test_a_zero_layer_loses_nothing():
         assert plan["2"].expected_error == 0.0
 
 
-def test_spectra_and_options_are_computed_when_asked_for_and_once(monkeypatch):
-    calls = []
-    usual = RankOptions.options
-    monkeypatch.setattr(
-        RankOptions, "options", lambda self, d: calls.append(d.name) or usual(self, d)
-    )
-    model = mlp()
-    sites, _ = find_sites(model, Filters(), None)
-    (offer, *_) = rank_options(sites, [[get_decomposer("svd")]] * 3, None)
-    one = candidate(sites[0], get_decomposer("svd"), offer)
-    assert calls == []
-    assert one.options() is one.options()
-    assert one.spectra() is one.spectra()
-    assert calls == ["svd"]
-    assert one.before == offer.losses.before
-    assert one.cost(3) == offer.losses.cost(get_decomposer("svd"))(3)
-    assert one.max_rank == 16
+def test_a_candidate_computes_losses_when_asked_and_once():
+    method = Counted()
+    losses = losses_of(convnet(), "3")
+    one = candidate(find_sites(convnet())[0][1], method, losses, {})
+    assert method.ranks == []
+    assert one.errors() is None
+    assert one.error_at(3) == one.error_at(3) > 0
+    assert method.ranks == [3]
+    assert one.options() == ()
+    assert one.before == losses.before
+    assert one.cost(3) == losses.cost(method, 3)
+    assert not one.by_outputs
+
+
+def test_a_fit_that_does_not_iterate_is_not_made_again():
+    """What was fitted to choose the rank is the result."""
+    ranks = []
+
+    class Plain(tdecomp.SVD):
+        name = "plain"
+
+        def fit(self, kernel, rank, start=None, *, draft=False):
+            ranks.append(rank)
+            return super().fit(kernel, rank)
+
+        def lost_at_every_rank(self, kernel, moment, importance=None):
+            return None
+
+    layer = nn.Linear(32, 32)
+    budget = tdecomp.Budget(params=0.5)
+    result = tdecomp.decompose(layer, Plain(), rank=budget, example_inputs=None, **QUIET)
+    rank = result.report[""].rank
+    assert ranks.count(rank) == 1
+    assert len(ranks) == len(set(ranks))

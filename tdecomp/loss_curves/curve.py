@@ -1,0 +1,230 @@
+"""What one layer loses along the ranks of each method: immutable curves."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.cost import Cost
+from tdecomp.loss_curves.losses import LayerLosses, Lost, only_rank
+from tdecomp.ranks.base import LARGEST_SHARE, Option
+from tdecomp.ranks.grid import ANY_RANK, Rounding, rank_steps
+
+# An iterative method is fitted first at this share of the largest cost worth considering. Where
+# another method loses less than the second number times as much at about that cost, the method is
+# dominated, and is not fitted at the ends of its range of ranks.
+_PROBE = 1 / 3
+_ABOUT = 1.15
+_DOMINATED = 1.05
+# How much more expensive a method may be that contains another one, for the other to be pointless.
+_AS_CHEAP = 1.02
+# The smallest rank of an iterative method, as a share of the largest that pays.
+_SMALLEST = 0.06
+# The number of ranks on a curve, fitted or interpolated.
+_POINTS = 48
+# Losses below this share of the whole are raised to it, so that their logarithm exists.
+_LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """What one layer loses along the ranks of one method.
+
+    Attributes
+    ----------
+    method : Decomposer
+    points : tuple of Option
+        Ascending ranks with their costs, losses and errors; empty where the method is not worth
+        considering.
+    fitted : tuple of rank
+        The ranks at which a draft was fitted; the points between them are interpolated. Empty
+        where every point is exact.
+    note : str or None
+        Why there are no points.
+    """
+
+    method: Decomposer
+    points: tuple[Option, ...] = ()
+    fitted: tuple[Rank, ...] = ()
+    note: str | None = None
+
+
+def layer_curves(
+    losses: LayerLosses,
+    methods: Sequence[Decomposer],
+    *,
+    largest_share: float = LARGEST_SHARE,
+    rounding: Rounding = ANY_RANK,
+) -> dict[str, LossCurve]:
+    """The curve of each method, with as few fits as tell which methods are worth considering.
+
+    Parameters
+    ----------
+    losses : LayerLosses
+    methods : sequence of Decomposer
+        All that are to be chosen from.
+    largest_share : float
+        The share of the layer's cost that a rank may keep to be worth an iterative fit.
+    rounding : Rounding
+        The multiples that ranks are rounded to.
+    """
+    drafts: dict[str, _Draft] = {}
+    curves: dict[str, LossCurve] = {}
+    for method in methods:
+        container = _container(losses, method, methods)
+        if container is None:
+            drafts[method.name] = _Draft(losses, method, largest_share, rounding)
+        else:
+            note = f"{container} loses no more at the same cost"
+            curves[method.name] = LossCurve(method, note=note)
+    exact = [draft for draft in drafts.values() if draft.exact]
+    for draft in drafts.values():
+        draft.dominated_by = draft.probe(exact)
+    for name, draft in drafts.items():
+        dominating = draft.dominated_by or draft.dominating(drafts.values())
+        if dominating is not None:
+            note = f"{dominating} loses less at about the same cost"
+            curves[name] = LossCurve(draft.method, note=note)
+        else:
+            draft.complete()
+            curves[name] = draft.curve()
+    return {method.name: curves[method.name] for method in methods}
+
+
+def _container(
+    losses: LayerLosses, method: Decomposer, methods: Sequence[Decomposer]
+) -> str | None:
+    """Another of the methods that loses no more at about the same cost, rank by rank; or None."""
+    names = method.contained_in(losses.spec)
+    limit = _AS_CHEAP * _cost_of_one(losses, method) if names else 0.0
+    able = (other for other in methods if other.name in names)
+    return next((other.name for other in able if _cost_of_one(losses, other) <= limit), None)
+
+
+def _cost_of_one(losses: LayerLosses, method: Decomposer) -> int:
+    largest = method.max_rank(losses.spec)
+    return losses.cost(method, (1,) * len(largest) if isinstance(largest, tuple) else 1).deciding
+
+
+@dataclass
+class _Draft:
+    """A curve in the making."""
+
+    losses: LayerLosses
+    method: Decomposer
+    largest_share: float
+    rounding: Rounding
+    ranks: list[Rank] = field(init=False)
+    costs: list[Cost] = field(init=False)
+    known: dict[int, Lost] = field(default_factory=dict)
+    fits: set[int] = field(default_factory=set)
+    probed: int = 0
+    dominated_by: str | None = None
+
+    def __post_init__(self) -> None:
+        nested = self.losses.nested(self.method)
+        self.exact = nested is not None
+        share = LARGEST_SHARE if self.exact else self.largest_share
+        cost = partial(self.losses.cost, self.method)
+        self.ranks = rank_steps(
+            self.method.max_rank(self.losses.spec),
+            cost,
+            share * self.losses.before.deciding,
+            0.0 if self.exact else _SMALLEST,
+            _POINTS,
+            self.rounding,
+        )
+        self.costs = [cost(rank) for rank in self.ranks]
+        if nested is not None:
+            self.known = {i: nested[only_rank(rank)] for i, rank in enumerate(self.ranks)}
+
+    def probe(self, exact: Sequence["_Draft"]) -> str | None:
+        """Fit once, unless singular values already name a method that dominates this one."""
+        if self.exact or not self.ranks:
+            return None
+        wanted = _PROBE * self.largest_share * self.losses.before.deciding
+        gaps = [abs(cost.deciding - wanted) for cost in self.costs]
+        self.probed = gaps.index(min(gaps))
+        least = self.losses.least(self.method, self.ranks[self.probed]) if exact else None
+        for other in exact:
+            if least is not None and least > _DOMINATED * other.least_at(self.costs[self.probed]):
+                return other.method.name
+        self._fit(self.probed)
+        return None
+
+    def _fit(self, i: int) -> None:
+        if i not in self.known:
+            self.known[i] = self.losses.fitted(self.method, self.ranks[i])
+            self.fits.add(i)
+
+    def dominating(self, others: Sequence["_Draft"]) -> str | None:
+        """Another method that loses far less wherever this one is known so far; or None."""
+        for other in others:
+            beaten = (
+                loss > _DOMINATED * other.least_at(self.costs[i])
+                for i, (loss, _) in self.known.items()
+            )
+            if self.ranks and other is not self and all(beaten):
+                return other.method.name
+        return None
+
+    def least_at(self, cost: Cost) -> float:
+        """The least known loss of the ranks that cost about as much or less."""
+        limit = _ABOUT * cost.deciding
+        affordable = [i for i in self.known if self.costs[i].deciding <= limit]
+        return min((self.known[i][0] for i in affordable), default=math.inf)
+
+    def complete(self) -> None:
+        """Fit at both ends, or extrapolate to the expensive one."""
+        if self.ranks:
+            self._fit(0)
+            if not self._extrapolated():
+                self._fit(len(self.ranks) - 1)
+
+    def _extrapolated(self) -> bool:
+        """Fill in the ranks beyond the probe, if the fits at it and below determine them.
+
+        Where a chain with as many weights as the layer loses nothing, the error falls about as
+        ``share**-b * (1 - share)`` of the share of the weights: on trained and on Gaussian
+        kernels within some hundredths at half of them, a tenth or two at four fifths.
+        """
+        losses, method, probe = self.losses, self.method, self.probed
+        if self.exact or losses.fits_to_data(method) or not method.exact_at_parity(losses.spec):
+            return False
+        shares = np.array([cost.params / losses.before.params for cost in self.costs])
+        (_, low), (loss, error) = self.known[0], self.known[probe]
+        if not (shares[0] < shares[probe] and shares[-1] < 1 and 0 < error < low < math.inf):
+            return False
+        known = np.log([low, error]) - 2 * np.log1p(-shares[[0, probe]])
+        slope = np.diff(known) / np.diff(np.log(shares[[0, probe]]))
+        errors = np.exp(known[1] + slope * np.log(shares / shares[probe]) + 2 * np.log1p(-shares))
+        for i, value in enumerate(errors.tolist()):
+            if i > probe:
+                self.known[i] = loss / error * value, value
+        return True
+
+    def curve(self) -> LossCurve:
+        """The ranks from the first fit to the last, interpolated between fits on a log-log scale."""
+        places = sorted(i for i, (loss, _) in self.known.items() if math.isfinite(loss))
+        if not places:
+            return LossCurve(self.method, note=None if self.ranks else "no rank saves enough")
+        sizes = np.log([math.prod(r) if isinstance(r, tuple) else r for r in self.ranks])
+        lines = []
+        for values in zip(*(self.known[i] for i in places), strict=True):
+            # A larger rank never has to lose more.
+            falling = np.log(np.minimum.accumulate(np.maximum(values, _LEAST)))
+            if len(places) > 2:
+                lines.append(np.exp(PchipInterpolator(sizes[places], falling)(sizes)))
+            else:
+                lines.append(np.exp(np.interp(sizes, sizes[places], falling)))
+        points = [
+            Option(rank, cost, float(loss), self.losses.row_error(self.method, float(share)))
+            for rank, cost, loss, share in zip(self.ranks, self.costs, *lines, strict=True)
+        ]
+        fitted = tuple(self.ranks[i] for i in places if i in self.fits)
+        return LossCurve(self.method, tuple(points[places[0] : places[-1] + 1]), fitted)

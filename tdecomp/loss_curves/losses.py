@@ -1,0 +1,204 @@
+"""What one rank of one method loses on one layer: by singular values, or by a draft."""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdecomp.calibration.fit_cache import FitCache
+from tdecomp.calibration.layer_moments import LayerMoments
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
+from tdecomp.layers.chain import Rank
+from tdecomp.layers.cost import Cost, chain_cost
+from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
+from tdecomp.linalg.spectrum import Spectrum
+from tdecomp.torch_state import undisturbed
+
+# The loss weighted by gradients (None where they are not known), and the layer's own share of its
+# output's variance or of its squared weights.
+Measured = tuple[float | None, float]
+Lost = tuple[float, float]  # the loss, comparable from layer to layer, and the same share
+
+
+@dataclass(frozen=True)
+class LayerLosses:
+    """What the ranks of one layer lose.
+
+    Attributes
+    ----------
+    weight : Parameter
+    spec : LayerSpec
+    moments : LayerMoments or None
+        Without them losses are those of the weights.
+    calls : sequence of Call or None
+        The calls that one pass of the example inputs makes.
+    unit : float
+        The loss of the whole output of a layer whose gradients are not known.
+    cache : FitCache
+    key : hashable
+        This layer's part of the cache.
+    """
+
+    weight: nn.Parameter
+    spec: LayerSpec
+    moments: LayerMoments | None = None
+    calls: Sequence[Call] | None = None
+    unit: float = 1.0
+    cache: FitCache = field(default_factory=FitCache)
+    key: Hashable = None
+
+    def cost(self, method: Decomposer, rank: Rank) -> Cost:
+        """The cost of the chain on the observed calls."""
+        compute = lambda: chain_cost(method.stages(self.spec, rank), self.calls)  # noqa: E731
+        return self._costs.get((_identity(method), rank), compute)
+
+    @cached_property
+    def _costs(self) -> FitCache:
+        return FitCache()  # costs depend on the calls, which moments know nothing of
+
+    @cached_property
+    def before(self) -> Cost:
+        """The cost of the layer as it is."""
+        return chain_cost([self.spec], self.calls)
+
+    def expected_error(self, method: Decomposer, rank: Rank) -> float | None:
+        """The error in a plan's row: exact for nested methods, else a bound or a draft's; or None.
+
+        With moments the lost share of the output's variance, without the relative weight error.
+        """
+        nested = self.nested(method)
+        if nested is not None:
+            return self.row_error(method, nested[only_rank(rank)][1])
+        if not isinstance(rank, tuple):
+            return None
+        if self.fits_to_data(method):
+            return self.fitted(method, rank)[1]
+        outside = self._outside(method, rank)
+        # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
+        return None if outside is None else math.sqrt(min(sum(outside), 1.0))
+
+    def least(self, method: Decomposer, rank: Rank) -> float | None:
+        """A lower bound on the loss of any fit of these ranks, from singular values; or None."""
+        if self.fits_to_data(method) or not isinstance(rank, tuple):
+            return None
+        outside = self._outside(method, rank)
+        return None if outside is None else self.unit * max(outside)
+
+    def _outside(self, method: Decomposer, rank: tuple[int, ...]) -> list[float] | None:
+        """For each rank the share of the squared weights beyond it."""
+        spectra = self.spectra(method)
+        if spectra is None:
+            return None
+        return [
+            float(np.clip(s.squares[:, r:], 0.0, None).sum() / (s.squares.sum() or 1.0))
+            for s, r in zip(spectra, rank, strict=True)
+        ]
+
+    def spectra(self, method: Decomposer) -> tuple[Spectrum, ...] | None:
+        """The method's spectra of this weight."""
+        key = (self.key, _identity(method), "spectra")
+        return self.cache.get(key, lambda: spectra_of(method, self.weight, self.spec))
+
+    def row_error(self, method: Decomposer, share: float) -> float:
+        """A share as rows have it: of the output's variance as it is, of squared weights the root.
+
+        The one is a row's ``output_error``, the other its ``weight_error``.
+        """
+        return share if self.fits_to_data(method) else math.sqrt(share)
+
+    def fits_to_data(self, method: Decomposer) -> bool:
+        """Whether the losses of this method are those of outputs, not of weights."""
+        return self.moments is not None and method.uses_moments
+
+    def nested(self, method: Decomposer) -> list[Lost] | None:
+        """Loss and share at rank 0, 1, 2 …, of a method whose best fits are nested; else None."""
+        key = (self.key, _identity(method), "nested")
+        found = self.cache.get(key, lambda: self._nested_now(method))
+        return None if found is None else [self._in_unit(measured) for measured in found]
+
+    def fitted(self, method: Decomposer, rank: Rank) -> Lost:
+        """Loss and share of a draft at this rank; infinite if the fit fails."""
+        fit = self.draft(method, rank)
+        if fit is None:
+            return math.inf, math.inf
+        if self.fits_to_data(method):
+            assert fit.output_error is not None
+            return self._in_unit((fit.loss, fit.output_error))
+        return self._in_unit((None, fit.weight_error**2))
+
+    def draft(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
+        """The draft itself, which is the whole fit of a method that does not iterate."""
+        key = (self.key, _identity(method), rank)
+        return self.cache.get(key, lambda: self._draft_now(method, rank))
+
+    def known_draft(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
+        """The draft at this rank, if one was made."""
+        return self.cache.known((self.key, _identity(method), rank))
+
+    def _in_unit(self, measured: Measured) -> Lost:
+        # Not kept: where other layers are left alone, the unit is another one.
+        loss, share = measured
+        return self.unit * share if loss is None else loss, share
+
+    def _draft_now(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
+        try:
+            return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=True)
+        except (ValueError, torch.linalg.LinAlgError):
+            return None
+
+    def _nested_now(self, method: Decomposer) -> list[Measured] | None:
+        with undisturbed(self.weight.device):
+            kernels = group_kernels(self.weight.detach().double(), self.spec)
+            moments = self.moments if self.fits_to_data(method) else None
+            second: Sequence[SecondMoment | None] = [None] * len(kernels)
+            importance: Sequence[Tensor | None] | None = None
+            if moments is not None:
+                second, importance = moments.second_moments(), moments.gradient_blocks()
+            plain: Tensor | float = 0.0
+            weighted: Tensor | float = 0.0
+            blocks = importance or [None] * len(kernels)
+            for kernel, moment, block in zip(kernels, second, blocks, strict=True):
+                lost = method.lost_at_every_rank(kernel, moment)
+                if lost is None:
+                    return None
+                plain = plain + lost
+                if block is not None:
+                    weighed = method.lost_at_every_rank(kernel, moment, block)
+                    assert weighed is not None
+                    weighted = weighted + weighed
+            assert isinstance(plain, Tensor)
+            variance = float(plain[0])
+            if moments is not None:
+                variance = moments.output_variance(self.weight)
+            shares = (plain / (variance or 1.0)).tolist()
+            if importance is None:
+                return [(None, share) for share in shares]
+            assert isinstance(weighted, Tensor)
+            return list(zip(weighted.tolist(), shares, strict=True))
+
+
+def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
+    """The loss of a layer's whole output, or None where its gradients are not known."""
+    blocks = moments.gradient_blocks()
+    if blocks is None:
+        return None
+    with undisturbed(weight.device):
+        groups = zip(blocks, moments.second_moments(), moments.kernels(weight), strict=True)
+        return sum(float((block * moment.between(k)).sum()) for block, moment, k in groups)
+
+
+def only_rank(rank: Rank) -> int:
+    """The rank of a method that has a single one, as all nested methods have."""
+    assert isinstance(rank, int)
+    return rank
+
+
+def _identity(method: Decomposer) -> Hashable:
+    # With its options. Methods need not be hashable.
+    return type(method), method.name, repr(method)

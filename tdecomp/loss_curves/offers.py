@@ -1,0 +1,113 @@
+"""The ranks that each layer is offered, with their costs and losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from tqdm import tqdm
+
+from tdecomp.calibration.moments import Moments
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.loss_curves.candidates import candidate, layer_losses
+from tdecomp.loss_curves.curve import LossCurve, layer_curves
+from tdecomp.loss_curves.losses import LayerLosses
+from tdecomp.model.sites import Site
+from tdecomp.model.weights import check_weight
+from tdecomp.parallel import on_cpu, parallel_map
+from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Choice
+from tdecomp.ranks.grid import ANY_RANK, Rounding
+
+# A site that may be decomposed, with the methods that can.
+Able = tuple[Site, Sequence[Decomposer]]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A layer that may be decomposed, and the ranks that it is offered.
+
+    Attributes
+    ----------
+    site : Site
+    methods : sequence of Decomposer
+        Those that can take it.
+    losses : LayerLosses
+    candidates : sequence of Candidate
+        One for each method.
+    curves : dict of str to LossCurve
+        By the method's name; empty where nobody asked for them.
+    """
+
+    site: Site
+    methods: Sequence[Decomposer]
+    losses: LayerLosses
+    candidates: Sequence[Candidate]
+    curves: dict[str, LossCurve]
+
+
+def able_sites(
+    sites: Sequence[Site], methods: Sequence[Decomposer]
+) -> tuple[list[Able], dict[str, Choice]]:
+    """The sites that may be decomposed, with the methods that can; for the others the reason."""
+    able: list[Able] = []
+    left_alone: dict[str, Choice] = {}
+    for site in sites:
+        if site.reason is not None or site.spec is None:
+            left_alone[site.name] = Choice(reason=site.reason)
+            continue
+        refusals = [method.refusal(site.spec) for method in methods]
+        taking = [method for method, why in zip(methods, refusals, strict=True) if why is None]
+        if taking:
+            check_weight(site)
+            able.append((site, taking))
+        else:
+            left_alone[site.name] = Choice(reason="; ".join(why for why in refusals if why))
+    return able, left_alone
+
+
+def offer_ranks(
+    able: Sequence[Able],
+    moments: Moments | None,
+    *,
+    curves: bool,
+    largest_share: float = LARGEST_SHARE,
+    rounding: Rounding = ANY_RANK,
+    progress: bool = False,
+) -> list[Offer]:
+    """For each layer its candidates; with `curves` the losses along their ranks, side by side."""
+    losses = layer_losses([site for site, _ in able], moments)
+    work = list(zip(able, losses, strict=True))
+
+    def draw(item: tuple[Able, LayerLosses]) -> dict[str, LossCurve]:
+        (_, methods), mine = item
+        return layer_curves(mine, methods, largest_share=largest_share, rounding=rounding)
+
+    found: list[dict[str, LossCurve]] = [{}] * len(work)
+    if curves:
+        with tqdm(total=len(work), desc="plan", unit="layer", disable=not progress) as bar:
+            found = parallel_map(
+                draw,
+                work,
+                size=lambda item: entries(item[0][0], moments),
+                done=lambda _item, _curves: bar.update(),
+            )
+    rounded = rounding != ANY_RANK
+    return [
+        Offer(
+            site,
+            methods,
+            mine,
+            [candidate(site, method, mine, drawn, rounded=rounded) for method in methods],
+            drawn,
+        )
+        for ((site, methods), mine), drawn in zip(work, found, strict=True)
+    ]
+
+
+def entries(site: Site, moments: Moments | None) -> int:
+    """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
+    weight, spec = site.module.weight, site.spec
+    assert isinstance(weight, nn.Parameter)
+    if moments is None or spec is None or site.name not in moments:
+        return on_cpu(weight)
+    # A fit to data makes many small steps on a moment where one to weights makes few large ones.
+    return max(on_cpu(weight), spec.fan_in**2 // 4) if on_cpu(weight) else 0

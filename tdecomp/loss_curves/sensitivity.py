@@ -1,0 +1,242 @@
+"""What each layer loses at each rank, as a table, as plain data and as a picture."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+from torch import nn
+
+from tdecomp.calibration.data import Batches
+from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.site_moments import site_moments
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.cost import Cost
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.loss_curves.curve import LossCurve
+from tdecomp.loss_curves.offers import able_sites, offer_ranks
+from tdecomp.model.example import Example
+from tdecomp.model.filters import Filters
+from tdecomp.model.sites import find_sites
+from tdecomp.ranks.base import Option
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The shares of a layer's cost at which the table shows what is lost.
+_SHOWN = (0.75, 0.5, 0.25, 0.1)
+
+
+@dataclass(frozen=True)
+class LayerSensitivity(Mapping[str, LossCurve]):
+    """What one layer loses: the curve of each method, by the method's name.
+
+    Attributes
+    ----------
+    name : str
+    layer : LayerSpec or None
+    before : Cost
+        Of the layer as it is.
+    curves : dict of str to LossCurve
+    of_outputs : bool
+        Whether errors are shares of the output's variance on data, or relative weight errors.
+    reason : str or None
+        Why there are no curves.
+    """
+
+    name: str
+    layer: LayerSpec | None
+    before: Cost
+    curves: dict[str, LossCurve]
+    of_outputs: bool = False
+    reason: str | None = None
+
+    def __getitem__(self, method: str) -> LossCurve:
+        return self.curves[method]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.curves)
+
+    def __len__(self) -> int:
+        return len(self.curves)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the points of every method."""
+        return {
+            "layer": None if self.layer is None else self.layer.to_dict(),
+            "before": {"params": self.before.params, "macs": self.before.macs},
+            "error_of": "output" if self.of_outputs else "weight",
+            "reason": self.reason,
+            "methods": {
+                name: {"note": curve.note, "points": [_plain(curve, p) for p in curve.points]}
+                for name, curve in self.curves.items()
+            },
+        }
+
+
+class Sensitivity(Mapping[str, LayerSensitivity]):
+    """What each layer loses at each rank, by each method; `tdecomp.sensitivity` makes it.
+
+    >>> table = tdecomp.sensitivity(model, "dense", data=batches)     # doctest: +SKIP
+    >>> table["features.3"]["tucker2"].points[-1].error               # doctest: +SKIP
+    >>> table.plot().savefig("sensitivity.png")                       # doctest: +SKIP
+    """
+
+    def __init__(self, layers: Sequence[LayerSensitivity]) -> None:
+        self.layers = tuple(layers)
+        self._by_name = {layer.name: layer for layer in layers}
+
+    def __getitem__(self, name: str) -> LayerSensitivity:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, by the layers' names: ranks, costs, losses and errors."""
+        return {layer.name: layer.to_dict() for layer in self.layers}
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return f"{self._render('simple')}\n{self._legend()}"
+
+    def _repr_html_(self) -> str:
+        return f"{self._render('html')}<p>{self._legend()}</p>"
+
+    def __repr__(self) -> str:
+        return f"<Sensitivity: {sum(map(bool, self.layers))} of {len(self)} layers have curves>"
+
+    def _render(self, style: str) -> str:
+        body = [line for layer in self.layers for line in _lines(layer)]
+        headers = ["layer", "", "method", *(f"at {share:.0%}" for share in _SHOWN), "notes"]
+        align = ["left", "left", "left", *["right"] * len(_SHOWN), "left"]
+        shown = [i for i, _ in enumerate(headers) if any(line[i] for line in body)]
+        return str(
+            tabulate(
+                [[line[i] for i in shown] for line in body],
+                [headers[i] for i in shown],
+                tablefmt=style,
+                disable_numparse=True,
+                colalign=[align[i] for i in shown],
+            )
+        )
+
+    def _legend(self) -> str:
+        outputs = any(layer.of_outputs for layer in self.layers)
+        error = "share of the output's variance" if outputs else "relative error of the weight"
+        unit = next((layer.before.unit for layer in self.layers if layer), "parameters")
+        return f"{error} lost at that share of the layer's {unit} (rank in brackets)"
+
+    def plot(self) -> "Figure":
+        """One panel for each layer: the error of each method against its share of the cost.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib, which the extra ``plot`` installs.
+        """
+        try:
+            from tdecomp.loss_curves.plot import small_multiples  # matplotlib is an extra
+        except ImportError as error:
+            raise ImportError(
+                "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
+            ) from error
+        drawn = [layer for layer in self.layers if any(c.points for c in layer.values())]
+        return small_multiples(
+            {
+                layer.name or "(model)": {
+                    name: _series(layer.before, curve)
+                    for name, curve in layer.items()
+                    if curve.points
+                }
+                for layer in drawn
+            },
+            x_label=f"share of the layer's {drawn[0].before.unit if drawn else 'cost'}",
+            y_label="output error" if any(layer.of_outputs for layer in drawn) else "weight error",
+        )
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    methods: Sequence[Decomposer],
+    filters: Filters,
+    example: Example | None,
+    data: Batches | Moments | None,
+    *,
+    progress: bool,
+) -> Sensitivity:
+    """Find the layers, look at them, and draw the curve of every method."""
+    sites, _ = find_sites(model, filters, example)
+    able, left_alone = able_sites(sites, methods)
+    wanted = {site.name for site, _ in able}
+    moments = site_moments(model, sites, wanted, data, gradients=True)
+    offers = offer_ranks(able, moments, curves=True, progress=progress)
+    offered = {
+        offer.site.name: LayerSensitivity(
+            offer.site.name,
+            offer.site.spec,
+            offer.losses.before,
+            offer.curves,
+            of_outputs=offer.losses.moments is not None,
+        )
+        for offer in offers
+    }
+    nothing = Cost(0)
+    return Sensitivity(
+        [
+            offered[site.name]
+            if site.name in offered
+            else LayerSensitivity(
+                site.name, site.spec, nothing, {}, reason=left_alone[site.name].reason
+            )
+            for site in sites
+        ]
+    )
+
+
+def _series(before: Cost, curve: LossCurve) -> tuple[list[float], list[float], list[bool]]:
+    """Shares of the cost, errors, and whether each was computed rather than interpolated."""
+    points = curve.points
+    return (
+        [p.cost.deciding / before.deciding for p in points],
+        [p.error for p in points],
+        [not curve.fitted or p.rank in curve.fitted for p in points],
+    )
+
+
+def _plain(curve: LossCurve, point: Option) -> dict[str, Any]:
+    return {
+        "rank": list(point.rank) if isinstance(point.rank, tuple) else point.rank,
+        "params": point.cost.params,
+        "macs": point.cost.macs,
+        "loss": point.loss,
+        "error": point.error,
+        "interpolated": bool(curve.fitted) and point.rank not in curve.fitted,
+    }
+
+
+def _lines(layer: LayerSensitivity) -> list[list[str]]:
+    title = [layer.name or "(model)", "" if layer.layer is None else str(layer.layer)]
+    if not layer:
+        return [[*title, "—", *[""] * len(_SHOWN), layer.reason or ""]]
+    lines = []
+    for name, curve in layer.items():
+        cells = []
+        for share in _SHOWN:
+            limit = share * layer.before.deciding
+            within = [point for point in curve.points if point.cost.deciding <= limit]
+            cells.append(f"{within[-1].error:.4f} ({within[-1].rank})" if within else "")
+        lines.append([*title, name, *cells, curve.note or ""])
+        title = ["", ""]
+    return lines

@@ -1,0 +1,122 @@
+"""Passes of batches through the original and the decomposed model, for refitting chains."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdecomp.calibration.accumulator import Accumulator
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import Batches
+from tdecomp.calibration.gradients import OutputGradients
+from tdecomp.layers.chain import Chain
+from tdecomp.model.batches import count_samples, device_of
+from tdecomp.recovery.replaced import ReplacedLayer
+
+# A chain is refitted to at least this many samples, and to this many patches for each entry of a
+# patch: early layers have thousands of patches in every image and need not see all images.
+_SAMPLES = 512
+_PATCHES = 64
+# The samples that the gradients at the layers' outputs are taken of.
+_GRADIENT_SAMPLES = 256
+
+
+def run_order(
+    model: nn.Module, replaced: Sequence[ReplacedLayer], batches: Batches
+) -> tuple[list[ReplacedLayer], dict[Chain, int]]:
+    """The layers in the order in which a pass first reaches them; the calls of each chain."""
+    calls: dict[Chain, int] = {}
+
+    def count(chain: nn.Module, *_: Any) -> None:
+        assert isinstance(chain, Chain)
+        calls[chain] = calls.get(chain, 0) + 1
+
+    with ExitStack() as stack:
+        for layer in replaced:
+            stack.callback(layer.chain.register_forward_pre_hook(count).remove)
+        batches.run(model, next(batches.on(device_of(model))))
+    order = {chain: position for position, chain in enumerate(calls)}
+    reached = [layer for layer in replaced if layer.chain in calls]
+    return sorted(reached, key=lambda layer: order[layer.chain]), calls
+
+
+def output_gradients(
+    original: nn.Module, replaced: Sequence[ReplacedLayer], batches: Batches
+) -> tuple[dict[str, Tensor], int]:
+    """The second moments of the gradients at the layers' outputs; the samples they are from."""
+    layers = {layer.name: (layer.layer, layer.spec) for layer in replaced}
+    slopes = OutputGradients(layers, batches)
+    with torch.inference_mode(False):
+        try:
+            for batch in batches.on(device_of(original)):
+                slopes.add(original, batch, _GRADIENT_SAMPLES - slopes.samples)
+                if slopes.samples >= _GRADIENT_SAMPLES:
+                    break
+        except Exception:  # the model runs forwards, as has just been seen
+            return {}, 0
+    return slopes.finish(), slopes.samples
+
+
+def layer_sums(
+    model: nn.Module,
+    original: nn.Module,
+    layer: ReplacedLayer,
+    calls: int,
+    batches: Batches,
+    rows: CountedRows,
+) -> Accumulator:
+    """The moments of the chain's inputs together with the original layer's outputs."""
+    sums = Accumulator(layer.spec, with_outputs=True)
+    samples = 0
+    device = device_of(model)
+    # First the batches as they are, then variants of them if there are too few.
+    for batch in itertools.chain(batches.on(device), batches.variants(device)):
+        rows.begin(batch)
+        wanted = _seen(original, layer.layer, batch, batches, calls, lambda _, output: output)
+        inputs = _seen(model, layer.chain, batch, batches, calls, lambda args, _: args[0])
+        # Both models make the same calls; a batch may make fewer of them than the first one did.
+        for x, y in zip(inputs, wanted, strict=False):
+            x, y = (rows.of_layer(tensor, layer.spec) for tensor in (x, y))
+            if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(y).all()):
+                raise ValueError(
+                    f"refit: {layer}: its inputs or the original's outputs hold NaN or infinities; "
+                    "expected finite activations. Look at the batches and at the layers before it"
+                )
+            sums.add(x, y)
+        samples += count_samples(batch)
+        if samples >= _SAMPLES and sums.count >= _PATCHES * layer.spec.fan_in:
+            break
+    return sums
+
+
+class _Reached(BaseException):
+    """The pass has come far enough. Not an Exception, so that no `except Exception` stops it."""
+
+
+def _seen(
+    model: nn.Module,
+    module: nn.Module,
+    batch: Any,
+    batches: Batches,
+    calls: int,
+    pick: Callable[[tuple[Any, ...], Any], Tensor],
+) -> list[Tensor]:
+    """What `pick` finds in each call of a module; the model runs only as far as needed."""
+    found: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.append(pick((*args, *kwargs.values()), output).clone())
+        if len(found) == calls:
+            raise _Reached
+
+    handle = module.register_forward_hook(take, with_kwargs=True)
+    try:
+        batches.run(model, batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found

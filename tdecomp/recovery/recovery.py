@@ -1,0 +1,110 @@
+"""A step that gets accuracy back without labels, and what it reports."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tdecomp.calibration.data import Batches, batches_for
+from tdecomp.model.surgery import copy_with
+from tdecomp.recovery.held_out import HeldOut
+from tdecomp.torch_state import no_fast_path, seeded, untouched
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What one step did.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A copy, or the model that was given if it was changed in place.
+    step : str
+    error_before, error_after : float
+        The share of the variance of the original model's outputs that is lost, on the first few
+        hundred samples; NaN without an original.
+    layers : dict of str to tuple of float
+        For steps that go layer by layer, the share of each original output's variance that was
+        lost before and after, weighted by how much the model's outputs depend on it.
+    notes : tuple of str
+    """
+
+    model: nn.Module
+    step: str
+    error_before: float
+    error_after: float
+    layers: dict[str, tuple[float, float]]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        errors = f"output error {self.error_before:.4g} → {self.error_after:.4g}"
+        known = not math.isnan(self.error_before)
+        return "; ".join((f"{self.step}: {errors}" if known else f"{self.step}", *self.notes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the model as plain data for JSON; errors that are not known are None."""
+        known = not math.isnan(self.error_before)
+        return {
+            "step": self.step,
+            "error_before": self.error_before if known else None,
+            "error_after": self.error_after if known else None,
+            "layers": {name: list(errors) for name, errors in self.layers.items()},
+            "notes": list(self.notes),
+        }
+
+
+class RecoveryStep(ABC):
+    """One way of getting accuracy back; its fields are its options."""
+
+    name: ClassVar[str]
+    # Whether it uses variants of the batches, so that fits before it should, too.
+    uses_variants: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(
+        self, model: nn.Module, original: nn.Module, batches: Batches, held_out: HeldOut
+    ) -> Recovery:
+        """Change the decomposed `model` itself; after an error it may be left half changed.
+
+        `original` is left as it was; `held_out` takes the errors before and after.
+        """
+
+
+def run_on_copy(
+    step: RecoveryStep, model: nn.Module, original: Any, batches: Any, inplace: bool, **options: Any
+) -> Recovery:
+    """Run a step on a copy; with `inplace`, `model` then takes the values of the copy.
+
+    The original may be None for steps that can do without; `options` are those of `batches_for`.
+    """
+    given = batches_for(step.name, batches, **options)
+    held_out: Any = None if original is None else HeldOut(original, given)
+    with torch.inference_mode(False):  # the copy of an inference tensor could not be trained
+        copy = copy_with(model, {})
+    with seeded(given.seed):
+        recovery = step.run(copy, original, given, held_out)
+    return replace(recovery, model=adopt(model, copy)) if inplace else recovery
+
+
+def adopt(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The model with every parameter and buffer of another one of the same structure."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in other.state_dict().items():
+            state[name].copy_(value)
+    return model
+
+
+@contextmanager
+def both_evaluating(model: nn.Module, original: nn.Module) -> Iterator[None]:
+    """Eval mode and no fused transformer kernels for both models, inside."""
+    with ExitStack() as stack:
+        stack.enter_context(untouched(original))
+        stack.enter_context(untouched(model))
+        stack.enter_context(no_fast_path())
+        yield

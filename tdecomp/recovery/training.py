@@ -1,0 +1,175 @@
+"""The training of a model to give the outputs of another one."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from tdecomp.calibration.augment import Augment
+from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.model.batches import channels_last, device_of, tensors_of
+from tdecomp.recovery.hints import Outputs
+
+# The stretches of a training, after each of which the model may become the result.
+_STRETCHES = 8
+# The default number of steps: at least this many, and as many as take the arithmetic of this many
+# training steps of the original, each with a backward pass that costs twice a forward pass.
+_STEPS = 150
+_HINT_WEIGHT = 3.0
+# The share of the steps over which the rate rises.
+_WARM_UP = 0.1
+# The root mean square of a parameter's entries that the rate is meant for.
+_USUAL_SIZE = 0.2
+_MAX_GRADIENT_NORM = 1.0
+_HIGHEST_RATE = 1e-3
+# One step at the highest rate may change the outputs by this share of their squared error.
+_SHARE_OF_ERROR = 0.02
+
+
+class Training:
+    """Adam on the distance between two models' outputs, and between outputs inside them.
+
+    Parameters
+    ----------
+    model, original : nn.Module
+        The model that is trained, and the one whose outputs it is to give.
+    trained : list of nn.Parameter
+        Of `model`.
+    batches : Batches
+    hints : sequence of str
+        The names of the modules whose outputs are compared, too.
+    vary : callable ``(batch, generator) -> batch``, optional
+        Varies each batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        trained: list[nn.Parameter],
+        batches: Batches,
+        hints: Sequence[str],
+        vary: Augment | None,
+    ) -> None:
+        self._model, self._original, self._trained = model, original, trained
+        self._batches, self._hints, self._vary = batches, hints, vary
+        self._first = next(batches.on(device_of(model)))
+        # Adam's steps are as long for small entries as for large ones: the rate is in proportion.
+        self._sizes = [min(1.0, _size(parameter) / _USUAL_SIZE) for parameter in trained]
+
+    def stretches(self, steps: int | None, lr: float | None) -> Iterator[None]:
+        """Train, yielding after each of a few stretches; None for the default steps and rate."""
+        steps = self._usual_steps() if steps is None else steps
+        lr = self._rate() if lr is None else lr
+        model, original, batches = self._model, self._original, self._batches
+        optimizer = torch.optim.Adam([{"params": [p]} for p in self._trained], lr=lr)
+        schedule = _schedule(optimizer, [lr * size for size in self._sizes], max(steps, 2))
+        device = device_of(model)
+        endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
+        generator = batches.generator(0)
+        stretch = max(1, steps // _STRETCHES)
+        quick = self._take_channels_last()
+        with Outputs(model, self._hints) as mine, Outputs(original, self._hints) as wanted:
+            bar = tqdm(range(1, steps + 1), "distill", unit="step", disable=not batches.progress)
+            for step in bar:
+                batch = next(endless)
+                if self._vary is not None:
+                    batch = self._vary(batch, generator)
+                if quick:
+                    batch = channels_last(batch)
+                with torch.no_grad():
+                    targets = wanted.of(original, batches, batch)
+                loss = _distance(mine.of(model, batches, batch), targets)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"distill: the loss is {value} after {step - 1} steps; expected a finite "
+                        f"one: try a lower rate than lr={lr:g}, and look for NaN in the batches"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM)
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
+                if step % stretch == 0 or step == steps:
+                    yield
+
+    def _usual_steps(self) -> int:
+        """A step costs a forward pass of the original, and a training step of the model."""
+        flops = []
+        for model in (self._model, self._original):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                self._batches.run(model, self._first)
+            flops.append(counter.get_total_flops())
+        share = flops[0] / flops[1] if flops[1] else 1.0
+        return max(_STEPS, round(_STEPS * 3 / (1 + 3 * share)))
+
+    def _take_channels_last(self) -> bool:
+        """Whether both models run on channels-last images."""
+        batch = channels_last(self._first)
+        try:
+            for model in (self._model, self._original):
+                with torch.no_grad():
+                    self._batches.run(model, batch)
+        except BatchError:
+            return False
+        return True
+
+    def _rate(self) -> float:
+        """The highest rate at which one step changes the outputs by little of their error.
+
+        A step of Adam is about as long as the rate in every entry. With random signs, the square
+        of its effect on the outputs is in proportion to the square of the rate.
+        """
+        generator = self._batches.generator(0)
+        batch = self._first if self._vary is None else self._vary(self._first, generator)
+        with torch.no_grad():
+            wanted = tensors_of(self._batches.run(self._original, batch))
+            before = [z.clone() for z in tensors_of(self._batches.run(self._model, batch))]
+            held = [parameter.detach().clone() for parameter in self._trained]
+            for parameter, size in zip(self._trained, self._sizes, strict=True):
+                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.add_(signs.to(parameter), alpha=_HIGHEST_RATE * size)
+            moved = tensors_of(self._batches.run(self._model, batch))
+            for parameter, value in zip(self._trained, held, strict=True):
+                parameter.copy_(value)
+            error, change = _squares(before, wanted), _squares(moved, before)
+        share = error / change if change > 0 else 1.0
+        return _HIGHEST_RATE * min(1.0, math.sqrt(_SHARE_OF_ERROR * share))
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, rates: list[float], steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    # OneCycleLR divides by the length of the warm-up, which is 0 if it is exactly the first step.
+    warm_up = _WARM_UP if _WARM_UP * steps != 1 else 0.99 * _WARM_UP
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=steps, pct_start=warm_up
+    )
+
+
+def _squares(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
+
+
+def _size(parameter: nn.Parameter) -> float:
+    """The root mean square of its entries; the usual one if all of them are zero."""
+    size = float(parameter.detach().double().square().mean().sqrt())
+    return size if size > 0 else _USUAL_SIZE
+
+
+def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) -> Tensor:
+    """The sum over outputs and hints of the squared distance, as a share of the variance."""
+    terms = [
+        (_HINT_WEIGHT if isinstance(name, str) else 1.0)
+        * (mine[name] - target).square().mean()
+        / target.var(unbiased=False).clamp_min(1e-12)
+        for name, target in wanted.items()
+        if name in mine and mine[name].shape == target.shape
+    ]
+    return torch.stack(terms).sum()

@@ -1,0 +1,72 @@
+"""Rows, plans and reports as plain data, and back."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+import tdecomp
+from tdecomp.plans.row import Row
+from tests.recovery.networks import QUIET, mlp, vectors
+
+
+def test_every_row_comes_back_the_same():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    x = torch.randn(2, 8, 6, 6)
+    result = tdecomp.decompose(
+        model, ["tucker2", "svd"], rank=0.5, example_inputs=x, data=[x], **QUIET
+    )
+    for row in (*result.report, *result.plan):
+        assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+
+
+def test_a_report_holds_what_recovery_did():
+    result = tdecomp.decompose(mlp(), "svd", rank=4, data=vectors(), recover=["refit"], **QUIET)
+    (step,) = result.report.recovery
+    (plain,) = json.loads(result.report.to_json())["recovery"]
+    assert plain["step"] == "refit"
+    assert plain["error_after"] == step.error_after
+    assert "model" not in plain
+
+
+def test_a_plan_of_another_format_says_which_version_wrote_it():
+    plan = tdecomp.plan(mlp(), "svd", rank=4, **QUIET)
+    for number, words in ((1, r"tdecomp 0\.1.*make it anew"), (3, "update tdecomp")):
+        text = json.dumps({**plan.to_dict(), "format": number})
+        with pytest.raises(ValueError, match=rf"plan format {number}.*{words}"):
+            tdecomp.Plan.from_json(text)
+
+
+def test_a_method_that_its_options_cannot_rebuild_is_named():
+    @dataclass(frozen=True)
+    class Held(tdecomp.SVD):
+        name = "held"
+        with_tensor: object = None
+
+    class Bare(tdecomp.LowRank):
+        name = "bare"
+
+        def __init__(self, secret=1):
+            self.secret = secret
+
+    for method, words in (
+        (Held(with_tensor=torch.ones(2)), r"method 'held' cannot be rebuilt.*with_tensor"),
+        (Held(with_tensor={1: 2}), r"method 'held' cannot be rebuilt"),
+    ):
+        plan = tdecomp.plan(mlp(), method, rank=4, **QUIET)
+        with pytest.raises(ValueError, match=words):
+            plan.to_json()
+    conv = nn.Conv2d(8, 8, 3)
+    plan = tdecomp.plan(conv, Bare(), rank=4, **QUIET)
+    with pytest.raises(ValueError, match=r"method 'bare' cannot be rebuilt"):
+        plan.to_json()
+
+
+def test_a_note_appears_once():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    plan = tdecomp.plan(model, "svd", rank="breakeven", **QUIET)
+    for row in plan:
+        assert row.note.count("break-even by parameters") == 1
+    assert replace(plan["0"]) == plan["0"]
