@@ -19,7 +19,8 @@ from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.pairs import HEADERS
 
 # Each gives lines of one table, of the cases whose titles hold a word, measured so many times.
-SECTIONS: Mapping[str, Callable[[str, int], Iterator[list[str]]]] = {
+Rows = Callable[[str, int], Iterator[list[str]]]
+SECTIONS: Mapping[str, Rows] = {
     "kernels": kernel_fits.rows,
     "models": model_fits.rows,
 }
@@ -27,7 +28,11 @@ SECTIONS: Mapping[str, Callable[[str, int], Iterator[list[str]]]] = {
 _ALL = (*SECTIONS, "latency")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(
+    arguments: Sequence[str] | None = None,
+    sections: Mapping[str, Rows] = SECTIONS,
+    networks: Callable[[Sequence[str]], None] = latency.main,
+) -> None:
     """Print one line per case as soon as it is measured, and a table of all in the end."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed",
@@ -43,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     table = []
-    for section in (name for name in options.sections if name in SECTIONS):
-        for cells in SECTIONS[section](options.only, options.repeat):
+    for section in (name for name in options.sections if name in sections):
+        for cells in sections[section](options.only, options.repeat):
             table.append(cells)
             told = zip(HEADERS, cells, strict=True)
             print("; ".join(f"{name} {cell}" for name, cell in told if cell), flush=True)
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
     if "latency" in options.sections and not options.only:
         folder = ["--data", options.data] if options.data else []
-        latency.main([*folder, *(["--weights", *options.weights] if options.weights else [])])
+        networks([*folder, *(["--weights", *options.weights] if options.weights else [])])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""One table of layers that every parametrised test uses, and a strategy that draws more of them."""
+"""One table of layers that tests go through, and a strategy that draws more of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,9 +48,19 @@ class Geometry:
         shape = (*batch, self.channels[0], *self.size)
         return torch.randn(shape, generator=generator).to(dtype)
 
-    @property
+    @cached_property
     def spec(self):
         return LayerSpec.of(self.layer())
+
+
+@contextmanager
+def case(*what: Any) -> Iterator[None]:
+    """A failure inside names the case, for tests that go through many of them in one item."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"the case: {', '.join(map(str, what))}")
+        raise
 
 
 def _linear(*channels, **options):

@@ -1,7 +1,6 @@
 """decompose and apply: what is kept, what is told, and that an error changes nothing."""
 
 import random
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import nn
 
 import tdecomp
 from tdecomp import parallel
-from tdecomp.decomposers import als
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
 from tdecomp.model.trace import as_call
@@ -242,33 +240,6 @@ def test_the_result_does_not_depend_on_the_global_seed(method):
             results.append(decompose(model, method, rank=rank, allow_expansion=True).model)
     for first, second in zip(results[0].parameters(), results[1].parameters(), strict=True):
         assert torch.equal(first, second)
-
-
-def test_the_backend_is_set_for_this_thread_only(monkeypatch):
-    seen = []
-    original = als.parafac
-
-    def fit(*args, **kwargs):
-        thread = threading.Thread(target=lambda: seen.append(tensorly.get_backend()))
-        thread.start()
-        thread.join()
-        seen.append(tensorly.get_backend())
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(als, "parafac", fit)
-    decompose(MODELS["conv"].build(), "cp")
-    assert seen[:2] == ["numpy", "pytorch"]
-
-
-def test_the_backend_is_restored_after_a_failure(monkeypatch):
-    def fail(*_, **__):
-        assert tensorly.get_backend() == "pytorch"
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(als, "parafac", fail)
-    with pytest.raises(ValueError, match="RuntimeError: no"):
-        decompose(MODELS["conv"].build(), "cp")
-    assert tensorly.get_backend() == "numpy"
 
 
 # Side by side ------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Ranks and fits of single kernels, against the same made plainly with NumPy and TensorLy.
+"""Ranks and fits of single kernels, compared with plain NumPy and TensorLy.
 
-Both ways are judged by the same relative error. Kernels are Gaussian, which is the slow case for
-all (nothing stands out), or have a spectrum that falls as those of trained layers do.
+Both are judged by the same relative error. Kernels are Gaussian, with a flat spectrum, which is the
+slow case for every method, or have a spectrum that falls as those of trained layers do.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +16,9 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor
 
 from benchmarks.support.pairs import in_turns, row
-from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.cp import CPSeparable
-from tdecomp.decomposers.fit_layer import factorize, spectra_of
+from tdecomp.decomposers.fit_layer import factorize, relative_error, spectra_of
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.evb import evb_rank
@@ -29,7 +29,7 @@ Found = Tensor | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Way:
-    """One of our ways to solve a problem, and what it must reach against the plain one."""
+    """One of our ways to solve a problem, and its bounds relative to the plain one."""
 
     find: Callable[[Tensor], Found]
     times_faster: float
@@ -38,7 +38,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, our ways to solve it by what is added to its title, and the plain one."""
+    """A problem, our ways to solve it (keys are appended to the title), and the plain one."""
 
     title: str
     channels: int
@@ -63,12 +63,14 @@ def _spec(weight: Tensor) -> LayerSpec:
     )
 
 
-def _fitted(method: str | Decomposer, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def fitted(method: str | Decomposer, rank: int | tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Our fit of a kernel by a method at a rank, multiplied back."""
     decomposer = get_decomposer(method)
     return lambda weight: factorize(decomposer, weight, _spec(weight), rank).to_kernel()
 
 
-def _vbmf(weight: Tensor) -> tuple[int, ...]:
+def vbmf_ranks(weight: Tensor) -> tuple[int, ...]:
+    """Both ranks of Tucker-2, by our spectra."""
     spectra = spectra_of(get_decomposer("tucker2"), weight, _spec(weight))
     assert spectra is not None
     return tuple(evb_rank(s.squares[0], s.shape).rank for s in spectra)
@@ -85,7 +87,9 @@ def vbmf_by_full_svd(weight: Tensor) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def _parafac(rank: int, *, joined: bool) -> Callable[[Tensor], Tensor]:
+def plain_parafac(rank: int, *, joined: bool) -> Callable[[Tensor], Tensor]:
+    """TensorLy's fit, multiplied back, with the spatial modes joined into one or not."""
+
     def fit(weight: Tensor) -> Tensor:
         tensor = weight.flatten(2) if joined else weight
         with tensorly.backend_context("pytorch"), warnings.catch_warnings():
@@ -111,24 +115,24 @@ def plain_tucker2(weight: Tensor, ranks: tuple[int, int]) -> Tensor:
 def _separable(channels: int, rank: int) -> Case:
     quick = CPSeparable(effort="quick")
     ways = {
-        "": Way(_fitted("cp-separable", rank), 10, 1.01),
-        ", quick": Way(_fitted(quick, rank), 20, 1.03),
+        "": Way(fitted("cp-separable", rank), 10, 1.01),
+        ", quick": Way(fitted(quick, rank), 20, 1.03),
     }
-    plain = _parafac(rank, joined=False)
+    plain = plain_parafac(rank, joined=False)
     return Case(f"cp-separable, {channels} at {rank}", channels, ways, plain)
 
 
 def _joint(channels: int, rank: int) -> Case:
-    ways = {"": Way(_fitted("cp", rank), 5, 1.01)}
-    return Case(f"cp, {channels} at {rank}", channels, ways, _parafac(rank, joined=True))
+    ways = {"": Way(fitted("cp", rank), 5, 1.01)}
+    return Case(f"cp, {channels} at {rank}", channels, ways, plain_parafac(rank, joined=True))
 
 
 CASES = (
-    Case("VBMF ranks, 512", 512, {"": Way(_vbmf, 50)}, vbmf_by_full_svd),
+    Case("VBMF ranks, 512", 512, {"": Way(vbmf_ranks, 50)}, vbmf_by_full_svd),
     Case(
         "tucker2, 512 at (170, 170)",
         512,
-        {"": Way(_fitted("tucker2", (170, 170)), 3, 1.001)},
+        {"": Way(fitted("tucker2", (170, 170)), 3, 1.001)},
         partial(plain_tucker2, ranks=(170, 170)),
     ),
     _separable(256, 85),
@@ -138,9 +142,11 @@ CASES = (
 )
 
 
-def rows(only: str, repeats: int, kernels: tuple[str, ...] = KERNELS) -> Iterator[list[str]]:
-    """One line per problem, way and kind of kernel, of the problems whose title holds `only`."""
-    for case in CASES:
+def rows(
+    only: str, repeats: int, cases: Sequence[Case] = CASES, kernels: Sequence[str] = KERNELS
+) -> Iterator[list[str]]:
+    """One line per problem, way and kind of kernel, for the problems with `only` in their title."""
+    for case in cases:
         for kind in kernels if only in case.title else ():
             yield from _measured(case, kind, repeats)
 

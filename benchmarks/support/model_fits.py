@@ -144,11 +144,12 @@ def build(name: str, weights: str) -> nn.Module:
     if weights == "planted":
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                _plant(module)
+                plant(module)
     return model
 
 
-def _plant(conv: nn.Conv2d) -> None:
+def plant(conv: nn.Conv2d) -> None:
+    """Add a kernel of a third of the full rank to a layer's weight."""
     matrix = conv.weight.detach().flatten(1)
     rank = max(1, min(matrix.shape) // 3)
     planted = torch.randn(matrix.shape[0], rank) @ torch.randn(rank, matrix.shape[1])
@@ -160,11 +161,12 @@ def rows(only: str, repeats: int) -> Iterator[list[str]]:
     """One line per case whose title holds `only`."""
     for case in CASES:
         if only in case.title:
-            yield _measured(case, repeats)
+            model = build(case.model, case.weights)
+            yield measured(case, repeats, model, _peak_in_own_process(case))
 
 
-def _measured(case: Case, repeats: int) -> list[str]:
-    model = build(case.model, case.weights)
+def measured(case: Case, repeats: int, model: nn.Module, peak: float) -> list[str]:
+    """The line of a case on a model; `peak` is the memory in bytes of decomposing it once."""
     plain = (dict) if case.plain is None else partial(case.plain, model)
     sides = in_turns({"": partial(case.ours, model)}, plain, repeats)[""]
     kernels: Kernels = sides.found_plainly
@@ -185,7 +187,7 @@ def _measured(case: Case, repeats: int) -> list[str]:
         errors=errors,
         worse=case.worse,
         found=(f"{sum(one.method is not None for one in report)} layers", ""),
-        peak=_peak_in_own_process(case),
+        peak=peak,
     )
     if case.plain is None:
         cells[3] = cells[4] = ""

@@ -31,10 +31,10 @@ def apply_factorization(
     >>> apply_factorization(model)[0].latent_features
     128
 
-    There is no data here, so the weights alone are approximated; ``set_rank(input, rank)`` of
-    each new layer reduces it further on data. Layers whose own `forward` is not all that reads
-    their weights, such as those inside an `nn.MultiheadAttention`, stay as they are, and so do
-    those with tied weights or hooks; `tdecomp.plan` says which and why.
+    Without data the weights are approximated; ``set_rank(input, rank)`` of each new layer reduces
+    it further on data. Layers whose weights are read outside their own `forward`, such as those
+    inside an `nn.MultiheadAttention`, stay as they are, and so do those with tied weights or hooks;
+    `tdecomp.plan` says which and why.
 
     Parameters
     ----------
@@ -46,10 +46,10 @@ def apply_factorization(
     min_channels, min_features : int
         Convolutions and Linears with fewer inputs or outputs are left alone.
     latent_channels, latent_features : int or float
-        The inner sizes; below 1 a fraction of the smaller of a layer's inputs and outputs.
+        The inner sizes; a value below 1 is a fraction of the smaller of inputs and outputs.
     optimizers : Optimizer or sequence of them, optional
-        The new parameters take the old ones' places in their groups. A warning names replaced
-        parameters that none of them has.
+        New parameters take the places of old ones in their groups. A warning names replaced
+        parameters that no optimizer has.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def apply_factorization(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, the model is wrapped, or a weight is not finite.
+        If an argument is invalid, the model is wrapped, or a weight is not finite.
     """
     listed = as_optimizers(optimizers)
     sizes = {"latent_channels": latent_channels, "latent_features": latent_features}
@@ -84,7 +84,7 @@ def apply_factorization(
         warnings.warn(
             f"no optimizer had these replaced parameters: {', '.join(missing)}", stacklevel=2
         )
-    # In a holder even the model itself has a place to be replaced in.
+    # In a holder even the model itself can be replaced.
     holder = nn.ModuleList([model])
     replace_in(holder, replacements, listed)
     return holder[0]

@@ -1,11 +1,11 @@
 """The rank-k operator whose outputs on given inputs are nearest to a target, in closed form.
 
 The best approximation of an operator's own outputs projects them on their k leading principal
-directions (Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification
-and Detection", equations 4 to 6; of the outputs less their mean where there is a bias). It takes
-one pass of the operator and the second moment of what comes out: no patch of a convolution is
-ever laid out. A target that the operator does not give is regressed on the inputs first: reduced
-rank regression (Izenman 1975, "Reduced-rank regression for the multivariate linear model").
+directions, after subtracting their mean where there is a bias (Zhang et al. 2016, "Accelerating
+Very Deep Convolutional Networks for Classification and Detection", equations 4 to 6). It takes one
+pass of the operator and the second moment of its outputs; the patches of a convolution are never
+formed. Another target is regressed on the inputs first: reduced rank regression (Izenman 1975,
+"Reduced-rank regression for the multivariate linear model").
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
 # Multiplies the inputs by a matrix (fan_in, m): (samples, m).
 Times = Callable[[Tensor], Tensor]
 
-# Samples that are turned to float64 at a time.
+# Samples that are converted to float64 at a time.
 _CHUNK = 8192
-# Where the data leaves a choice the weights make it, with this share of the outputs' power.
+# The weights' share of the outputs' power. It decides where the data leaves several solutions.
 _WEIGHTS_SHARE = 1e-10
 
 
@@ -53,15 +53,15 @@ class Operator:
 
     @property
     def full(self) -> int:
-        """The rank from which on one matrix takes no more than two."""
+        """The rank from which on one matrix is no larger than two."""
         return min(len(self.first), self.latent if self.second is None else self.second.shape[1])
 
     def reduces(self, k: int) -> bool:
-        """Whether rank k is one to be had by approximating."""
+        """Whether rank k is below the present one, so that the operator has to be approximated."""
         return k < min(self.full, self.latent)
 
     def narrowed(self) -> "Operator":
-        """The same, with no more than fan_in columns in `first`."""
+        """The same operator, with no more than fan_in columns in `first`."""
         if self.second is not None or self.latent <= len(self.first):
             return self
         basis, triangle = torch.linalg.qr(self.first.T)  # (out, fan_in), (fan_in, fan_in)
@@ -91,7 +91,7 @@ def solve(
     dtype : torch.dtype
         What the solution is rounded to.
     target : Tensor, shape (samples, out), optional
-        What the operator is known to give, up to what no operator can.
+        The wanted outputs: the operator's own, plus a part that no operator gives.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def solve(
     rounded = Operator(_cast(operator.first, dtype), _maybe_cast(operator.second, dtype), None)
     error = target - _wide(rounded, target).outputs(times(rounded.first.to(target)))
     if operator.bias is not None:
-        # What is left of the mean is the bias to have; one that fits already stays bit for bit.
+        # The mean error is the bias to add; a bias that already fits is kept bit for bit.
         bias = error.mean(dim=0, dtype=torch.float64) if fits_bias else operator.bias
         rounded = replace(rounded, bias=_cast(bias, dtype))
         error -= bias.to(target)
@@ -131,7 +131,7 @@ def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:
     moment = _product(latent, latent, centred=operator.bias is not None)  # (latent, latent)
     weights = (first.T @ first).double()
     power, total = float(moment.trace()), float(weights.trace())
-    # Without any power in the data, by the weights alone.
+    # If the outputs are all zero, the weights alone decide.
     share = _WEIGHTS_SHARE * power / (total or 1.0) if power else 1.0
     moment += share * weights
     kernel = torch.eye(len(moment)).double() if second is None else second.T.double()
@@ -144,9 +144,9 @@ def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:
 
 
 def corrected(operator: Operator, x: Tensor, target: Tensor, rounding: float) -> Operator:
-    """The operator nearest to this one of those whose outputs are nearest to a target.
+    """Of all operators whose outputs are nearest to a target, the one nearest to this operator.
 
-    The same operator, where the target is what it gives but for rounding errors.
+    It is this operator where its outputs differ from the target by rounding errors only.
 
     >>> x, operator = torch.eye(4)[:2], Operator(torch.ones(4, 1), None, None)
     >>> corrected(operator, x, torch.zeros(2, 1), 1e-7).first.T
@@ -165,7 +165,7 @@ def corrected(operator: Operator, x: Tensor, target: Tensor, rounding: float) ->
         return operator
     centred = operator.bias is not None
     samples, fan_in = x.shape
-    # Double precision of the Gram matrix still tells singular values of float32 inputs apart.
+    # A Gram matrix in float64 still resolves the singular values of float32 inputs.
     precision = torch.finfo(torch.float64).eps * max(samples, fan_in)
     precision = max(precision, (8 * torch.finfo(x.dtype).eps) ** 2)
     if samples < fan_in:
@@ -190,7 +190,7 @@ def _pseudo_inverse(gram: Tensor, precision: float) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, centred: bool) -> Tensor:
-    """``a.T @ b`` in float64 and a slice of samples at a time, of both less their means."""
+    """``a.T @ b`` in float64, in slices of samples; `centred` subtracts both means first."""
     means = [part.mean(dim=0, dtype=torch.float64) if centred else None for part in (a, b)]
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64)
     for slices in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
@@ -203,7 +203,7 @@ def _product(a: Tensor, b: Tensor, centred: bool) -> Tensor:
 
 
 def _power(target: Tensor) -> float:
-    """The variance of all entries; the mean square, where they are all alike."""
+    """The variance of all entries, or their mean square where they are all equal."""
     freedom = target.numel() / max(target.numel() - 1, 1)
     return _mean_square(target - target.mean()) * freedom or _mean_square(target) or 1.0
 

@@ -1,4 +1,4 @@
-"""One linear operator into two, on given inputs: Composer's functions and what they return."""
+"""One linear operator factorized into two, on given inputs: Composer's functions and result."""
 
 import math
 import numbers
@@ -16,7 +16,7 @@ from tdecomp.torch_state import undisturbed
 
 @dataclass(eq=False)
 class LowRankSolution:
-    """What replaces a linear operator: ``Wa`` first, then ``Wb`` and the bias.
+    """The replacement of a linear operator: ``Wa`` first, then ``Wb`` and the bias.
 
     >>> factorize_matrix(torch.eye(8), torch.eye(8), torch.eye(8), rank=2).rank
     2
@@ -26,16 +26,16 @@ class LowRankSolution:
     Wa : Tensor, optional
         The first operator: a matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw).
     Wb : Tensor, optional
-        The second one: (rank, out), or (out_channels, rank, 1, 1); None where one matrix is
-        better than two.
+        The second one: (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no
+        larger than two.
     bias : Tensor, shape (out,), optional
         Added to the second one's output.
     rank : int
         The size between the two, −1 where nothing was factorized.
     nmse : float
         The mean squared error of the outputs over the variance of all entries of the target: 0
-        for no error, 1 for no better than a constant. Of a target that does not vary, over its
-        mean square.
+        for no error, 1 for no better than a constant. If the target does not vary, over its mean
+        square.
     """
 
     Wa: Tensor | None = None
@@ -64,14 +64,14 @@ def factorize_matrix(
     Parameters
     ----------
     X : Tensor, shape (N, D)
-        Inputs to judge the approximation by.
+        The inputs on which the approximation is fitted.
     Y : Tensor, shape (N, M)
-        The outputs to be had for them, as a rule ``X @ Wa + bias`` or ``X @ Wa @ Wb + bias``.
+        The wanted outputs for these inputs, usually ``X @ Wa + bias`` or ``X @ Wa @ Wb + bias``.
     Wa : Tensor, shape (D, M), or (D, d) with `Wb`
     Wb : Tensor, shape (d, M), optional
-        Given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
+        If given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
     bias : Tensor, shape (M,), optional
-        There is a bias to fit only if there is one here.
+        A bias is fitted only if one is given.
     rank : int or float
         The columns of the new `Wa`; below 1 a fraction of D, at most the current rank, at
         least 1.
@@ -81,16 +81,16 @@ def factorize_matrix(
     Returns
     -------
     LowRankSolution
-        In the dtype and on the device of `Wa`. With a rank of D, M or more one matrix and a rank
-        of −1; with one of d or more the given factors and a rank of −1. Among equally good
-        solutions it is close to the given weights, in directions that `X` never shows too.
+        In the dtype and on the device of `Wa`. For a rank of D, M or more it has one matrix and
+        the rank −1; for one of d or more, the given factors and the rank −1. Among equally good
+        solutions it is close to the given weights, also in directions that `X` never shows.
 
     Raises
     ------
     ValueError
-        If shapes do not fit, there are no samples, values are not finite, or the rank is none.
+        If shapes do not fit, there are no samples, values are not finite, or the rank is invalid.
     TypeError
-        If a tensor is not one of floating point numbers, or the rank not a number.
+        If a tensor does not hold floating point numbers, or the rank is not a number.
     """
     del n_iters
     tensors = _checked({"X": X, "Y": Y, "Wa": Wa}, {"Wb": Wb, "bias": bias})
@@ -131,15 +131,15 @@ def factorize_conv2d(
     Parameters
     ----------
     X : Tensor, shape (N, in_channels, H, W) or (in_channels, H, W)
-        Inputs to judge the approximation by; the outputs follow from the weights.
+        The inputs on which the approximation is fitted; the outputs follow from the weights.
     Wa : Tensor, shape (out_channels, in_channels, kh, kw), or (latent, …) with `Wb`
     Wb : Tensor, shape (out_channels, latent, 1, 1), optional
-        Given, the convolution is `Wa` and then `Wb`, whose latent size is to be reduced.
+        If given, the convolution is `Wa` and then `Wb`, whose latent size is to be reduced.
     rank : int or float
         The output channels of the new `Wa`; below 1 a fraction of the smaller of in_channels and
         out_channels, at least 1.
     biasA, biasB : Tensor, optional
-        Added to what `Wa` and `Wb` give. There is a bias to fit only if there is one here.
+        Added to what `Wa` and `Wb` give. A bias is fitted only if one is given.
     n_iters : int
         Accepted for Composer's sake: the optimum is reached at once.
     **conv2d_kwargs
@@ -174,7 +174,7 @@ def factorize_conv2d(
     _check_vector("biasA", biasA, latent)
     _check_vector("biasB", biasB, out_channels)
     k = resolve_size("rank", rank, min(in_channels, out_channels))
-    # Only its geometry is used; the kernels are brought along.
+    # Only its geometry is used: each call is given a kernel.
     geometry = nn.Conv2d(
         in_channels, latent, (height, width), bias=False, device="meta", **conv2d_kwargs
     )
@@ -238,7 +238,7 @@ def refuse_groups(groups: int) -> None:
 def _checked(
     needed: Mapping[str, Tensor], optional: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """All that are given, detached, once each is known to hold floating point numbers."""
+    """The tensors that are given, detached; each must hold finite floating point numbers."""
     given = {**needed, **{name: value for name, value in optional.items() if value is not None}}
     for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -256,7 +256,7 @@ def _checked(
 
 
 def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All in one dtype to compute in, float32 or wider, on the weights' device."""
+    """The tensors in one dtype, float32 or wider, on the device of the weights."""
     dtype = torch.promote_types(tensors["X"].dtype, tensors["Wa"].dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     device = tensors["Wa"].device

@@ -16,7 +16,7 @@ from tdecomp.torch_state import undisturbed
 
 
 class Factorized(Chain):
-    """Two layers in place of one: what `FactorizedLinear` and `FactorizedConv2d` share.
+    """Two layers in place of one: the base of `FactorizedLinear` and `FactorizedConv2d`.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Factorized(Chain):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """Make both layers; the constructors' common end."""
+        """Make both layers, at the end of each constructor."""
         latent, largest = latent_of(option, size, spec), max_latent(spec)
         if latent > largest:
             raise ValueError(
@@ -65,7 +65,7 @@ class Factorized(Chain):
         return len(self.module0.weight)
 
     def reset_parameters(self) -> None:
-        """Start afresh, with random weights as torch initialises both layers."""
+        """Give both layers new random weights, as torch initialises them."""
         self.module0.reset_parameters()
         self.module1.reset_parameters()
 
@@ -87,17 +87,16 @@ class Factorized(Chain):
         >>> layer.latent_features
         4
 
-        The parameters stay the same objects, of another shape: an optimizer goes on with them,
-        but what it remembers of `module0.weight` and `module1.weight` (``optimizer.state``, such
-        as momenta) no longer fits and has to go: ``optimizer.state.pop(parameter, None)`` for
-        each. Their gradients are gone.
+        The parameters stay the same objects, with another shape: an optimizer can go on with them,
+        but its state for `module0.weight` and `module1.weight`, such as momenta, no longer fits:
+        remove it with ``optimizer.state.pop(parameter, None)``. Their gradients are removed.
 
         Parameters
         ----------
         input : Tensor
-            What the module may be called with.
+            An input of the module.
         rank : int
-            The new latent size; nothing happens if it is the present one.
+            The new latent size; the present one changes nothing.
 
         Raises
         ------
@@ -117,9 +116,9 @@ class Factorized(Chain):
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
         """The weights of a smaller latent size that change the outputs for `input` least.
 
-        The module stays as it is, so that several ranks can be judged by their `nmse` before
-        `apply_solution` puts one into effect. A rank of the present latent size or more gives
-        the present weights.
+        The module is not changed, so that several ranks can be compared by their `nmse` before
+        `apply_solution` uses one of them. A rank of the present latent size or more gives the
+        present weights.
         """
 
     def apply_solution(self, solution: LowRankSolution) -> None:
@@ -130,7 +129,7 @@ class Factorized(Chain):
         Raises
         ------
         ValueError
-            If the solution has not two factors of this module's sizes, or it has a bias where
+            If the solution does not have two factors of this module's sizes, or has a bias where
             the module has none.
         """
         if solution.Wa is None or solution.Wb is None:
@@ -168,13 +167,13 @@ class Factorized(Chain):
 
     @abstractmethod
     def _tell_sizes(self, latent: int) -> None:
-        """Set the attributes of both layers that say their sizes."""
+        """Set the attributes of both layers that hold their sizes."""
 
     def _in_torch_layout(self, wa: Tensor, wb: Tensor) -> tuple[Tensor, Tensor]:
         return wa, wb
 
     def take(self, layer: nn.Linear | nn.Conv2d, keep_weights: bool) -> Self:
-        """What this has from the layer it replaces; so far it stands on the meta device."""
+        """Take the device, mode and weights of the replaced layer; before, this is on meta."""
         weight, bias, spec = layer.weight, layer.bias, self.replaced
         self.to_empty(device=weight.device)
         parts = (self.module0, self.module1)

@@ -23,7 +23,7 @@ def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bo
     ----------
     module : nn.Module
         False for all but a Conv2d without groups, a Linear, a FactorizedConv2d and a
-        FactorizedLinear; of the last two any smaller inner size saves some.
+        FactorizedLinear; for the last two any smaller inner size saves MACs.
     latent_size : int or float
         Channels or features between the two; below 1 a fraction of the smaller of the module's
         input and output, at least 1.
@@ -48,7 +48,7 @@ class FactorizedLinear(Factorized):
     >>> layer.module0, layer(torch.randn(5, 64)).shape
     (Linear(in_features=64, out_features=8, bias=False), torch.Size([5, 32]))
 
-    Made by itself it is to be trained from scratch; `from_linear` keeps what a layer has learned.
+    The constructor gives random weights, to be trained; `from_linear` keeps trained ones.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ class FactorizedLinear(Factorized):
         Parameters
         ----------
         module : nn.Linear
-            Stays as it is.
+            It is not changed.
         module_ix : int
             Accepted for Composer's sake.
         latent_features : int or float
@@ -126,7 +126,7 @@ class FactorizedLinear(Factorized):
         ValueError
             If `latent_features` saves no MACs.
         TypeError
-            If `module` is no Linear.
+            If `module` is not a Linear.
         """
         del module_ix
         if not isinstance(module, nn.Linear):
@@ -171,7 +171,7 @@ class FactorizedConv2d(Factorized):
     >>> layer.module1, layer(torch.randn(1, 32, 8, 8)).shape
     (Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1)), torch.Size([1, 64, 4, 4]))
 
-    Made by itself it is to be trained from scratch; `from_conv2d` keeps what a layer has learned.
+    The constructor gives random weights, to be trained; `from_conv2d` keeps trained ones.
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ class FactorizedConv2d(Factorized):
         super().__init__()
         refuse_groups(conv2d_kwargs.get("groups", 1))
         device, dtype = (conv2d_kwargs.pop(name, None) for name in ("device", "dtype"))
-        # torch itself checks the arguments and brings them into one form.
+        # torch checks the arguments and normalises them.
         whole = nn.Conv2d(in_channels, out_channels, kernel_size, device="meta", **conv2d_kwargs)
         self._split("latent_channels", latent_channels, LayerSpec.of(whole), device, dtype)
 

@@ -1,5 +1,3 @@
-from urllib.error import URLError
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,7 +6,6 @@ from torch import nn
 from benchmarks.support.comparison import count_macs, count_params
 from benchmarks.support.data import digits
 from benchmarks.support.models import DIGITS_WEIGHTS, MODELS, input_format, load_model
-from benchmarks.support.torchvision_import import import_torchvision
 from benchmarks.support.training import accuracy
 
 RESNET20_KEYS = {
@@ -131,13 +128,13 @@ def test_bad_names_say_what_there_is(name, weights, message):
         load_model(name, weights)
 
 
-def test_weights_that_cannot_be_downloaded_are_told(monkeypatch):
-    def offline(*_args, **_options):
-        raise URLError("no network")
-
-    monkeypatch.setattr(
-        import_torchvision().models._api, "load_state_dict_from_url", offline, raising=True
-    )
+def test_weights_that_cannot_be_downloaded_are_told(monkeypatch, tmp_path):
+    # No weights of earlier downloads, and a proxy that nobody answers at.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=r"resnet18 cannot be downloaded .*; give a file"):
         load_model("torchvision:resnet18", "DEFAULT")
 

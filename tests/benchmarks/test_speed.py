@@ -10,11 +10,11 @@ from benchmarks.support.machine import peak_memory
 from benchmarks.support.pairs import HEADERS, Sides, in_turns, row
 
 
-def small(*_):
+def small():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3))
     for module in (model[0], model[2]):
-        model_fits._plant(module)
+        model_fits.plant(module)
     return model
 
 
@@ -36,30 +36,29 @@ def test_a_row_has_median_spread_and_bounds():
 
 
 @pytest.mark.parametrize("case", model_fits.CASES[:2], ids=lambda case: case.title)
-def test_plain_loops_find_the_same(case, monkeypatch):
-    monkeypatch.setattr(model_fits, "build", small)
-    monkeypatch.setattr(model_fits, "_peak_in_own_process", lambda _: 1e9)
-    cells = model_fits._measured(case, 1)
+def test_plain_loops_find_the_same(case):
+    cells = model_fits.measured(case, 1, small(), peak=1e9)
     assert cells[6] != "0.0000"
     assert float(cells[8]) == pytest.approx(1.0, abs=1e-3)
     assert cells[10] == "1.00"
 
 
-def test_the_table(monkeypatch, capsys):
-    line = ["a case", *["x"] * (len(HEADERS) - 1)]
-    monkeypatch.setattr(speed, "SECTIONS", {"kernels": lambda *_: iter([line])})
+LINE = ["a case", *["x"] * (len(HEADERS) - 1)]
+SECTIONS = {"kernels": lambda *_: iter([LINE])}
+
+
+def test_the_table(capsys):
     threads = torch.get_num_threads()
-    speed.main(["--repeat", "1", "--sections", "kernels", "--threads", str(threads)])
+    speed.main(["--repeat", "1", "--sections", "kernels", "--threads", str(threads)], SECTIONS)
     assert "a case" in capsys.readouterr().out
 
 
-def test_trained_networks_are_told_of(monkeypatch, capsys):
-    line = ["a case", *["x"] * (len(HEADERS) - 1)]
-    monkeypatch.setattr(speed, "SECTIONS", {"kernels": lambda *_: iter([line])})
+def test_trained_networks_are_told_of(capsys):
     given = []
-    monkeypatch.setattr(speed.latency, "main", given.append)
-    speed.main(["--data", "images", "--weights", "resnet20=a", "vgg11_bn=b"])
-    speed.main(["--sections", "kernels"])
+    speed.main(
+        ["--data", "images", "--weights", "resnet20=a", "vgg11_bn=b"], SECTIONS, given.append
+    )
+    speed.main(["--sections", "kernels"], SECTIONS, given.append)
     assert given == [["--data", "images", "--weights", "resnet20=a", "vgg11_bn=b"]]
     assert "a case" in capsys.readouterr().out
 

@@ -7,21 +7,25 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers import registry
 from tdecomp.decomposers.assemble import assemble, empty_chain
-from tdecomp.decomposers.base import Decomposer, relative_error
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factors
-from tdecomp.decomposers.fit_layer import factorize
+from tdecomp.decomposers.fit_layer import factorize, relative_error
 from tdecomp.decomposers.lowrank import LowRank
-from tdecomp.decomposers.registry import get_decomposer, registered
+from tdecomp.decomposers.registry import get_decomposer, register, registered, unregister
 from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.spec import LayerSpec
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch):
-    """Whatever a test registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+def own_registry():
+    """Methods that a test registers are forgotten after it, and those of the library come back."""
+    before = {name: get_decomposer(name) for name in registered()}
+    yield
+    for name in set(registered()) - set(before):
+        unregister(name)
+    for method in before.values():
+        register(method)
 
 
 @dataclass(frozen=True)

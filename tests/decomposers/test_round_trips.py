@@ -11,7 +11,7 @@ from torch import nn
 
 from tdecomp.decomposers.assemble import assemble, empty_chain
 from tdecomp.decomposers.fit_layer import factorize
-from tdecomp.decomposers.registry import get_decomposer
+from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import distance
 
@@ -83,8 +83,6 @@ def same_bits(one, other):
 
 
 def test_every_registered_method_of_the_library_has_its_round_trips():
-    from tdecomp.decomposers.registry import registered
-
     own = [name for name in registered() if type(get_decomposer(name)).__module__[:7] == "tdecomp"]
     assert set(own) == set(RANKS)
 

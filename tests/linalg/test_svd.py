@@ -7,6 +7,7 @@ from tensorly.decomposition import parafac
 from tdecomp.linalg.spectrum import spectra, tails
 from tdecomp.linalg.svd import frobenius_norm, leading_vectors
 from tdecomp.linalg.tensorly_backend import torch_backend
+from tests.geometries import case
 
 
 def matrix(rows, columns, dtype=torch.float64, seed=0):
@@ -14,10 +15,15 @@ def matrix(rows, columns, dtype=torch.float64, seed=0):
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("shape", [(300, 400), (40, 300), (300, 40), (7, 7), (1, 5), (5, 1)])
-@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
-def test_leading_vectors_span_what_an_svd_finds(shape, share, dtype, atol):
+def test_leading_vectors_span_what_an_svd_finds(shape):
+    for dtype, atol in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        for share in (0.01, 0.5, 1.0):
+            with case(dtype, share):
+                check_leading_vectors(shape, share, dtype, atol)
+
+
+def check_leading_vectors(shape, share, dtype, atol):
     given = matrix(*shape, dtype)
     rank = max(1, int(share * min(shape)))
     vectors, outside = leading_vectors(given, rank)

@@ -12,6 +12,7 @@ from tdecomp import Ratio
 from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import Candidate
 from tdecomp.ranks.grid import largest_rank, rank_at, rank_ladder
+from tests.geometries import case
 
 LAYERS = {
     "linear": (nn.Linear(24, 20), (2, 24)),
@@ -30,6 +31,10 @@ TAKEN = [
 ]
 
 
+def layers_of(method):
+    return [name for name, other in TAKEN if other == method]
+
+
 def planned(name, method, rank, **options):
     layer, shape = LAYERS[name]
     options.setdefault("example_inputs", torch.zeros(shape))
@@ -40,17 +45,19 @@ def full_rank(name, method):
     return planned(name, method, Ratio(1.0, of="rank")).rank
 
 
-@pytest.mark.parametrize("name, method", TAKEN)
-@pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.9])
-def test_a_fraction_of_the_full_rank_floored_and_at_least_one(name, method, ratio):
-    full = full_rank(name, method)
-    expected = (
-        tuple(max(1, math.floor(ratio * r)) for r in full)
-        if isinstance(full, tuple)
-        else max(1, math.floor(ratio * full))
-    )
-    assert planned(name, method, ratio).rank == expected
-    assert planned(name, method, Ratio(ratio, of="rank")).rank == expected
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fraction_of_the_full_rank_floored_and_at_least_one(method):
+    for name in layers_of(method):
+        full = full_rank(name, method)
+        for ratio in (0.01, 0.25, 0.5, 0.9):
+            expected = (
+                tuple(max(1, math.floor(ratio * r)) for r in full)
+                if isinstance(full, tuple)
+                else max(1, math.floor(ratio * full))
+            )
+            with case(name, ratio):
+                assert planned(name, method, ratio).rank == expected
+                assert planned(name, method, Ratio(ratio, of="rank")).rank == expected
 
 
 def test_the_full_rank_of_each_method():
@@ -74,17 +81,22 @@ def steps(full):
     return sorted({tuple(max(1, math.floor(f * limit)) for limit in full) for f in common})
 
 
-@pytest.mark.parametrize("name, method", TAKEN)
-@pytest.mark.parametrize("of", ["params", "macs"])
-@pytest.mark.parametrize("ratio", [0.3, 0.75, 1.0])
-def test_the_largest_rank_within_a_share(name, method, of, ratio):
-    row = planned(name, method, Ratio(ratio, of=of))
-    costs = {}
-    for rank in steps(full_rank(name, method)):
-        other = planned(name, method, rank[0] if len(rank) == 1 else rank)
-        costs[other.rank] = getattr(other, f"{of}_after")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_rank_within_a_share(method):
+    for name in layers_of(method):
+        rows = [
+            planned(name, method, rank[0] if len(rank) == 1 else rank)
+            for rank in steps(full_rank(name, method))
+        ]
+        for of in ("params", "macs"):
+            for ratio in (0.3, 0.75, 1.0):
+                with case(name, of, ratio):
+                    check_share(planned(name, method, Ratio(ratio, of=of)), rows, of, ratio)
+
+
+def check_share(row, rows, of, ratio):
     limit = ratio * getattr(row, f"{of}_before")
-    fitting = [rank for rank, cost in costs.items() if cost <= limit]
+    fitting = [other.rank for other in rows if getattr(other, f"{of}_after") <= limit]
     if not fitting:
         assert row.method is None
         assert "no rank is small enough: rank 1 needs" in row.reason
