@@ -15,9 +15,7 @@ from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
-from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
-from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, device_of
@@ -159,26 +157,18 @@ def _left_alone(layer: ReplacedLayer, reason: str) -> str:
 
 def _factors_of(layer: ReplacedLayer) -> tuple[Factorization | None, str]:
     """The factors that the chain holds, or None and the reason why it cannot be refitted."""
-    method = _method_of(layer.chain)
+    method = layer.chain.decomposer
     if layer.spec.transposed:
         return None, "transposed convolutions have no moments"
     if any(isinstance(part, Chain) for part in layer.chain):
         return None, "it was decomposed in several steps"
     if method is None:
-        return None, f"{layer.chain.method!r} is not registered (tdecomp.register)"
+        return None, f"its method {layer.chain.method!r} is not known; register it before loading"
     if not method.uses_moments:
         return None, f"{method.name} uses no moments"
     with undisturbed(_parameter(layer.layer.weight).device):
         factors = method.factorization_of(layer.chain, layer.spec)
     return factors, f"{method.name} cannot tell the factors of its chain"
-
-
-def _method_of(chain: Chain) -> Decomposer | None:
-    """The method that made the chain, with its options."""
-    made_by = getattr(chain, "decomposer", None)
-    if made_by is None and chain.method in registered():
-        made_by = get_decomposer(chain.method)
-    return made_by if isinstance(made_by, Decomposer) else None
 
 
 def _match(layer: ReplacedLayer, sums: Accumulator, gradient: Tensor | None, samples: int) -> Match:
@@ -190,8 +180,7 @@ def _match(layer: ReplacedLayer, sums: Accumulator, gradient: Tensor | None, sam
 
 def _refit_chain(layer: ReplacedLayer, before: Factorization, match: Match) -> tuple[float, float]:
     """Solve for the chain's factors again; the shares of the output lost before and after."""
-    chain, method = layer.chain, _method_of(layer.chain)
-    assert method is not None
+    chain, method = layer.chain, layer.chain.decomposer
     assert chain.rank is not None
     fitted = match.fit(method.brief(_ITERATIONS), chain.rank, before)
     old = chain[-1].bias

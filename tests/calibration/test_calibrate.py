@@ -639,7 +639,7 @@ def test_moments_are_no_batches():
     moments = taken(small(), [images()])
     with pytest.raises(ValueError, match="refit runs the model on batches, got moments"):
         tdecomp.decompose(
-            small(), "lowrank", rank=2, data=moments, refit=True, allow_expansion=True
+            small(), "lowrank", rank=2, data=moments, recover="refit", allow_expansion=True
         )
 
 

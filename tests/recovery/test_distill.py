@@ -41,11 +41,24 @@ def test_it_lowers_the_error_and_touches_neither_model(hints):
     assert str(recovery).startswith("distill: output error")
 
 
-def test_the_same_batches_give_the_same_model():
+def test_the_same_batches_and_the_same_seed_give_the_same_model():
     original, batches = convnet(), images()  # images are varied at random
     model = decomposed(original, "lowrank")
-    first, second = (distill(model, original, batches, **SHORT).model for _ in range(2))
-    assert same(weights(first), weights(second))
+
+    def trained(data, seed):
+        return weights(distill(model, original, data, seed=seed, **SHORT).model)
+
+    assert same(trained(batches, None), trained(batches, None))
+    assert not same(trained(batches, None), trained(batches, 1))
+    dataset = torch.utils.data.TensorDataset(torch.cat(batches))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    first = trained(loader, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert same(first, trained(loader, 1))
+    assert not same(first, trained(loader, 2))
+    torch.set_rng_state(state)
 
 
 def test_the_result_is_the_best_of_what_was_seen_never_worse_than_what_was_given():
@@ -193,6 +206,26 @@ def test_a_loss_that_is_not_finite():
 def test_steps_that_cannot_be(steps):
     with pytest.raises(ValueError, match="distill: expected steps of at least 1, got"):
         distill(mlp(), mlp(), vectors(), steps=steps)
+
+
+@pytest.mark.parametrize("steps", range(1, 31))
+def test_any_number_of_steps(steps):
+    """A warm-up of exactly one step, at ten, had a length of zero."""
+    original, batches = mlp(), vectors(1, size=8)
+    seen = 0
+
+    def forward(model, batch):
+        nonlocal seen
+        seen += model.training is False and torch.is_grad_enabled() and model is not original
+        return model(batch)
+
+    model = decomposed(original)
+    recovery = distill(
+        model, original, batches, steps=steps, lr=1e-3, hints=False, forward=forward, **QUIET
+    )
+    # Each step runs the model once with gradients, and one more call tries channels-last images.
+    assert seen == steps
+    assert recovery.error_after < recovery.error_before
 
 
 @pytest.mark.parametrize("rank,least,most", [(1, 410, 412), (30, 150, 150)])

@@ -1,5 +1,7 @@
 """Refitting chains to the original's outputs: oracle, guarantees, and what is left alone."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -173,13 +175,13 @@ def test_nan_at_once_is_refused_and_does_not_hang():
 )
 def test_batches_that_cannot_be_used(make, error, words):
     original = mlp()
-    with pytest.raises(error, match=f"(?s)(refit|batches).*{words}"):
+    with pytest.raises(error, match=f"(?s)(refit|data|batches).*{words}"):
         refit(decomposed(original), original, make(), **QUIET)
 
 
 def test_a_model_that_was_not_decomposed_or_from_another_one():
     original, batches = mlp(), vectors()
-    with pytest.raises(ValueError, match=r"no decomposed layer; expected what decompose\(\)"):
+    with pytest.raises(ValueError, match=r"no decomposed layer; expected a model that deco"):
         refit(original, original, batches, **QUIET)
     wider = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 22), *list(mlp())[3:])
     with pytest.raises(
@@ -268,20 +270,45 @@ class Silent(tdecomp.SVD):
     [
         (NoMoments, True, "no-moments uses no moments"),
         (Silent, True, "silent cannot tell the factors of its chain"),
-        (Silent, False, "'silent' is not registered"),
+        (Silent, False, "its method 'silent' is not known"),
     ],
 )
-def test_methods_that_cannot_be_refitted_are_left_with_a_note(monkeypatch, method, known, reason):
-    monkeypatch.setattr("tdecomp.decomposers.registry._REGISTRY", {"svd": tdecomp.SVD()})
-    if known:
-        tdecomp.register(method)
+def test_methods_that_cannot_be_refitted_are_left_with_a_note(method, known, reason):
     original, batches = mlp(), vectors()
     model = decomposed(original, method(), rank=3, include="0")
     model = decomposed(model, "svd", rank=3, include="4")
+    if not known:  # as it is loaded from a file where nobody has registered the method
+        model[0].decomposer = None
     recovery = refit(model, original, batches, **QUIET)
     assert list(recovery.layers) == ["4"]
     assert reason in recovery.notes[0]
     assert recovery.notes[0].startswith("'0' (Linear(16→24)) left as it was")
+
+
+FITS = []
+
+
+@dataclass(frozen=True)
+class Noting(tdecomp.CP):
+    """A method that is not registered, with options, which notes its fits."""
+
+    name = "noting"
+
+    def fit_to(self, kernel, rank, moment, start=None, **options):
+        FITS.append(self)
+        return super().fit_to(kernel, rank, moment, start, **options)
+
+
+def test_a_chain_is_refitted_by_its_own_method_with_its_options():
+    original, batches = convnet(), images()
+    method = Noting(tol=1e-2, l2_reg=1e-3)
+    model = decomposed(original, [method, "svd"], rank=8, allow_expansion=True)
+    FITS.clear()
+    recovery = refit(model, original, batches, **QUIET)
+    assert list(recovery.layers) == ["0", "3", "8"]
+    assert recovery.notes == ()
+    assert len(FITS) == 2
+    assert all((fit.tol, fit.l2_reg) == (1e-2, 1e-3) for fit in FITS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -343,8 +370,8 @@ def test_a_model_that_was_decomposed_before():
     original, batches = mlp(), vectors()
     first = decomposed(original, rank=6)
     second = tdecomp.decompose(
-        nn.Sequential(first, nn.ReLU(), nn.Linear(8, 8)), "svd", rank=2, data=batches, refit=True,
-        **QUIET,
+        nn.Sequential(first, nn.ReLU(), nn.Linear(8, 8)), "svd", rank=2, data=batches,
+        recover="refit", **QUIET,
     )  # fmt: skip
     (recovery,) = second.report.recovery
     assert list(recovery.layers) == ["0.4", "2"]  # "0.4" had been too small to be decomposed at 6
@@ -385,11 +412,9 @@ class Worse(tdecomp.SVD):
         return super().fit_to(kernel, rank, moment, start).scaled(9.0)
 
 
-def test_a_layer_is_left_as_it_was_where_nothing_is_won(monkeypatch):
-    monkeypatch.setattr("tdecomp.decomposers.registry._REGISTRY", {})
-    tdecomp.register(Worse)
+def test_a_layer_is_left_as_it_was_where_nothing_is_won():
     original, batches = mlp(), vectors()
-    model = decomposed(original, "worse")
+    model = decomposed(original, Worse())
     recovery = refit(model, original, batches, **QUIET)
     assert recovery.error_after == recovery.error_before
     for before, after in recovery.layers.values():
