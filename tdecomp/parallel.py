@@ -22,7 +22,7 @@ _ALONE = 4_000_000
 _LITTLE = 100_000
 
 
-def each(
+def parallel_map(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     *,
@@ -31,7 +31,7 @@ def each(
 ) -> list[Result]:
     """``[function(item) for item in items]``, on one single-threaded worker for each torch thread.
 
-    >>> each(torch.trace, [torch.eye(2), torch.eye(3)], size=on_cpu)
+    >>> parallel_map(torch.trace, [torch.eye(2), torch.eye(3)], size=on_cpu)
     [tensor(2.), tensor(3.)]
 
     What an item's result is does not depend on the others, nor on which of them is done first.

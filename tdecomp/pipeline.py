@@ -19,7 +19,7 @@ from tdecomp.layers.chain import Chain
 from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import as_optimizers, copy_with, replace_in, unoptimized
-from tdecomp.parallel import each
+from tdecomp.parallel import parallel_map
 from tdecomp.plans.make import check_weight, entries
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.report import Report
@@ -69,7 +69,9 @@ def run(
         bar.update()
 
     with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not source.progress) as bar:
-        fitted = each(fit, todo, size=lambda row: entries(sites[row.name], moments), done=show)
+        fitted = parallel_map(
+            fit, todo, size=lambda row: entries(sites[row.name], moments), done=show
+        )
     changed_rows = {row.name: row for _, row in fitted}
     rows = [changed_rows.get(row.name, row) for row in plan]
     # A copy first, in any case: the steps after it may fail, and compare with the original.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tdecomp import parallel
-from tdecomp.parallel import each, on_cpu
+from tdecomp.parallel import on_cpu, parallel_map
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def matrices(n=6):
 
 
 def test_results_are_in_order():
-    found = each(lambda m: len(m), matrices(), size=on_cpu)
+    found = parallel_map(lambda m: len(m), matrices(), size=on_cpu)
     assert found == [2, 3, 4, 5, 6, 7]
 
 
@@ -32,13 +32,13 @@ def test_workers_have_one_thread_and_record_no_gradients():
         return torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread()
 
     caller = threading.current_thread()
-    for threads, gradients, thread in each(look, matrices(), size=on_cpu):
+    for threads, gradients, thread in parallel_map(look, matrices(), size=on_cpu):
         assert (threads, gradients) == (1, False)
         assert thread is not caller
 
 
 def test_threads_made_afterwards_have_all_threads():
-    each(torch.trace, matrices(), size=on_cpu)
+    parallel_map(torch.trace, matrices(), size=on_cpu)
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
@@ -49,13 +49,13 @@ def test_threads_made_afterwards_have_all_threads():
 def test_two_at_once():
     # Neither gets past the barrier alone.
     barrier = threading.Barrier(2, timeout=30)
-    each(lambda _: barrier.wait(), matrices(2), size=on_cpu)
+    parallel_map(lambda _: barrier.wait(), matrices(2), size=on_cpu)
 
 
 @pytest.mark.parametrize("threads, items", [(1, 6), (2, 1), (2, 0)])
 def test_inline_where_nothing_is_to_be_gained(threads, items):
     torch.set_num_threads(threads)
-    found = each(lambda _: threading.current_thread(), matrices(items), size=on_cpu)
+    found = parallel_map(lambda _: threading.current_thread(), matrices(items), size=on_cpu)
     assert found == [threading.current_thread()] * items
     assert torch.get_num_threads() == threads
     torch.set_num_threads(2)
@@ -71,7 +71,7 @@ def test_what_is_large_or_elsewhere_is_the_callers_own(monkeypatch):
 
     elsewhere = torch.empty(2, 2, device="meta")
     items = [torch.ones(2), torch.ones(20), torch.ones(3), elsewhere]
-    found = each(look, items, size=on_cpu)
+    found = parallel_map(look, items, size=on_cpu)
     assert found == [(False, 1), (True, 2), (False, 1), (True, 2)]
     assert order[:2] == [20, 4]
 
@@ -83,7 +83,7 @@ def test_done_is_called_by_the_caller_for_each():
         assert threading.current_thread() is threading.main_thread()
         seen.append((len(item), result))
 
-    each(len, matrices(), size=on_cpu, done=done)
+    parallel_map(len, matrices(), size=on_cpu, done=done)
     assert seen == [(n, n) for n in (2, 3, 4, 5, 6, 7)]
 
 
@@ -107,7 +107,7 @@ def test_errors_come_through_and_what_has_not_begun_never_does(error):
     timer = threading.Timer(0.2, release.set)
     timer.start()
     with pytest.raises(error, match="no"):
-        interrupted(each)
+        interrupted(parallel_map)
     assert len(begun) < 40
     timer.join()
 
@@ -115,6 +115,6 @@ def test_errors_come_through_and_what_has_not_begun_never_does(error):
 def test_nested_calls_are_inline():
     def inner(m):
         here = threading.current_thread()
-        return each(lambda _: threading.current_thread() is here, [m, m], size=on_cpu)
+        return parallel_map(lambda _: threading.current_thread() is here, [m, m], size=on_cpu)
 
-    assert each(inner, matrices(3), size=on_cpu) == [[True, True]] * 3
+    assert parallel_map(inner, matrices(3), size=on_cpu) == [[True, True]] * 3

@@ -18,7 +18,7 @@ from tdecomp.loss_curves.candidates import candidate, rank_options
 from tdecomp.loss_curves.layer_losses import LayerLosses
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.parallel import each, on_cpu
+from tdecomp.parallel import on_cpu, parallel_map
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
 from tdecomp.ranks.base import Candidate, Choice, RankSelector
@@ -142,7 +142,7 @@ def _fit_options(
 
     with tqdm(total=len(sites), desc="plan", unit="layer", disable=not progress) as bar:
         layers = list(zip(sites, candidates, strict=True))
-        each(fit, layers, size=size, done=lambda _layer, _none: bar.update())
+        parallel_map(fit, layers, size=size, done=lambda _layer, _none: bar.update())
 
 
 def entries(site: Site, moments: Moments | None) -> int:
