@@ -3,7 +3,8 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Batches, Forward, count_samples, device_of
 from tdecomp.model.sites import find_sites
-from tdecomp.torch_state import no_fast_path, untouched
+from tdecomp.torch_state import hooks, no_fast_path, restores, untouched
 
 # Examples whose gradients say how much each layer's outputs matter: ranks need no more.
 _GRADIENT_SAMPLES = 128
@@ -26,6 +27,7 @@ _GRADIENT_SAMPLES = 128
 _ENOUGH = 16
 
 
+@restores
 def calibrate(
     model: nn.Module,
     batches: Any,
@@ -169,7 +171,7 @@ def _summed(
                     warnings.warn(
                         "calibrate: no gradients can be taken through this model, so that a budget "
                         f"will weigh its layers alike ({type(error).__name__}: {error})",
-                        stacklevel=4,
+                        stacklevel=5,
                     )
                 watching = True
             samples += count_samples(batch)
@@ -189,17 +191,15 @@ def _inputs_shown(
     model: nn.Module, layers: Mapping[str, nn.Module], show: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Each call of one of the layers is shown first, by name and input; the model is left as is."""
-    with ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        stack.enter_context(no_fast_path())
-        for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: show(
-                    name, next(iter((*args, *kwargs.values())))
-                ),
-                with_kwargs=True,
-            )
-            stack.callback(handle.remove)
+
+    def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        show(name, next(iter((*args, *kwargs.values()))))
+
+    shown = [
+        partial(layer.register_forward_pre_hook, partial(before, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    with untouched(model), no_fast_path(), hooks(shown):
         yield
 
 

@@ -1,7 +1,7 @@
 """How much each layer's outputs matter to what the model says."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tdecomp.calibration.accumulator import output_rows
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Batches, count_samples, in_parts, tensors_of
-from tdecomp.torch_state import frozen, undisturbed
+from tdecomp.torch_state import frozen, hooks, undisturbed
 
 # Of these at a time the activations are kept.
 _GRADIENTS_AT_A_TIME = 16
@@ -48,29 +48,26 @@ class OutputGradients:
     def _add(self, model: nn.Module, batch: Any, batches: Batches) -> None:
         anchors: list[Tensor] = []
 
-        def mark(name: str, output: Tensor) -> Tensor:
+        def mark(name: str, _: Any, __: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:  # nothing before it does: the graph begins here
                 output = output.detach().requires_grad_()
                 anchors.append(output)
             output.register_hook(lambda slope: self._take(name, slope))
             return output.clone()  # what follows may change it in place
 
-        with ExitStack() as stack:
-            stack.enter_context(frozen(model))
-            for name, (layer, _) in self._layers.items():
-                handle = layer.register_forward_hook(
-                    lambda _, __, output, name=name: mark(name, output)
-                )
-                stack.callback(handle.remove)
-            with torch.enable_grad():
-                outputs = [z for z in tensors_of(batches.run(model, batch)) if z.requires_grad]
-                if not outputs:
-                    return
-                mixed = [
-                    (z * torch.randn(z.shape, generator=self._generator, device="cpu").to(z)).sum()
-                    for z in outputs
-                ]
-                torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
+        marks = [
+            partial(layer.register_forward_hook, partial(mark, name))
+            for name, (layer, _) in self._layers.items()
+        ]
+        with frozen(model), hooks(marks), torch.enable_grad():
+            outputs = [z for z in tensors_of(batches.run(model, batch)) if z.requires_grad]
+            if not outputs:
+                return
+            mixed = [
+                (z * torch.randn(z.shape, generator=self._generator, device="cpu").to(z)).sum()
+                for z in outputs
+            ]
+            torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
         self.samples += count_samples(batch)
 
     def _take(self, name: str, slope: Tensor) -> None:
