@@ -18,7 +18,7 @@ from tdecomp.decomposers.base import Decomposer, relative_error
 from tdecomp.layers.chain import Chain
 from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.model.sites import Site
-from tdecomp.model.surgery import as_optimizers, copy_with, replace_in, unoptimized
+from tdecomp.model.surgery import as_optimizers, copy_with, swap, unoptimized
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.make import check_weight, entries
 from tdecomp.plans.plan import Plan, match_sites
@@ -86,7 +86,7 @@ def run(
                 f"no optimizer had these replaced parameters: {', '.join(missing)}",
                 stacklevel=3,
             )
-        replace_in(model, chains, optimizers)
+        swap(model, chains, optimizers)
         if changed is not model:
             changed = adopt(model, changed)
     if plan.speed is not None:

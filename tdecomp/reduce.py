@@ -17,7 +17,7 @@ from tdecomp.layers.cost import chain_cost, total
 from tdecomp.loss_curves.candidates import candidate, rank_options
 from tdecomp.model.batches import Forward
 from tdecomp.model.sites import Site
-from tdecomp.model.surgery import copy_with, replace_in
+from tdecomp.model.surgery import copy_with, swap
 from tdecomp.pipeline import check_optimizers
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
@@ -108,7 +108,7 @@ def reduce_ranks(
     edited = [replace(row, weight_error=None, output_error=None) for row in rows.values()]
     changed = model
     if inplace:
-        replace_in(model, replacements, listed)
+        swap(model, replacements, listed)
     else:
         changed = copy_with(model, replacements)
     return Decomposition(

@@ -19,7 +19,7 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Batches, Forward, count_samples, device_of
 from tdecomp.model.sites import find_sites
-from tdecomp.torch_state import hooks, no_fast_path, restores, untouched
+from tdecomp.torch_state import hooks, no_fast_path, no_inference_mode, restores, untouched
 
 # Examples whose gradients say how much each layer's outputs matter: ranks need no more.
 _GRADIENT_SAMPLES = 128
@@ -158,7 +158,7 @@ def _summed(
         if watching and name not in enough:
             sums[name].add(x)
 
-    with _inputs_shown(model, layers, watch), torch.inference_mode(False):
+    with _inputs_shown(model, layers, watch), no_inference_mode():
         for batch in batches.bar(device_of(model), title, progress):
             with torch.no_grad():
                 batches.run(model, batch)
