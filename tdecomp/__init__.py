@@ -23,7 +23,8 @@ from tdecomp.decomposers.spatial import Spatial
 from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.kinds import register_layer_kind
+from tdecomp.layers.spec import LayerKind, LayerSpec
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -56,6 +57,7 @@ __all__ = [
     "Decomposition",
     "Energy",
     "Factors",
+    "LayerKind",
     "LayerSpec",
     "LowRank",
     "Moments",
@@ -80,5 +82,6 @@ __all__ = [
     "reduce_ranks",
     "refit",
     "register",
+    "register_layer_kind",
     "registered",
 ]

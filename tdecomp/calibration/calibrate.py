@@ -80,7 +80,7 @@ def calibrate(
     ValueError
         For no batches, batches that the model rejects, NaN or infinities in a layer's inputs.
     """
-    sites, _ = find_sites(model)
+    sites = find_sites(model).values()
     layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
     return calibrate_layers(
         model,

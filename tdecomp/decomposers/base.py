@@ -195,7 +195,7 @@ class Decomposer(ABC):
     ) -> Chain:
         """The chain for a layer and a rank, with uninitialised weights."""
         layers = [stage.build(device, dtype) for stage in self.stages(spec, rank)]
-        return Chain.from_stages(layers, self.name, rank, spec)
+        return Chain.from_stages(layers, self, rank, spec)
 
     def build_like(self, layer: nn.Module, spec: LayerSpec, rank: Rank) -> Chain:
         """`build`, with the layer's device, dtype, mode, and what of it requires gradients."""

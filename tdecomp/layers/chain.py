@@ -1,6 +1,7 @@
-"""The chain of stock layers that stands where a layer stood."""
+"""The chain of layers that stands where a layer stood."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ Rank = int | tuple[int, ...]
 
 
 class Chain(nn.Sequential):
-    """An `nn.Sequential` of stock torch layers that remembers what it replaced.
+    """An `nn.Sequential`, as a rule of torch's own layers, that remembers what it replaced.
 
     >>> chain = Chain(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
     >>> list(chain.state_dict())
@@ -20,21 +21,26 @@ class Chain(nn.Sequential):
     ----------
     method : str
         The name of the decomposer that made it.
+    decomposer : Decomposer
+        That decomposer, with its options.
     rank : int or tuple of int
     replaced : LayerSpec
         The layer that stood here before.
     """
 
     method: str | None = None
+    decomposer: Any = None
     rank: Rank | None = None
     replaced: LayerSpec | None = None
 
     @classmethod
     def from_stages(
-        cls, stages: Sequence[nn.Module], method: str, rank: Rank, replaced: LayerSpec
+        cls, stages: Sequence[nn.Module], decomposer: Any, rank: Rank, replaced: LayerSpec
     ) -> "Chain":
+        """A chain of the modules of a decomposer's stages."""
         chain = cls(*stages)
-        chain.method, chain.rank, chain.replaced = method, rank, replaced
+        chain.method, chain.decomposer = decomposer.name, decomposer
+        chain.rank, chain.replaced = rank, replaced
         return chain
 
     def extra_repr(self) -> str:

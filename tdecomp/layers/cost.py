@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.spec import Call
+from tdecomp.layers.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def total(costs: Iterable[Cost]) -> Cost:
     )
 
 
-def chain_cost(stages: Sequence[LayerSpec], calls: Sequence[Call] | None) -> Cost:
+def chain_cost(stages: Sequence[Stage], calls: Sequence[Call] | None) -> Cost:
     """Cost of running `stages` one after the other, each at its own input and output size.
 
-    >>> conv = LayerSpec(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0))
+    >>> conv = tdecomp.LayerSpec(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0))
     >>> chain_cost([conv], [Call(1, (8, 8))])
     Cost(params=36928, macs=589824, latency=None)
     """

@@ -47,7 +47,8 @@ def plan_from(
     selector = get_selector(rank)
     decomposers = listed_methods(methods)
     clock.refuse_without(example_inputs, selector)
-    sites, seen = find_sites(model, filters, example_inputs)
+    found = find_sites(model, filters, example_inputs)
+    sites, seen = list(found.values()), found.trace
 
     open_sites: list[Site] = []
     able: list[list[Decomposer]] = []

@@ -137,8 +137,7 @@ def match_sites(model: nn.Module, plan: Plan) -> dict[str, Site]:
     ValueError
         If the model lacks a layer of the plan, has another in its place, or cannot spare it.
     """
-    found, _ = find_sites(model)
-    sites = {site.name: site for site in found}
+    sites = dict(find_sites(model))
     for row in plan:
         site = sites.get(row.name)
         if site is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import STOCK_LAYERS, LayerSpec
+from tdecomp.layers.spec import LayerSpec, kind_of
 from tdecomp.model.batches import Batches, Forward, count_samples, device_of, tensors_of
 from tdecomp.model.surgery import copy_with
 from tdecomp.torch_state import no_fast_path, untouched
@@ -80,7 +80,7 @@ def pairs_of(model: nn.Module, original: nn.Module, wanted_by: str) -> list[Pair
         if again or module.replaced is None:  # a stage of a chain is no layer of the original
             continue
         layer = layers.get(name)
-        known = isinstance(layer, STOCK_LAYERS)
+        known = layer is not None and kind_of(layer) is not None
         if layer is None or not known or LayerSpec.of(layer) != module.replaced:
             found = "no such layer" if layer is None else type(layer).__name__
             if layer is not None and known:

@@ -90,7 +90,8 @@ class Match:
         spec = self._spec
         kernel = torch.cat(list(kernels))
         kernel = kernel.reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
-        return decomposer.factorize(kernel, spec, rank, self._about_mean, start)
+        stored = spec.from_forward_layout(kernel)
+        return decomposer.factorize(stored, spec, rank, self._about_mean, start)
 
     def best_bias(self, fitted: Factorization) -> Tensor:
         return self._mean_output.flatten() - self._moments.mean_output(fitted.to_kernel())

@@ -117,7 +117,7 @@ def profile(
         )
     setting = Setting.of(model, compiled=compiled)
     known = _known(cache, setting, on_mismatch)
-    sites, _ = find_sites(model, None, example_inputs)
+    sites = list(find_sites(model, None, example_inputs).values())
     decomposers = listed_methods(methods)
     how = EFFORTS[effort]
     whole = whole_times(model, example_inputs, layouts, compiled=compiled)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
-from tdecomp.layers.spec import STOCK_LAYERS, Call, LayerSpec
+from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.stock import STOCK_LAYERS
 from tdecomp.model.trace import as_call, describe, trace
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
