@@ -66,7 +66,7 @@ def decompose(
     steps = Steps(recalibrate_batchnorm, refit, distill)
     source = steps.take(Source(data, forward, max_batches, max_memory, progress, augment))
     listed = check_optimizers(optimizers, inplace)
-    filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
+    filters = Filters(as_patterns(include), as_patterns(exclude), where)
     clock = Clock(profile, only_if_faster)
     planned, moments = plan_from(
         model, methods, rank, example_inputs, filters, source, allow_expansion, clock, expect=False
@@ -223,7 +223,7 @@ def plan(
         For a rank, a method, a filter, example inputs or weights that cannot be; the message
         names the layer, what was got, what was expected and the remedy.
     """
-    filters = Filters(as_patterns(include), as_patterns(exclude), where, min_channels, min_features)
+    filters = Filters(as_patterns(include), as_patterns(exclude), where)
     source = Source(data, forward, max_batches, max_memory, progress)
     clock = Clock(profile, only_if_faster)
     planned, _ = plan_from(

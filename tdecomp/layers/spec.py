@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-
 # What words say of a convolution where it is not as usual.
 _SHOWN = ("stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
 
@@ -77,8 +76,6 @@ class LayerSpec:
                 f"{type(module).__name__}; tdecomp.register_layer_kind adds a kind"
             )
         return replace(kind.spec_of(module), kind=kind.name)
-
-    # -- shapes -----------------------------------------------------------------------------
 
     @property
     def ndim(self) -> int:
@@ -151,7 +148,7 @@ class LayerSpec:
     # -- stages of chains in its place ------------------------------------------------------
 
     def like(self, **changes: Any) -> "LayerSpec":
-        """torch's own layer of this geometry, whatever the kind of this one, with some changes.
+        """The stock layer of torch with this geometry, and with some changes.
 
         >>> print(LayerSpec(8, 6).like(out_channels=2, bias=False))
         Linear(8→2, no bias)
@@ -230,7 +227,8 @@ class LayerSpec:
             for label in _SHOWN:
                 value = getattr(self, label)
                 if value != getattr(usual, label):
-                    words.append(f"{label}={_short(value)}")
+                    same = isinstance(value, tuple) and len(set(value)) == 1
+                    words.append(f"{label}={value[0] if same else value}")
         if not self.bias:
             words.append("no bias")
         return f"{self.kind}({', '.join(words)})"
@@ -297,9 +295,3 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     Of several that match, the kind that was registered last: users' own come before torch's.
     """
     return next((kind for kind in reversed(KINDS.values()) if kind.base_class(module)), None)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple) and len(set(value)) == 1:
-        return str(value[0])
-    return str(value)

@@ -1,11 +1,13 @@
 """One step of a chain: what costs, builders and profiles need to know of it."""
 
+import json
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from tdecomp.layers.spec import Call
+from tdecomp.layers.spec import Call, LayerSpec
 
 
 class Stage(Protocol):
@@ -52,5 +54,32 @@ class Stage(Protocol):
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that is equal for equal stages only, by which a saved profile knows it."""
+        """Plain data, equal for equal stages only; a saved profile knows the stage by it."""
         ...
+
+
+@dataclass(frozen=True)
+class OwnStage:
+    """A stage of a class that is not the library's, known by its plain data as JSON."""
+
+    data: str
+
+
+StageId = LayerSpec | OwnStage
+
+
+def id_of(stage: Stage) -> StageId:
+    """By which a stage is found again after saving and loading: a `LayerSpec` is its own."""
+    if isinstance(stage, LayerSpec):
+        return stage
+    return OwnStage(json.dumps(stage.to_dict(), sort_keys=True))
+
+
+def id_to_dict(stage: StageId) -> dict[str, Any]:
+    """Plain data; `id_from_dict` brings it back, without the class of the stage."""
+    return {"own": stage.data} if isinstance(stage, OwnStage) else stage.to_dict()
+
+
+def id_from_dict(data: dict[str, Any]) -> StageId:
+    """The inverse of `id_to_dict`."""
+    return OwnStage(data["own"]) if "own" in data else LayerSpec.from_dict(data)

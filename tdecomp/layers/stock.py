@@ -1,4 +1,4 @@
-"""torch's own layers: Linear and the convolutions, transposed or not, in one to three dimensions."""
+"""The kinds of torch's own layers: Linear, and convolutions in one to three dimensions."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class Linear(LayerKind):
 
 
 class Convolution(LayerKind):
-    """One of `nn.Conv1d` … `nn.Conv3d`, with weight (out, in / groups, *kernel)."""
+    """One of `nn.Conv1d` … `3d`, with weight (out, in / groups, *kernel)."""
 
     computes = ("forward", "_conv_forward")
 
@@ -77,7 +77,7 @@ class Convolution(LayerKind):
 
 
 class TransposedConvolution(Convolution):
-    """One of `nn.ConvTranspose1d` … `nn.ConvTranspose3d`, with weight (in, out / groups, *kernel)."""
+    """One of `nn.ConvTranspose1d` … `3d`, with weight (in, out / groups, *kernel)."""
 
     computes = ("forward",)
 

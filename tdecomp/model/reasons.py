@@ -29,33 +29,33 @@ class Reasons:
     """Says why the layers of one model cannot be replaced, by their structure.
 
     >>> attention = nn.MultiheadAttention(8, 2)
-    >>> Reasons(attention).of(attention.out_proj)
+    >>> Reasons(attention).of(attention.out_proj, LayerSpec(8, 8))
     'MultiheadAttention reads its weight itself'
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._readers = _readers(model)
-        # Address of a storage to the ranges of it that parameters use, and their modules' names.
-        self._places: dict[int, list[tuple[int, int, str]]] = {}
+        # The address of a storage to the parameters that use it, each with its module's name.
+        self._users: dict[int, list[tuple[nn.Parameter, str]]] = {}
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
                 if parameter is not None and _storage(parameter):
-                    place = (*_extent(parameter), name)
-                    self._places.setdefault(_storage(parameter), []).append(place)
+                    self._users.setdefault(_storage(parameter), []).append((parameter, name))
 
-    def of(self, module: nn.Module) -> str | None:
+    def of(self, module: nn.Module, spec: LayerSpec | None) -> str | None:
         """The reason, None if the layer may be replaced."""
         reason = _own_reason(module) or self._tie(module) or self._readers.get(module)
-        if reason is None and LayerSpec.of(module).depthwise:
+        if reason is None and spec is not None and spec.depthwise:
             return "depthwise: each of its filters sees a single channel already"
         return reason
 
     def _tie(self, module: nn.Module) -> str | None:
         """Whether it shares memory with another module's parameter."""
         for name, parameter in module.named_parameters(recurse=False):
-            first, last = _extent(parameter) if _storage(parameter) else (0, 0)
-            places = self._places.get(_storage(parameter), [])
-            owners = {owner for low, high, owner in places if low < last and first < high}
+            users = self._users.get(_storage(parameter), [])
+            if len(users) < 2:
+                continue
+            owners = {owner for other, owner in users if _overlap(parameter, other)}
             if len(owners) > 1:
                 return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
         return None
@@ -133,6 +133,12 @@ def _storage(parameter: nn.Parameter) -> int:
     if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
         return 0
     return parameter.untyped_storage().data_ptr()
+
+
+def _overlap(a: nn.Parameter, b: nn.Parameter) -> bool:
+    """Whether two parameters in one storage use a common range of it."""
+    (first, last), (low, high) = _extent(a), _extent(b)
+    return low < last and first < high
 
 
 def _extent(parameter: nn.Parameter) -> tuple[int, int]:

@@ -139,13 +139,11 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
             "(tdecomp.register_layer_kind adds one)"
         )
     reasons = Reasons(model)
-    sites = Sites(
-        model,
-        {
-            all_names[0]: Site(tuple(all_names), module, spec_of(module), reasons.of(module))
-            for module, all_names in names.items()
-        },
-    )
+    found: dict[str, Site] = {}
+    for module, all_names in names.items():
+        spec = spec_of(module)
+        found[all_names[0]] = Site(tuple(all_names), module, spec, reasons.of(module, spec))
+    sites = Sites(model, found)
     if filters is not None:
         sites = sites.with_filters(filters)
     return sites if example is None else sites.with_example(example)

@@ -12,12 +12,13 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.stage import Stage
 from tdecomp.ranks.grid import Rounding, rank_steps
 from tdecomp.timing.setting import in_layout
 from tdecomp.timing.stopwatch import by_turns
 
 # A layer, or the chain that may replace it.
-Stages = tuple[LayerSpec, ...]
+Stages = tuple[Stage, ...]
 
 # The smallest rank that is timed, as a share of the largest that saves MACs.
 _SMALLEST = 0.06

@@ -18,7 +18,7 @@ from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.trace import describe
 from tdecomp.ranks.grid import Rounding
 from tdecomp.timing.layers import Stages, seconds_of, timed_ranks
-from tdecomp.timing.profile import Profile, check_profile, model_in_words
+from tdecomp.timing.profile import Profile, check_profile, key_of, model_in_words
 from tdecomp.timing.setting import LAYOUTS, Setting, device_and_dtype, layout_of
 from tdecomp.timing.stopwatch import Time
 from tdecomp.timing.whole_model import whole_times
@@ -137,11 +137,11 @@ def profile(
     ]
     for layout, spec, call in tqdm(work, desc="profile", unit="layer", disable=not progress):
         chains = _chains(spec, call, decomposers, result.rounding, how.points)
-        missing = [stages for stages in chains if (layout, stages, call) not in result.times]
+        missing = [stages for stages in chains if key_of(layout, stages, call) not in result.times]
         if missing:
             seconds = clock(missing, call, layout)
             for stages, column in zip(missing, seconds.T, strict=True):
-                result.times[layout, stages, call] = Time.over(column)
+                result.times[key_of(layout, stages, call)] = Time.over(column)
     return result
 
 

@@ -16,6 +16,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.stage import StageId, id_from_dict, id_of, id_to_dict
 from tdecomp.model.trace import describe
 from tdecomp.ranks.grid import Rounding
 from tdecomp.timing.layers import Stages, timed_ranks
@@ -24,7 +25,7 @@ from tdecomp.timing.stopwatch import Time
 
 _FORMAT = 1
 # A layout, a layer or a chain, and the size of one call.
-Key = tuple[str, Stages, Call]
+Key = tuple[str, tuple[StageId, ...], Call]
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Profile:
     def _chain(
         self, decomposer: Decomposer, spec: LayerSpec, stages: Stages, call: Call, layout: str
     ) -> float:
-        key = (self.timed_in(layout), stages, call)
+        key = key_of(self.timed_in(layout), stages, call)
         if key in self.times:
             return self.times[key].median
         macs, seconds = self._curve(decomposer, spec, call, layout)
@@ -126,7 +127,7 @@ class Profile:
             points = sorted(
                 (float(chain_cost(stages, (call,)).deciding), self.times[found].median)
                 for stages in (decomposer.stages(spec, rank) for rank in ranks)
-                if (found := (self.timed_in(layout), stages, call)) in self.times
+                if (found := key_of(self.timed_in(layout), stages, call)) in self.times
             )
             self._curves[key] = [m for m, _ in points], [s for _, s in points]
         return self._curves[key]
@@ -141,7 +142,7 @@ class Profile:
         return "channels_last" if compiled_cpu else layout
 
     def _time(self, layout: str, stages: Stages, call: Call) -> Time:
-        key = (self.timed_in(layout), stages, call)
+        key = key_of(self.timed_in(layout), stages, call)
         if key not in self.times:
             raise ValueError(
                 f"the profile has no time of {stages[0]} for {call.batch} inputs of size "
@@ -185,7 +186,7 @@ class Profile:
             "times": [
                 {
                     "layout": layout,
-                    "stages": [stage.to_dict() for stage in stages],
+                    "stages": [id_to_dict(stage) for stage in stages],
                     "call": [call.batch, list(call.size)],
                     **asdict(time),
                 }
@@ -244,16 +245,16 @@ class Profile:
         )
 
     def _layers(self) -> Iterator[tuple[tuple[str, LayerSpec, Call], Time, str]]:
-        for (layout, stages, call), time in self.times.items():
-            if len(stages) > 1:
+        for (layout, (spec, *others), call), time in self.times.items():
+            if others or not isinstance(spec, LayerSpec):
                 continue
             ratios = sorted(
                 other.median / time.median
                 for (where, chain, size), other in self.times.items()
-                if (where, size) == (layout, call) and _replaces(chain, stages[0])
+                if (where, size) == (layout, call) and _replaces(chain, spec)
             )
             span = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else ""
-            yield (layout, stages[0], call), time, span
+            yield (layout, spec, call), time, span
 
 
 def check_profile(name: str, value: Any) -> None:
@@ -265,19 +266,24 @@ def check_profile(name: str, value: Any) -> None:
         )
 
 
+def key_of(layout: str, stages: Stages, call: Call) -> Key:
+    """The key of a time; a method's own stages count by their plain data, as in a saved profile."""
+    return layout, tuple(map(id_of, stages)), call
+
+
 def model_in_words(model: nn.Module) -> str:
     """Its class and its size: enough to notice that it is another one."""
     return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
-def _replaces(chain: Stages, spec: LayerSpec) -> bool:
-    ends = (chain[0].in_channels, chain[-1].out_channels)
-    volume = [max(sizes) for sizes in zip(*(s.kernel_size for s in chain), strict=True)]
-    return len(chain) > 1 and (*ends, *volume) == (
-        spec.in_channels,
-        spec.out_channels,
-        *spec.kernel_size,
-    )
+def _replaces(chain: Sequence[StageId], spec: LayerSpec) -> bool:
+    """Whether a chain of stock layers has the ends and the kernel of this layer."""
+    stages = [stage for stage in chain if isinstance(stage, LayerSpec)]
+    if len(stages) < max(len(chain), 2):
+        return False
+    ends = (stages[0].in_channels, stages[-1].out_channels)
+    volume = [max(sizes) for sizes in zip(*(s.kernel_size for s in stages), strict=True)]
+    return (*ends, *volume) == (spec.in_channels, spec.out_channels, *spec.kernel_size)
 
 
 def _call_in_words(call: Call) -> tuple[str, str]:
@@ -285,7 +291,7 @@ def _call_in_words(call: Call) -> tuple[str, str]:
 
 
 def _entry(data: Mapping[str, Any]) -> tuple[Key, Time]:
-    stages = tuple(LayerSpec.from_dict(stage) for stage in data["stages"])
+    stages = tuple(id_from_dict(stage) for stage in data["stages"])
     batch, size = data["call"]
     time = Time(data["median"], data["low"], data["high"])
     return (data["layout"], stages, Call(batch, tuple(size))), time
