@@ -25,6 +25,7 @@ from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.kinds import register_layer_kind
 from tdecomp.layers.spec import LayerKind, LayerSpec
+from tdecomp.model.filters import at_least
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -71,6 +72,7 @@ __all__ = [
     "Spatial",
     "Tucker2",
     "apply",
+    "at_least",
     "calibrate",
     "decompose",
     "distill",

@@ -169,12 +169,16 @@ class Decomposer(ABC):
 
     def factorization_of(self, chain: nn.Sequential, spec: LayerSpec) -> Factorization | None:
         """The factors in float64 that a chain of this method holds, or None if it cannot tell."""
-        stages = [
-            LayerSpec.of(part).to_forward_layout(_parameter(part.weight).detach().double())
-            for part in chain
-        ]
-        per_stage = [weight.chunk(spec.groups) for weight in stages]
-        groups = [self.factors_of(weights) for weights in zip(*per_stage, strict=True)]
+        rank = getattr(chain, "rank", None)
+        if rank is None:
+            return None
+        stages = zip(self.stages(spec, rank), chain, strict=True)
+        held = [stage.read(module) for stage, module in stages]
+        if spec.groups == 1:
+            groups = [self.factors_of(tuple(held))]
+        else:
+            per_stage = [weight.chunk(spec.groups) for weight in held]
+            groups = [self.factors_of(weights) for weights in zip(*per_stage, strict=True)]
         known = tuple(factors for factors in groups if factors is not None)
         return Factorization(spec, known) if len(known) == spec.groups else None
 
@@ -201,8 +205,7 @@ class Decomposer(ABC):
         """`build`, with the layer's device, dtype, mode, and what of it requires gradients."""
         weight = _parameter(layer.weight)
         chain = self.build(spec, rank, weight.device, weight.dtype)
-        for part in chain:
-            _parameter(part.weight).requires_grad_(weight.requires_grad)
+        chain.requires_grad_(weight.requires_grad)
         if isinstance(layer.bias, nn.Parameter):
             _parameter(chain[-1].bias).requires_grad_(layer.bias.requires_grad)
         return chain.train(layer.training)
@@ -224,7 +227,7 @@ class Decomposer(ABC):
             for stage, part, values in zip(
                 self.stages(spec, rank), chain, factorization.stage_weights(), strict=True
             ):
-                _parameter(part.weight).copy_(stage.from_forward_layout(values))
+                stage.put(part, values)
             if isinstance(bias, nn.Parameter):
                 _parameter(chain[-1].bias).copy_(bias if shift is None else bias + shift)
         for memory_format in (torch.channels_last, torch.channels_last_3d):

@@ -30,22 +30,22 @@ class Cost:
 
     @property
     def deciding(self) -> int:
-        """What a break-even compares: MACs where calls were observed, parameters elsewhere.
+        """MACs where calls were observed, else parameters: break-even ranks compare these.
 
-        A layer that the example inputs never reached has 0 MACs, which says nothing of its cost.
+        A layer that the example inputs never reached has 0 MACs, so its parameters count.
         """
         return self.macs if self.macs else self.params
 
     @property
     def unit(self) -> str:
-        """What `deciding` counts."""
+        """The unit of `deciding`, in words."""
         return "MACs" if self.macs else "parameters"
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """The sum; a layer whose MACs are not known by itself adds none, they are part of the rest.
+    """The sum; a layer with unknown MACs adds none, as these count among the rest of the model.
 
-    The same holds for seconds, where those of any are known.
+    The sum has seconds if any of the costs has.
     """
     listed = list(costs)
     timed = [cost.latency for cost in listed if cost.latency is not None]

@@ -59,5 +59,5 @@ def _place(kind: LayerKind) -> tuple[str, str]:
     return type(kind).__module__, type(kind).__qualname__
 
 
-for _kind in (*STOCK_KINDS.values(),):
+for _kind in STOCK_KINDS:
     register_layer_kind(_kind)

@@ -1,8 +1,8 @@
-"""What each output of a layer sees: its input as rows of fan_in entries, a bounded slice at a time.
+"""The input patches of a layer, as rows of fan_in entries, in slices of bounded size.
 
 The entries of a row are in the order (*kernel, in / groups), which a channels-last copy of the
-input yields without shuffling; `to_kernel_order` turns what is summed up over them, once, into the
-order of the weight.
+input has in memory already; `to_kernel_order` brings sums over the rows, once, into the order of
+the weight.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from tdecomp.layers.spec import LayerSpec
 
-# Rows made at a time: few enough to stay in a cache, enough for an efficient product.
+# The size of a slice: small enough to stay in a cache, large enough for an efficient product.
 _CHUNK_BYTES = 4 * 2**20
 _LEAST_ROWS = 2048
 
 
-def patches(x: Tensor, spec: LayerSpec) -> Iterator[Tensor]:
+def patches(x: Tensor, spec: LayerSpec, rows: int | None = None) -> Iterator[Tensor]:
     """Yield slices (groups, positions, fan_in) of a layer's unfolded input.
 
     >>> conv = LayerSpec.of(nn.Conv2d(4, 8, 3, padding=1))
@@ -29,31 +29,31 @@ def patches(x: Tensor, spec: LayerSpec) -> Iterator[Tensor]:
     ----------
     x : Tensor, shape (..., in) for a Linear, (batch, in, *size) or (in, *size) for a convolution
     spec : LayerSpec
-        Of a Linear or a convolution that is not transposed.
+        Of a layer that is not a transposed convolution.
+    rows : int, optional
+        About how many positions a slice holds, at least a line of an image; by default as many
+        as stay in a cache.
     """
+    if rows is None:
+        row_bytes = x.element_size() * spec.fan_in * spec.groups
+        rows = max(_LEAST_ROWS, _CHUNK_BYTES // row_bytes)
     if spec.ndim == 0:
-        flat = x.reshape(1, -1, spec.in_channels)
-        yield from flat.split(_rows_at_a_time(spec, x), dim=1)
+        yield from x.reshape(1, -1, spec.in_channels).split(rows, dim=1)
         return
     batch = x if x.dim() == spec.ndim + 2 else x[None]
     if spec.kernel_volume == 1 and set(spec.stride) == {1} and not any(_padding(spec)):
         per_image = math.prod(batch.shape[2:])
-        for images in batch.split(max(1, _rows_at_a_time(spec, x) // max(per_image, 1))):
+        for images in batch.split(max(1, rows // max(per_image, 1))):
             grouped = images.flatten(2).unflatten(1, (spec.groups, spec.group_in))
             yield grouped.permute(1, 0, 3, 2).reshape(spec.groups, -1, spec.group_in)
         return
     out = spec.output_size(tuple(batch.shape[2:]))
     per_image = math.prod(out)
-    rows = _rows_at_a_time(spec, x)
     for images in batch.split(max(1, rows // max(per_image, 1))):
         windows = _windows(images, spec)  # (images, *out, *kernel, in)
         for lines in windows.split(max(1, rows * out[0] // max(per_image, 1)), dim=1):
             grouped = lines.unflatten(-1, (spec.groups, spec.group_in)).movedim(-2, 0)
             yield grouped.reshape(spec.groups, -1, spec.fan_in)
-
-
-def _rows_at_a_time(spec: LayerSpec, x: Tensor) -> int:
-    return max(_LEAST_ROWS, _CHUNK_BYTES // (x.element_size() * spec.fan_in * spec.groups))
 
 
 def _windows(images: Tensor, spec: LayerSpec) -> Tensor:
@@ -80,8 +80,8 @@ def _windows(images: Tensor, spec: LayerSpec) -> Tensor:
 
 
 def _padding(spec: LayerSpec) -> list[int]:
-    """As `functional.pad` wants it: from the last dimension to the first, both sides of each."""
-    if spec.padding == "same":  # what is left over goes to the end, as in torch
+    """In the order of `functional.pad`: last dimension first, both sides of each."""
+    if spec.padding == "same":  # an odd entry goes to the end, as in torch
         totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     elif isinstance(spec.padding, str):

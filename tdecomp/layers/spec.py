@@ -240,7 +240,8 @@ class LayerSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LayerSpec":
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        tuples = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+        return cls(**{**data, **tuples})
 
 
 class LayerKind(ABC):

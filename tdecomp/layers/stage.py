@@ -1,7 +1,6 @@
 """One step of a chain: what costs, builders and profiles need to know of it."""
 
 import json
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,53 +32,29 @@ class Stage(Protocol):
 
     def macs(self, call: Call) -> int:
         """Multiply-accumulates of one call, without the bias."""
-        ...
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output for inputs of spatial `size`; () for a Linear."""
-        ...
 
     def build(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> nn.Module:
         """The module, whose weights need no particular values."""
-        ...
 
     def put(self, module: nn.Module, values: Any) -> None:
         """Write into the module the values that `Factors.stage_weights` gives for this stage."""
-        ...
 
     def read(self, module: nn.Module) -> Any:
         """The inverse of `put`: the module's values, detached, in float64."""
-        ...
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal for equal stages only; a saved profile knows the stage by it."""
-        ...
 
 
-@dataclass(frozen=True)
-class OwnStage:
-    """A stage of a class that is not the library's, known by its plain data as JSON."""
-
-    data: str
-
-
-StageId = LayerSpec | OwnStage
+# What tells stages apart in a profile, also after saving and loading it.
+StageId = LayerSpec | str
 
 
 def id_of(stage: Stage) -> StageId:
-    """By which a stage is found again after saving and loading: a `LayerSpec` is its own."""
-    if isinstance(stage, LayerSpec):
-        return stage
-    return OwnStage(json.dumps(stage.to_dict(), sort_keys=True))
-
-
-def id_to_dict(stage: StageId) -> dict[str, Any]:
-    """Plain data; `id_from_dict` brings it back, without the class of the stage."""
-    return {"own": stage.data} if isinstance(stage, OwnStage) else stage.to_dict()
-
-
-def id_from_dict(data: dict[str, Any]) -> StageId:
-    """The inverse of `id_to_dict`."""
-    return OwnStage(data["own"]) if "own" in data else LayerSpec.from_dict(data)
+    """A `LayerSpec` itself, and the plain data of any other stage, as JSON."""
+    return stage if isinstance(stage, LayerSpec) else json.dumps(stage.to_dict(), sort_keys=True)

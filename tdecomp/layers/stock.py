@@ -1,6 +1,6 @@
 """The kinds of torch's own layers: Linear, and convolutions in one to three dimensions."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from tdecomp.layers.spec import LayerKind, LayerSpec
 
 
-class Linear(LayerKind):
-    """`nn.Linear`, with weight (out, in)."""
+class _Stock(LayerKind):
+    """The layers of one of torch's own classes."""
 
-    name = "Linear"
+    def __init__(self, stock: type[nn.Module]) -> None:
+        self.name, self.stock = stock.__name__, stock
 
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:
-        return nn.Linear if isinstance(module, nn.Linear) else None
+        return self.stock if isinstance(module, self.stock) else None
+
+
+class Linear(_Stock):
+    """`nn.Linear`, with weight (out, in)."""
 
     def spec_of(self, module: nn.Module) -> LayerSpec:
         assert isinstance(module, nn.Linear)
@@ -24,20 +29,13 @@ class Linear(LayerKind):
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
     ) -> nn.Module:
         sizes = (spec.in_channels, spec.out_channels)
-        return _uninitialised(nn.Linear, *sizes, bias=spec.bias, device=device, dtype=dtype)
+        return _uninitialised(self.stock, *sizes, bias=spec.bias, device=device, dtype=dtype)
 
 
-class Convolution(LayerKind):
+class Convolution(_Stock):
     """One of `nn.Conv1d` … `3d`, with weight (out, in / groups, *kernel)."""
 
-    computes = ("forward", "_conv_forward")
-
-    def __init__(self, stock: type[nn.Module]) -> None:
-        self.name = stock.__name__
-        self._stock = stock
-
-    def base_class(self, module: nn.Module) -> type[nn.Module] | None:
-        return self._stock if isinstance(module, self._stock) else None
+    computes: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")
 
     def spec_of(self, module: nn.Module) -> LayerSpec:
         assert isinstance(module, nn.modules.conv._ConvNd)
@@ -60,7 +58,7 @@ class Convolution(LayerKind):
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
     ) -> nn.Module:
         return _uninitialised(
-            self._stock,
+            self.stock,
             spec.in_channels,
             spec.out_channels,
             spec.kernel_size,
@@ -91,15 +89,15 @@ class TransposedConvolution(Convolution):
         return grouped.transpose(1, 2).reshape(stored)
 
 
-STOCK_KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: Linear(),
-    **{stock: Convolution(stock) for stock in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
-    **{
-        stock: TransposedConvolution(stock)
-        for stock in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    },
-}
-STOCK_LAYERS = tuple(STOCK_KINDS)
+STOCK_KINDS = (
+    Linear(nn.Linear),
+    *map(Convolution, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    *map(
+        TransposedConvolution,
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ),
+)
+STOCK_LAYERS = tuple(kind.stock for kind in STOCK_KINDS)
 
 # The same classes, without drawing values for their weights.
 _WITHOUT_VALUES: dict[type[nn.Module], type[nn.Module]] = {

@@ -16,7 +16,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
-from tdecomp.layers.stage import StageId, id_from_dict, id_of, id_to_dict
+from tdecomp.layers.stage import StageId, id_of
 from tdecomp.model.trace import describe
 from tdecomp.ranks.grid import Rounding
 from tdecomp.timing.layers import Stages, timed_ranks
@@ -186,7 +186,7 @@ class Profile:
             "times": [
                 {
                     "layout": layout,
-                    "stages": [id_to_dict(stage) for stage in stages],
+                    "stages": [s.to_dict() if isinstance(s, LayerSpec) else s for s in stages],
                     "call": [call.batch, list(call.size)],
                     **asdict(time),
                 }
@@ -291,7 +291,7 @@ def _call_in_words(call: Call) -> tuple[str, str]:
 
 
 def _entry(data: Mapping[str, Any]) -> tuple[Key, Time]:
-    stages = tuple(id_from_dict(stage) for stage in data["stages"])
+    stages = tuple(s if isinstance(s, str) else LayerSpec.from_dict(s) for s in data["stages"])
     batch, size = data["call"]
     time = Time(data["median"], data["low"], data["high"])
     return (data["layout"], stages, Call(batch, tuple(size))), time

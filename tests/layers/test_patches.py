@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tdecomp.calibration.accumulator import output_rows
-from tdecomp.layers import patches as patches_module
 from tdecomp.layers.patches import patches, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import SAME_PADDING_OF_EVEN_KERNELS, distance
@@ -15,16 +14,13 @@ PLAIN = [g for g in (*GEOMETRIES, *DEPTHWISE) if not g.spec.transposed]
 pytestmark = pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
 
 
-@pytest.fixture
-def tiny_slices(monkeypatch):
-    """A handful of rows at a time, so that every split happens."""
-    monkeypatch.setattr(patches_module, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(patches_module, "_LEAST_ROWS", 3)
+FEW = 3  # rows at a time, so that every split happens
 
 
-def rows_of(x, spec):
+def rows_of(x, spec, at_a_time=None):
     """All slices together, in the order of the weight: (groups, positions, fan_in)."""
-    return torch.cat([to_kernel_order(rows, spec, (2,)) for rows in patches(x, spec)], dim=1)
+    slices = patches(x, spec, at_a_time)
+    return torch.cat([to_kernel_order(rows, spec, (2,)) for rows in slices], dim=1)
 
 
 def outputs_of(layer, rows):
@@ -34,9 +30,9 @@ def outputs_of(layer, rows):
     return together if layer.bias is None else together + layer.bias.detach()
 
 
-def check(geometry, *batch):
+def check(geometry, *batch, at_a_time=None):
     layer, spec, x = geometry.layer(), geometry.spec, geometry.input(*batch)
-    rows = rows_of(x, spec)
+    rows = rows_of(x, spec, at_a_time)
     assert rows.shape[::2] == (spec.groups, spec.fan_in)
     with torch.no_grad():
         assert distance(outputs_of(layer, rows), output_rows(layer(x), spec)) < 1e-12
@@ -48,11 +44,10 @@ def test_kernel_times_patches_is_the_output(geometry, batch):
     check(geometry, *batch)
 
 
-@pytest.mark.usefixtures("tiny_slices")
 @pytest.mark.parametrize("geometry", PLAIN, ids=str)
 def test_slices_come_in_the_order_of_the_outputs(geometry):
-    check(geometry, 3)
-    slices = list(patches(geometry.input(3), geometry.spec))
+    check(geometry, 3, at_a_time=FEW)
+    slices = list(patches(geometry.input(3), geometry.spec, FEW))
     assert len(slices) > 1 or sum(rows.shape[1] for rows in slices) <= 3
 
 
@@ -68,17 +63,16 @@ def test_linear_takes_any_leading_shape():
     assert torch.equal(rows_of(x[0, 0, 0], spec)[0], x[0, 0, :1])
 
 
-@pytest.mark.usefixtures("tiny_slices")
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 2, groups=2)]
 )
 def test_memory_format_of_the_input_does_not_matter(layer):
     x = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0))
     spec = LayerSpec.of(layer)
-    expected = rows_of(x, spec)
-    assert torch.equal(rows_of(x.to(memory_format=torch.channels_last), spec), expected)
+    expected = rows_of(x, spec, FEW)
+    assert torch.equal(rows_of(x.to(memory_format=torch.channels_last), spec, FEW), expected)
     every_other = torch.stack([x, -x], dim=-1).flatten(3)[..., ::2]
-    assert torch.equal(rows_of(every_other, spec), expected)
+    assert torch.equal(rows_of(every_other, spec, FEW), expected)
 
 
 def test_slices_are_bounded():

@@ -18,7 +18,7 @@ from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
 
 
 def offers_of(model, name, methods, moments=None, inputs=None):
-    sites, _ = find_sites(model, Filters(), inputs)
+    sites = list(find_sites(model, Filters(), inputs).values())
     wanted = [site for site in sites if site.name == name]
     decomposers = [get_decomposer(method) for method in methods]
     (found,) = rank_options(wanted, [decomposers], moments)
@@ -112,7 +112,7 @@ def test_layers_without_gradients_count_as_much_as_the_others_do():
     batches = vectors()
     moments = tdecomp.calibrate(model, batches, **QUIET)
     del moments.layers["0"]
-    sites, _ = find_sites(model, Filters(), None)
+    sites = list(find_sites(model).values())
     decomposers = [get_decomposer("svd")]
     unknown, known = (o.losses for o in rank_options(sites, [decomposers] * 2, moments))
     whole = known.nested(decomposers[0])[0][0]
@@ -181,7 +181,7 @@ class Unlucky(tdecomp.CP):
 def test_a_fit_that_fails_is_no_option():
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 8, 3)
-    (site,), _ = find_sites(layer, Filters(), None)
+    (site,) = find_sites(layer).values()
     method = Unlucky(l2_reg=0.0)  # with a ridge large ranks are foreseen, not tried
     for limit, most in ((0, 0), (16, 16)):
         Unlucky.limit = limit
@@ -269,7 +269,7 @@ def test_spectra_and_options_are_computed_when_asked_for_and_once(monkeypatch):
         RankOptions, "options", lambda self, d: calls.append(d.name) or usual(self, d)
     )
     model = mlp()
-    sites, _ = find_sites(model, Filters(), None)
+    sites = list(find_sites(model).values())
     (offer, *_) = rank_options(sites, [[get_decomposer("svd")]] * 3, None)
     one = candidate(sites[0], get_decomposer("svd"), offer)
     assert calls == []
