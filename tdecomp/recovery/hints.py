@@ -4,7 +4,7 @@ Romero et al. 2015, "FitNets: Hints for Thin Deep Nets".
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdecomp.calibration.data import Batches
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import tensors_of
+from tdecomp.torch_state import hooks
 
 # The largest number of hinted modules.
 _HINTS = 4
@@ -47,21 +48,21 @@ class Outputs:
         known = dict(model.named_modules())
         self._hinted = {name: known[name] for name in hints if name in known}
         self._found: dict[str | int, Tensor] = {}
-        self._stack = ExitStack()
+        self._hooks = hooks(
+            partial(module.register_forward_hook, partial(self._take, name))
+            for name, module in self._hinted.items()
+        )
+
+    def _take(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._found[name] = output.clone()  # the next module may change it in place
 
     def __enter__(self) -> "Outputs":
-        for name, module in self._hinted.items():
-
-            def take(_: Any, __: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor) and output.is_floating_point():
-                    # The next module may change it in place.
-                    self._found[name] = output.clone()
-
-            self._stack.callback(module.register_forward_hook(take).remove)
+        self._hooks.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+        self._hooks.__exit__()
 
     def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:
         """The outputs of one call by position, and those of the hinted modules by name."""

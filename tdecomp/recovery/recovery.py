@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -94,8 +94,5 @@ def run_on_copy(
 @contextmanager
 def both_evaluating(model: nn.Module, original: nn.Module) -> Iterator[None]:
     """Eval mode and no fused transformer kernels for both models, inside."""
-    with ExitStack() as stack:
-        stack.enter_context(untouched(original))
-        stack.enter_context(untouched(model))
-        stack.enter_context(no_fast_path())
+    with untouched(model, original), no_fast_path():
         yield
