@@ -18,6 +18,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
 from tdecomp.model.example import Example
+from tdecomp.model.layout import in_layout
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import as_optimizers, copy_with, swap, unoptimized
 from tdecomp.parallel import parallel_map
@@ -28,8 +29,8 @@ from tdecomp.plans.row import Row
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
-from tdecomp.timing.setting import in_layout
 from tdecomp.timing.speed import Speed
+from tdecomp.timing.stopwatch import THIS_MACHINE, Stopwatch
 from tdecomp.timing.whole_model import measured_speed
 
 
@@ -40,6 +41,7 @@ def carry_out(
     data: Batches | Moments | None,
     *,
     example: Example | None = None,
+    stopwatch: Stopwatch = THIS_MACHINE,
     inplace: bool = False,
     optimizers: Sequence[Optimizer] = (),
     progress: bool = True,
@@ -50,7 +52,9 @@ def carry_out(
     chains = {planned.sites[row.name].module: chain for row, chain in fitted}
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = run_steps(steps, changed, model, data)
-    speed = None if example is None else _speed(model, changed, chains, plan, example)
+    speed = None
+    if example is not None:
+        speed = _speed(model, changed, chains, plan, example, stopwatch)
     rows = {row.name: row for row, _ in fitted}
     report = Report(
         [rows.get(row.name, row) for row in plan], plan.everything_else, recovered, speed
@@ -147,6 +151,7 @@ def _speed(
     chains: Mapping[nn.Module, Chain],
     plan: Plan,
     example: Example,
+    stopwatch: Stopwatch,
 ) -> Speed | None:
     """The time of the result against the original's, or None for a model that cannot be copied."""
     if changed is model:
@@ -154,7 +159,7 @@ def _speed(
             changed = copy_with(model, chains)
         except ValueError:
             return None
-    return measured_speed(model, changed, plan.speed, example)
+    return measured_speed(model, changed, plan.speed, example, stopwatch)
 
 
 def _changed_values(model: nn.Module, changed: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factori
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.surgery import as_optimizers, replace_in, unoptimized
-from tdecomp.plans.make import check_weight
+from tdecomp.model.weights import check_weight
 
 
 def apply_factorization(

@@ -86,8 +86,7 @@ def run_on_copy(
     held_out: Any = None if original is None else HeldOut(original, given)
     with torch.inference_mode(False):  # the copy of an inference tensor could not be trained
         copy = copy_with(model, {})
-    with seeded(given.seed):
-        recovery = step.run(copy, original, given, held_out)
+    recovery = step.run(copy, original, given, held_out)
     return replace(recovery, model=adopt(model, copy)) if inplace else recovery
 
 
