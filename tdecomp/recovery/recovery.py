@@ -2,8 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,9 +9,9 @@ import torch
 from torch import nn
 
 from tdecomp.calibration.data import Batches, batches_for
-from tdecomp.model.surgery import copy_with
+from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.torch_state import no_fast_path, seeded, untouched
+from tdecomp.torch_state import restoring
 
 
 @dataclass(frozen=True)
@@ -84,26 +82,9 @@ def run_on_copy(
     """
     given = batches_for(step.name, batches, **options)
     held_out: Any = None if original is None else HeldOut(original, given)
-    with torch.inference_mode(False):  # the copy of an inference tensor could not be trained
-        copy = copy_with(model, {})
-    recovery = step.run(copy, original, given, held_out)
-    return replace(recovery, model=adopt(model, copy)) if inplace else recovery
-
-
-def adopt(model: nn.Module, other: nn.Module) -> nn.Module:
-    """The model with every parameter and buffer of another one of the same structure."""
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, value in other.state_dict().items():
-            state[name].copy_(value)
-    return model
-
-
-@contextmanager
-def both_evaluating(model: nn.Module, original: nn.Module) -> Iterator[None]:
-    """Eval mode and no fused transformer kernels for both models, inside."""
-    with ExitStack() as stack:
-        stack.enter_context(untouched(original))
-        stack.enter_context(untouched(model))
-        stack.enter_context(no_fast_path())
-        yield
+    models = [model] if original is None else [model, original]
+    with restoring(*models, seed=given.seed):
+        with torch.inference_mode(False):  # the copy of an inference tensor could not be trained
+            copy = copy_with(model, {})
+        recovery = step.run(copy, original, given, held_out)
+        return replace(recovery, model=adopt(model, copy)) if inplace else recovery
