@@ -59,13 +59,15 @@ class Scope:
         scopes = _ENTERED.scopes
         if self not in scopes:  # left already, with one around it
             return
-        with ExitStack() as leave:  # goes on where one of them fails
-            if scopes[0] is self and threading.current_thread() is threading.main_thread():
-                leave.callback(INTERRUPTS.end)
-            inner = scopes[scopes.index(self) :]
-            for scope in inner:
-                leave.callback(scopes.remove, scope)
-                leave.callback(scope.undo.close)
+        inner = scopes[scopes.index(self) :]
+        try:
+            with ExitStack() as leave:  # which goes on where one of them fails
+                for scope in inner:
+                    leave.callback(scopes.remove, scope)
+                    leave.callback(scope.undo.close)
+        finally:
+            if not scopes and threading.current_thread() is threading.main_thread():
+                INTERRUPTS.end()
 
 
 class restoring(Scope):
@@ -181,7 +183,15 @@ class hooks(Scope):
             self.undo.callback(register().remove)
 
 
-class undisturbed(Scope):
+class no_inference_mode(Scope):
+    """Tensors made inside can be trained."""
+
+    def change(self) -> None:
+        if torch.is_inference_mode_enabled():  # else it would only set the grad mode
+            self.undo.enter_context(torch.inference_mode(False))
+
+
+class undisturbed(no_inference_mode):
     """A fit's surroundings: float32 in full, no gradients, no autocast, the fit's own device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -191,8 +201,7 @@ class undisturbed(Scope):
     def change(self) -> None:
         kind, undo = self._device.type, self.undo
         _MATMUL_PRECISION.hold(undo, _FULL_PRECISION)
-        if torch.is_inference_mode_enabled():
-            undo.enter_context(torch.inference_mode(False))
+        super().change()
         undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         torch.set_grad_enabled(False)
         if torch.is_autocast_enabled(kind):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp import parallel
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
 from tdecomp.model.example import as_call

@@ -23,7 +23,7 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import find_sites
-from tdecomp.torch_state import hooks, no_fast_path, restoring, untouched
+from tdecomp.torch_state import hooks, no_fast_path, no_inference_mode, restoring, untouched
 
 # The samples that output gradients are taken of: weighing layers needs no more.
 GRADIENT_SAMPLES = 128
@@ -175,7 +175,7 @@ def _summed(
         return max(peak, sum(s.nbytes for s in sums.values()))
 
     device = device_of(model)
-    with _inputs_shown(model, layers, watch), torch.inference_mode(False):
+    with _inputs_shown(model, layers, watch), no_inference_mode():
         for batch in batches.bar(device, title):
             peak = run(batch)
             if slopes is not None and samples < gradient_samples:

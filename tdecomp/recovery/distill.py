@@ -20,7 +20,7 @@ from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.hints import hinted
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.training import Training
-from tdecomp.torch_state import no_fast_path, untouched
+from tdecomp.torch_state import no_fast_path, no_inference_mode, untouched
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Distill(RecoveryStep):
             with (
                 untouched(model, original),
                 no_fast_path(),
-                torch.inference_mode(False),
+                no_inference_mode(),
                 torch.enable_grad(),
             ):
                 names = hinted(model) if self.hints else []

@@ -16,7 +16,7 @@ from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import count_samples, device_of
 from tdecomp.recovery.replaced import ReplacedLayer
-from tdecomp.torch_state import hooks
+from tdecomp.torch_state import hooks, no_inference_mode
 
 # A chain is refitted to at least this many samples, and to this many patches for each entry of a
 # patch: early layers have thousands of patches in every image and need not see all images.
@@ -49,7 +49,7 @@ def output_gradients(
     """The second moments of the gradients at the layers' outputs; the samples they are from."""
     layers = {layer.name: (layer.layer, layer.spec) for layer in replaced}
     slopes = OutputGradients(layers, batches)
-    with torch.inference_mode(False):
+    with no_inference_mode():
         try:
             for batch in batches.on(device_of(original)):
                 slopes.add(original, batch, _GRADIENT_SAMPLES - slopes.samples)

@@ -5,13 +5,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from tdecomp.calibration.data import Batches, batches_for
 from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.torch_state import restoring
+from tdecomp.torch_state import no_inference_mode, restoring
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ def run_on_copy(
     The original may be None for steps that can do without; `options` are those of `batches_for`.
     """
     given = batches_for(step.name, batches, **options)
-    held_out: Any = None if original is None else HeldOut(original, given)
     models = [model] if original is None else [model, original]
     with restoring(*models, seed=given.seed):
-        with torch.inference_mode(False):  # the copy of an inference tensor could not be trained
+        held_out: Any = None if original is None else HeldOut(original, given)
+        with no_inference_mode():  # the copy of an inference tensor could not be trained
             copy = copy_with(model, {})
         recovery = step.run(copy, original, given, held_out)
         return replace(recovery, model=adopt(model, copy)) if inplace else recovery
