@@ -104,7 +104,7 @@ def _seen(
     calls: int,
     pick: Callable[[tuple[Any, ...], Any], Tensor],
 ) -> list[Tensor]:
-    """What `pick` finds in each call of a module; the model runs only as far as needed."""
+    """The tensors that `pick` takes from each call of a module; the model then stops."""
     found: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -15,7 +15,7 @@ from tdecomp.torch_state import no_inference_mode, restoring
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one step did.
+    """The result of one step.
 
     Attributes
     ----------
