@@ -18,7 +18,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.layout import LAYOUTS, layout_of
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.ranks.base import RankSelector
-from tdecomp.timing.profile import Profile, model_in_words, timed_ranks
+from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.setting import Setting, device_and_dtype
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Stages, Stopwatch, TimingEffort
@@ -154,11 +154,11 @@ def measure(
     ]
     for layout, spec, call in tqdm(work, desc="profile", unit="layer", disable=not progress):
         chains = _chains(spec, call, decomposers, result)
-        missing = [stages for stages in chains if (layout, stages, call) not in result.times]
+        missing = [stages for stages in chains if key_of(layout, stages, call) not in result.times]
         if missing:
-            seconds = seconds_of(spec, missing, call, layout)
+            seconds = seconds_of(missing, call, layout)
             for stages, column in zip(missing, seconds.T, strict=True):
-                result.times[layout, stages, call] = Quartiles.over(column)
+                result.times[key_of(layout, stages, call)] = Quartiles.over(column)
     return result
 
 
@@ -249,7 +249,7 @@ def _multiple(
         widths = [largest, *(largest - part for part in narrower)]
         stages = [(spec.pointwise(spec.in_channels, width),) for width in widths]
         layout = result.timed_in(result.layouts[0])
-        seconds = np.median(seconds_of(spec, stages, call, layout), axis=0)
+        seconds = np.median(seconds_of(stages, call, layout), axis=0)
         taken = dict(zip(widths, seconds.tolist(), strict=True))
         for multiple in _MULTIPLES:
             step = taken[largest] - taken[largest - multiple]

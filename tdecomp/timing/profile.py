@@ -96,7 +96,7 @@ class Profile:
         """Seconds of all calls of a layer in one pass."""
         seconds = 0.0
         for call in calls:
-            key = (self.timed_in(layout), (spec,), call)
+            key = key_of(self.timed_in(layout), (spec,), call)
             if key not in self.times:
                 raise ValueError(
                     f"the profile has no time of {spec} for {call.batch} inputs of size "
@@ -121,7 +121,7 @@ class Profile:
     def _chain(
         self, decomposer: Decomposer, spec: LayerSpec, stages: Stages, call: Call, layout: str
     ) -> float:
-        key = (self.timed_in(layout), stages, call)
+        key = key_of(self.timed_in(layout), stages, call)
         if key in self.times:
             return self.times[key].median
         macs, seconds = self._curve(decomposer, spec, call, layout)
@@ -139,7 +139,7 @@ class Profile:
             points = sorted(
                 (float(chain_cost(stages, (call,)).deciding), self.times[found].median)
                 for stages in (decomposer.stages(spec, rank) for rank in ranks)
-                if (found := (self.timed_in(layout), stages, call)) in self.times
+                if (found := key_of(self.timed_in(layout), stages, call)) in self.times
             )
             self._curves[key] = [m for m, _ in points], [s for _, s in points]
         return self._curves[key]
@@ -154,13 +154,7 @@ class Profile:
         return "channels_last" if compiled_cpu else layout
 
     def check(self, model: nn.Module, example: Example) -> None:
-        """Raise an error if this is another machine, mode, model or input.
-
-        Raises
-        ------
-        ValueError
-            Naming what differs.
-        """
+        """Raise a ValueError that names what differs: machine, mode, model or inputs."""
         now = Setting.of(model, compiled=self.setting.compiled)
         differences = self.setting.differences(now)
         if self.model != model_in_words(model):
@@ -266,6 +260,11 @@ def timed_ranks(
     return rank_steps(decomposer.max_rank(spec), cost, limit, _SMALLEST, count, rounding)
 
 
+def key_of(layout: str, stages: Stages, call: Call) -> Key:
+    """The key under which a profile has the time of a layer or a chain."""
+    return layout, stages, call
+
+
 def model_in_words(model: nn.Module) -> str:
     """Its class and its size: enough to tell most models apart."""
     return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
@@ -283,9 +282,9 @@ def _replaces(chain: Stages, spec: LayerSpec) -> bool:
     """Whether it has the sizes of a chain that was made for this layer."""
     if len(chain) < 2 or not all(isinstance(stage, LayerSpec) for stage in chain):
         return False
-    volume = [max(sizes) for sizes in zip(*(s.kernel_size for s in chain), strict=True)]
-    found = (chain[0].in_channels, chain[-1].out_channels, *volume)
-    return found == (spec.in_channels, spec.out_channels, *spec.kernel_size)
+    volume = tuple(max(sizes) for sizes in zip(*(s.kernel_size for s in chain), strict=True))
+    ends = (chain[0].in_channels, chain[-1].out_channels)
+    return ends == (spec.in_channels, spec.out_channels) and volume == spec.kernel_size
 
 
 def _entry(data: Mapping[str, Any]) -> tuple[Key, Quartiles]:

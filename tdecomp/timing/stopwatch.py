@@ -49,7 +49,6 @@ class Stopwatch:
 
     def layers(
         self,
-        spec: LayerSpec,
         chains: Sequence[Stages],
         call: Call,
         layout: str,
@@ -57,11 +56,11 @@ class Stopwatch:
         dtype: torch.dtype,
         effort: TimingEffort,
     ) -> NDArray[np.float64]:
-        """Seconds (rounds, chains) of one call of each of the chains that may replace a layer.
+        """Seconds (rounds, chains) of one call of a layer and of chains that may replace it.
 
         Weights and inputs are made up.
         """
-        x = torch.ones(call.batch, spec.in_channels, *call.size, device=device, dtype=dtype)
+        x = torch.ones(call.batch, chains[0][0].in_channels, *call.size, device=device, dtype=dtype)
         x = image_in_layout(x, layout)
         modules = [_built(stages, layout, device, dtype) for stages in chains]
         with torch.inference_mode():
