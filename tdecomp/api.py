@@ -123,7 +123,7 @@ def decompose(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     check_data(steps, batches)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         request = _request(
             model, methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
@@ -175,7 +175,7 @@ def plan(
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         request = _request(
             model, methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
@@ -239,7 +239,7 @@ def apply(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     check_data(steps, batches)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         sites = match_sites(find_sites(model)[0], plan)
         wanted = {row.name for row in plan if row.method is not None}
         for name in wanted:
@@ -297,7 +297,7 @@ def sensitivity(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     filters = Filters(include, exclude, where)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         listed = listed_methods(methods)
         return measure_sensitivity(model, listed, filters, example, batches, progress=progress)
 

@@ -1,5 +1,7 @@
 """Both functions against dense oracles, at their edges and with bad input."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from torch.nn import functional
 from tdecomp.composer.core import factorize_conv2d, factorize_matrix
 from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear
 from tests.composer.oracle import best, data, directly, flat, predict, run
+from tests.geometries import case
 
 # The closed form of a matrix --------------------------------------------------------------------
 
@@ -22,10 +25,15 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rank", [1, 3, 5])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_it_is_as_good_as_any_rank_k_outputs(sizes, rank, bias):
+def test_it_is_as_good_as_any_rank_k_outputs(sizes):
+    for rank in (1, 3, 5):
+        for bias in (False, True):
+            with case(rank, bias):
+                check_outputs(sizes, rank, bias)
+
+
+def check_outputs(sizes, rank, bias):
     x, w = data(*sizes)
     b = torch.randn(w.shape[1], dtype=x.dtype) if bias else None
     y = x @ w if b is None else x @ w + b
@@ -316,9 +324,14 @@ def test_a_fraction_of_channels():
 # Dtypes, devices and modes ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("inputs", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_results_have_the_dtype_of_the_weights(inputs, weights):
+def test_results_have_the_dtype_of_the_weights():
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for inputs, weights in itertools.product(dtypes, dtypes):
+        with case(inputs, weights):
+            check_dtypes(inputs, weights)
+
+
+def check_dtypes(inputs, weights):
     x, w = data(60, dtype=torch.float32)
     b = torch.randn(10)
     y = x @ w + b
