@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tdecomp.decomposers.methods import listed_methods
+from tdecomp.decomposers.registry import listed_methods
 from torch import nn
 
 from tdecomp.model.example import Example
