@@ -103,7 +103,7 @@ def profile(
         )
     cache = _usable(cache, Setting.of(model, compiled=compiled), on_mismatch)
     example = Example.of(example_inputs, forward)
-    sites, _ = find_sites(model, None, example)
+    sites = list(find_sites(model, None, example).values())
     return measure(
         model,
         example,
