@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm import trange
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.spec import Call
+from tdecomp.layers.stage import Stage
 from tdecomp.model.example import Example
 from tdecomp.model.layout import image_in_layout, in_layout, layout_of
 from tdecomp.model.surgery import copy_with
@@ -21,7 +22,7 @@ from tdecomp.timing.speed import Quartiles
 from tdecomp.torch_state import untouched
 
 # A layer, or the chain that may replace it.
-Stages = tuple[LayerSpec, ...]
+Stages = tuple[Stage, ...]
 
 # Rounds in which whole models are timed, for how many seconds in each.
 MODEL_ROUNDS = 9
