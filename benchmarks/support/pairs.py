@@ -1,6 +1,6 @@
 """Ours and a plain way to the same thing, timed in turns.
 
-The machine's moods fall on both sides alike.
+Slow phases of the machine affect both sides alike.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Measured latency of several models, interleaved so that a machine's moods fall on all alike."""
+"""Measured latency of several models, interleaved so that slow phases affect all alike."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
