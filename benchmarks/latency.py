@@ -1,10 +1,10 @@
-"""Measured time of what a budget in time, or a guarded budget in MACs, makes of whole networks.
+"""Measured time of whole networks under a budget in time, or a guarded budget in MACs.
 
-Each result is timed against its original by turns, in the same mode. torchvision's networks have
-random weights here: what their layers lose is the share of their squared weights, which is enough
-to compare methods at the same time. Trained networks need ``--data`` and ``--weights``; they are
-refitted and distilled with unlabelled images, and both originals and results run in their best
-layout.
+Each result is timed against its original in interleaved rounds, in the same mode. torchvision's
+networks have random weights here: the loss of a layer is the share of its squared weights, which
+is enough to compare methods at the same time. Trained networks need ``--data`` and ``--weights``;
+they are refitted and distilled with unlabelled images, and both originals and results run in their
+best layout.
 
     python -m benchmarks.latency
     python -m benchmarks.latency --networks --data FOLDER --weights vgg11_bn=FILE resnet20=FILE
@@ -27,6 +27,7 @@ from benchmarks.support.data import image_folder
 from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.models import input_format
 from benchmarks.support.torchvision_import import import_torchvision
+from tdecomp.model.example import Example
 from tdecomp.timing.whole_model import compare
 
 NETWORKS = (("resnet18", 1), ("resnet50", 1), ("resnet50", 8), ("vgg16", 1))
@@ -94,7 +95,7 @@ def _measured(model: nn.Module, result: tdecomp.Decomposition, x: Tensor) -> Any
     speed = result.report.speed
     assert speed is not None
     layouts = (speed.tried, speed.tried)
-    return compare(model, result.model, x, layouts, compiled=speed.compiled).measured
+    return compare(model, result.model, Example(x), layouts, compiled=speed.compiled).measured
 
 
 def _row(

@@ -1,8 +1,8 @@
 """When does each method pay: measured time against MACs, over sizes of layers.
 
 Single 3×3 convolutions with as many outputs as inputs, in channels_last, and their chains at
-several ranks, timed by turns. On the dashed line time falls as fast as MACs do; above 1 the chain
-is slower than the layer.
+several ranks, timed in the same rounds. On the dashed line time falls as fast as MACs do; above 1
+the chain is slower than the layer.
 
     python -m benchmarks.pays
 """
@@ -24,7 +24,8 @@ from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.ranks.grid import Rounding
-from tdecomp.timing.layers import seconds_of, timed_ranks
+from tdecomp.timing.profile import timed_ranks
+from tdecomp.timing.stopwatch import THIS_MACHINE, TimingEffort
 
 # Channels, and the side of the maps that layers so wide see in the usual networks.
 SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))
@@ -50,7 +51,7 @@ class Point:
 
 
 def measure(channels: int, side: int, batch: int, multiple: int, count: int) -> Iterator[Point]:
-    """The chains of one layer, all timed by turns with it."""
+    """The chains of one layer, all timed in the same rounds as the layer."""
     spec = LayerSpec.of(torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False))
     call = Call(batch, (side, side))
     chains = []
@@ -58,14 +59,14 @@ def measure(channels: int, side: int, batch: int, multiple: int, count: int) -> 
         decomposer = get_decomposer(method)
         for rank in timed_ranks(decomposer, spec, call, Rounding(multiple), count):
             chains.append((method, str(rank), tuple(decomposer.stages(spec, rank))))
-    seconds = seconds_of(
+    seconds = THIS_MACHINE.layers(
+        spec,
         [(spec,), *(stages for _, _, stages in chains)],
         call,
         "channels_last",
         torch.device("cpu"),
         torch.float32,
-        rounds=ROUNDS,
-        min_block=0.003,
+        TimingEffort(count, ROUNDS, 0.003),
     )
     shares = seconds[:, 1:] / seconds[:, :1]
     whole = chain_cost((spec,), (call,)).deciding

@@ -21,8 +21,9 @@ from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
-from tdecomp.timing.clock import profile_for
+from tdecomp.timing.measure import check_timing
 from tdecomp.timing.profile import Profile
+from tdecomp.timing.stopwatch import THIS_MACHINE
 from tdecomp.torch_state import restoring
 
 
@@ -122,7 +123,7 @@ def decompose(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     check_data(steps, batches)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         request = _request(
             model, methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
@@ -135,6 +136,7 @@ def decompose(
             steps,
             batches,
             example=example if timed else None,
+            stopwatch=THIS_MACHINE if profile is None else profile.stopwatch,
             inplace=inplace,
             optimizers=listed,
             progress=progress,
@@ -173,7 +175,7 @@ def plan(
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         request = _request(
             model, methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
@@ -237,7 +239,7 @@ def apply(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     check_data(steps, batches)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         sites = match_sites(find_sites(model)[0], plan)
         wanted = {row.name for row in plan if row.method is not None}
         for name in wanted:
@@ -295,7 +297,7 @@ def sensitivity(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     filters = Filters(include, exclude, where)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         listed = listed_methods(methods)
         return measure_sensitivity(model, listed, filters, example, batches, progress=progress)
 
@@ -314,8 +316,8 @@ def _request(
     progress: bool,
 ) -> Request:
     selector, listed = get_selector(rank), listed_methods(methods)
-    times = profile_for(profile, only_if_faster, selector, model, example, listed, progress)
+    check_timing(profile, only_if_faster, selector, example)
     filters = Filters(include, exclude, where)
     return Request(
-        listed, selector, filters, example, allow_expansion, times, only_if_faster, progress
+        listed, selector, filters, example, allow_expansion, profile, only_if_faster, progress
     )

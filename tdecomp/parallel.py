@@ -1,40 +1,38 @@
-"""One function over many tensors, side by side on the processor's cores.
+"""One function over many items, side by side on the processor's cores or on an executor.
 
 LAPACK's eigensolvers hardly gain from a second thread, so that two of them side by side take half
 the time of two in turn with both threads.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from tdecomp.torch_state import Scope, give_one_thread, thread_count
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Entries above which an item is worked on alone, with all threads: matrix products, which use them
-# well, are most of its time, and two such at once would double the memory.
-_ALONE = 4_000_000
-# Entries below which most of the time goes to Python itself, which only one thread runs at a time:
-# two of them side by side would take longer than in turn.
-_LITTLE = 100_000
 
-
-def each(
+def parallel_map(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     *,
     size: Callable[[Item], int],
     done: Callable[[Item, Result], object] = lambda _item, _result: None,
+    little: int = 100_000,
+    alone: int = 4_000_000,
+    executor: Executor | None = None,
 ) -> list[Result]:
     """``[function(item) for item in items]``, on one single-threaded worker for each torch thread.
 
-    >>> each(torch.trace, [torch.eye(2), torch.eye(3)], size=on_cpu)
+    >>> parallel_map(torch.trace, [torch.eye(2), torch.eye(3)], size=on_cpu)
     [tensor(2.), tensor(3.)]
 
-    What an item's result is does not depend on the others, nor on which of them is done first.
+    The result of an item depends neither on the other items nor on the order in which they finish.
 
     Parameters
     ----------
@@ -43,21 +41,33 @@ def each(
         default device), except that nothing is recorded for gradients.
     items : sequence
     size : callable
-        Entries that an item's function works on; see `on_cpu`. Those that count 0 are left to the
-        caller's own thread, in order.
+        The number of entries that the function works on for an item; see `on_cpu`. Items of size 0
+        are left to the caller's own thread, in order.
     done : callable, optional
         Called in the caller's thread with each item and its result, as soon as both are there.
+    little : int
+        Smaller items are left to the caller's thread, too: most of their time goes to Python
+        itself, which only one thread runs at a time.
+    alone : int
+        And so are larger ones: most of their time goes to matrix products, which use all threads
+        well, and two of them at once would double the memory.
+    executor : concurrent.futures.Executor, optional
+        Runs every item whose size is not 0, in place of threads of this process. It is not shut
+        down.
 
     Raises
     ------
     Exception
-        Whatever the function raises, for the first item of those side by side that fails. Items
-        that have not begun by then, or by an interrupt, never do.
+        The exception of the first of the shared items that fails. Items that have not begun by
+        then, or by an interrupt, never do, and those that have are waited for.
     """
-    threads = torch.get_num_threads()
-    shared = [i for i, item in enumerate(items) if _LITTLE <= size(item) <= _ALONE]
-    if threads == 1 or len(shared) < 2:
-        shared = []
+    threads = thread_count()
+    if executor is None:
+        shared = [i for i, item in enumerate(items) if little <= size(item) <= alone]
+        if threads == 1 or len(shared) < 2:
+            shared = []
+    else:
+        shared = [i for i, item in enumerate(items) if size(item)]
     results: dict[int, Result] = {}
 
     def finish(index: int, result: Result) -> None:
@@ -69,25 +79,38 @@ def each(
         if index not in beside:
             finish(index, function(item))
     if shared:
-        pool = ThreadPoolExecutor(min(threads, len(shared)), initializer=_single_threaded)
-        try:
-            futures = [pool.submit(_without_gradients, function, items[i]) for i in shared]
+        with _Submitted(executor, min(threads, len(shared))) as submitted:
+            futures = [submitted.run(function, items[i]) for i in shared]
             for index, future in zip(shared, futures, strict=True):
                 finish(index, future.result())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            # Torch hands the workers' setting on to every thread that is made from now on.
-            torch.set_num_threads(threads)
     return [results[i] for i in range(len(items))]
 
 
 def on_cpu(tensor: Tensor) -> int:
-    """The tensor's entries if they are the processor's to work on, else 0."""
+    """The number of the tensor's entries if it is in the processor's memory, else 0."""
     return tensor.numel() if tensor.device.type == "cpu" else 0
 
 
-def _single_threaded() -> None:
-    torch.set_num_threads(1)
+class _Submitted(Scope):
+    """Items given to an executor, or to a pool of threads; afterwards none waits or runs."""
+
+    def __init__(self, executor: Executor | None, workers: int) -> None:
+        super().__init__()
+        self._executor = executor or ThreadPoolExecutor(workers, initializer=give_one_thread)
+        self._futures: list[Future[Any]] = []
+        if executor is None:
+            self.undo.callback(self._executor.shutdown)
+        self.undo.callback(self._finish)
+
+    def run(self, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+        future = self._executor.submit(_without_gradients, function, item)
+        self._futures.append(future)
+        return future
+
+    def _finish(self) -> None:
+        for future in self._futures:
+            future.cancel()
+        wait(self._futures)
 
 
 def _without_gradients(function: Callable[[Item], Result], item: Item) -> Result:

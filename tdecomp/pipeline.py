@@ -1,12 +1,10 @@
 """From a plan to its result: fit, recover, time, report, swap; one function for each step."""
 
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -17,19 +15,21 @@ from tdecomp.decomposers.assemble import assemble
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
+from tdecomp.loss_curves.offers import entries
 from tdecomp.model.example import Example
+from tdecomp.model.layout import in_layout
 from tdecomp.model.sites import Site
-from tdecomp.model.surgery import as_optimizers, copy_with, swap, unoptimized
+from tdecomp.model.surgery import as_optimizers, copy_with, swap, tensors_in, unoptimized
 from tdecomp.parallel import parallel_map
-from tdecomp.plans.make import Planned, entries
+from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
-from tdecomp.timing.setting import in_layout
 from tdecomp.timing.speed import Speed
+from tdecomp.timing.stopwatch import THIS_MACHINE, Stopwatch
 from tdecomp.timing.whole_model import measured_speed
 
 
@@ -40,6 +40,7 @@ def carry_out(
     data: Batches | Moments | None,
     *,
     example: Example | None = None,
+    stopwatch: Stopwatch = THIS_MACHINE,
     inplace: bool = False,
     optimizers: Sequence[Optimizer] = (),
     progress: bool = True,
@@ -50,7 +51,9 @@ def carry_out(
     chains = {planned.sites[row.name].module: chain for row, chain in fitted}
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = run_steps(steps, changed, model, data)
-    speed = None if example is None else _speed(model, changed, chains, plan, example)
+    speed = None
+    if example is not None:
+        speed = _speed(model, changed, chains, plan, example, stopwatch)
     rows = {row.name: row for row, _ in fitted}
     report = Report(
         [rows.get(row.name, row) for row in plan], plan.everything_else, recovered, speed
@@ -62,8 +65,9 @@ def carry_out(
         )
     _warn_of_unoptimized(model, chains, optimizers)
     result = Decomposition(model, report, plan)
-    values = {} if changed is model else _changed_values(model, changed)
-    swap(model, chains, optimizers, values, layout=layout)
+    if layout is not None:
+        in_layout(model, layout)
+    swap(model, chains, optimizers, None if changed is model else tensors_in(changed))
     return result
 
 
@@ -147,6 +151,7 @@ def _speed(
     chains: Mapping[nn.Module, Chain],
     plan: Plan,
     example: Example,
+    stopwatch: Stopwatch,
 ) -> Speed | None:
     """The time of the result against the original's, or None for a model that cannot be copied."""
     if changed is model:
@@ -154,14 +159,7 @@ def _speed(
             changed = copy_with(model, chains)
         except ValueError:
             return None
-    return measured_speed(model, changed, plan.speed, example)
-
-
-def _changed_values(model: nn.Module, changed: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers, by name, that recovery changed in layers that stay."""
-    mine = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    new = itertools.chain(changed.named_parameters(), changed.named_buffers())
-    return {n: v.detach() for n, v in new if n in mine and not torch.equal(v, mine[n])}
+    return measured_speed(model, changed, plan.speed, example, stopwatch)
 
 
 def check_optimizers(

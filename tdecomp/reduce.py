@@ -82,7 +82,7 @@ def reduce_ranks(
     listed = check_optimizers(optimizers, inplace)
     selector = get_selector(rank)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
-    with restoring(seed):
+    with restoring(model, seed=seed):
         chains = _chains(model, plan)
         sites = {name: _site(chain, plan[name]) for name, chain in chains.items()}
         moments = _moments(model, chains, batches, gradients=selector.weighs_layers)

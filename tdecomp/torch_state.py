@@ -1,49 +1,145 @@
-"""Global state."""
+"""Global and model state that is set for a while, and put back whatever happens.
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+Each setting is a context manager class. What a thread has entered is noted in order, so that
+leaving one also leaves those entered after it that were not left (as in a generator that was never
+finished). Settings of the whole process are saved by their first user and restored by their last,
+whichever thread that is. A model is used by one thread at a time.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import cache, partial, wraps
+from itertools import count
+from typing import Generic, ParamSpec, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tdecomp.interrupts import INTERRUPTS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Value = TypeVar("Value")
 
 
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Keep the caller's autocast, inference mode and default device out of a fit."""
-    # A device context costs time on every operation: only where it changes anything.
-    elsewhere = torch.get_default_device().type != device.type
-    with (
-        torch.autocast(device.type, enabled=False),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.device(device) if elsewhere else nullcontext(),
-    ):
-        yield
+class _Entered(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's mode, the buffers and the random state restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, _version(buffer), buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng([device.index for device in devices]):
-        model.eval()
+_ENTERED = _Entered()
+
+
+class Scope:
+    """A `with` block after which everything is undone that `change` noted, the last first."""
+
+    def __init__(self) -> None:
+        self.undo = ExitStack()
+
+    def change(self) -> None:
+        """Change the state, each time after noting in `self.undo` how to restore it."""
+
+    def __enter__(self) -> Self:
+        scopes = _ENTERED.scopes
+        if not scopes and threading.current_thread() is threading.main_thread():
+            INTERRUPTS.begin(sys._getframe(1))
+        scopes.append(self)
         try:
-            yield
+            self.change()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        scopes = _ENTERED.scopes
+        if self not in scopes:  # left already, with one around it
+            return
+        inner = scopes[scopes.index(self) :]
+        try:
+            with ExitStack() as leave:  # which goes on where one of them fails
+                for scope in inner:
+                    leave.callback(scopes.remove, scope)
+                    leave.callback(scope.undo.close)
         finally:
-            for module, training in modes:
-                module.training = training
-            for module, name, buffer, version, value in buffers:
-                module._buffers[name] = buffer  # forward may have put another one in its place
-                if _version(buffer) != version:
-                    with torch.no_grad():
-                        buffer.copy_(value)
+            if not scopes and threading.current_thread() is threading.main_thread():
+                INTERRUPTS.end()
+
+
+class restoring(Scope):
+    """The whole of a public function: grad mode is restored, `models` are this thread's alone.
+
+    With a seed, global random numbers come from it inside, as the order of a DataLoader that
+    shuffles; the random state is restored afterwards.
+    """
+
+    def __init__(self, *models: nn.Module, seed: int | None = None) -> None:
+        super().__init__()
+        self._models, self._seed = models, seed
+
+    def change(self) -> None:
+        thread_count()  # a new thread's is the process's from now on
+        _lock(self._models, self.undo)
+        self.undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+        if self._seed is not None:
+            _random_state(torch.device("cpu")).hold(self.undo)
+            torch.manual_seed(self._seed)
+
+
+def restores(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function run inside `restoring` every model among its arguments."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        values = (*args, *kwargs.values())
+        with restoring(*(value for value in values if isinstance(value, nn.Module))):
+            return function(*args, **kwargs)
+
+    return call
+
+
+class interrupts_deferred(Scope):
+    """An interrupt (Ctrl-C) is raised after the block, not inside."""
+
+    def change(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.undo.callback(setattr, INTERRUPTS, "deferrals", INTERRUPTS.deferrals)
+            INTERRUPTS.deferrals += 1
+
+
+class untouched(Scope):
+    """Eval mode inside; every module's mode, the buffers and the random state restored after."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self._models = models
+
+    def change(self) -> None:
+        _lock(self._models, self.undo)
+        modules = list({m: None for model in self._models for m in model.modules()})
+        for module in modules:
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    saved = buffer.detach().clone()
+                    self.undo.callback(_restore, module, name, buffer, _version(buffer), saved)
+        cpu, parameters = torch.device("cpu"), (p for m in modules for p in m.parameters(False))
+        for device in {cpu, *(p.device for p in parameters if p.device.type == "cuda")}:
+            _random_state(device).hold(self.undo)
+        for module in modules:
+            self.undo.callback(setattr, module, "training", module.training)
+        for model in self._models:
+            model.eval()
+
+
+def _restore(module: nn.Module, name: str, buffer: Tensor, version: int, value: Tensor) -> None:
+    module._buffers[name] = buffer  # forward may have put another one in its place
+    if _version(buffer) != version:
+        with torch.no_grad():
+            buffer.copy_(value)
 
 
 def _version(buffer: Tensor) -> int:
@@ -51,40 +147,196 @@ def _version(buffer: Tensor) -> int:
     return 0 if buffer.is_inference() else buffer._version
 
 
-@contextmanager
-def no_fast_path() -> Iterator[None]:
-    """Without torch's fused transformer kernels, which call no layer and hide from its counter."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+class frozen(Scope):
     """No parameter requires a gradient inside, so that only activations are kept for it."""
-    # Inference tensors take no gradient anyway, and could not be told to again.
-    trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def change(self) -> None:
+        _lock((self._model,), self.undo)
+        # Inference tensors take no gradient anyway, and could not be told to again.
+        for parameter in self._model.parameters():
+            if parameter.requires_grad and not parameter.is_inference():
+                self.undo.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
 
 
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Global random numbers from this seed inside, the caller's own ones after; None: as they are.
+class hooks(Scope):
+    """Hooks that are registered inside only.
 
-    A DataLoader that shuffles takes its order from them.
+    >>> seen = []
+    >>> layer = nn.Linear(2, 3)
+    >>> with hooks([partial(layer.register_forward_hook, lambda _, __, y: seen.append(y.shape))]):
+    ...     _ = layer(torch.zeros(4, 2))
+    >>> seen, len(layer._forward_hooks)
+    ([torch.Size([4, 3])], 0)
     """
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+
+    def __init__(self, registrations: Iterable[Callable[[], RemovableHandle]]) -> None:
+        super().__init__()
+        self._registrations = registrations
+
+    def change(self) -> None:
+        for register in self._registrations:
+            self.undo.callback(register().remove)
+
+
+class no_inference_mode(Scope):
+    """Tensors made inside can be trained."""
+
+    def change(self) -> None:
+        if torch.is_inference_mode_enabled():  # else it would only set the grad mode
+            self.undo.enter_context(torch.inference_mode(False))
+
+
+class undisturbed(no_inference_mode):
+    """A fit's surroundings: float32 in full, no gradients, no autocast, the fit's own device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def change(self) -> None:
+        kind, undo = self._device.type, self.undo
+        _MATMUL_PRECISION.hold(undo, _FULL_PRECISION)
+        super().change()
+        undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+        if torch.is_autocast_enabled(kind):
+            undo.callback(torch.set_autocast_enabled, kind, True)
+            torch.set_autocast_enabled(kind, False)
+        # A device context costs time on every operation: only where it changes anything.
+        if torch.get_default_device().type != kind:
+            undo.enter_context(torch.device(self._device))
+
+
+class no_fast_path(Scope):
+    """Without torch's fused transformer kernels, which call no layer and hide from its counter."""
+
+    def change(self) -> None:
+        _FAST_PATH.hold(self.undo, False)
+
+
+# Settings of the whole process ------------------------------------------------------------------
+
+
+class Shared(Generic[Value]):
+    """A setting of the whole process, which several threads may use at the same time.
+
+    The first user's value is restored after the last one; a user inside another of the same
+    thread, with no other thread about, restores what it found.
+    """
+
+    def __init__(self, get: Callable[[], Value], put: Callable[[Value], object]) -> None:
+        self._get, self._put = get, put
+        self._lock = threading.RLock()
+        # By user: its thread and, if no other thread's user was there, the value it found.
+        self._users: dict[ExitStack, tuple[int, list[Value]]] = {}
+        self._before: list[Value] = []
+
+    def hold(self, undo: ExitStack, value: Value | None = None) -> None:
+        """Keep what is set now until `undo` is closed; with a value, that is set meanwhile."""
+        thread = threading.get_ident()
+        with self._lock:
+            first = not self._users
+            # All users that set a value set the same one: a later one finds nothing to restore.
+            alone = value is None and all(other == thread for other, _ in self._users.values())
+            found = [self._get()] if first or alone else []
+            if first:
+                self._before = [] if found[0] is value else found
+            undo.callback(self._release, undo)
+            self._users[undo] = thread, found
+            if value is not None and first and self._before:
+                self._put(value)
+
+    def _release(self, user: ExitStack) -> None:
+        with self._lock:
+            thread, found = self._users.pop(user)
+            alone = all(other == thread for other, _ in self._users.values())
+            for value in (found if alone else []) if self._users else self._before:
+                self._put(value)
+
+
+_FAST_PATH = Shared(
+    torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled
+)
+
+
+@cache
+def _random_state(device: torch.device) -> Shared[Tensor]:
+    if device.type == "cpu":
+        return Shared(torch.get_rng_state, torch.set_rng_state)
+    return Shared(
+        partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
+    )
+
+
+# The setting of all backends, and since torch 2.9 that of each; None where torch has or knows none.
+Precision = tuple[str | None, ...]
+_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def _matmul_precision() -> Precision:
+    try:
+        common = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the backends have been set to something else one by one
+        common = None
+    single = [getattr(backend, "fp32_precision", None) for backend in _MATMULS]
+    full = common == "highest" and all(value in (None, "none", "ieee") for value in single)
+    return _FULL_PRECISION if full else (common, *single)
+
+
+def _set_matmul_precision(precision: Precision) -> None:
+    common, *single = precision
+    if common is not None:
+        torch.set_float32_matmul_precision(common)
+    for backend, value in zip(_MATMULS, single, strict=True):
+        if value is not None and hasattr(backend, "fp32_precision"):
+            backend.fp32_precision = value
+
+
+_FULL_PRECISION: Precision = ("highest", "ieee", "ieee")
+_MATMUL_PRECISION = Shared(_matmul_precision, _set_matmul_precision)
+
+
+# Threads ----------------------------------------------------------------------------------------
+
+
+_THREADS = threading.Lock()
+
+
+def thread_count() -> int:
+    """How many threads torch has in the calling thread."""
+    # Torch looks up the number of the process when a thread first asks: not while it is changed.
+    with _THREADS:
+        return torch.get_num_threads()
+
+
+def give_one_thread() -> None:
+    """Leave torch one thread in the calling, new thread; others made later have as many as before.
+
+    Torch hands the last number set in any thread on to all threads that are made afterwards.
+    """
+    with _THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restore.start()
+        restore.join()
+
+
+# The lock of each model, with the number in the order of which several are taken.
+_LOCKS: WeakKeyDictionary[nn.Module, tuple[int, threading.RLock]] = WeakKeyDictionary()
+_NUMBERS, _GUARD = count(), threading.Lock()
+
+
+def _lock(models: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Wait until no other thread uses any of the models."""
+    with _GUARD:
+        locks = dict(_LOCKS.setdefault(m, (next(_NUMBERS), threading.RLock())) for m in models)
+    for _, lock in sorted(locks.items()):
+        while not lock.acquire(timeout=0.1):
+            INTERRUPTS.check()
+        undo.callback(lock.release)

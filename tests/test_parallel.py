@@ -1,15 +1,18 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from tdecomp import parallel
-from tdecomp.parallel import each, on_cpu
+from tdecomp.parallel import on_cpu
+
+parallel_map = partial(parallel.parallel_map, little=1)
 
 
 @pytest.fixture(autouse=True)
-def two_threads(monkeypatch):
-    monkeypatch.setattr(parallel, "_LITTLE", 1)
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -23,7 +26,7 @@ def matrices(n=6):
 
 
 def test_results_are_in_order():
-    found = each(lambda m: len(m), matrices(), size=on_cpu)
+    found = parallel_map(lambda m: len(m), matrices(), size=on_cpu)
     assert found == [2, 3, 4, 5, 6, 7]
 
 
@@ -32,13 +35,13 @@ def test_workers_have_one_thread_and_record_no_gradients():
         return torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread()
 
     caller = threading.current_thread()
-    for threads, gradients, thread in each(look, matrices(), size=on_cpu):
+    for threads, gradients, thread in parallel_map(look, matrices(), size=on_cpu):
         assert (threads, gradients) == (1, False)
         assert thread is not caller
 
 
 def test_threads_made_afterwards_have_all_threads():
-    each(torch.trace, matrices(), size=on_cpu)
+    parallel_map(torch.trace, matrices(), size=on_cpu)
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
@@ -49,20 +52,19 @@ def test_threads_made_afterwards_have_all_threads():
 def test_two_at_once():
     # Neither gets past the barrier alone.
     barrier = threading.Barrier(2, timeout=30)
-    each(lambda _: barrier.wait(), matrices(2), size=on_cpu)
+    parallel_map(lambda _: barrier.wait(), matrices(2), size=on_cpu)
 
 
 @pytest.mark.parametrize("threads, items", [(1, 6), (2, 1), (2, 0)])
 def test_inline_where_nothing_is_to_be_gained(threads, items):
     torch.set_num_threads(threads)
-    found = each(lambda _: threading.current_thread(), matrices(items), size=on_cpu)
+    found = parallel_map(lambda _: threading.current_thread(), matrices(items), size=on_cpu)
     assert found == [threading.current_thread()] * items
     assert torch.get_num_threads() == threads
     torch.set_num_threads(2)
 
 
-def test_what_is_large_or_elsewhere_is_the_callers_own(monkeypatch):
-    monkeypatch.setattr(parallel, "_ALONE", 10)
+def test_what_is_large_or_elsewhere_is_the_callers_own():
     order = []
 
     def look(m):
@@ -71,7 +73,7 @@ def test_what_is_large_or_elsewhere_is_the_callers_own(monkeypatch):
 
     elsewhere = torch.empty(2, 2, device="meta")
     items = [torch.ones(2), torch.ones(20), torch.ones(3), elsewhere]
-    found = each(look, items, size=on_cpu)
+    found = parallel_map(look, items, size=on_cpu, alone=10)
     assert found == [(False, 1), (True, 2), (False, 1), (True, 2)]
     assert order[:2] == [20, 4]
 
@@ -83,7 +85,7 @@ def test_done_is_called_by_the_caller_for_each():
         assert threading.current_thread() is threading.main_thread()
         seen.append((len(item), result))
 
-    each(len, matrices(), size=on_cpu, done=done)
+    parallel_map(len, matrices(), size=on_cpu, done=done)
     assert seen == [(n, n) for n in (2, 3, 4, 5, 6, 7)]
 
 
@@ -107,7 +109,7 @@ def test_errors_come_through_and_what_has_not_begun_never_does(error):
     timer = threading.Timer(0.2, release.set)
     timer.start()
     with pytest.raises(error, match="no"):
-        interrupted(each)
+        interrupted(parallel_map)
     assert len(begun) < 40
     timer.join()
 
@@ -115,6 +117,40 @@ def test_errors_come_through_and_what_has_not_begun_never_does(error):
 def test_nested_calls_are_inline():
     def inner(m):
         here = threading.current_thread()
-        return each(lambda _: threading.current_thread() is here, [m, m], size=on_cpu)
+        return parallel_map(lambda _: threading.current_thread() is here, [m, m], size=on_cpu)
 
-    assert each(inner, matrices(3), size=on_cpu) == [[True, True]] * 3
+    assert parallel_map(inner, matrices(3), size=on_cpu) == [[True, True]] * 3
+
+
+def test_small_items_are_the_callers_own():
+    here = threading.current_thread()
+    found = parallel_map(
+        lambda _: threading.current_thread() is here, matrices(), size=on_cpu, little=10
+    )
+    assert found == [True, True, False, False, False, False]
+
+
+def test_an_executor_runs_every_item_of_the_processor():
+    def work(m):
+        assert not torch.is_grad_enabled()
+        if len(m) == 5:
+            raise ValueError("no")
+        return threading.current_thread()
+
+    with ThreadPoolExecutor(1) as executor:
+        items = [*matrices(3), torch.empty(2, 2, device="meta")]
+        with torch.no_grad():
+            found = parallel_map(work, items, size=on_cpu, alone=1, executor=executor)
+        assert [thread is threading.current_thread() for thread in found] == [False] * 3 + [True]
+        with pytest.raises(ValueError, match="no"):
+            parallel_map(work, matrices(40), size=on_cpu, executor=executor)
+        assert executor.submit(int, "3").result() == 3  # it is still open
+
+
+def test_threads_of_torch_are_those_of_before_in_every_thread():
+    def sweep():
+        parallel_map(torch.trace, matrices(), size=on_cpu)
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert {f.result() for f in [pool.submit(sweep) for _ in range(40)]} == {2}

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp import parallel
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
-from tdecomp.model.trace import as_call
+from tdecomp.model.example import as_call
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
 
@@ -245,9 +244,16 @@ def test_the_result_does_not_depend_on_the_global_seed(method):
 # Side by side ------------------------------------------------------------------------------------
 
 
+def wide():
+    """Layers of more than 100,000 entries, which are fitted side by side."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(160, 320, 3), nn.Flatten(), nn.Linear(320, 320), nn.Linear(320, 330)
+    )
+
+
 @pytest.fixture
-def two_threads(monkeypatch):
-    monkeypatch.setattr(parallel, "_LITTLE", 1)
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -256,12 +262,12 @@ def two_threads(monkeypatch):
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("rank", [2, "vbmf", tdecomp.Budget(params=0.6)], ids=str)
-def test_layers_side_by_side_are_those_one_by_one(monkeypatch, rank):
+def test_layers_side_by_side_are_those_one_by_one(rank):
     methods = METHODS if rank == 2 else ("lowrank", "tucker2", "svd")
-    results = [decompose(MODELS["nested"].build(), methods, rank) for _ in range(2)]
+    results = [decompose(wide(), methods, rank) for _ in range(2)]
     assert torch.get_num_threads() == 2
-    monkeypatch.setattr(parallel, "_ALONE", 0)
-    results.append(decompose(MODELS["nested"].build(), methods, rank))
+    torch.set_num_threads(1)
+    results.append(decompose(wide(), methods, rank))
     for result in results[1:]:
         assert [row.name for row in result.report] == [row.name for row in results[0].report]
         assert [row.rank for row in result.plan] == [row.rank for row in results[0].plan]
@@ -277,7 +283,7 @@ def test_layers_side_by_side_are_those_one_by_one(monkeypatch, rank):
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_fit_that_fails_beside_others_names_its_layer(monkeypatch):
-    model = MODELS["nested"].build()
+    model = wide()
     names = [row.name for row in decompose(model).report if row.method is not None]
     usual = Decomposer.factorize
 

@@ -1,5 +1,7 @@
 """The same objects with the same values: what "as it was" means for a model and an optimizer."""
 
+import signal
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -56,6 +58,33 @@ def state_of(thing):
         hooks = {k: tuple(getattr(module, k).values()) for k in _HOOKS}
         state[name] = (id(module), type(module).__name__, _frozen(own), hooks)
     return state
+
+
+def global_state():
+    """Every setting of torch and of the process that this library changes for a while."""
+    hooks = nn.modules.module
+    return {
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "default device": torch.get_default_device(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "threads": torch.get_num_threads(),
+        "threads of new threads": _in_a_new_thread(torch.get_num_threads),
+        "random state": torch.get_rng_state().tolist(),
+        "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+        "global hooks": (len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)),
+        "handler": signal.getsignal(signal.SIGINT),
+    }
+
+
+def _in_a_new_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.svd import frobenius_norm
-from tdecomp.parallel import each, on_cpu
+from tdecomp.parallel import on_cpu, parallel_map
 from tdecomp.ranks.grid import rank_at
 
 Kernels = dict[str, Tensor]
@@ -95,7 +95,7 @@ def lowrank_fits_in_turn(model: nn.Module) -> Kernels:
 def lowrank_fits_side_by_side(model: nn.Module) -> Kernels:
     """The same as `decompose` makes them."""
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    each(_fit_a_quarter, convs, size=lambda conv: on_cpu(conv.weight))
+    parallel_map(_fit_a_quarter, convs, size=lambda conv: on_cpu(conv.weight))
     return {}
 
 

@@ -1,7 +1,4 @@
-"""Ours and a plain way to the same thing, timed in turns.
-
-Slow phases of the machine affect both sides alike.
-"""
+"""Our implementation and a plain one of the same thing, interleaved so that noise affects both."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""Measured latency of several models, interleaved so that slow phases affect all alike."""
+"""Measured latency of several models, interleaved so that noise affects all alike."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tdecomp.timing.stopwatch import Time, by_turns, ratio
+from tdecomp.timing.speed import Quartiles
+from tdecomp.timing.stopwatch import interleaved, ratio
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def interleaved_latencies(
 
     The first model is the reference: ratios are taken within a round, medians over the rounds.
     """
-    seconds = by_turns(
+    seconds = interleaved(
         [partial(model, x) for model in models.values()],
         rounds=rounds,
         min_block=min_block,
@@ -41,7 +42,7 @@ def interleaved_latencies(
     )
     found = {}
     for i, name in enumerate(models):
-        time, share = Time.over(seconds[:, i]), ratio(seconds, i, 0)
+        time, share = Quartiles.over(seconds[:, i]), ratio(seconds, i, 0)
         quartiles = ((time.low, time.high), (share.low, share.high))
         found[name] = Latency(time.median, quartiles[0], share.median, quartiles[1])
     return found

@@ -10,25 +10,26 @@ from tdecomp.layers.patches import patches, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.torch_state import undisturbed
 
-# Columns of a symmetric product that are computed at a time; what is above the diagonal is not.
+# A symmetric product is computed in blocks of at least so many columns, and at most so many blocks,
+# each from its diagonal downwards: the rest above the diagonal is not needed.
 _BLOCK = 96
 _BLOCKS = 4
 
 
 @dataclass
 class Accumulator:
-    """Sums up a layer's input patches, and optionally the outputs that belong to them.
+    """Sums up a layer's input patches, and optionally the outputs for these patches.
 
-    Sums are float64, products of a slice of patches float32 (float64 for a float64 layer). They
-    are taken about the mean of the first slice: inputs of a large mean and a small variance would
-    otherwise lose the variance in the products' rounding.
+    The sums are float64, the products of a slice of patches float32 (float64 for a float64 layer).
+    The mean of the first slice is subtracted from all patches: otherwise rounding would hide the
+    variance of inputs with a large mean.
     """
 
     spec: LayerSpec
     with_outputs: bool = False
     count: int = 0
     sizes: set[tuple[int, ...]] = field(default_factory=set)
-    origin: Tensor | None = None  # (groups, 1, fan_in), of which the sums below are differences
+    origin: Tensor | None = None  # (groups, 1, fan_in), subtracted from all patches in the sums
     total: Tensor | None = None  # (groups, fan_in)
     matrix: Tensor | None = None  # (groups, fan_in, fan_in), lower triangle
     rows: list[Tensor] = field(default_factory=list)
@@ -37,8 +38,8 @@ class Accumulator:
     output_matrix: Tensor | None = None  # (groups, out / groups, out / groups)
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
-        """Add the patches of one call, and the layer's outputs in it (as the layer gives them)."""
-        with undisturbed(x.device):  # this runs inside the model's forward, whatever its mode
+        """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
+        with undisturbed(x.device):  # this runs inside the model's forward pass, in any mode
             self._add(x, outputs)
 
     def _add(self, x: Tensor, outputs: Tensor | None) -> None:
@@ -106,7 +107,7 @@ class Accumulator:
         origin = self.origin.double()[:, 0]  # (groups, fan_in)
         offset = self.total / self.count
         if self.matrix is not None:
-            # In place: this is the largest thing there is.
+            # In place, as this is the largest tensor.
             full = self.matrix.tril_()
             full += full.tril(-1).transpose(1, 2)
             full /= self.count

@@ -4,8 +4,9 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import find_sites
-from tdecomp.torch_state import no_fast_path, seeded, untouched
+from tdecomp.torch_state import hooks, no_fast_path, no_inference_mode, restoring, untouched
 
 # The samples that output gradients are taken of: weighing layers needs no more.
 GRADIENT_SAMPLES = 128
@@ -97,7 +98,7 @@ def calibrate(
     sites, _ = find_sites(model)
     layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
     samples = GRADIENT_SAMPLES if gradients else 0
-    with seeded(seed):
+    with restoring(model, seed=seed):
         return calibrate_layers(model, layers, given, gradient_samples=samples, variants=True)
 
 
@@ -174,7 +175,7 @@ def _summed(
         return max(peak, sum(s.nbytes for s in sums.values()))
 
     device = device_of(model)
-    with _inputs_shown(model, layers, watch), torch.inference_mode(False):
+    with _inputs_shown(model, layers, watch), no_inference_mode():
         for batch in batches.bar(device, title):
             peak = run(batch)
             if slopes is not None and samples < gradient_samples:
@@ -186,7 +187,7 @@ def _summed(
                     warnings.warn(
                         "calibrate: no gradients can be taken through this model, so that a budget "
                         f"will weigh its layers alike ({type(error).__name__}: {error})",
-                        stacklevel=4,
+                        stacklevel=5,
                     )
                 watching = True
             samples += count_samples(batch)
@@ -203,17 +204,15 @@ def _inputs_shown(
     model: nn.Module, layers: Mapping[str, nn.Module], show: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Call `show` with the name and the input of each layer that is about to run."""
-    with ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        stack.enter_context(no_fast_path())
-        for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: show(
-                    name, next(iter((*args, *kwargs.values())))
-                ),
-                with_kwargs=True,
-            )
-            stack.callback(handle.remove)
+
+    def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        show(name, next(iter((*args, *kwargs.values()))))
+
+    shown = [
+        partial(layer.register_forward_pre_hook, partial(before, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    with untouched(model), no_fast_path(), hooks(shown):
         yield
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.model.trace import describe
+from tdecomp.model.example import describe
 
 
 class CountedRows:

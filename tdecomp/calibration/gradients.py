@@ -1,7 +1,7 @@
 """How much an error in each layer's outputs changes the outputs of the model."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
-from tdecomp.torch_state import frozen, undisturbed
+from tdecomp.torch_state import frozen, hooks, undisturbed
 
 # The samples whose activations are kept at a time, for the backward pass.
 _SAMPLES_AT_A_TIME = 16
@@ -52,26 +52,23 @@ class OutputGradients:
         self._rows.begin(batch)
         anchors: list[Tensor] = []
 
-        def mark(name: str, output: Tensor) -> Tensor:
+        def mark(name: str, _: Any, __: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:  # no earlier layer is marked: the graph begins here
                 output = output.detach().requires_grad_()
                 anchors.append(output)
             output.register_hook(lambda slope: self._take(name, slope))
             return output.clone()  # the next module may change it in place
 
-        with ExitStack() as stack:
-            stack.enter_context(frozen(model))
-            for name, (layer, _) in self._layers.items():
-                handle = layer.register_forward_hook(
-                    lambda _, __, output, name=name: mark(name, output)
-                )
-                stack.callback(handle.remove)
-            with torch.enable_grad():
-                outputs = tensors_of(self._batches.run(model, batch))
-                mixed = [self._mixture(z) for z in outputs if z.requires_grad]
-                if not mixed:
-                    return
-                torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
+        marks = [
+            partial(layer.register_forward_hook, partial(mark, name))
+            for name, (layer, _) in self._layers.items()
+        ]
+        with frozen(model), hooks(marks), torch.enable_grad():
+            outputs = tensors_of(self._batches.run(model, batch))
+            mixed = [self._mixture(z) for z in outputs if z.requires_grad]
+            if not mixed:
+                return
+            torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
         self.samples += count_samples(batch)
 
     def _mixture(self, z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one layer saw."""
+"""The moments of one layer's inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ from tdecomp.linalg.second_moment import SecondMoment
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """What one layer saw.
+    """Moments of the inputs that one layer saw, and of the gradients at its outputs.
 
     Attributes
     ----------
     spec : LayerSpec
     count : int
-        Input patches; for a Linear, input vectors.
+        The number of input patches; for a Linear, of input vectors.
     mean : Tensor, shape (groups, fan_in), float64
     matrix : Tensor, shape (groups, fan_in, fan_in), float64, or None
         The second moment ``E[x xᵀ]``, not centred.
@@ -40,7 +40,7 @@ class LayerMoments:
 
     @property
     def few(self) -> bool:
-        """Whether there are fewer samples than inputs to each output."""
+        """Whether there are fewer patches than entries of a patch."""
         return self.count < self.spec.fan_in
 
     @property
@@ -49,7 +49,7 @@ class LayerMoments:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def second_moments(self, dtype: torch.dtype = torch.float64) -> list[SecondMoment]:
-        """One for each group; about the mean where the layer has a bias that can take it up."""
+        """One for each group; about the mean where the layer has a bias, which can correct it."""
         if self.matrix is not None:
             matrix = self.matrix
             if self.spec.bias:
@@ -113,7 +113,7 @@ class LayerMoments:
         return [self.gradient[at : at + size, at : at + size] for at in places]
 
     def merged(self, other: "LayerMoments", share: float) -> "LayerMoments":
-        """Those of both sets of inputs; `share` is this one's part of all examples."""
+        """The moments of both sets of inputs; `share` is this one's share of all samples."""
         other = other.to(self.mean.device)
         count = self.count + other.count
         mine, matrix, rows, gradient = self.count / count, None, None, None

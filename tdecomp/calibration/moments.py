@@ -1,4 +1,4 @@
-"""What every layer of a model saw, as one object: saved, loaded and merged."""
+"""The moments of all layers of a model: saved, loaded and merged."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _TENSORS = ("mean", "matrix", "rows", "gradient")
 
 
 class Moments(Mapping[str, LayerMoments]):
-    """What every layer of a model saw, by the layer's name.
+    """The moments of every layer's inputs, by the layer's name.
 
     >>> moments = tdecomp.calibrate(model, batches)            # doctest: +SKIP
     >>> moments.save("moments.safetensors")                    # doctest: +SKIP
@@ -29,9 +29,9 @@ class Moments(Mapping[str, LayerMoments]):
     unreached : tuple of str
         Layers that no batch reached; they are fitted by their weights.
     samples : int
-        Examples that were run.
+        The number of samples that were run.
     peak_bytes : int
-        The most that the sums held at a time.
+        The largest memory that the sums took at a time.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Moments(Mapping[str, LayerMoments]):
         )
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write them to a safetensors file; `Moments.load` reads it."""
+        """Write the moments to a safetensors file; `Moments.load` reads it."""
         tensors = {
             f"{name}/{part}": getattr(layer, part).contiguous()
             for name, layer in self.layers.items()

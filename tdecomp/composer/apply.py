@@ -11,7 +11,7 @@ from tdecomp.composer.factorized import Factorized
 from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.model.surgery import as_optimizers, replace_in, unoptimized
+from tdecomp.model.surgery import as_optimizers, swap, unoptimized
 from tdecomp.model.weights import check_weight
 
 
@@ -86,7 +86,7 @@ def apply_factorization(
         )
     # In a holder even the model itself can be replaced.
     holder = nn.ModuleList([model])
-    replace_in(holder, replacements, listed)
+    swap(holder, replacements, listed)
     return holder[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdecomp.model.trace import as_call
+from tdecomp.model.example import as_call, each_tensor
 
 # How a model is called with one batch.
 Forward = Callable[[nn.Module, Any], Any]
@@ -123,15 +123,3 @@ def moved(batch: Any, device: torch.device) -> Any:
         return there.clone() if there.is_inference() else there
 
     return each_tensor(batch, move)
-
-
-def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers, with `change` applied to every tensor in them."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: each_tensor(item, change) for key, item in value.items()}
-    if isinstance(value, tuple):
-        make = getattr(type(value), "_make", type(value))  # a namedtuple takes items one by one
-        return make([each_tensor(item, change) for item in value])
-    return [each_tensor(item, change) for item in value] if isinstance(value, list) else value

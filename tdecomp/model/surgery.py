@@ -7,10 +7,12 @@ from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from tdecomp.layers.chain import Chain
+from tdecomp.torch_state import interrupts_deferred
 
 Replacements = Mapping[nn.Module, Chain]
 # A module, and the way to put another one in its place.
@@ -43,31 +45,69 @@ def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
         ) from error
 
 
-def replace_in(
-    model: nn.Module, replacements: Replacements, optimizers: Sequence[Optimizer] = ()
+def swap(
+    model: nn.Module,
+    chains: Replacements,
+    optimizers: Sequence[Optimizer] = (),
+    values: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replace modules in `model` itself, and their parameters in `optimizers`.
 
-    If anything fails on the way, an interrupt included, model and optimizers are as they were.
+    On an error, model and optimizers are as they were; an interrupt (Ctrl-C) is raised when all of
+    it is done.
+
+    Parameters
+    ----------
+    model : nn.Module
+    chains : dict of nn.Module to Chain
+        The modules to be replaced, wherever they stand in the model.
+    optimizers : sequence of Optimizer
+        New parameters take the old ones' places in their groups.
+    values : dict of str to Tensor, optional
+        New values by the names of parameters and buffers of the changed model, see `tensors_in`.
+        They are copied into the model's own tensors; those that are the same already are left out.
 
     Raises
     ------
     ValueError
-        If the model is itself one of the modules to be replaced.
+        If the model is itself one of the modules to be replaced, or has no tensor of a name and
+        shape in `values`.
     """
-    if model in replacements:
+    if model in chains:
         raise ValueError(
             "the model is itself the layer to be replaced, which cannot be done in place: leave "
             "inplace=False and use result.model"
         )
-    with ExitStack() as undo:
-        for old, put in _slots(model, replacements):
+    slots = _slots(model, chains)
+    with interrupts_deferred(), ExitStack() as undo:
+        for old, put in slots:
             undo.callback(put, old)
-            put(replacements[old])
+            put(chains[old])
+        for mine, value in _changed(model, values or {}):
+            undo.callback(_copy, mine, mine.detach().clone())
+            _copy(mine, value)
         for optimizer in optimizers:
             undo.callback(_restore, optimizer, _snapshot(optimizer))
-            _follow(optimizer, replacements)
+            _follow(optimizer, chains)
         undo.pop_all()
+
+
+def adopt(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The model with the parameters and buffers of another one of the same structure.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks one of them or has another shape; the model is then as it was.
+    """
+    swap(model, {}, values=tensors_in(other))
+    return model
+
+
+def tensors_in(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a model by its name, or names where it is used twice."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return dict([*parameters, *model.named_buffers(remove_duplicate=False)])
 
 
 def as_optimizers(
@@ -94,6 +134,30 @@ def unoptimized(
         for old in _old_parameters(replacements)
         if optimizers and old.requires_grad and not any(_holds(o, old) for o in optimizers)
     )
+
+
+def _changed(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor of the model that is to have another value, with that value."""
+    held = tensors_in(model)
+    changed = []
+    for name, value in values.items():
+        mine = held.get(name)
+        if mine is None or mine.shape != value.shape:
+            found = "no such tensor" if mine is None else f"one of shape {tuple(mine.shape)}"
+            raise ValueError(
+                f"the model has {found} where {name!r} of shape {tuple(value.shape)} is to be "
+                "copied; expected a model of the same structure"
+            )
+        if mine is not value and not torch.equal(mine, value.to(mine)):
+            changed.append((mine, value))
+    return changed
+
+
+def _copy(tensor: Tensor, value: Tensor) -> None:
+    # Inference tensors are changed in inference mode only.
+    mode = torch.inference_mode() if tensor.is_inference() else torch.no_grad()
+    with mode:
+        tensor.copy_(value)
 
 
 def _slots(model: nn.Module, replacements: Replacements) -> list[Slot]:

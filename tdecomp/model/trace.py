@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.model.example import Example
 from tdecomp.torch_state import no_fast_path, untouched
 
 
@@ -21,11 +22,11 @@ class Trace:
     Attributes
     ----------
     calls : mapping of module to list of Call
-        Every watched layer, in no particular order; an empty list if it never ran.
+        For each watched layer the calls that it got; an empty list if it never ran.
     total_macs : int
-        Of the whole pass, by torch's flop counter.
+        MACs of the whole pass, by torch's flop counter.
     oddities : mapping of module to str
-        Why a layer's own `forward` is not all there is to it, for those where this is so.
+        For each layer that is used in another way than by calling it with its input: how.
     """
 
     calls: Mapping[nn.Module, list[Call]]
@@ -33,17 +34,25 @@ class Trace:
     oddities: Mapping[nn.Module, str]
 
 
-def trace(model: nn.Module, layers: Mapping[nn.Module, LayerSpec], example_inputs: Any) -> Trace:
-    """Run `model` once on `example_inputs`, in eval mode without gradients, and watch `layers`.
+def trace(
+    model: nn.Module, layers: Mapping[nn.Module, LayerSpec], example_inputs: Example | Any
+) -> Trace:
+    """Run `model` once on an example, in eval mode without gradients, and watch `layers`.
 
-    Training modes, buffers and the random state are as before afterwards.
+    Training modes, buffers and the random state are restored.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : mapping of module to LayerSpec
+    example_inputs : Example, or the inputs of one
 
     Raises
     ------
     ValueError
         If the model rejects the inputs.
     """
-    args, kwargs = as_call(example_inputs)
+    example = Example.of(example_inputs)
     calls: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
     oddities: dict[nn.Module, str] = {}
     reads = _WeightReads(layers)
@@ -70,40 +79,25 @@ def trace(model: nn.Module, layers: Mapping[nn.Module, LayerSpec], example_input
                 stack.callback(handle.remove)
         try:
             with torch.no_grad(), no_fast_path(), reads, counter:
-                model(*args, **kwargs)
+                example.run(model)
         except Exception as error:
+            expected = (
+                "inputs with which forward(model, inputs) runs"
+                if example.forward
+                else "a tensor, a tuple of positional or a dict of keyword arguments with which "
+                "model(...) runs, or a way to call it: forward=lambda model, inputs: ..."
+            )
             raise ValueError(
-                f"the model rejected example_inputs ({describe(example_inputs)}): "
-                f"{type(error).__name__}: {error}. Expected a tensor, a tuple of positional or a "
-                "dict of keyword arguments with which model(...) runs"
+                f"the model rejected example_inputs ({example.describe()}): "
+                f"{type(error).__name__}: {error}. Expected {expected}"
             ) from error
     for layer in reads.elsewhere:
         oddities.setdefault(layer, "its weight is read outside its own forward")
     return Trace(calls, counter.get_total_flops() // 2, oddities)
 
 
-def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: those of a tuple, those of a dict, or one of any other."""
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    return (example_inputs,), {}
-
-
-def describe(value: Any) -> str:
-    """A few words on example inputs, for messages."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(map(describe, value)) + ")"
-    return type(value).__name__
-
-
 class _WeightReads(TorchFunctionMode):
-    """Finds weights that some torch function sees while their layer is not the one running."""
+    """Finds weights that a torch function is given while their own layer is not running."""
 
     def __init__(self, layers: Mapping[nn.Module, LayerSpec]) -> None:
         super().__init__()

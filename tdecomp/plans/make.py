@@ -24,6 +24,7 @@ from tdecomp.ranks.base import Choice, RankSelector
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 from tdecomp.timing.choose import TimedChoices, choose_with_times
+from tdecomp.timing.measure import profile_for
 from tdecomp.timing.profile import Profile
 
 
@@ -92,17 +93,21 @@ def make_plan(
     wanted = {site.name for site, _ in able}
     gradients = request.selector.weighs_layers
     moments = site_moments(model, sites, wanted, data, gradients=gradients, variants=variants)
+    times = profile_for(
+        request.profile, request.only_if_faster, request.selector, model, request.example, sites,
+        request.methods, request.progress,
+    )  # fmt: skip
     offers = offer_ranks(
         able,
         moments,
         curves=request.selector.weighs_layers,
         largest_share=request.selector.largest_share,
-        rounding=_rounding(request.selector, request.profile),
+        rounding=_rounding(request.selector, times),
         progress=request.progress,
     )
     params = sum((p.numel() for p in model.parameters() if not is_lazy(p)), 0)
     macs = None if trace is None else trace.total_macs
-    chosen, timed = _choose(model, request, offers, Cost(params, macs))
+    chosen, timed = _choose(model, request, times, offers, Cost(params, macs))
     for offer, choice in zip(offers, chosen, strict=True):
         error = _expected_error(choice, offer.losses) if expect else None
         choices[offer.site.name] = replace(choice, error=error)
@@ -115,19 +120,23 @@ def make_plan(
         rows,
         replace(rest, latency=None if timed is None else timed.rest),
         {method.name: method for method in request.methods},
-        None if timed is None else timed.speed.expected,
+        None if timed is None else timed.speed,
     )
     return Planned(plan, {site.name: site for site in sites}, moments, _drafts(offers, chosen))
 
 
 def _choose(
-    model: nn.Module, request: Request, offers: Sequence[Offer], whole: Cost
+    model: nn.Module,
+    request: Request,
+    times: Profile | None,
+    offers: Sequence[Offer],
+    whole: Cost,
 ) -> tuple[list[Choice], TimedChoices | None]:
     """A guarded choice for each offer, and the measured times where there are any."""
     candidates = [offer.candidates for offer in offers]
     rest = whole - total(listed[0].before for listed in candidates)
     guard: Callable[[Choice], Choice] = _unguarded if request.allow_expansion else guarded
-    if request.profile is None:
+    if times is None:
         return [guard(choice) for choice in request.selector.select(candidates, rest)], None
     assert request.example is not None
     timed = choose_with_times(
@@ -135,7 +144,7 @@ def _choose(
         candidates,
         request.selector,
         rest,
-        request.profile,
+        times,
         request.example,
         model,
         only_if_faster=request.only_if_faster,

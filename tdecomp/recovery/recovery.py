@@ -7,13 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from tdecomp.calibration.data import Batches, batches_for
-from tdecomp.model.surgery import copy_with
+from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.torch_state import no_fast_path, seeded, untouched
+from tdecomp.torch_state import no_fast_path, no_inference_mode, restoring, untouched
 
 
 @dataclass(frozen=True)
@@ -83,21 +82,13 @@ def run_on_copy(
     The original may be None for steps that can do without; `options` are those of `batches_for`.
     """
     given = batches_for(step.name, batches, **options)
-    held_out: Any = None if original is None else HeldOut(original, given)
-    with torch.inference_mode(False):  # the copy of an inference tensor could not be trained
-        copy = copy_with(model, {})
-    with seeded(given.seed):
+    models = [model] if original is None else [model, original]
+    with restoring(*models, seed=given.seed):
+        held_out: Any = None if original is None else HeldOut(original, given)
+        with no_inference_mode():  # the copy of an inference tensor could not be trained
+            copy = copy_with(model, {})
         recovery = step.run(copy, original, given, held_out)
-    return replace(recovery, model=adopt(model, copy)) if inplace else recovery
-
-
-def adopt(model: nn.Module, other: nn.Module) -> nn.Module:
-    """The model with every parameter and buffer of another one of the same structure."""
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, value in other.state_dict().items():
-            state[name].copy_(value)
-    return model
+        return replace(recovery, model=adopt(model, copy)) if inplace else recovery
 
 
 @contextmanager

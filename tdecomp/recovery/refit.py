@@ -15,9 +15,10 @@ from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
+from tdecomp.decomposers.assemble import factors_of_chain, parameter, write_factors
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
@@ -157,7 +158,7 @@ def _left_alone(layer: ReplacedLayer, reason: str) -> str:
 
 def _factors_of(layer: ReplacedLayer) -> tuple[Factorization | None, str]:
     """The factors that the chain holds, or None and the reason why it cannot be refitted."""
-    method = layer.chain.decomposer
+    method: Decomposer | None = layer.chain.decomposer
     if layer.spec.transposed:
         return None, "transposed convolutions have no moments"
     if any(isinstance(part, Chain) for part in layer.chain):
@@ -166,8 +167,8 @@ def _factors_of(layer: ReplacedLayer) -> tuple[Factorization | None, str]:
         return None, f"its method {layer.chain.method!r} is not known; register it before loading"
     if not method.uses_moments:
         return None, f"{method.name} uses no moments"
-    with undisturbed(_parameter(layer.layer.weight).device):
-        factors = method.factorization_of(layer.chain, layer.spec)
+    with undisturbed(device_of(layer.chain)):
+        factors = factors_of_chain(layer.chain, method)
     return factors, f"{method.name} cannot tell the factors of its chain"
 
 
@@ -175,34 +176,24 @@ def _match(layer: ReplacedLayer, sums: Accumulator, gradient: Tensor | None, sam
     moments = sums.finish(gradient)
     if moments is None:
         raise ValueError(f"refit: {layer}: the batches hold no samples that count")
-    return Match(sums, moments, _parameter(layer.layer.weight), samples)
+    return Match(sums, moments, parameter(layer.layer.weight), samples)
 
 
 def _refit_chain(layer: ReplacedLayer, before: Factorization, match: Match) -> tuple[float, float]:
     """Solve for the chain's factors again; the shares of the output lost before and after."""
     chain, method = layer.chain, layer.chain.decomposer
     assert chain.rank is not None
-    fitted = match.fit(method.brief(_ITERATIONS), chain.rank, before)
+    fitted = match.fit(method.limited(_ITERATIONS), chain.rank, before)
     old = chain[-1].bias
     bias = match.best_bias(fitted) if layer.spec.bias else None
     # Rounded as the chain is going to hold them.
-    dtype = _parameter(chain[-1].weight).dtype
+    dtype = next(chain.parameters()).dtype
     fitted = fitted.to(dtype).to(torch.float64)
     bias = None if bias is None else bias.to(dtype)
     error_before = match.lost(before, old.detach() if isinstance(old, Tensor) else None)
     error_after = match.lost(fitted, bias)
     if error_after < error_before:
-        _put(chain, fitted, bias)
+        write_factors(chain, method, fitted)
+        if bias is not None:
+            parameter(old).copy_(bias)
     return error_before, min(error_before, error_after)
-
-
-def _put(chain: Chain, fitted: Factorization, bias: Tensor | None) -> None:
-    for part, values in zip(chain, fitted.stage_weights(), strict=True):
-        _parameter(part.weight).copy_(LayerSpec.of(part).from_forward_layout(values))
-    if bias is not None:
-        _parameter(chain[-1].bias).copy_(bias)
-
-
-def _parameter(value: Any) -> nn.Parameter:
-    assert isinstance(value, nn.Parameter)
-    return value

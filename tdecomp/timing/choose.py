@@ -1,315 +1,277 @@
-"""A choice of ranks with measured times: guarded, rehearsed as a whole, corrected."""
+"""A choice of ranks with measured times: chosen by predictions, then timed as a whole model."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
-from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
+from tdecomp.model.example import Example
 from tdecomp.model.sites import Site
-from tdecomp.plans.row import Row
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
-from tdecomp.timing.in_model import InModel, Point
-from tdecomp.timing.pairs import Pair, Pairs
+from tdecomp.timing.latency_predictor import LatencyPredictor
+from tdecomp.timing.layout_times import LayerComparison, LayoutTimes, TimedRequest
 from tdecomp.timing.profile import Profile
-from tdecomp.timing.rehearsal import Rehearsal
 from tdecomp.timing.speed import Speed
-from tdecomp.timing.time_penalty import quick_choices
+from tdecomp.timing.time_penalty import choose_with_time_penalty
 
-# Choices that are timed as a whole model, at most, and how close to what was asked for is enough.
+# At most so many choices are timed as a whole model, until one is this close to its aim.
 _REHEARSALS = 5
 _CLOSE = 0.02
-# What is aimed for, so that the scatter of a measurement does not make a miss of it.
+# The share of a budget that is aimed at, so that noise does not push a measurement beyond it.
 _AIM = 0.965
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What was chosen for each site, what it takes, and the time of the whole."""
+class TimedChoices:
+    """The choices for all sites of a model with their times.
+
+    Attributes
+    ----------
+    choices : list of Choice
+        One for each site.
+    seconds : mapping of str to (float, float)
+        By the name of the site, seconds of its layer and of what takes its place.
+    speed : Speed
+        The predicted speed of the whole model.
+    rest : float
+        Seconds of one pass of the original outside the sites' layers.
+    """
 
     choices: list[Choice]
     seconds: Mapping[str, tuple[float, float]]
     speed: Speed
     rest: float
 
-    def on(self, row: Row) -> Row:
-        """The row with the times of its layer before and after."""
-        before, after = self.seconds.get(row.name, (None, None))
-        return replace(row, latency_before=before, latency_after=after)
+    @property
+    def share(self) -> float:
+        """The predicted time, as a share of the original's."""
+        return self.speed.predicted or 1.0
 
 
-@dataclass
-class TimedChoice:
-    """Chooses for the sites of one model with the times of a profile.
+def choose_with_times(
+    sites: Sequence[Site],
+    candidates: Sequence[Sequence[Candidate]],
+    selector: RankSelector,
+    rest: Cost,
+    profile: Profile,
+    example: Example,
+    model: nn.Module,
+    *,
+    only_if_faster: bool,
+    guard: Callable[[Choice], Choice],
+) -> TimedChoices:
+    """Choose for all sites in each layout of the profile, and return the best result.
 
-    Attributes
+    Parameters
     ----------
-    model : nn.Module
-    example_inputs : Tensor, tuple or dict
     sites : sequence of Site
+        The layers that may be replaced.
     candidates : sequence of sequences of Candidate
-        For each site; their times are added here.
-    decomposers : mapping of str to Decomposer
+        For each site.
     selector : RankSelector
     rest : Cost
-        Of all of the model that is none of these sites.
+        The cost of the model outside these sites.
     profile : Profile
+    example : Example
+    model : nn.Module
     only_if_faster : bool
         Leave each layer alone whose chain is not measurably faster.
     guard : callable ``Choice -> Choice``
-        What else a choice has to pass.
+        Replaces a choice that is refused in any case by one that says why.
+
+    Raises
+    ------
+    ValueError
+        If the budget cannot be met, or the times scatter by more than what it asks for.
     """
+    request = TimedRequest(
+        sites, candidates, selector, rest, profile, example, model, only_if_faster, guard
+    )
+    comparisons: dict[Any, LayerComparison] = {}
+    found: list[TimedChoices] = []
+    refused: dict[str, ValueError] = {}
+    for layout in profile.layouts:
+        try:
+            found.append(_choose_in_layout(LayoutTimes(request, layout, comparisons)))
+        except ValueError as error:
+            refused[layout] = error
+    if not found:
+        raise refused[profile.best_layout]
+    return min(found, key=partial(_demerit, selector.latency))
 
-    model: nn.Module
-    example_inputs: Any
-    sites: Sequence[Site]
-    candidates: Sequence[Sequence[Candidate]]
-    decomposers: Mapping[str, Decomposer]
-    selector: RankSelector
-    rest: Cost
-    profile: Profile
-    only_if_faster: bool
-    guard: Callable[[Choice], Choice]
-    _pairs: Pairs = field(init=False)
-    _rehearsal: Rehearsal = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._pairs = Pairs(self.model, self.profile)
-        self._rehearsal = Rehearsal(
-            self.model, self.example_inputs, self.profile, self.selector.latency
-        )
+def _demerit(budget: float | None, timed: TimedChoices) -> tuple[float, float]:
+    """What to minimize: without a budget in time the time; else the excess, then the loss."""
+    if budget is None:
+        return timed.share, 0.0
+    excess = max(0.0, timed.share / budget - 1 - _CLOSE)
+    return excess, sum(choice.loss for choice in timed.choices)
 
-    def best(self) -> Timed:
-        """The better of what was found in each layout.
 
-        Raises
-        ------
-        ValueError
-            If the budget cannot be met, or the times scatter by more than what it asks for.
-        """
-        found: list[Timed] = []
-        refused: dict[str, ValueError] = {}
-        for layout in self.profile.layouts:
-            try:
-                found.append(self._in_layout(layout))
-            except ValueError as error:
-                refused[layout] = error
-        if not found:
-            raise refused[self.profile.best_layout]
-        return min(found, key=self._worth)
-
-    def _worth(self, timed: Timed) -> tuple[float, float]:
-        """Smaller is better: what is lost where time is given, else the time."""
-        predicted = timed.speed.predicted or 1.0
-        if self.selector.latency is None:
-            return predicted, 0.0
-        missed = max(0.0, predicted / self.selector.latency - 1 - _CLOSE)
-        return missed, sum(choice.loss for choice in timed.choices)
-
-    def _in_layout(self, layout: str) -> Timed:
-        original = self._original(layout)
-        known, points, found = InModel.alone(original[1], original[0]), [original], list[Timed]()
-        wanted = self.selector.latency
-        for _ in range(_REHEARSALS):
-            timed = self._once(layout, known)
-            found.append(timed)
-            if wanted is None or self._close(timed):
-                break
-            points.append((self._seconds(timed.choices, layout), self._in_profile(timed)))
-            line = InModel.through(points, near=_AIM * wanted * self.profile.fastest)
-            if line is None:
-                break
-            known = line
-        return min(found, key=self._worth)
-
-    def _original(self, layout: str) -> Point:
-        nothing = [Choice()] * len(self.sites)
-        return self._seconds(nothing, layout), self.profile.whole[layout].median
-
-    def _in_profile(self, timed: Timed) -> float:
-        """Seconds of the whole as the profile would have them.
-
-        The machine may be in another mood by now, but for both models alike.
-        """
-        return (timed.speed.predicted or 1.0) * self.profile.fastest
-
-    def _close(self, timed: Timed) -> bool:
-        """Whether another choice would come no nearer to what was asked for."""
-        wanted, predicted = self.selector.latency, timed.speed.predicted or 1.0
+def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
+    """Choose, time the whole model, correct the predictor by it, and choose again."""
+    budget, fastest = times.request.selector.latency, times.request.profile.fastest
+    points = [(sum(times.layers()), times.original)]
+    predictor = LatencyPredictor.from_original(*points[0])
+    found: list[TimedChoices] = []
+    for _ in range(_REHEARSALS):
+        timed = _choose_once(times, predictor)
+        found.append(timed)
         nothing_changed = all(choice.candidate is None for choice in timed.choices)
-        return wanted is None or nothing_changed or abs(predicted / (_AIM * wanted) - 1) <= _CLOSE
+        if budget is None or nothing_changed or abs(timed.share / (_AIM * budget) - 1) <= _CLOSE:
+            break
+        # A share of the profile's seconds: the machine may be slower now than it was then, but
+        # for both models alike.
+        points.append((times.chosen(timed.choices), timed.share * fastest))
+        corrected = LatencyPredictor.through(points, near=_AIM * budget * fastest)
+        if corrected is None:
+            break
+        predictor = corrected
+    return min(found, key=partial(_demerit, budget))
 
-    def _seconds(self, choices: Sequence[Choice], layout: str) -> float:
-        """Of all layers alone, those that are chosen for decomposed."""
-        return sum(
-            self._layer(site, layout)
-            if choice.candidate is None or choice.rank is None
-            else self._chain(site, choice.candidate.method, choice.rank, layout)
-            for site, choice in zip(self.sites, choices, strict=True)
-        )
 
-    def _once(self, layout: str, known: InModel) -> Timed:
-        """Choose, guard, and time the whole model of empty chains."""
-        before = [self._layer(site, layout) for site in self.sites]
-        candidates = [
-            [self._with_times(c, site, layout, known.factor) for c in offered]
-            for site, offered in zip(self.sites, self.candidates, strict=True)
-        ]
-        remaining = replace(self.rest, latency=known.rest)
-        selector = self._for_layout(layout, known)
-        while True:
-            try:
-                choices = self._selected(selector, candidates, remaining)
-            except ValueError as error:
-                choices = self._fastest(candidates, layout, error)
-            pairs = [self._pair(s, c, layout) for s, c in zip(self.sites, choices, strict=True)]
-            slower = [i for i, pair in enumerate(pairs) if pair and self._not_worth_it(pair)]
-            if not slower:
-                break
-            if not selector.weighs_layers:
-                for i in slower:
-                    choices[i], pairs[i] = Choice(reason=_reason(choices[i], pairs[i])), None
-                break
-            for i in slower:
-                candidates[i] = [_without(c, choices[i]) for c in candidates[i]]
-        seconds = {
-            site.name: (whole, whole) if pair is None else (pair.before, pair.after)
-            for site, pair, whole in zip(self.sites, pairs, before, strict=True)
-        }
-        rest = max(0.0, self.profile.whole[layout].median - sum(before))
-        speed = self._rehearsed(choices, layout)
-        if self.only_if_faster and (speed.predicted or 1.0) > 1:
-            reason = f"the model with such chains takes {speed.predicted:.2f} of its time"
-            choices = [c if c.candidate is None else Choice(reason=reason) for c in choices]
-            seconds = {site.name: (t, t) for site, t in zip(self.sites, before, strict=True)}
-            speed = self._rehearsed(choices, layout)
-        return Timed(choices, seconds, speed, rest)
+def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoices:
+    """Choose by predicted times, drop chains that are slower, and time the whole model."""
+    request, layers = times.request, times.layers()
+    selector = _aimed(request.selector, times, predictor)
+    candidates = [
+        [_with_times(c, site, times, predictor.factor) for c in offered]
+        for site, offered in zip(request.sites, request.candidates, strict=True)
+    ]
+    rest = replace(request.rest, latency=predictor.rest)
+    while True:
+        try:
+            choices = _select(request, selector, candidates, rest)
+        except ValueError as error:
+            choices = _fastest(times, candidates, error)
+        compared = [times.compare(s, c) for s, c in zip(request.sites, choices, strict=True)]
+        slower = [i for i, found in enumerate(compared) if found and _too_slow(request, found)]
+        if not slower or not selector.weighs_layers:
+            break
+        for i in slower:
+            candidates[i] = [_without(c, choices[i]) for c in candidates[i]]
+    for i in slower:
+        choices[i], compared[i] = Choice(reason=_reason(choices[i], compared[i])), None
+    speed = times.rehearse(choices)
+    if request.only_if_faster and (speed.predicted or 1.0) > 1:
+        reason = f"the model with these chains takes {speed.predicted:.2f} of its time"
+        choices = [c if c.candidate is None else Choice(reason=reason) for c in choices]
+        compared = [None] * len(choices)
+        speed = times.rehearse(choices)
+    seconds = {
+        site.name: (layer, layer) if found is None else (found.before, found.after)
+        for site, layer, found in zip(request.sites, layers, compared, strict=True)
+    }
+    return TimedChoices(choices, seconds, speed, max(0.0, times.original - sum(layers)))
 
-    def _selected(
-        self, selector: RankSelector, candidates: Sequence[Sequence[Candidate]], rest: Cost
-    ) -> list[Choice]:
-        in_macs = selector.weighs_layers and selector.latency is None
-        if self.only_if_faster and in_macs:
-            choices = quick_choices(selector, candidates, rest)
+
+def _aimed(selector: RankSelector, times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:
+    """The selector that asks for the same seconds, as a share of the predicted original's."""
+    budget = selector.latency
+    if budget is None:
+        return selector
+    predicted = predictor.rest + predictor.factor * sum(times.layers())
+    aim = 1.0 if budget == 1 else _AIM
+    share = min(1.0, aim * budget * times.request.profile.fastest / predicted)
+    if math.isclose(share, budget, rel_tol=1e-6):
+        return selector
+    return replace(selector, latency=share)  # type: ignore[type-var]
+
+
+def _with_times(candidate: Candidate, site: Site, times: LayoutTimes, factor: float) -> Candidate:
+    """The candidate with predicted seconds; if time counts, without options that save none."""
+    layer = factor * times.layer(site)
+    time_counts = times.request.only_if_faster or times.request.selector.latency is not None
+
+    def cost(rank: Rank) -> Cost:
+        latency = factor * times.chain(site, candidate, rank)
+        return replace(candidate.cost(rank), latency=latency)
+
+    @cache
+    def options() -> list[Option]:
+        timed = [replace(o, cost=cost(o.rank)) for o in candidate.options()]
+        return [o for o in timed if not time_counts or (o.cost.latency or 0.0) < layer]
+
+    before = replace(candidate.before, latency=layer)
+    return replace(candidate, before=before, cost=cost, options=options)
+
+
+def _select(
+    request: TimedRequest,
+    selector: RankSelector,
+    candidates: Sequence[Sequence[Candidate]],
+    rest: Cost,
+) -> list[Choice]:
+    """The selector's choices, guarded."""
+    if request.only_if_faster and selector.weighs_layers and selector.latency is None:
+        choices = choose_with_time_penalty(selector, candidates, rest)
+    else:
+        choices = selector.select(candidates, rest)
+    return [request.guard(choice) for choice in choices]
+
+
+def _fastest(
+    times: LayoutTimes, candidates: Sequence[Sequence[Candidate]], error: ValueError
+) -> list[Choice]:
+    """The fastest choices, if they meet a budget in time once they are measured.
+
+    A selector may refuse a budget that can be met, as the rest of the model can take less time
+    than predicted.
+    """
+    selector, budget = times.request.selector, times.request.selector.latency
+    if times.request.only_if_faster and budget is None:
+        raise ValueError(
+            f"{error}. With only_if_faster=True a chain that is not measurably faster than its "
+            "layer does not count"
+        ) from error
+    others = (getattr(selector, name, None) for name in ("macs", "params"))
+    if budget is None or any(share is not None for share in others):
+        raise error
+    choices = []
+    for offered in candidates:
+        options = [(c, o) for c in offered for o in c.options()]
+        fastest = min(options, key=lambda pair: pair[1].cost.latency or 0.0, default=None)
+        if fastest is None:
+            choices.append(Choice(reason="no chain is faster"))
         else:
-            choices = selector.select(candidates, rest)
-        return [self.guard(choice) for choice in choices]
+            candidate, option = fastest
+            choice = Choice(candidate, option.rank, error=option.error, loss=option.loss)
+            choices.append(times.request.guard(choice))
+    least = times.rehearse(choices).predicted or 1.0
+    if least > budget:
+        raise ValueError(
+            f"Budget: latency={budget} cannot be met: the least is {least:.3f} of the model's "
+            "time, measured with these methods and layers. Expected a larger budget, more methods "
+            "or fewer layers left alone"
+        ) from error
+    return choices
 
-    def _not_worth_it(self, pair: Pair) -> bool:
-        if self.only_if_faster:
-            return not pair.faster
-        return self.selector.latency is not None and pair.ratio.low >= 1
 
-    def _for_layout(self, layout: str, known: InModel) -> RankSelector:
-        """The selector that asks for the same time, of a model that takes what is known here."""
-        if self.selector.latency is None:
-            return self.selector
-        whole = known.rest + known.factor * self._original(layout)[0]
-        aim = 1.0 if self.selector.latency == 1 else _AIM
-        share = min(1.0, aim * self.selector.latency * self.profile.fastest / whole)
-        if math.isclose(share, self.selector.latency, rel_tol=1e-6):
-            return self.selector
-        return replace(self.selector, latency=share)  # type: ignore[type-var]
-
-    def _fastest(
-        self, candidates: Sequence[Sequence[Candidate]], layout: str, error: ValueError
-    ) -> list[Choice]:
-        """The choices that take least time, of which it is measured what they reach.
-
-        What a budget takes for impossible may be possible: the rest of a model takes less than
-        what its layers leave of it.
-        """
-        if self.only_if_faster and self.selector.latency is None:
-            raise ValueError(
-                f"{error}. With only_if_faster=True a chain that is not measurably faster than its "
-                "layer does not count"
-            ) from error
-        others = (getattr(self.selector, name, None) for name in ("macs", "params"))
-        if self.selector.latency is None or any(share is not None for share in others):
-            raise error
-        choices = []
-        for offered in candidates:
-            options = [(c, o) for c in offered for o in c.options()]
-            quickest = min(options, key=lambda pair: pair[1].cost.latency or 0.0, default=None)
-            if quickest is None:
-                choices.append(Choice(reason="no chain is faster"))
-            else:
-                candidate, option = quickest
-                found = Choice(candidate, option.rank, error=option.error, loss=option.loss)
-                choices.append(self.guard(found))
-        least = self._rehearsed(choices, layout).predicted or 1.0
-        if least > self.selector.latency:
-            raise ValueError(
-                f"Budget: latency={self.selector.latency} cannot be met: the least is {least:.3f} "
-                "of the model's time, measured with these methods and layers. Expected a larger "
-                "budget, more methods or fewer layers left alone"
-            ) from error
-        return choices
-
-    def _with_times(
-        self, candidate: Candidate, site: Site, layout: str, factor: float
-    ) -> Candidate:
-        whole = factor * self._layer(site, layout)
-
-        def cost(rank: Any) -> Cost:
-            latency = factor * self._chain(site, candidate.method, rank, layout)
-            return replace(candidate.cost(rank), latency=latency)
-
-        @cache
-        def options() -> list[Option]:
-            timed = [replace(o, cost=cost(o.rank)) for o in candidate.options()]
-            if not self.only_if_faster and self.selector.latency is None:
-                return timed
-            return [o for o in timed if (o.cost.latency or 0.0) < whole]
-
-        before = replace(candidate.before, latency=whole)
-        return replace(candidate, before=before, cost=cost, options=options)
-
-    def _layer(self, site: Site, layout: str) -> float:
-        assert site.spec is not None
-        return self.profile.layer(site.spec, site.calls or (), layout)
-
-    def _chain(self, site: Site, method: str, rank: Any, layout: str) -> float:
-        assert site.spec is not None
-        decomposer, calls = self.decomposers[method], site.calls or ()
-        return self.profile.chain(decomposer, site.spec, rank, calls, layout)
-
-    def _pair(self, site: Site, choice: Choice, layout: str) -> Pair | None:
-        if choice.candidate is None or choice.rank is None or not site.calls:
-            return None
-        assert site.spec is not None
-        stages = tuple(self.decomposers[choice.candidate.method].stages(site.spec, choice.rank))
-        return self._pairs.of(site.spec, stages, site.calls, layout)
-
-    def _rehearsed(self, choices: Sequence[Choice], layout: str) -> Speed:
-        """The time of the model with these chains, whose weights do not matter."""
-        chains = {}
-        for site, choice in zip(self.sites, choices, strict=True):
-            if choice.candidate is not None and choice.rank is not None:
-                assert site.spec is not None
-                decomposer = self.decomposers[choice.candidate.method]
-                chains[site.module] = decomposer.build_like(site.module, site.spec, choice.rank)
-        return self._rehearsal.speed(chains, layout)
+def _too_slow(request: TimedRequest, found: LayerComparison) -> bool:
+    if request.only_if_faster:
+        return not found.faster
+    return request.selector.latency is not None and found.ratio.low >= 1
 
 
 def _without(candidate: Candidate, choice: Choice) -> Candidate:
-    """The candidate without one of its options."""
+    """The candidate without the option that was chosen."""
     if choice.candidate is None or candidate.method != choice.candidate.method:
         return candidate
     left = [option for option in candidate.options() if option.rank != choice.rank]
     return replace(candidate, options=lambda: left)
 
 
-def _reason(choice: Choice, pair: Pair | None) -> str:
+def _reason(choice: Choice, found: LayerComparison | None) -> str:
     assert choice.candidate is not None
-    assert pair is not None
+    assert found is not None
     words = f"{choice.candidate.method} at rank {choice.rank} takes"
-    times = f"{1e3 * pair.after:.3g} ms against the layer's {1e3 * pair.before:.3g} ms"
-    if pair.ratio.low >= 1:
+    times = f"{1e3 * found.after:.3g} ms against the layer's {1e3 * found.before:.3g} ms"
+    if found.ratio.low >= 1:
         return f"slower: {words} {times}"
-    scatter = f"the ratio scatters from {pair.ratio.low:.2f} to {pair.ratio.high:.2f}"
+    scatter = f"the ratio scatters from {found.ratio.low:.2f} to {found.ratio.high:.2f}"
     return f"not measurably faster: {words} {times}, and {scatter}"

@@ -1,7 +1,6 @@
-"""`profile`: the few measurements that tell what each layer and each of its chains would take."""
+"""`profile`: a few measurements, from which the time of any layer or chain is read."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,39 +10,24 @@ from torch import nn
 from tqdm import tqdm
 
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.methods import Methods, listed_methods
+from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.model.batches import Forward
+from tdecomp.model.example import Example
+from tdecomp.model.layout import LAYOUTS, layout_of
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.model.trace import describe
-from tdecomp.ranks.grid import Rounding
-from tdecomp.timing.layers import Stages, seconds_of, timed_ranks
-from tdecomp.timing.profile import Profile, check_profile, model_in_words
-from tdecomp.timing.setting import LAYOUTS, Setting, device_and_dtype, layout_of
-from tdecomp.timing.stopwatch import Time
-from tdecomp.timing.whole_model import whole_times
+from tdecomp.ranks.base import RankSelector
+from tdecomp.timing.profile import Profile, model_in_words, timed_ranks
+from tdecomp.timing.setting import Setting, device_and_dtype
+from tdecomp.timing.speed import Quartiles
+from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Stages, Stopwatch, TimingEffort
 
-# Multiples of ranks that hardware may like, largest first, and the share of the step from one
-# multiple to the next that must be taken half-way, already, for it to be such a step.
+# Multiples of ranks that hardware may prefer, largest first. Time rises in steps of a multiple if
+# this share of the rise from one multiple to the next is there half-way between them.
 _MULTIPLES = (32, 16, 8)
 _STEP = 0.7
 _MISMATCH = ("error", "remeasure")
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How many ranks of each method are timed, how often, and for how many seconds each time."""
-
-    points: int
-    rounds: int
-    min_block: float
-
-
-EFFORTS = {
-    "quick": Effort(3, 3, 0.001),
-    "default": Effort(5, 7, 0.003),
-    "thorough": Effort(9, 15, 0.01),
-}
 
 
 def profile(
@@ -51,6 +35,7 @@ def profile(
     example_inputs: Any = None,
     methods: Methods = "dense",
     *,
+    forward: Forward | None = None,
     memory_format: str | torch.memory_format | None = None,
     compiled: bool = False,
     effort: str = "default",
@@ -58,16 +43,16 @@ def profile(
     on_mismatch: str = "error",
     progress: bool = True,
 ) -> Profile:
-    """Time a model, its layers, and what the methods would make of them, on this machine.
+    """Time a model, its layers, and the chains that may replace them, on this machine.
 
     >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU())
     >>> times = profile(model, torch.zeros(1, 16, 8, 8), "lowrank", progress=False)
     >>> 0 < times.whole["contiguous"].median < 1
     True
 
-    Times are those of the device and dtype of the model, the batch size of the inputs and torch's
+    Times hold for the device and dtype of the model, the batch size of the inputs and torch's
     number of threads. Equal layers are timed once. Each method is timed at a few ranks, multiples
-    of what the machine likes; a Budget(latency=...) reads the times of others between them.
+    that this machine prefers; a Budget(latency=...) interpolates between them.
 
     Parameters
     ----------
@@ -76,12 +61,13 @@ def profile(
         One call of the model, of the size that is going to be used.
     methods : str, Decomposer or a sequence of them
         As for `tdecomp.plan`.
+    forward : callable ``(model, example_inputs) -> output``, optional
+        How the model is called; by default a tuple holds positional and a dict keyword arguments.
     memory_format : {"auto", "contiguous", "channels_last"} or torch.memory_format, optional
-        The layout to run in; "auto" tries both, for the original and for what is made of it, and
-        compares the best with the best. By default that of the model.
+        The layout to run in; by default that of the model. "auto" tries both layouts, for the
+        original and for the result, and compares the best of each.
     compiled : bool
-        Whether the model will run compiled. Layers and chains are timed one by one without, whole
-        models with it.
+        Whether the model will run compiled. Single layers and chains are always timed uncompiled.
     effort : {"quick", "default", "thorough"}
     cache : Profile, optional
         Times that need not be taken again.
@@ -97,7 +83,7 @@ def profile(
     Raises
     ------
     TypeError
-        For a cache that is no profile.
+        For a cache that is not a profile.
     ValueError
         Without inputs, if the model rejects them, for an unknown option, and for a cache of
         another setting.
@@ -115,54 +101,129 @@ def profile(
             "profile: times are those of one call of the model, got no example_inputs; expected a "
             "tensor, a tuple or a dict of the size that is going to be used"
         )
-    setting = Setting.of(model, compiled=compiled)
-    known = _known(cache, setting, on_mismatch)
-    sites, _ = find_sites(model, None, example_inputs)
-    decomposers = listed_methods(methods)
-    how = EFFORTS[effort]
-    whole = whole_times(model, example_inputs, layouts, compiled=compiled)
+    cache = _usable(cache, Setting.of(model, compiled=compiled), on_mismatch)
+    example = Example.of(example_inputs, forward)
+    sites, _ = find_sites(model, None, example)
+    return measure(
+        model,
+        example,
+        sites,
+        listed_methods(methods),
+        layouts=layouts,
+        compiled=compiled,
+        effort=EFFORTS[effort],
+        cache=cache,
+        progress=progress,
+    )
+
+
+def measure(
+    model: nn.Module,
+    example: Example,
+    sites: Sequence[Site],
+    decomposers: Sequence[Decomposer],
+    *,
+    layouts: Sequence[str] | None = None,
+    compiled: bool = False,
+    effort: TimingEffort = EFFORTS["default"],
+    cache: Profile | None = None,
+    progress: bool = False,
+    stopwatch: Stopwatch = THIS_MACHINE,
+) -> Profile:
+    """The profile of a model whose sites are known; layers that are left alone are not timed."""
+    layouts = layouts or (layout_of(model),)
+    runs = [(model, layout) for layout in layouts]
+    columns = stopwatch.models(runs, example, compiled=compiled).T
     result = Profile(
-        setting, model_in_words(model), describe(example_inputs), whole, known, points=how.points
+        Setting.of(model, compiled=compiled),
+        model_in_words(model),
+        example.describe(),
+        {layout: Quartiles.over(seconds) for layout, seconds in zip(layouts, columns, strict=True)},
+        dict(cache.times) if cache else {},
+        points=effort.points,
+        stopwatch=stopwatch,
     )
     geometries = _geometries(sites)
     device, dtype = device_and_dtype(model)
-    clock = partial(
-        seconds_of, device=device, dtype=dtype, rounds=how.rounds, min_block=how.min_block
-    )
-    result.round_to = cache.round_to if known and cache else _liked(geometries, result, clock)
+    seconds_of = partial(stopwatch.layers, device=device, dtype=dtype, effort=effort)
+    result.round_to = cache.round_to if cache else _multiple(geometries, result, seconds_of)
     work = [
         (layout, spec, call)
         for layout in dict.fromkeys(map(result.timed_in, layouts))
         for spec, call in geometries
     ]
     for layout, spec, call in tqdm(work, desc="profile", unit="layer", disable=not progress):
-        chains = _chains(spec, call, decomposers, result.rounding, how.points)
+        chains = _chains(spec, call, decomposers, result)
         missing = [stages for stages in chains if (layout, stages, call) not in result.times]
         if missing:
-            seconds = clock(missing, call, layout)
+            seconds = seconds_of(spec, missing, call, layout)
             for stages, column in zip(missing, seconds.T, strict=True):
-                result.times[layout, stages, call] = Time.over(column)
+                result.times[layout, stages, call] = Quartiles.over(column)
     return result
 
 
+def check_timing(
+    profile: Profile | None, only_if_faster: bool, selector: RankSelector, example: Example | None
+) -> None:
+    """Raise an error if times are asked for and there is no call of the model to time."""
+    check_profile("profile", profile)
+    asked = {
+        "only_if_faster=True": only_if_faster,
+        "Budget(latency=...)": selector.latency is not None,
+        "profile=...": profile is not None,
+    }
+    for name, wanted in asked.items():
+        if wanted and example is None:
+            raise ValueError(
+                f"{name}: times are those of one call of the model, got no example_inputs; "
+                "expected inputs of the batch size that is going to be used"
+            )
+
+
+def profile_for(
+    profile: Profile | None,
+    only_if_faster: bool,
+    selector: RankSelector,
+    model: nn.Module,
+    example: Example | None,
+    sites: Sequence[Site],
+    methods: Sequence[Decomposer],
+    progress: bool,
+) -> Profile | None:
+    """The given profile, checked; a new one if one is needed; None if no times are asked for."""
+    if example is None:
+        return None
+    if profile is not None:
+        profile.check(model, example)
+        return profile
+    if selector.latency is None and not only_if_faster:
+        return None
+    return measure(model, example, sites, methods, progress=progress)
+
+
+def check_profile(name: str, value: Any) -> None:
+    """Raise a TypeError for anything that is not a profile, such as the path of one."""
+    if value is not None and not isinstance(value, Profile):
+        raise TypeError(
+            f"{name}: expected a Profile, got {value!r}; tdecomp.profile(model, example_inputs) "
+            "makes one, tdecomp.Profile.load(path) reads one that was saved"
+        )
+
+
 def _chains(
-    spec: LayerSpec,
-    call: Call,
-    decomposers: Iterable[Decomposer],
-    rounding: Rounding,
-    count: int,
+    spec: LayerSpec, call: Call, decomposers: Sequence[Decomposer], result: Profile
 ) -> list[Stages]:
     """The layer first, then all chains to be timed with it."""
     chains: dict[Stages, None] = {(spec,): None}
     for decomposer in decomposers:
         if decomposer.refusal(spec) is None:
-            for rank in timed_ranks(decomposer, spec, call, rounding, count):
+            for rank in timed_ranks(decomposer, spec, call, result.rounding, result.points):
                 chains[tuple(decomposer.stages(spec, rank))] = None
     return list(chains)
 
 
 def _geometries(sites: Sequence[Site]) -> list[tuple[LayerSpec, Call]]:
-    """Each kind of layer and call once, those that take most first."""
+    """Each different layer and call once, the most expensive first."""
     found = {
         (site.spec, call): chain_cost((site.spec,), (call,)).deciding
         for site in sites
@@ -172,11 +233,13 @@ def _geometries(sites: Sequence[Site]) -> list[tuple[LayerSpec, Call]]:
     return sorted(found, key=lambda geometry: -found[geometry])
 
 
-def _liked(geometries: Sequence[tuple[LayerSpec, Call]], result: Profile, clock: Any) -> int:
-    """The multiple of channels that one stage of the costliest layer takes time by.
+def _multiple(
+    geometries: Sequence[tuple[LayerSpec, Call]], result: Profile, seconds_of: Any
+) -> int:
+    """The multiple of channels in whose steps the time of the most expensive layer rises.
 
     Hardware works on blocks of channels: a block that is half empty takes as long as a full one.
-    Where no such step stands out, the smallest.
+    Where no step stands out, the smallest multiple.
     """
     for spec, call in geometries:
         largest = min(spec.in_channels, spec.out_channels) // 2 // _MULTIPLES[0] * _MULTIPLES[0]
@@ -185,7 +248,8 @@ def _liked(geometries: Sequence[tuple[LayerSpec, Call]], result: Profile, clock:
         narrower = {part for m in _MULTIPLES for part in (m, m // 2)}
         widths = [largest, *(largest - part for part in narrower)]
         stages = [(spec.pointwise(spec.in_channels, width),) for width in widths]
-        seconds = np.median(clock(stages, call, result.timed_in(result.layouts[0])), axis=0)
+        layout = result.timed_in(result.layouts[0])
+        seconds = np.median(seconds_of(spec, stages, call, layout), axis=0)
         taken = dict(zip(widths, seconds.tolist(), strict=True))
         for multiple in _MULTIPLES:
             step = taken[largest] - taken[largest - multiple]
@@ -196,17 +260,18 @@ def _liked(geometries: Sequence[tuple[LayerSpec, Call]], result: Profile, clock:
     return _MULTIPLES[-1]
 
 
-def _known(cache: Profile | None, setting: Setting, on_mismatch: str) -> dict[Any, Time]:
+def _usable(cache: Profile | None, setting: Setting, on_mismatch: str) -> Profile | None:
+    """The cache, unless its times are to be taken again."""
     if cache is None:
-        return {}
-    # Layers are timed the same way for compiled models and others.
+        return None
+    # Layers are timed uncompiled for compiled models, too.
     differences = [d for d in cache.setting.differences(setting) if not d.startswith("compiled")]
     if differences and on_mismatch == "error":
         raise ValueError(
             f"profile: the cache is of another setting: {'; '.join(differences)}; expected one of "
             "this machine and mode: on_mismatch='remeasure' takes all times anew"
         )
-    return {} if differences else dict(cache.times)
+    return None if differences else cache
 
 
 def _layouts(model: nn.Module, wanted: str | torch.memory_format | None) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +14,21 @@ from torch import nn
 
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
-from tdecomp.layers.cost import chain_cost
+from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
-from tdecomp.model.trace import describe
-from tdecomp.ranks.grid import Rounding
-from tdecomp.timing.layers import Stages, timed_ranks
+from tdecomp.model.example import Example
+from tdecomp.ranks.grid import Rounding, rank_steps
 from tdecomp.timing.setting import Setting
-from tdecomp.timing.stopwatch import Time
+from tdecomp.timing.speed import Quartiles
+from tdecomp.timing.stopwatch import THIS_MACHINE, Stages, Stopwatch
 
 _FORMAT = 1
+# The smallest rank that is timed, as a share of the largest that saves MACs.
+_SMALLEST = 0.06
 # A layout, a layer or a chain, and the size of one call.
 Key = tuple[str, Stages, Call]
+# MACs and seconds of the timed chains of a method.
+Curve = tuple[list[float], list[float]]
 
 
 @dataclass
@@ -41,28 +45,29 @@ class Profile:
     ----------
     setting : Setting
         The machine and the mode.
-    model : str
-        What was profiled, in words.
-    inputs : str
-        The example inputs, in words.
-    whole : mapping of str to Time
+    model, inputs : str
+        The model and the example inputs, in words.
+    whole : mapping of str to Quartiles
         Seconds of the whole model in each layout that was tried.
-    times : mapping of (layout, stages, call) to Time
+    times : mapping of (layout, stages, call) to Quartiles
         Seconds of one call of a layer, or of a chain.
     round_to : int
-        The multiple of ranks that this machine likes.
+        The multiple of ranks that is fastest on this machine.
     points : int
-        Ranks timed of each method on each layer.
+        How many ranks of each method are timed on each layer.
+    stopwatch : Stopwatch
+        Takes the times of all that is measured later with this profile; it is not saved.
     """
 
     setting: Setting
     model: str
     inputs: str
-    whole: dict[str, Time]
-    times: dict[Key, Time] = field(default_factory=dict)
+    whole: dict[str, Quartiles]
+    times: dict[Key, Quartiles] = field(default_factory=dict)
     round_to: int = 1
     points: int = 5
-    _curves: dict[Any, tuple[list[float], list[float]]] = field(default_factory=dict, repr=False)
+    stopwatch: Stopwatch = field(default=THIS_MACHINE, repr=False, compare=False)
+    _curves: dict[Any, Curve] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -70,12 +75,12 @@ class Profile:
 
     @property
     def best_layout(self) -> str:
-        """The one that the model as it is runs fastest in."""
+        """The layout in which the original runs fastest."""
         return min(self.whole, key=lambda layout: self.whole[layout].median)
 
     @property
     def fastest(self) -> float:
-        """Seconds of the model as it is in that layout."""
+        """Seconds of the original in its best layout."""
         return self.whole[self.best_layout].median
 
     @property
@@ -84,12 +89,22 @@ class Profile:
 
     @cached_property
     def spread(self) -> float:
-        """The typical scatter of a time, from quartile to quartile, as a share of it."""
+        """The median over all times of the distance between quartiles, as a share of the time."""
         return float(np.median([time.spread for time in self.times.values()] or [0.0]))
 
     def layer(self, spec: LayerSpec, calls: Sequence[Call], layout: str) -> float:
-        """Seconds that a layer takes of one pass."""
-        return sum(self._time(layout, (spec,), call).median for call in calls)
+        """Seconds of all calls of a layer in one pass."""
+        seconds = 0.0
+        for call in calls:
+            key = (self.timed_in(layout), (spec,), call)
+            if key not in self.times:
+                raise ValueError(
+                    f"the profile has no time of {spec} for {call.batch} inputs of size "
+                    f"{_size(call) or '—'}; expected a profile of this model with these example "
+                    "inputs: profile(model, example_inputs, cache=profile)"
+                )
+            seconds += self.times[key].median
+        return seconds
 
     def chain(
         self,
@@ -99,7 +114,7 @@ class Profile:
         calls: Sequence[Call],
         layout: str,
     ) -> float:
-        """Seconds that a chain takes of one pass, between timed ranks in proportion to the MACs."""
+        """Seconds of all calls of a chain in one pass; interpolated by MACs between timed ranks."""
         stages = decomposer.stages(spec, rank)
         return sum(self._chain(decomposer, spec, stages, call, layout) for call in calls)
 
@@ -117,9 +132,7 @@ class Profile:
             return seconds[-1] * wanted / macs[-1]
         return float(np.interp(wanted, macs, seconds))
 
-    def _curve(
-        self, decomposer: Decomposer, spec: LayerSpec, call: Call, layout: str
-    ) -> tuple[list[float], list[float]]:
+    def _curve(self, decomposer: Decomposer, spec: LayerSpec, call: Call, layout: str) -> Curve:
         key = (repr(decomposer), spec, call, layout)
         if key not in self._curves:
             ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
@@ -132,26 +145,16 @@ class Profile:
         return self._curves[key]
 
     def timed_in(self, layout: str) -> str:
-        """The layout that layers are timed in for a model in this one.
+        """The layout in which the layers of a model in this layout are timed.
 
-        A compiled model's layers are timed one by one and not compiled, as they call the same
-        library; on CPUs torch's compiler gives all convolutions channels_last.
+        Layers are timed uncompiled even for a compiled model, as they call the same library. On
+        CPUs torch's compiler gives all convolutions channels_last.
         """
         compiled_cpu = self.setting.compiled and self.setting.device == "cpu"
         return "channels_last" if compiled_cpu else layout
 
-    def _time(self, layout: str, stages: Stages, call: Call) -> Time:
-        key = (self.timed_in(layout), stages, call)
-        if key not in self.times:
-            raise ValueError(
-                f"the profile has no time of {stages[0]} for {call.batch} inputs of size "
-                f"{'×'.join(map(str, call.size)) or '—'}; expected a profile of this model with "
-                "these example inputs: profile(model, example_inputs, cache=profile)"
-            )
-        return self.times[key]
-
-    def check(self, model: nn.Module, example_inputs: Any) -> None:
-        """Refuse to speak of another machine, mode, model or input.
+    def check(self, model: nn.Module, example: Example) -> None:
+        """Raise an error if this is another machine, mode, model or input.
 
         Raises
         ------
@@ -162,12 +165,12 @@ class Profile:
         differences = self.setting.differences(now)
         if self.model != model_in_words(model):
             differences.append(f"model {self.model}, now {model_in_words(model)}")
-        if self.inputs != describe(example_inputs):
-            differences.append(f"inputs {self.inputs}, now {describe(example_inputs)}")
+        if self.inputs != example.describe():
+            differences.append(f"inputs {self.inputs}, now {example.describe()}")
         if differences:
             raise ValueError(
-                f"the profile is of another setting: {'; '.join(differences)}. Its times say "
-                "nothing of this one: take a new profile(model, example_inputs)"
+                f"the profile is of another setting: {'; '.join(differences)}. Its times "
+                "do not hold for this one: take a new profile(model, example_inputs)"
             )
 
     # -- as data ----------------------------------------------------------------------------
@@ -213,7 +216,7 @@ class Profile:
                 Setting(**data["setting"]),
                 data["model"],
                 data["inputs"],
-                {layout: Time(**time) for layout, time in data["whole"].items()},
+                {layout: Quartiles(**time) for layout, time in data["whole"].items()},
                 dict(_entry(entry) for entry in data["times"]),
                 data["round_to"],
                 data["points"],
@@ -226,10 +229,17 @@ class Profile:
     # -- for people -------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        rows = [
-            [str(spec), *_call_in_words(call), layout, f"{1e3 * time.median:.3f}", best]
-            for (layout, spec, call), time, best in self._layers()
-        ]
+        rows = []
+        for (layout, stages, call), time in self.times.items():
+            if _is_layer(stages):
+                ratios = [
+                    other.median / time.median
+                    for (where, chain, size), other in self.times.items()
+                    if (where, size) == (layout, call) and _replaces(chain, stages[0])
+                ]
+                span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+                words = [str(stages[0]), str(call.batch), _size(call), layout]
+                rows.append([*words, f"{1e3 * time.median:.3f}", span])
         headers = ["layer", "batch", "size", "layout", "ms", "chains, of that"]
         colalign = ("left", "right", "left", "left", "right", "left")
         table = tabulate(rows, headers, disable_numparse=True, colalign=colalign) if rows else ""
@@ -243,49 +253,43 @@ class Profile:
             f"times scatter by {self.spread:.0%}; {self.setting}"
         )
 
-    def _layers(self) -> Iterator[tuple[tuple[str, LayerSpec, Call], Time, str]]:
-        for (layout, stages, call), time in self.times.items():
-            if len(stages) > 1:
-                continue
-            ratios = sorted(
-                other.median / time.median
-                for (where, chain, size), other in self.times.items()
-                if (where, size) == (layout, call) and _replaces(chain, stages[0])
-            )
-            span = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else ""
-            yield (layout, stages[0], call), time, span
 
+def timed_ranks(
+    decomposer: Decomposer, spec: LayerSpec, call: Call, rounding: Rounding, count: int
+) -> list[Rank]:
+    """The ranks at which a method's chains for this layer are timed."""
 
-def check_profile(name: str, value: Any) -> None:
-    """Refuse what is no profile, such as the path of one."""
-    if value is not None and not isinstance(value, Profile):
-        raise TypeError(
-            f"{name}: expected a Profile, got {value!r}; tdecomp.profile(model, example_inputs) "
-            "makes one, tdecomp.Profile.load(path) reads one that was saved"
-        )
+    def cost(rank: Rank) -> Cost:
+        return chain_cost(decomposer.stages(spec, rank), (call,))
+
+    limit = chain_cost((spec,), (call,)).deciding
+    return rank_steps(decomposer.max_rank(spec), cost, limit, _SMALLEST, count, rounding)
 
 
 def model_in_words(model: nn.Module) -> str:
-    """Its class and its size: enough to notice that it is another one."""
+    """Its class and its size: enough to tell most models apart."""
     return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
+def _size(call: Call) -> str:
+    return "×".join(map(str, call.size))
+
+
+def _is_layer(stages: Stages) -> bool:
+    return len(stages) == 1 and isinstance(stages[0], LayerSpec)
+
+
 def _replaces(chain: Stages, spec: LayerSpec) -> bool:
-    ends = (chain[0].in_channels, chain[-1].out_channels)
+    """Whether it has the sizes of a chain that was made for this layer."""
+    if len(chain) < 2 or not all(isinstance(stage, LayerSpec) for stage in chain):
+        return False
     volume = [max(sizes) for sizes in zip(*(s.kernel_size for s in chain), strict=True)]
-    return len(chain) > 1 and (*ends, *volume) == (
-        spec.in_channels,
-        spec.out_channels,
-        *spec.kernel_size,
-    )
+    found = (chain[0].in_channels, chain[-1].out_channels, *volume)
+    return found == (spec.in_channels, spec.out_channels, *spec.kernel_size)
 
 
-def _call_in_words(call: Call) -> tuple[str, str]:
-    return str(call.batch), "×".join(map(str, call.size))
-
-
-def _entry(data: Mapping[str, Any]) -> tuple[Key, Time]:
+def _entry(data: Mapping[str, Any]) -> tuple[Key, Quartiles]:
     stages = tuple(LayerSpec.from_dict(stage) for stage in data["stages"])
     batch, size = data["call"]
-    time = Time(data["median"], data["low"], data["high"])
+    time = Quartiles(data["median"], data["low"], data["high"])
     return (data["layout"], stages, Call(batch, tuple(size))), time

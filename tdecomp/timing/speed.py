@@ -1,9 +1,33 @@
-"""How the time of a decomposed model compares with the original: plain data."""
+"""How the time of a decomposed model compares with the original's: plain data."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from tdecomp.timing.stopwatch import Time
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The median and the quartiles of repeated measurements: of seconds, or of a ratio of them.
+
+    >>> Quartiles.over(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    Quartiles(median=3.0, low=2.0, high=4.0)
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, values: NDArray[np.float64]) -> "Quartiles":
+        low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+        return cls(median, low, high)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles, as a share of the median."""
+        return (self.high - self.low) / self.median if self.median else 0.0
 
 
 @dataclass(frozen=True)
@@ -15,40 +39,36 @@ class Speed:
     seconds_before : float
         Of one pass of the original.
     layout_before, layout : str
-        In which the original, and the result, run fastest of those that were tried.
+        The memory layouts in which the original and the result run fastest, of those tried.
     predicted : float or None
         The ratio that the plan expects.
-    measured : Time or None
-        The ratio, median and quartiles over rounds in which both were timed by turns.
+    measured : Quartiles or None
+        The measured ratio, over rounds in which both models were timed.
     budget : float or None
-        What was asked for.
+        The ratio that was asked for.
     compiled : bool
+        Whether both models ran compiled.
     tried : tuple of str
-        The layouts.
+        The layouts that were tried.
     """
 
     seconds_before: float
     layout_before: str
     layout: str
     predicted: float | None = None
-    measured: Time | None = None
+    measured: Quartiles | None = None
     budget: float | None = None
     compiled: bool = False
     tried: tuple[str, ...] = ()
 
-    @property
-    def expected(self) -> "Speed":
-        """As a plan has it: what was measured of its rehearsal is what it predicts."""
-        return replace(self, measured=None)
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; `Speed.from_dict` brings it back."""
+        """Plain data; `Speed.from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Speed":
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        measured = None if data["measured"] is None else Time(**data["measured"])
+        measured = None if data["measured"] is None else Quartiles(**data["measured"])
         return cls(**{**data, "measured": measured, "tried": tuple(data["tried"])})
 
     def __str__(self) -> str:
@@ -73,5 +93,5 @@ class Speed:
         if self.measured is not None and self.measured.low > 1:
             parts.append("SLOWER than the original")
         elif self.measured is not None and self.measured.high > 1:
-            parts.append("no faster that could be told from the scatter")
+            parts.append("not measurably faster than the original")
         return ", ".join(parts)

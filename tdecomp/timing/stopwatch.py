@@ -1,40 +1,98 @@
-"""Seconds of several functions, taken by turns so that a machine's moods fall on all alike."""
+"""Seconds of layers, chains and whole models, interleaved so that noise affects all alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm import trange
 
+from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.model.example import Example
+from tdecomp.model.layout import image_in_layout, in_layout, layout_of
+from tdecomp.model.surgery import copy_with
+from tdecomp.timing.speed import Quartiles
+from tdecomp.torch_state import untouched
+
+# A layer, or the chain that may replace it.
+Stages = tuple[LayerSpec, ...]
+
+# Rounds in which whole models are timed, for how many seconds in each.
+MODEL_ROUNDS = 9
+_MODEL_BLOCK = 0.02
+
 
 @dataclass(frozen=True)
-class Time:
-    """The median of several measurements and their quartiles: in seconds, or as a ratio.
+class TimingEffort:
+    """How many ranks of each method are timed, in how many rounds of how many seconds each."""
 
-    >>> Time.over(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-    Time(median=3.0, low=2.0, high=4.0)
-    """
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def over(cls, values: NDArray[np.float64]) -> "Time":
-        low, median, high = np.percentile(values, [25, 50, 75]).tolist()
-        return cls(median, low, high)
-
-    @property
-    def spread(self) -> float:
-        """From one quartile to the other, as a share of the median."""
-        return (self.high - self.low) / self.median if self.median else 0.0
+    points: int
+    rounds: int
+    min_block: float
 
 
-def by_turns(
+EFFORTS = {
+    "quick": TimingEffort(3, 3, 0.001),
+    "default": TimingEffort(5, 7, 0.003),
+    "thorough": TimingEffort(9, 15, 0.01),
+}
+
+
+class Stopwatch:
+    """Measures on this machine; one whose times follow a known law can take its place."""
+
+    def layers(
+        self,
+        spec: LayerSpec,
+        chains: Sequence[Stages],
+        call: Call,
+        layout: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        effort: TimingEffort,
+    ) -> NDArray[np.float64]:
+        """Seconds (rounds, chains) of one call of each of the chains that may replace a layer.
+
+        Weights and inputs are made up.
+        """
+        x = torch.ones(call.batch, spec.in_channels, *call.size, device=device, dtype=dtype)
+        x = image_in_layout(x, layout)
+        modules = [_built(stages, layout, device, dtype) for stages in chains]
+        with torch.inference_mode():
+            calls = [partial(module, x) for module in modules]
+            return interleaved(calls, rounds=effort.rounds, min_block=effort.min_block)
+
+    def models(
+        self,
+        runs: Sequence[tuple[nn.Module, str]],
+        example: Example,
+        *,
+        compiled: bool = False,
+        rounds: int = MODEL_ROUNDS,
+    ) -> NDArray[np.float64]:
+        """Seconds (rounds, runs) of one pass of each model in its layout; none is changed."""
+        with ExitStack() as stack:
+            for model in {id(model): model for model, _ in runs}.values():
+                stack.enter_context(untouched(model))
+            if compiled:
+                # Otherwise these models count against torch's limit of compilations of the same
+                # code, beyond which it silently runs them uncompiled.
+                torch.compiler.reset()
+            calls = [_call(model, layout, example, compiled) for model, layout in runs]
+            stack.enter_context(torch.inference_mode())
+            return interleaved(calls, rounds=rounds, min_block=_MODEL_BLOCK)
+
+
+THIS_MACHINE = Stopwatch()
+
+
+def interleaved(
     functions: Sequence[Callable[[], Any]],
     *,
     rounds: int,
@@ -43,9 +101,9 @@ def by_turns(
 ) -> NDArray[np.float64]:
     """Seconds (rounds, functions) of one call of each, on torch's current number of threads.
 
-    In every round each function is called for about `min_block` seconds; every other round goes
-    backwards, so that no function always follows the same neighbour. `progress` is the title of a
-    bar.
+    In every round each function is called for about `min_block` seconds; every other round runs
+    in reverse order, so that no function always follows the same one. `progress` is the title of
+    a bar.
     """
     threads = torch.get_num_threads()
     # torch's own timer waits for GPUs, holds off the garbage collector and warms up.
@@ -60,6 +118,36 @@ def by_turns(
     return seconds
 
 
-def ratio(seconds: NDArray[np.float64], of: int, to: int) -> Time:
+def ratio(seconds: NDArray[np.float64], of: int, to: int) -> Quartiles:
     """The ratio of two columns, taken within each round."""
-    return Time.over(seconds[:, of] / seconds[:, to])
+    return Quartiles.over(seconds[:, of] / seconds[:, to])
+
+
+def random_weights(module: nn.Module) -> nn.Module:
+    """Fill a module's weights such that its outputs are about as large as its inputs.
+
+    Outputs that vanish become denormal numbers, on which arithmetic is slow.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+    return module.requires_grad_(False).eval()
+
+
+def _built(stages: Stages, layout: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    layers = [stage.build(device, dtype) for stage in stages]
+    module: nn.Module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    return in_layout(random_weights(module), layout)
+
+
+def _call(model: nn.Module, layout: str, example: Example, compiled: bool) -> Callable[[], Any]:
+    ready = model if layout == layout_of(model) else in_layout(copy_with(model, {}), layout)
+    example = example.in_layout(layout)
+    if compiled and example.forward is not None:
+        # It may call a part of the model, which compiling the model would leave uncompiled.
+        example = replace(example, forward=torch.compile(example.forward))
+    elif compiled:
+        ready = torch.compile(ready)  # type: ignore[assignment]
+    return partial(example.run, ready)

@@ -1,4 +1,4 @@
-"""A budget that gives a little of what it keeps for time."""
+"""A budget that accepts a little more loss for less time."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,32 +6,33 @@ from dataclasses import replace
 from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 
-# The part of its loss that is given.
-_GIVEN = 0.3
-# The prices of time that are searched, in decimal logarithms, relative to the loss over the time
-# of all layers; and how often that interval is halved.
-_PRICES = (-3.0, 2.0)
+# How much more may be lost, as a share of the smallest loss.
+_EXTRA_LOSS = 0.3
+# The penalties on time that are searched, in decimal logarithms, relative to the loss over the
+# time of all layers; and how often that interval is halved.
+_PENALTIES = (-3.0, 2.0)
 _BISECTIONS = 12
 
-Offered = Sequence[Sequence[Candidate]]
 
+def choose_with_time_penalty(
+    selector: RankSelector, candidates: Sequence[Sequence[Candidate]], rest: Cost
+) -> list[Choice]:
+    """The choices at the largest time penalty whose extra loss is within 30%.
 
-def quick_choices(selector: RankSelector, candidates: Offered, rest: Cost) -> list[Choice]:
-    """What it takes when a second has the highest price at which little more is lost.
-
-    Many choices lose about the same under a budget, and some of them are much faster.
+    Many choices lose about the same under a budget, and some of them are much faster. The penalty
+    is a Lagrange multiplier: loss per second.
     """
     best = selector.select(candidates, rest)
-    most = (1 + _GIVEN) * sum(choice.loss for choice in best)
+    most = (1 + _EXTRA_LOSS) * sum(choice.loss for choice in best)
     seconds = sum(offered[0].before.latency or 0.0 for offered in candidates)
     if seconds <= 0:
         return best
-    low, high = _PRICES
+    low, high = _PENALTIES
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        price = 10**middle * most / seconds
-        found = selector.select([[_priced(c, price) for c in o] for o in candidates], rest)
-        chosen = [replace(choice, loss=_true_loss(choice, price)) for choice in found]
+        penalty = 10**middle * most / seconds
+        found = selector.select([[_penalized(c, penalty) for c in o] for o in candidates], rest)
+        chosen = [replace(choice, loss=_loss_alone(choice, penalty)) for choice in found]
         if sum(choice.loss for choice in chosen) <= most:
             best, low = chosen, middle
         else:
@@ -39,22 +40,23 @@ def quick_choices(selector: RankSelector, candidates: Offered, rest: Cost) -> li
     return best
 
 
-def _priced(candidate: Candidate, price: float) -> Candidate:
-    """The candidate with the seconds that its options save as a gain, too."""
-    whole = candidate.before.latency or 0.0
+def _penalized(candidate: Candidate, penalty: float) -> Candidate:
+    """The candidate with a loss for each second that an option takes more than its layer."""
+    before = candidate.before.latency or 0.0
 
     def options() -> list[Option]:
         return [
-            replace(o, loss=o.loss + price * ((o.cost.latency or 0.0) - whole))
+            replace(o, loss=o.loss + penalty * ((o.cost.latency or 0.0) - before))
             for o in candidate.options()
         ]
 
     return replace(candidate, options=options)
 
 
-def _true_loss(choice: Choice, price: float) -> float:
+def _loss_alone(choice: Choice, penalty: float) -> float:
+    """The loss of a choice without its penalty."""
     if choice.candidate is None or choice.rank is None:
         return 0.0
     before = choice.candidate.before.latency or 0.0
     after = choice.candidate.cost(choice.rank).latency or 0.0
-    return choice.loss - price * (after - before)
+    return choice.loss - penalty * (after - before)

@@ -1,56 +1,34 @@
 """Whole models against each other, in the mode that they are going to run in."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from tdecomp.model.surgery import copy_with
-from tdecomp.model.trace import as_call
-from tdecomp.timing.setting import in_layout, layout_of
+from tdecomp.model.example import Example
+from tdecomp.model.layout import layout_of
 from tdecomp.timing.speed import Speed
-from tdecomp.timing.stopwatch import Time, by_turns, ratio
-from tdecomp.torch_state import untouched
-
-_ROUNDS = 9
-_MIN_BLOCK = 0.02
-
-
-def whole_times(
-    model: nn.Module,
-    example_inputs: Any,
-    layouts: Sequence[str],
-    *,
-    compiled: bool = False,
-    rounds: int = _ROUNDS,
-) -> dict[str, Time]:
-    """Seconds of one pass of a model in each layout; the model stays as it is."""
-    seconds = _timed([(model, layout) for layout in layouts], example_inputs, compiled, rounds)
-    return {layout: Time.over(column) for layout, column in zip(layouts, seconds.T, strict=True)}
+from tdecomp.timing.stopwatch import MODEL_ROUNDS, THIS_MACHINE, Stopwatch, ratio
 
 
 def compare(
     original: nn.Module,
     changed: nn.Module,
-    example_inputs: Any,
+    example: Example,
     layouts: tuple[Sequence[str], Sequence[str]],
     *,
     compiled: bool = False,
-    rounds: int = _ROUNDS,
+    rounds: int = MODEL_ROUNDS,
+    stopwatch: Stopwatch = THIS_MACHINE,
 ) -> Speed:
-    """Time both by turns, each in its layouts, and compare the best of one with that of the other.
+    """Time two models, interleaved, and compare the first in its best layout with the second's.
 
-    Neither is changed.
+    `layouts` are those to try of either. Neither model is changed.
     """
     runs = [(original, layout) for layout in layouts[0]]
     runs += [(changed, layout) for layout in layouts[1]]
-    seconds = _timed(runs, example_inputs, compiled, rounds)
+    seconds = stopwatch.models(runs, example, compiled=compiled, rounds=rounds)
     medians = np.median(seconds, axis=0)
     before = int(np.argmin(medians[: len(layouts[0])]))
     after = len(layouts[0]) + int(np.argmin(medians[len(layouts[0]) :]))
@@ -64,34 +42,18 @@ def compare(
 
 
 def measured_speed(
-    original: nn.Module, changed: nn.Module, expected: Speed | None, example_inputs: Any
+    original: nn.Module,
+    changed: nn.Module,
+    expected: Speed | None,
+    example: Example,
+    stopwatch: Stopwatch = THIS_MACHINE,
 ) -> Speed:
     """The time of a result against the original's, in the mode that its plan was made for."""
+    tried = (layout_of(original),) if expected is None else expected.tried
+    compiled = expected is not None and expected.compiled
+    found = compare(
+        original, changed, example, (tried, tried), compiled=compiled, stopwatch=stopwatch
+    )
     if expected is None:
-        layouts: tuple[str, ...] = (layout_of(original),)
-        return compare(original, changed, example_inputs, (layouts, layouts))
-    tried = expected.tried
-    found = compare(original, changed, example_inputs, (tried, tried), compiled=expected.compiled)
+        return found
     return replace(found, predicted=expected.predicted, budget=expected.budget, tried=tried)
-
-
-def _timed(
-    runs: Sequence[tuple[nn.Module, str]], example_inputs: Any, compiled: bool, rounds: int
-) -> NDArray[np.float64]:
-    with ExitStack() as stack:
-        for model in {id(model): model for model, _ in runs}.values():
-            stack.enter_context(untouched(model))
-        if compiled:
-            # Else torch counts these models against its limit for one piece of code, beyond which
-            # it silently runs them uncompiled.
-            torch.compiler.reset()
-        calls = [_call(model, layout, example_inputs, compiled) for model, layout in runs]
-        stack.enter_context(torch.inference_mode())
-        return by_turns(calls, rounds=rounds, min_block=_MIN_BLOCK)
-
-
-def _call(model: nn.Module, layout: str, example_inputs: Any, compiled: bool) -> Callable[[], Any]:
-    ready = model if layout == layout_of(model) else in_layout(copy_with(model, {}), layout)
-    run = torch.compile(ready) if compiled else ready
-    args, kwargs = as_call(in_layout(example_inputs, layout))
-    return partial(run, *args, **kwargs)

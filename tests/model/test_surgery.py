@@ -1,10 +1,13 @@
 """Every slot, every optimizer, and all of it or nothing."""
 
+import collections
 import copy
 import inspect
+import signal
 import sys
 import types
 from collections import OrderedDict, deque, namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +15,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import tdecomp
-from tdecomp.decomposers.assemble import empty_chain
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import LayerSpec
 from tdecomp.model import surgery
+from tdecomp.torch_state import restoring
 from tests.models import METHODS, MODELS
 from tests.unchanged import same_state, state_of, unchanged
 
@@ -417,18 +419,12 @@ def test_what_is_no_optimizer():
 
 
 @pytest.mark.parametrize("which", ["0", "4"])
-def test_a_failure_leaves_an_lbfgs_as_it_was(which, monkeypatch):
+def test_a_failure_leaves_an_lbfgs_as_it_was(which):
     model = network()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01)
     train(model, optimizer)
     listed = optimizer.param_groups[0]["params"]
-    follow = surgery._follow
-
-    def fail(*args):
-        follow(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(surgery, "_follow", fail)
+    optimizer.state = State(optimizer.state, interrupt_at(1, KeyboardInterrupt()), True, "clear")
     state = {id(p): _frozen_state(s) for p, s in optimizer.state.items()}
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         decompose(model, include=which, optimizers=optimizer)
@@ -521,17 +517,50 @@ def test_a_failure_at_any_slot_changes_nothing(slot, error, after):
     assert wrap.count() >= slot
 
 
+class Params(list):
+    """The parameters of an optimizer's group; their assignments count and fail at one of them."""
+
+    def __init__(self, items, put):
+        super().__init__(items)
+        self.put = put
+
+    def __setitem__(self, key, value):
+        self.put(super().__setitem__)(key, value)
+
+
+class State(collections.defaultdict):
+    """An optimizer's state; the calls of one of its methods count and fail at one of them."""
+
+    def __init__(self, items, wrap, after, method):
+        super().__init__(dict, items)
+        # On the instance, where calls look first.
+        setattr(self, method, wrap(getattr(self, method), after))
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("error", ERRORS, ids=["error", "^C"])
-@pytest.mark.parametrize("optimizer", [1, 2])
-@pytest.mark.parametrize("function", ["_follow", "_snapshot"])
-def test_a_failure_at_any_optimizer_changes_nothing(function, optimizer, error, after, monkeypatch):
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_failure_at_any_group_of_an_optimizer_changes_nothing(step, error, after):
     model, *optimizers = trained()
-    wrap = interrupt_at(optimizer, error)
-    monkeypatch.setattr(surgery, function, wrap(getattr(surgery, function), after))
+    wrap = interrupt_at(step, error)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["params"] = Params(group["params"], lambda put: wrap(put, after))
     with unchanged(model, *optimizers), pytest.raises(type(error)):
         decompose(model, optimizers=optimizers)
-    assert wrap.count() == optimizer
+    assert wrap.count() > step
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("error", ERRORS, ids=["error", "^C"])
+@pytest.mark.parametrize("step", [1, 8, 9, 16])
+def test_a_failure_at_the_state_of_any_optimizer_changes_nothing(step, error, after):
+    model, *optimizers = trained()
+    wrap = interrupt_at(step, error)
+    for optimizer in optimizers:
+        optimizer.state = State(optimizer.state, wrap, after, "pop")
+    with unchanged(model, *optimizers), pytest.raises(type(error)):
+        decompose(model, optimizers=optimizers)
+    assert wrap.count() == step
 
 
 def run_until(line, function):
@@ -563,16 +592,28 @@ def run_until(line, function):
     return lines
 
 
-def test_an_interrupt_at_any_line_of_the_surgery_changes_nothing_or_all():
-    cpu = torch.device("cpu")
+def chains_for(model):
+    """The chains of a model by the layers that they are to replace, and a model that has them."""
+    changed = decompose(model, inplace=False).model
+    return {
+        module: changed.get_submodule(name)
+        for name, module in model.named_modules()
+        if isinstance(changed.get_submodule(name), Chain)
+    }, changed
 
+
+def test_an_error_at_any_line_of_the_surgery_changes_nothing_or_all():
     def surgeon(model, optimizers):
-        chains = {}
-        for module in (*model.stem, model.heads["a"], model.heads["b"][1]):
-            spec = LayerSpec.of(module)
-            method = tdecomp.LowRank() if spec.ndim else tdecomp.SVD()
-            chains[module] = empty_chain(method, spec, 2, cpu)
-        return lambda: surgery.replace_in(model, chains, optimizers)
+        chains, changed = chains_for(model)
+        with torch.no_grad():
+            for tensor in surgery.tensors_in(changed).values():
+                tensor.add_(1)
+
+        def operate():
+            with restoring(model):
+                surgery.swap(model, chains, optimizers, surgery.tensors_in(changed))
+
+        return operate
 
     model, *optimizers = trained()
     total = run_until(0, surgeon(model, optimizers))
@@ -590,9 +631,9 @@ def test_an_interrupt_at_any_line_of_the_surgery_changes_nothing_or_all():
         else:
             after = [state_of(thing) for thing in (model, *optimizers)]
             assert all(map(same_state, before, after))
-    # It is decided once, and only the return comes after that.
+    # It is decided once, and only the way out comes after that.
     assert done == sorted(done)
-    assert sum(done) <= 2
+    assert sum(done) <= 4
 
 
 def test_nothing_fails_without_an_interrupt():
@@ -603,3 +644,135 @@ def test_nothing_fails_without_an_interrupt():
     assert model.extra[1]["a"] is model.heads["a"]
     groups = [g for optimizer in optimizers for g in optimizer.param_groups]
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
+
+
+# Values ------------------------------------------------------------------------------------------
+
+
+def recovered():
+    """A model, its chains, and a copy with the chains of which every tensor has been changed."""
+    model = nn.Sequential(
+        nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 12), nn.Linear(12, 12)
+    )
+    model[3].bias = model[2].bias  # tied
+    changed = decompose(model, include="0", inplace=False).model
+    chains = {model[0]: changed[0]}
+    with torch.no_grad():
+        for tensor in changed.state_dict(keep_vars=True).values():
+            tensor.mul_(2).add_(1)
+    return model, chains, changed
+
+
+def test_the_model_has_the_values_in_its_own_tensors():
+    model, chains, changed = recovered()
+    kept = {name: id(t) for name, t in surgery.tensors_in(model).items() if name[0] != "0"}
+    x = torch.randn(5, 12)
+    expected = changed.eval()(x)
+    surgery.swap(model, chains, values=surgery.tensors_in(changed))
+    assert torch.equal(model.eval()(x), expected)
+    now = {name: id(t) for name, t in surgery.tensors_in(model).items() if name in kept}
+    assert now == kept
+    assert model[0] is changed[0]
+
+
+def test_adopt_is_the_model_with_the_other_ones_values():
+    model, _, _ = recovered()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[1].running_mean.add_(1)
+        other[2].weight.mul_(2)
+    before = {name: (id(t), t._version) for name, t in surgery.tensors_in(model).items()}
+    assert surgery.adopt(model, other) is model
+    for name, tensor in surgery.tensors_in(model).items():
+        assert torch.equal(tensor, surgery.tensors_in(other)[name])
+        touched = name in ("1.running_mean", "2.weight")
+        assert (id(tensor), tensor._version - touched) == before[name]
+
+
+class Unwritable(torch.Tensor):
+    """A tensor that cannot be written to."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and type(args[0]) is cls:
+            raise RuntimeError("no")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def fails_at_the_last(model, changed):
+    model.register_buffer("last", torch.zeros(2).as_subclass(Unwritable))
+    changed.register_buffer("last", torch.ones(2))
+    return RuntimeError, "no"
+
+
+def lacks_one(_, changed):
+    changed.register_buffer("last", torch.ones(2))
+    return ValueError, "no such tensor where 'last' of shape \\(2,\\) is to be copied"
+
+
+def has_another_shape(model, changed):
+    model.register_buffer("last", torch.zeros(3))
+    changed.register_buffer("last", torch.ones(2))
+    return ValueError, "one of shape \\(3,\\) where 'last' of shape \\(2,\\)"
+
+
+@pytest.mark.parametrize("wrong", [fails_at_the_last, lacks_one, has_another_shape])
+@pytest.mark.parametrize("how", ["swap", "adopt"])
+def test_a_value_that_cannot_be_copied_changes_nothing(wrong, how):
+    model, chains, changed = recovered()
+    optimizer = torch.optim.Adam(model.parameters())
+    if how == "adopt":
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            changed[2].weight.mul_(2)
+    error, message = wrong(model, changed)
+    values = surgery.tensors_in(changed)
+    swap = partial(surgery.swap, model, chains, [optimizer], values)
+    with unchanged(model, optimizer), pytest.raises(error, match=message):
+        swap() if how == "swap" else surgery.adopt(model, changed)
+
+
+def test_state_dicts_have_no_say():
+    # Hooks of theirs may give copies, or other names.
+    model, _, _ = recovered()
+    other = copy.deepcopy(model)
+    for module in (model, other):
+        module.register_state_dict_post_hook(
+            lambda _, state, *__: [state.update({k: v.clone()}) for k, v in state.items()]
+        )
+    with torch.no_grad():
+        other[2].weight.mul_(2)
+    assert torch.equal(surgery.adopt(model, other)[2].weight, other[2].weight)
+
+
+def test_values_that_are_the_same_are_not_copied():
+    # An expanded tensor cannot be written to.
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.register_buffer("mask", torch.zeros(1).expand(4))
+    other = copy.deepcopy(model)
+    other.mask = torch.zeros(1).expand(4)
+    with torch.no_grad():
+        other[0].bias.add_(1)
+    surgery.adopt(model, other)
+    assert torch.equal(model[0].bias, other[0].bias)
+
+
+def test_an_interrupt_in_the_surgery_is_raised_when_it_is_done():
+    model, *optimizers = trained()
+    chains, changed = chains_for(model)
+    holder = model.stem
+    press = Tripwire(holder._modules, lambda put: interrupting(put))
+    object.__setattr__(holder, "_modules", press)
+
+    def interrupting(put):
+        def call(*args):
+            signal.raise_signal(signal.SIGINT)
+            put(*args)
+
+        return call
+
+    with pytest.raises(KeyboardInterrupt):
+        surgery.swap(model, chains, optimizers, surgery.tensors_in(changed))
+    assert all(isinstance(layer, Chain) for layer in (*model.stem, model.heads["a"]))
+    now = {id(p) for p in model.parameters()}
+    assert {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} == now

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
 from tdecomp.layers.spec import STOCK_LAYERS, Call, LayerSpec
-from tdecomp.model.trace import as_call, describe, trace
+from tdecomp.model.example import Example
+from tdecomp.model.trace import trace
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
 
@@ -23,12 +24,11 @@ def traced(model, x):
 
 def torch_macs(model, example_inputs):
     """Torch's own count in eval mode, without the fused kernels that hide from it."""
-    args, kwargs = as_call(example_inputs)
     fast, training = torch.backends.mha.get_fastpath_enabled(), model.training
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(*args, **kwargs)
+            Example(example_inputs).run(model.eval())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         model.train(training)
@@ -100,8 +100,7 @@ def test_the_fast_path_does_not_hide_macs():
 def test_nothing_is_left_behind(name, training):
     case = MODELS[name]
     model, x = case.build().train(training), case.inputs()
-    args, kwargs = as_call(x)
-    model(*args, **kwargs).square().mean().backward()  # gradients that must stay
+    Example(x).run(model).square().mean().backward()  # gradients that must stay
     random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     with unchanged(model):
         tdecomp.plan(model, METHODS, rank=0.3, example_inputs=x)
@@ -216,14 +215,6 @@ def test_inputs_that_the_model_rejects(model, x, got):
     assert got in message
     assert "Expected a tensor, a tuple of positional or a dict of keyword arguments" in message
     assert caught.value.__cause__ is not None
-
-
-def test_inputs_are_a_tensor_a_tuple_or_a_dict():
-    x = torch.zeros(1)
-    assert as_call(x) == ((x,), {})
-    assert as_call((x, 2)) == ((x, 2), {})
-    assert as_call({"a": x}) == ((), {"a": x})
-    assert describe((x, {"a": 1})) == "(float32 tensor of shape (1,), {a: int})"
 
 
 # Who reads a weight ------------------------------------------------------------------------------

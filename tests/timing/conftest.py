@@ -1,13 +1,31 @@
 import pytest
 import torch
+from tdecomp.decomposers.methods import listed_methods
 from torch import nn
 
-from tests.timing.clock import install
+from tdecomp.model.example import Example
+from tdecomp.model.sites import find_sites
+from tdecomp.timing.measure import measure
+from tests.timing.fake_stopwatch import FakeStopwatch
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    return install(monkeypatch)
+def stopwatch():
+    return FakeStopwatch()
+
+
+@pytest.fixture
+def profiled(stopwatch):
+    """Takes a profile with the fake stopwatch, which all that is timed with it will use, too."""
+
+    def take(model, x, methods="dense", **options):
+        example = Example.of(x)
+        sites, _ = find_sites(model, None, example)
+        return measure(
+            model, example, sites, listed_methods(methods), stopwatch=stopwatch, **options
+        )
+
+    return take
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What is timed, what is read between the times, and what is refused."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,19 +9,17 @@ from torch import nn
 import tdecomp
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import Call, LayerSpec
-from tdecomp.timing.layers import timed_ranks
+from tdecomp.model.example import Example
+from tdecomp.timing.profile import timed_ranks
+from tdecomp.timing.stopwatch import THIS_MACHINE
 from tests.unchanged import unchanged
 
-QUIET = {"progress": False}
+QUICK = {"progress": False, "effort": "quick"}
 
 
-def profiled(model, x, **options):
-    return tdecomp.profile(model, x, **{**QUIET, **options})
-
-
-def test_equal_layers_are_timed_once(clock, model, x):
+def test_equal_layers_are_timed_once(stopwatch, profiled, model, x):
     times = profiled(model, x)
-    assert len(clock.layers_timed) == len(set(clock.layers_timed))
+    assert len(stopwatch.layers_timed) == len(set(stopwatch.layers_timed))
     layers = {key for key in times.times if len(key[1]) == 1}
     # Two of the four layers are equal.
     assert {str(stages[0]) for _, stages, _ in layers} == {
@@ -29,8 +27,7 @@ def test_equal_layers_are_timed_once(clock, model, x):
     }
 
 
-@pytest.mark.usefixtures("clock")
-def test_every_method_at_few_ranks(model, x):
+def test_every_method_at_few_ranks(profiled, model, x):
     times = profiled(model, x, methods=["lowrank", "svd"])
     spec, call = LayerSpec.of(model[2]), Call(2, (12, 12))
     decomposer = get_decomposer("lowrank")
@@ -42,34 +39,68 @@ def test_every_method_at_few_ranks(model, x):
 
 def test_real_times(model, x):
     with unchanged(model):
-        times = profiled(model, x, methods="lowrank", effort="quick")
-    assert all(time.median > 0 for time in times.times.values())
+        times = tdecomp.profile(model, x, "lowrank", **QUICK)
+    assert all(0 < time.low <= time.median <= time.high for time in times.times.values())
     assert 0 < times.whole["contiguous"].median < 5
-    assert times.spread >= 0
     assert "Conv2d(64→64" in str(times)
     assert "float32 tensor of shape (2, 3, 12, 12)" in times.summary()
 
 
+def test_the_spread_is_that_of_the_typical_time(stopwatch, profiled, model, x):
+    assert profiled(model, x, "lowrank").spread == 0
+    stopwatch.chain_scatter = 0.1
+    # Of seven rounds from -2 to 2 the quartiles are at -1 and 1; the layers do not scatter.
+    times = profiled(model, x, "lowrank")
+    assert times.spread == pytest.approx(0.2)
+    assert "times scatter by 20%" in times.summary()
+
+
 def test_in_both_layouts(model, x):
-    times = profiled(model, x, methods="lowrank", effort="quick", memory_format="auto")
+    times = tdecomp.profile(model, x, "lowrank", memory_format="auto", **QUICK)
     assert times.layouts == ("contiguous", "channels_last")
     assert times.best_layout in times.layouts
     assert {layout for layout, _, _ in times.times} == set(times.layouts)
 
 
 @pytest.mark.parametrize("wanted", ["channels_last", torch.channels_last])
-@pytest.mark.usefixtures("clock")
-def test_in_a_layout_by_name_or_format(model, x, wanted):
-    assert profiled(model, x, memory_format=wanted).layouts == ("channels_last",)
+def test_in_a_layout_by_name_or_format(x, wanted):
+    conv = nn.Conv2d(3, 4, 3)
+    times = tdecomp.profile(conv, x, "lowrank", memory_format=wanted, **QUICK)
+    assert times.layouts == ("channels_last",)
 
 
-@pytest.mark.usefixtures("clock")
-def test_the_layout_of_the_model_by_default(model, x):
+def test_the_layout_of_the_model_by_default(profiled, model, x):
     model = model.to(memory_format=torch.channels_last)
     assert profiled(model, x).layouts == ("channels_last",)
 
 
-def test_times_of_timed_ranks_and_between_them(clock, model, x):
+class TwoParts(nn.Module):
+    """Its own `forward` fails; one part can be called."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(64, 64), nn.Linear(64, 64)
+
+
+def test_forward_says_how_the_model_is_called():
+    model, x = TwoParts(), [torch.zeros(3, 64)]
+
+    def encode(model, inputs):
+        return model.encoder(inputs[0])
+
+    times = tdecomp.profile(model, x, "svd", forward=encode, **QUICK)
+    assert {call.batch for _, _, call in times.times} == {3}
+    assert times.whole["contiguous"].median > 0
+    plan = tdecomp.plan(
+        model, "svd", rank=8, example_inputs=x, forward=encode, profile=times, progress=False
+    )
+    assert plan["encoder"].macs_before == 3 * 64 * 64
+    assert plan["decoder"].macs_before == 0
+    with pytest.raises(ValueError, match=r"inputs .*called by forward, now"):
+        times.check(model, Example(x))
+
+
+def test_times_of_timed_ranks_and_between_them(stopwatch, profiled, model, x):
     times = profiled(model, x, methods="lowrank")
     decomposer, spec, call = get_decomposer("lowrank"), LayerSpec.of(model[2]), Call(2, (12, 12))
     ranks = timed_ranks(decomposer, spec, call, times.rounding, times.points)
@@ -78,7 +109,7 @@ def test_times_of_timed_ranks_and_between_them(clock, model, x):
         return times.chain(decomposer, spec, rank, (call,), "contiguous")
 
     def law(rank):
-        return clock.chain(decomposer.stages(spec, rank), call)
+        return stopwatch.chain(decomposer.stages(spec, rank), call)
 
     for rank in (*ranks, (ranks[0] + ranks[1]) // 2, ranks[-1] - 1):
         assert of(rank) == pytest.approx(law(rank), rel=1e-6)
@@ -89,33 +120,30 @@ def test_times_of_timed_ranks_and_between_them(clock, model, x):
     assert of(1) == pytest.approx(law(ranks[0]))
 
 
-@pytest.mark.usefixtures("clock")
-def test_a_layer_that_was_not_timed(model, x):
+def test_a_layer_that_was_not_timed(profiled, model, x):
     times = profiled(model, x)
     with pytest.raises(ValueError, match=r"no time of Linear\(7→7.*cache=profile"):
         times.layer(LayerSpec(7, 7), (Call(1),), "contiguous")
 
 
-def test_what_the_machine_likes(clock, monkeypatch):
-    wide = nn.Conv2d(256, 256, 3)
-
-    def blocks_of_16(stages, *_):
-        return 1e-6 * -(-stages[0].out_channels // 16)
-
-    def in_proportion(stages, *_):
-        return 1e-6 * stages[0].out_channels
-
-    monkeypatch.setattr(clock, "chain", blocks_of_16)
-    assert profiled(wide, torch.zeros(1, 256, 8, 8)).round_to == 16
-    monkeypatch.setattr(clock, "chain", in_proportion)  # no multiple is better than another
-    assert profiled(wide, torch.zeros(1, 256, 8, 8)).round_to == 8
+@pytest.mark.parametrize(
+    "law, multiple",
+    [
+        (lambda stages, _: 1e-6 * -(-stages[0].out_channels // 16), 16),  # blocks of 16
+        (lambda stages, _: 1e-6 * stages[0].out_channels, 8),  # in proportion
+    ],
+)
+def test_the_multiple_that_the_machine_prefers(stopwatch, profiled, law, multiple):
+    stopwatch.law = law
+    assert profiled(nn.Conv2d(256, 256, 3), torch.zeros(1, 256, 8, 8)).round_to == multiple
 
 
-@pytest.mark.usefixtures("clock")
-def test_saved_and_loaded(model, x, tmp_path):
-    times = profiled(model, x, memory_format="auto")
+def test_saved_and_loaded(profiled, model, x, tmp_path):
+    times = profiled(model, x, layouts=("contiguous", "channels_last"))
     times.save(tmp_path / "times.json")
-    assert tdecomp.Profile.load(tmp_path / "times.json") == times
+    loaded = tdecomp.Profile.load(tmp_path / "times.json")
+    assert loaded == times
+    assert loaded.stopwatch is THIS_MACHINE
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "setting": 3}'])
@@ -126,29 +154,27 @@ def test_no_profile(tmp_path, text):
         tdecomp.Profile.load(file)
 
 
-def test_a_cache_is_not_measured_again(clock, model, x):
-    first = profiled(model, x, methods="lowrank")
-    clock.layers_timed.clear()
-    second = profiled(model, x, methods="lowrank", cache=first)
-    assert clock.layers_timed == []
+def test_a_cache_is_not_measured_again(stopwatch, profiled, model, x):
+    first = profiled(model, x, "lowrank")
+    stopwatch.layers_timed.clear()
+    second = profiled(model, x, "lowrank", cache=first)
+    assert stopwatch.layers_timed == []
     assert second.times == first.times
-    profiled(model, x, methods=["lowrank", "spatial"], cache=first)
-    assert clock.layers_timed
-    assert not set(clock.layers_timed) & set(first.times)
+    profiled(model, x, ["lowrank", "spatial"], cache=first)
+    assert stopwatch.layers_timed
+    assert not set(stopwatch.layers_timed) & set(first.times)
 
 
-def test_a_cache_of_another_machine(clock, model, x, tmp_path):
-    first = profiled(model, x)
-    first.save(tmp_path / "times.json")
-    data = json.loads((tmp_path / "times.json").read_text())
-    data["setting"]["machine"] = "another"
-    (tmp_path / "times.json").write_text(json.dumps(data))
-    other = tdecomp.Profile.load(tmp_path / "times.json")
+def test_a_cache_of_another_machine(x):
+    conv = nn.Conv2d(3, 4, 3)
+    first = tdecomp.profile(conv, x, "lowrank", **QUICK)
+    other = replace(first, setting=replace(first.setting, machine="another"))
     with pytest.raises(ValueError, match=r"machine 'another'.*on_mismatch='remeasure'"):
-        profiled(model, x, cache=other)
-    clock.layers_timed.clear()
-    assert profiled(model, x, cache=other, on_mismatch="remeasure") == first
-    assert clock.layers_timed
+        tdecomp.profile(conv, x, "lowrank", cache=other, **QUICK)
+    again = tdecomp.profile(conv, x, "lowrank", cache=other, on_mismatch="remeasure", **QUICK)
+    assert again.setting == first.setting
+    assert again.times.keys() == first.times.keys()
+    assert again.times != first.times
 
 
 class TestRefused:
@@ -159,11 +185,11 @@ class TestRefused:
 
     def test_a_cache_that_is_a_path(self, model, x):
         with pytest.raises(TypeError, match=r"cache: expected a Profile, got 'p\.json'.*load"):
-            profiled(model, x, cache="p.json")
+            tdecomp.profile(model, x, cache="p.json")
 
     def test_inputs_that_the_model_rejects(self, model):
         with pytest.raises(ValueError, match=r"rejected example_inputs"):
-            profiled(model, torch.zeros(1, 5, 12, 12))
+            tdecomp.profile(model, torch.zeros(1, 5, 12, 12))
 
     @pytest.mark.parametrize(
         "option, words",
@@ -175,7 +201,7 @@ class TestRefused:
     )
     def test_options(self, model, x, option, words):
         with pytest.raises(ValueError, match=words):
-            profiled(model, x, **option)
+            tdecomp.profile(model, x, **option)
 
     @pytest.mark.parametrize(
         "change, words",
@@ -185,8 +211,7 @@ class TestRefused:
             (lambda m, x: (m[:6], x), r"model Sequential with .* now Sequential with"),
         ],
     )
-    @pytest.mark.usefixtures("clock")
-    def test_a_profile_of_something_else(self, model, x, change, words):
+    def test_a_profile_of_something_else(self, profiled, model, x, change, words):
         times = profiled(model, x)
         other, inputs = change(model, x)
         with pytest.raises(ValueError, match=words):
@@ -196,5 +221,5 @@ class TestRefused:
                 rank=tdecomp.Budget(latency=0.5),
                 example_inputs=inputs,
                 profile=times,
-                **QUIET,
+                progress=False,
             )

@@ -1,11 +1,11 @@
-"""A little loss for time, never more than that, and never beyond the budget."""
+"""A little more loss for less time, never more than that, and never beyond the budget."""
 
 import pytest
 
 from tdecomp import Budget
 from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import NOTHING, Candidate, Option
-from tdecomp.timing.time_penalty import quick_choices
+from tdecomp.timing.time_penalty import choose_with_time_penalty
 
 
 def layer(name, options):
@@ -35,18 +35,18 @@ def ranks(choices):
 def test_of_two_that_lose_about_the_same_the_faster():
     sites = [layer("a", [(50, 0.9, 1.0), (50, 0.3, 1.1)])]
     assert ranks(Budget(macs=0.5).select(sites, NOTHING)) == [1]
-    (chosen,) = quick_choices(Budget(macs=0.5), sites, NOTHING)
+    (chosen,) = choose_with_time_penalty(Budget(macs=0.5), sites, NOTHING)
     assert chosen.rank == 2
     assert chosen.loss == pytest.approx(1.1)
 
 
 def test_not_of_two_that_lose_much_more():
     sites = [layer("a", [(50, 0.9, 1.0), (50, 0.3, 2.0)])]
-    assert ranks(quick_choices(Budget(macs=0.5), sites, NOTHING)) == [1]
+    assert ranks(choose_with_time_penalty(Budget(macs=0.5), sites, NOTHING)) == [1]
 
 
 def test_the_budget_stays_met():
     sites = [layer(name, [(40, 0.8, 1.0), (60, 0.1, 1.01)]) for name in "ab"]
-    choices = quick_choices(Budget(macs=0.5), sites, NOTHING)
+    choices = choose_with_time_penalty(Budget(macs=0.5), sites, NOTHING)
     spent = sum(c.candidate.cost(c.rank).macs if c.candidate else 100 for c in choices)
     assert spent <= 100

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from tdecomp.timing.speed import Speed
-from tdecomp.timing.stopwatch import Time
-from tdecomp.timing.whole_model import compare
+from tdecomp.model.example import Example
+from tdecomp.timing.speed import Quartiles, Speed
+from tdecomp.timing.whole_model import compare, measured_speed
 from tests.unchanged import unchanged
 
 
@@ -16,7 +18,7 @@ def test_a_smaller_model_is_faster_and_neither_is_changed():
     state = torch.random.get_rng_state()
     with unchanged(large), unchanged(small):
         layouts = ("contiguous", "channels_last")
-        speed = compare(large, small, x, (layouts, layouts), rounds=3)
+        speed = compare(large, small, Example(x), (layouts, layouts), rounds=3)
     assert large.training
     assert torch.equal(torch.random.get_rng_state(), state)
     assert speed.measured.median < 1
@@ -24,38 +26,51 @@ def test_a_smaller_model_is_faster_and_neither_is_changed():
     assert {speed.layout_before, speed.layout} <= set(layouts)
 
 
-def test_the_best_layout_against_the_best(clock):
-    clock.slow_layouts = {"channels_last": 2.0}
-    x, layouts = torch.zeros(1, 32, 8, 8), ("contiguous", "channels_last")
-    speed = compare(convs(2), convs(1), x, (layouts, layouts))
+def test_the_best_layout_against_the_best(stopwatch):
+    stopwatch.slow_layouts = {"channels_last": 2.0}
+    example, layouts = Example(torch.zeros(1, 32, 8, 8)), ("contiguous", "channels_last")
+    speed = compare(convs(2), convs(1), example, (layouts, layouts), stopwatch=stopwatch)
     assert (speed.layout_before, speed.layout) == ("contiguous", "contiguous")
     assert abs(speed.measured.median - 0.5) < 1e-6
     # The original in its best layout, whatever the result was planned for.
-    speed = compare(convs(2), convs(1), x, (layouts, ("channels_last",)))
+    speed = compare(convs(2), convs(1), example, (layouts, layouts[1:]), stopwatch=stopwatch)
     assert (speed.layout_before, speed.layout) == ("contiguous", "channels_last")
     assert abs(speed.measured.median - 1.0) < 1e-6
 
 
+def test_a_result_in_the_mode_of_its_plan(stopwatch):
+    example, tried = Example(torch.zeros(1, 32, 8, 8)), ("channels_last",)
+    planned = Speed(1.0, *tried, *tried, 0.4, budget=0.5, tried=tried)
+    speed = measured_speed(convs(2), convs(1), planned, example, stopwatch)
+    assert (speed.layout, speed.predicted, speed.budget) == ("channels_last", 0.4, 0.5)
+    assert abs(speed.measured.median - 0.5) < 1e-6
+    speed = measured_speed(convs(2), convs(1), None, example, stopwatch)
+    assert (speed.layout, speed.predicted) == ("contiguous", None)
+
+
 def test_plain_data():
-    speed = Speed(0.5, "contiguous", "channels_last", 0.5, Time(0.6, 0.5, 0.7), 0.4, True, ("a",))
+    speed = Speed(
+        0.5, "contiguous", "channels_last", 0.5, Quartiles(0.6, 0.5, 0.7), 0.4, True, ("a",)
+    )
     assert Speed.from_dict(speed.to_dict()) == speed
     bare = Speed(0.5, "contiguous", "contiguous")
     assert Speed.from_dict(bare.to_dict()) == bare
-    assert speed.expected.measured is None
 
 
 def test_words():
-    speed = Speed(0.5, "contiguous", "channels_last", 0.5, Time(0.6, 0.55, 0.7), 0.4, compiled=True)
+    speed = Speed(
+        0.5, "contiguous", "channels_last", 0.5, Quartiles(0.6, 0.55, 0.7), 0.4, compiled=True
+    )
     words = str(speed)
     for part in ("measured time 0.600", "predicted 0.500", "asked for 0.4", "missed by 50.0%"):
         assert part in words
     assert "contiguous before, channels_last after" in words
     assert "compiled" in words
     assert "SLOWER" not in words
-    slower = Speed(0.5, "contiguous", "contiguous", measured=Time(1.2, 1.1, 1.3))
+    slower = Speed(0.5, "contiguous", "contiguous", measured=Quartiles(1.2, 1.1, 1.3))
     assert "SLOWER than the original" in str(slower)
-    unclear = Speed(0.5, "contiguous", "contiguous", measured=Time(1.0, 0.9, 1.1))
-    assert "no faster that could be told" in str(unclear)
-    met = Speed(0.5, "contiguous", "contiguous", 0.5, Time(0.5, 0.5, 0.5), 0.5)
+    unclear = Speed(0.5, "contiguous", "contiguous", measured=Quartiles(1.0, 0.9, 1.1))
+    assert "not measurably faster" in str(unclear)
+    met = Speed(0.5, "contiguous", "contiguous", 0.5, Quartiles(0.5, 0.5, 0.5), 0.5)
     assert "missed" not in str(met)
-    assert "predicted 0.500 of the original's time" in str(met.expected)
+    assert "predicted 0.500 of the original's time" in str(replace(met, measured=None))
