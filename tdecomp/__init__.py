@@ -8,7 +8,7 @@
 """
 
 from tdecomp._distribution import VERSION as _VERSION  # first: refuses a mixed installation
-from tdecomp.api import apply, decompose, plan
+from tdecomp.api import apply, decompose, plan, sensitivity
 from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
 from tdecomp.calibration.data import Data
@@ -23,7 +23,11 @@ from tdecomp.decomposers.spatial import Spatial
 from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.kinds import register_layer_kind
+from tdecomp.layers.spec import LayerKind, LayerSpec
+from tdecomp.loss_curves.curve import LossCurve
+from tdecomp.loss_curves.sensitivity import Sensitivity
+from tdecomp.model.filters import at_least
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -58,7 +62,9 @@ __all__ = [
     "Distill",
     "Energy",
     "Factors",
+    "LayerKind",
     "LayerSpec",
+    "LossCurve",
     "LowRank",
     "Moments",
     "Plan",
@@ -70,9 +76,11 @@ __all__ = [
     "Refit",
     "Report",
     "Row",
+    "Sensitivity",
     "Spatial",
     "Tucker2",
     "apply",
+    "at_least",
     "calibrate",
     "decompose",
     "distill",
@@ -84,5 +92,7 @@ __all__ = [
     "reduce_ranks",
     "refit",
     "register",
+    "register_layer_kind",
     "registered",
+    "sensitivity",
 ]

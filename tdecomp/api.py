@@ -240,7 +240,7 @@ def apply(
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     check_data(steps, batches)
     with restoring(model, seed=seed):
-        sites = match_sites(find_sites(model)[0], plan)
+        sites = match_sites(find_sites(model), plan)
         wanted = {row.name for row in plan if row.method is not None}
         for name in wanted:
             check_weight(sites[name])

@@ -106,7 +106,7 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(Path(file))
     plan = header.plan
-    sites = match_sites(find_sites(model)[0], plan)
+    sites = match_sites(find_sites(model), plan)
     chains = {}
     for row in plan:
         if row.method is None or row.rank is None or row.layer is None:

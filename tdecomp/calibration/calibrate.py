@@ -95,7 +95,7 @@ def calibrate(
         max_batches=max_batches, max_memory=max_memory,
     )  # fmt: skip
     given = replace(given, data=replace(given.data, augment=augment))
-    sites, _ = find_sites(model)
+    sites = find_sites(model).values()
     layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
     samples = GRADIENT_SAMPLES if gradients else 0
     with restoring(model, seed=seed):

@@ -102,7 +102,8 @@ class LayerMoments:
 
     def kernels(self, weight: Tensor) -> list[Tensor]:
         """Each group's kernel as a float64 matrix (out / groups, fan_in)."""
-        return list(weight.detach().double().flatten(1).chunk(self.spec.groups))
+        kernel = self.spec.to_forward_layout(weight.detach().double())
+        return list(kernel.flatten(1).chunk(self.spec.groups))
 
     def gradient_blocks(self) -> list[Tensor] | None:
         """Each group's own block (out / groups, out / groups) of the gradient's second moment."""

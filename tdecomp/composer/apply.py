@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from tdecomp.composer.core import resolve_size
 from tdecomp.composer.factorized import Factorized
 from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
-from tdecomp.model.filters import Filters
+from tdecomp.model.filters import Filters, at_least
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.surgery import as_optimizers, swap, unoptimized
 from tdecomp.model.weights import check_weight
@@ -96,6 +96,5 @@ def _wide_sites(model: nn.Module, min_channels: int, min_features: int) -> list[
         isinstance(module, (nn.Linear, nn.Conv2d)) for module in model.modules()
     ):
         return []  # which is no error here
-    filters = Filters(min_channels=min_channels, min_features=min_features)
-    sites = find_sites(model, filters)[0]
+    sites = find_sites(model, Filters(where=at_least(min_channels, min_features))).values()
     return [s for s in sites if s.reason is None and type(s.module) in (nn.Linear, nn.Conv2d)]

@@ -270,7 +270,7 @@ class CP(Decomposer):
 
     def _depthwise(self, spec: LayerSpec, channels: int) -> tuple[LayerSpec, ...]:
         return (
-            replace(spec, in_channels=channels, out_channels=channels, groups=channels, bias=False),
+            spec.like(in_channels=channels, out_channels=channels, groups=channels, bias=False),
         )
 
 
@@ -289,5 +289,5 @@ class CPSeparable(CP):
 
     def _depthwise(self, spec: LayerSpec, channels: int) -> tuple[LayerSpec, ...]:
         return tuple(
-            replace(spec.along([d], channels, channels), groups=channels) for d in range(spec.ndim)
+            spec.along([d], channels, channels).like(groups=channels) for d in range(spec.ndim)
         )

@@ -157,7 +157,7 @@ class Spatial(Decomposer):
         middle = rank * spec.groups
         return (
             spec.along([0], spec.in_channels, middle),
-            replace(spec.along([1], middle, spec.out_channels), bias=spec.bias),
+            spec.along([1], middle, spec.out_channels).like(bias=spec.bias),
         )
 
     def fit(

@@ -3,7 +3,7 @@
 Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks", section 3.2.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -84,9 +84,8 @@ def fit_low_rank_to(kernel: Tensor, rank: int, moment: SecondMoment) -> LowRankF
 class SVD(Decomposer):
     """Linear m→n becomes m→rank without bias and rank→n with it; 1×1 convolutions likewise.
 
-    >>> SVD().stages(LayerSpec(8, 6), 2)[0]
-    LayerSpec(in_channels=8, out_channels=2, kernel_size=(), stride=(), padding=(), dilation=(), \
-output_padding=(), groups=1, padding_mode='zeros', bias=False, transposed=False)
+    >>> print(*SVD().stages(LayerSpec(8, 6), 2))
+    Linear(8→2, no bias) Linear(2→6)
     """
 
     name: ClassVar[str] = "svd"
@@ -103,7 +102,7 @@ output_padding=(), groups=1, padding_mode='zeros', bias=False, transposed=False)
     def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         assert isinstance(rank, int)
         middle = rank * spec.groups
-        first = replace(spec, out_channels=middle, bias=False)
+        first = spec.like(out_channels=middle, bias=False)
         return first, spec.pointwise(middle, spec.out_channels, bias=spec.bias)
 
     def fit(

@@ -213,7 +213,7 @@ class Tucker2(Decomposer):
         middle_in, middle_out = (r * spec.groups for r in rank)
         return (
             spec.pointwise(spec.in_channels, middle_in),
-            replace(spec, in_channels=middle_in, out_channels=middle_out, bias=False),
+            spec.like(in_channels=middle_in, out_channels=middle_out, bias=False),
             spec.pointwise(middle_out, spec.out_channels, bias=spec.bias),
         )
 

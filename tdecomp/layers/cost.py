@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.spec import Call
+from tdecomp.layers.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,22 @@ class Cost:
 
     @property
     def deciding(self) -> int:
-        """What a break-even compares: MACs where calls were observed, parameters elsewhere.
+        """MACs where calls were observed, else parameters: break-even ranks compare these.
 
-        A layer that the example inputs never reached has 0 MACs, which says nothing of its cost.
+        A layer that the example inputs never reached has 0 MACs, so its parameters count.
         """
         return self.macs if self.macs else self.params
 
     @property
     def unit(self) -> str:
-        """What `deciding` counts."""
+        """The unit of `deciding`, in words."""
         return "MACs" if self.macs else "parameters"
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """The sum; a layer whose MACs are not known by itself adds none, they are part of the rest.
+    """The sum; a layer with unknown MACs adds none, as these count among the rest of the model.
 
-    The same holds for seconds, where those of any are known.
+    The sum has seconds if any of the costs has.
     """
     listed = list(costs)
     timed = [cost.latency for cost in listed if cost.latency is not None]
@@ -55,10 +56,10 @@ def total(costs: Iterable[Cost]) -> Cost:
     )
 
 
-def chain_cost(stages: Sequence[LayerSpec], calls: Sequence[Call] | None) -> Cost:
+def chain_cost(stages: Sequence[Stage], calls: Sequence[Call] | None) -> Cost:
     """Cost of running `stages` one after the other, each at its own input and output size.
 
-    >>> conv = LayerSpec(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0))
+    >>> conv = tdecomp.LayerSpec(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0))
     >>> chain_cost([conv], [Call(1, (8, 8))])
     Cost(params=36928, macs=589824, latency=None)
     """

@@ -1,41 +1,22 @@
-"""What a Linear or a convolution is, apart from its weights.
+"""What a layer is, apart from its weights, and what a kind of layers is.
 
-A `LayerSpec` is all that planning, costing and building need to know of a layer: a chain is a
-tuple of them, so that parameters, MACs and output sizes of the layer and of everything that may
-replace it come from the same arithmetic.
+A `LayerSpec` is all that planning, costing and building need to know of a layer: its sizes and the
+name of its kind. A `LayerKind` recognises, reads, builds and lays out the modules of one kind. The
+two need each other and share a file; the list of kinds is in `kinds`.
 """
 
 import math
+import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-_CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
-    (1, False): nn.Conv1d,
-    (2, False): nn.Conv2d,
-    (3, False): nn.Conv3d,
-    (1, True): nn.ConvTranspose1d,
-    (2, True): nn.ConvTranspose2d,
-    (3, True): nn.ConvTranspose3d,
-}
-STOCK_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS.values())
-
-
-# The same without values drawn for their weights.
-_WITHOUT_VALUES: dict[type[nn.Module], type[nn.Module]] = {
-    kind: type(kind.__name__, (kind,), {"reset_parameters": lambda _self: None})
-    for kind in STOCK_LAYERS
-}
-
-
-def _uninitialised(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
-    """`nn.utils.skip_init` at a tenth of its time, which goes into drawing on the meta device."""
-    layer = _WITHOUT_VALUES[kind](*args, **options)
-    layer.__class__ = kind
-    return layer
+# What words say of a convolution where it is not as usual.
+_SHOWN = ("stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
 
 
 @dataclass(frozen=True)
@@ -58,6 +39,7 @@ class LayerSpec:
     ((5, 5), 115200)
 
     Every tuple has one entry per spatial dimension; `padding` may be "same" or "valid" instead.
+    `kind` is the name of a `LayerKind`; left out, it is torch's own layer of this geometry.
     """
 
     in_channels: int
@@ -71,31 +53,29 @@ class LayerSpec:
     padding_mode: str = "zeros"
     bias: bool = True
     transposed: bool = False
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            convolution = f"Conv{'Transpose' if self.transposed else ''}{self.ndim}d"
+            object.__setattr__(self, "kind", convolution if self.ndim else "Linear")
 
     @classmethod
     def of(cls, module: nn.Module) -> "LayerSpec":
-        """Read the spec off a Linear or a (transposed) convolution."""
-        if isinstance(module, nn.Linear):
-            return cls(module.in_features, module.out_features, bias=module.bias is not None)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            return cls(
-                in_channels=module.in_channels,
-                out_channels=module.out_channels,
-                kernel_size=tuple(module.kernel_size),
-                stride=tuple(module.stride),
-                padding=module.padding
-                if isinstance(module.padding, str)
-                else tuple(module.padding),
-                dilation=tuple(module.dilation),
-                output_padding=tuple(module.output_padding),
-                groups=module.groups,
-                padding_mode=module.padding_mode,
-                bias=module.bias is not None,
-                transposed=module.transposed,
-            )
-        raise TypeError(f"expected a Linear or a convolution, got {type(module).__name__}")
+        """Read the spec off a layer of a registered kind.
 
-    # -- shapes -----------------------------------------------------------------------------
+        Raises
+        ------
+        TypeError
+            If the module is of no such kind.
+        """
+        kind = kind_of(module)
+        if kind is None:
+            raise TypeError(
+                f"expected a layer of a known kind ({', '.join(KINDS)}), got "
+                f"{type(module).__name__}; tdecomp.register_layer_kind adds a kind"
+            )
+        return replace(kind.spec_of(module), kind=kind.name)
 
     @property
     def ndim(self) -> int:
@@ -112,7 +92,7 @@ class LayerSpec:
 
     @property
     def depthwise(self) -> bool:
-        """Whether each filter of several sees a single channel."""
+        """Whether each of several filters sees a single channel."""
         return self.groups > 1 and self.group_in == 1
 
     @property
@@ -125,40 +105,29 @@ class LayerSpec:
         return self.group_in * self.kernel_volume
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the weight in torch's own layout."""
-        if self.transposed:
-            return (self.in_channels, self.group_out, *self.kernel_size)
+    def kernel_shape(self) -> tuple[int, ...]:
+        """(out, in / groups, *kernel): the shape of the weight in the forward layout."""
         return (self.out_channels, self.group_in, *self.kernel_size)
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight as the layer stores it."""
+        return tuple(self.from_forward_layout(torch.empty(self.kernel_shape, device="meta")).shape)
+
+    @property
     def params(self) -> int:
-        return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+        return math.prod(self.kernel_shape) + (self.out_channels if self.bias else 0)
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output for inputs of spatial `size`."""
         if self.padding == "same":
             return size
         padding = (0,) * self.ndim if isinstance(self.padding, str) else self.padding
+        along = zip(size, self.kernel_size, self.stride, padding, self.dilation, strict=True)
         if self.transposed:
-            return tuple(
-                (n - 1) * s - 2 * p + d * (k - 1) + o + 1
-                for n, k, s, p, d, o in zip(
-                    size,
-                    self.kernel_size,
-                    self.stride,
-                    padding,
-                    self.dilation,
-                    self.output_padding,
-                    strict=True,
-                )
-            )
-        return tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(
-                size, self.kernel_size, self.stride, padding, self.dilation, strict=True
-            )
-        )
+            least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in along]
+            return tuple(map(operator.add, least, self.output_padding))
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
 
     def call(self, input_shape: Iterable[int]) -> Call:
         """The `Call` that an input of this shape (batched or not) makes."""
@@ -174,29 +143,19 @@ class LayerSpec:
         The bias is not counted. A transposed convolution uses its kernel once per input position.
         """
         positions = call.size if self.transposed else self.output_size(call.size)
-        return call.batch * math.prod(positions) * math.prod(self.weight_shape)
+        return call.batch * math.prod(positions) * math.prod(self.kernel_shape)
 
-    # -- layouts ----------------------------------------------------------------------------
+    # -- stages of chains in its place ------------------------------------------------------
 
-    def to_forward_layout(self, weight: Tensor) -> Tensor:
-        """The weight as (out, in / groups, *kernel), whichever way the layer stores it."""
-        if not self.transposed:
-            return weight
-        grouped = weight.reshape(self.groups, self.group_in, self.group_out, *self.kernel_size)
-        return grouped.transpose(1, 2).reshape(self.out_channels, self.group_in, *self.kernel_size)
+    def like(self, **changes: Any) -> "LayerSpec":
+        """The stock layer of torch with this geometry, and with some changes.
 
-    def from_forward_layout(self, kernel: Tensor) -> Tensor:
-        """(out, in / groups, *kernel) as the layer stores it: undoes `to_forward_layout`."""
-        if not self.transposed:
-            return kernel
-        grouped = kernel.reshape(self.groups, self.group_out, self.group_in, *self.kernel_size)
-        return grouped.transpose(1, 2).reshape(self.weight_shape)
+        >>> print(LayerSpec(8, 6).like(out_channels=2, bias=False))
+        Linear(8→2, no bias)
+        """
+        return replace(self, **{"kind": "", **changes})
 
-    # -- other layers of the same kind ------------------------------------------------------
-
-    def pointwise(
-        self, in_channels: int, out_channels: int, *, bias: bool = False, groups: int | None = None
-    ) -> "LayerSpec":
+    def pointwise(self, in_channels: int, out_channels: int, *, bias: bool = False) -> "LayerSpec":
         """A kernel of size 1 (a Linear, where this is one) that keeps the spatial size."""
         ones, zeros = (1,) * self.ndim, (0,) * self.ndim
         return LayerSpec(
@@ -207,7 +166,7 @@ class LayerSpec:
             padding=zeros,
             dilation=ones,
             output_padding=zeros,
-            groups=self.groups if groups is None else groups,
+            groups=self.groups,
             bias=bias,
         )
 
@@ -218,8 +177,7 @@ class LayerSpec:
         def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
             return tuple(v if d in keep else other for d, v in enumerate(values))
 
-        return replace(
-            self,
+        return self.like(
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=pick(self.kernel_size, 1),
@@ -230,57 +188,47 @@ class LayerSpec:
             bias=False,
         )
 
-    def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-        """An uninitialised stock torch layer of this kind."""
-        if self.ndim == 0:
-            return _uninitialised(
-                nn.Linear,
-                self.in_channels,
-                self.out_channels,
-                bias=self.bias,
-                device=device,
-                dtype=dtype,
-            )
-        transposed_only = {"output_padding": self.output_padding} if self.transposed else {}
-        return _uninitialised(
-            _CONVOLUTIONS[self.ndim, self.transposed],
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias,
-            padding_mode=self.padding_mode,
-            device=device,
-            dtype=dtype,
-            **transposed_only,
-        )
+    # -- its module: the `Stage` protocol ---------------------------------------------------
 
-    # -- words ------------------------------------------------------------------------------
+    def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+        """An uninitialised layer of this kind."""
+        return self._kind.build(self, device, dtype)
+
+    def put(self, module: Any, values: Tensor) -> None:
+        """Write a weight (out, in / groups, *kernel) into a layer of this kind."""
+        with torch.no_grad():
+            module.weight.copy_(self.from_forward_layout(values))
+
+    def read(self, module: Any) -> Tensor:
+        """The weight (out, in / groups, *kernel) of a layer of this kind, detached, in float64."""
+        return self.to_forward_layout(module.weight.detach().double())
+
+    def to_forward_layout(self, weight: Tensor) -> Tensor:
+        """The weight as (out, in / groups, *kernel), whichever way the layer stores it."""
+        return self._kind.to_forward_layout(weight, self)
+
+    def from_forward_layout(self, kernel: Tensor) -> Tensor:
+        """(out, in / groups, *kernel) as the layer stores it: undoes `to_forward_layout`."""
+        return self._kind.from_forward_layout(kernel, self)
 
     @property
-    def kind(self) -> str:
-        """The name of the torch class."""
-        return "Linear" if not self.ndim else _CONVOLUTIONS[self.ndim, self.transposed].__name__
+    def _kind(self) -> "LayerKind":
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"{self}: no layer kind has this name; register it (tdecomp.register_layer_kind)"
+            )
+        return KINDS[self.kind]
 
     def __str__(self) -> str:
         words = [f"{self.in_channels}→{self.out_channels}"]
         if self.ndim:
             words.append("×".join(map(str, self.kernel_size)))
-            ones, zeros = (1,) * self.ndim, (0,) * self.ndim
-            shown = {
-                "stride": (self.stride, ones),
-                "padding": (self.padding, zeros),
-                "dilation": (self.dilation, ones),
-                "output_padding": (self.output_padding, zeros),
-                "groups": (self.groups, 1),
-                "padding_mode": (self.padding_mode, "zeros"),
-            }
-            for label, (value, usual) in shown.items():
-                if value != usual:
-                    words.append(f"{label}={_short(value)}")
+            usual = replace(self.pointwise(self.in_channels, self.out_channels), groups=1)
+            for label in _SHOWN:
+                value = getattr(self, label)
+                if value != getattr(usual, label):
+                    same = isinstance(value, tuple) and len(set(value)) == 1
+                    words.append(f"{label}={value[0] if same else value}")
         if not self.bias:
             words.append("no bias")
         return f"{self.kind}({', '.join(words)})"
@@ -292,13 +240,59 @@ class LayerSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LayerSpec":
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
-        }
-        return cls(**values)
+        tuples = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+        return cls(**{**data, **tuples})
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, tuple) and len(set(value)) == 1:
-        return str(value[0])
-    return str(value)
+class LayerKind(ABC):
+    """How the layers of one kind are recognised, read, built and laid out.
+
+    A layer of any kind computes the same as torch's own layer of its spec, and holds its parameters
+    as `weight` and `bias`; the order of the weight's dimensions is up to the kind.
+
+    Attributes
+    ----------
+    name : str
+        What `LayerSpec.kind` says and reports show: usually the name of the class.
+    computes : tuple of str
+        The methods that compute the output; a subclass that overrides one is left alone.
+    """
+
+    name: str
+    computes: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @abstractmethod
+    def base_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """The class that `module` has from this kind, its own or a base; None for other modules."""
+
+    @abstractmethod
+    def spec_of(self, module: nn.Module) -> LayerSpec:
+        """The sizes of a layer of this kind; `LayerSpec.of` adds the kind's name."""
+
+    @abstractmethod
+    def build(
+        self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
+    ) -> nn.Module:
+        """A layer with this spec whose weights need no particular values."""
+
+    def to_forward_layout(self, weight: Tensor, spec: LayerSpec) -> Tensor:
+        """The weight as (out, in / groups, *kernel); a view where possible."""
+        del spec
+        return weight
+
+    def from_forward_layout(self, kernel: Tensor, spec: LayerSpec) -> Tensor:
+        """(out, in / groups, *kernel) as a layer of this kind stores it."""
+        del spec
+        return kernel
+
+
+# By name, filled by `kinds`.
+KINDS: dict[str, LayerKind] = {}
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind of a module, None if it is no layer of a known kind.
+
+    Of several that match, the kind that was registered last: users' own come before torch's.
+    """
+    return next((kind for kind in reversed(KINDS.values()) if kind.base_class(module)), None)

@@ -39,7 +39,9 @@ def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
     # the values of one layer, so a common factor does not matter.
     largest = max(float(matrix.detach().abs().max()) for matrix in unfoldings[0]) or 1.0
     matrices = [matrix.detach() for groups in unfoldings for matrix in groups]
-    squares = parallel_map(lambda matrix: _squared_singular_values(matrix, largest), matrices, size=on_cpu)
+    squares = parallel_map(
+        lambda matrix: _squared_singular_values(matrix, largest), matrices, size=on_cpu
+    )
     found = iter(squares)
     return [
         Spectrum(np.stack([next(found) for _ in groups]), (groups[0].shape[0], groups[0].shape[1]))

@@ -177,7 +177,7 @@ def measure_sensitivity(
     progress: bool,
 ) -> Sensitivity:
     """Find the layers, look at them, and draw the curve of every method."""
-    sites, _ = find_sites(model, filters, example)
+    sites = list(find_sites(model, filters, example).values())
     able, left_alone = able_sites(sites, methods)
     wanted = {site.name for site, _ in able}
     moments = site_moments(model, sites, wanted, data, gradients=True)

@@ -1,4 +1,4 @@
-"""Which layers a user wants touched: names, globs, sizes."""
+"""Which layers a user wants decomposed: names, globs, sizes."""
 
 import difflib
 import fnmatch
@@ -7,29 +7,31 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.spec import LayerSpec, kind_of
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which layers a user wants touched.
+    """Which layers a user wants decomposed.
 
     Attributes
     ----------
     include, exclude : sequence of str
         Names, globs, or the name of a container for all that it holds. No `include` means all.
     where : callable ``(module, name) -> bool``, optional
-    min_channels : int
-        Convolutions with fewer input or output channels are left alone.
-    min_features : int
-        Linear layers with fewer input or output features are left alone.
+        Such as `at_least`.
     """
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     where: Callable[[nn.Module, str], bool] | None = None
-    min_channels: int = 0
-    min_features: int = 0
+
+    def __post_init__(self) -> None:
+        if self.where is not None and not callable(self.where):
+            raise TypeError(
+                "where: expected a callable (module, name) -> bool, such as "
+                f"tdecomp.at_least(channels=16), or None for all layers; got {self.where!r}"
+            )
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse patterns that match none of `names`."""
@@ -46,15 +48,63 @@ class Filters:
         for pattern in self.exclude:
             if any(matches(name, pattern) for name in names):
                 return f"excluded by {pattern!r}"
-        if self.where is not None and not self.where(module, names[0]):
-            return "not wanted by where"
-        least, option = self.min_features, "min_features"
-        if spec.ndim:
-            least, option = self.min_channels, "min_channels"
-        narrow = min(spec.in_channels, spec.out_channels)
-        if narrow < least:
-            return f"{option}={least}, and its narrower side has {narrow}"
-        return None
+        if self.where is None or self.where(module, names[0]):
+            return None
+        if isinstance(self.where, AtLeast):
+            narrow = min(spec.in_channels, spec.out_channels)
+            return f"narrower than where={self.where}: its narrower side has {narrow}"
+        return "not wanted by where"
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A predicate that wants layers of at least this width on both sides; see `at_least`."""
+
+    channels: int
+    features: int
+
+    def __call__(self, module: nn.Module, name: str = "") -> bool:
+        del name
+        if kind_of(module) is None:
+            return False
+        spec = LayerSpec.of(module)
+        least = self.channels if spec.ndim else self.features
+        return min(spec.in_channels, spec.out_channels) >= least
+
+    def __str__(self) -> str:
+        return f"at_least(channels={self.channels}, features={self.features})"
+
+
+def at_least(channels: int = 0, features: int = 0) -> AtLeast:
+    """A `where` that leaves narrow layers alone, which cost little and hold much.
+
+    >>> wide = at_least(channels=16, features=64)
+    >>> wide(nn.Conv2d(3, 64, 3), "stem"), wide(nn.Linear(64, 64), "fc")
+    (False, True)
+
+    Parameters
+    ----------
+    channels : int
+        The fewest input or output channels of a convolution.
+    features : int
+        The fewest input or output features of a Linear, or of a layer like it.
+
+    Returns
+    -------
+    callable ``(module, name) -> bool``
+        It can be pickled.
+
+    Raises
+    ------
+    ValueError
+        For a width that is not a whole number of 0 or more.
+    """
+    for name, value in (("channels", channels), ("features", features)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"at_least: expected {name} to be a whole number of 0 or more, got {value!r}"
+            )
+    return AtLeast(channels, features)
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -86,7 +86,8 @@ def make_plan(
 
     With `variants`, layers that see few patches see variants of the batches, too.
     """
-    sites, trace = find_sites(model, request.filters, request.example)
+    found = find_sites(model, request.filters, request.example)
+    sites, trace = list(found.values()), found.trace
     able, choices = able_sites(sites, request.methods)
     if isinstance(request.selector, ByLayer):
         _check_entries(request.selector, sites, choices)

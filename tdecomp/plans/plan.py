@@ -1,7 +1,7 @@
 """A plan: which layer gets which method and rank, as plain data."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -121,7 +121,7 @@ class Plan(Table):
             return cls(rows, cost_from_dict(data["everything_else"]), methods, speed)
 
 
-def match_sites(sites: Iterable[Site], plan: Plan) -> dict[str, Site]:
+def match_sites(sites: Mapping[str, Site], plan: Plan) -> dict[str, Site]:
     """The model's sites by name, each checked to be the layer that the plan's row was made for.
 
     Raises
@@ -129,7 +129,7 @@ def match_sites(sites: Iterable[Site], plan: Plan) -> dict[str, Site]:
     ValueError
         If the model lacks a layer of the plan, has another in its place, or cannot spare it.
     """
-    found = {site.name: site for site in sites}
+    found = dict(sites)
     for row in plan:
         site = found.get(row.name)
         if site is None:

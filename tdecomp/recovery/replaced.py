@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import STOCK_LAYERS, LayerSpec
+from tdecomp.layers.spec import LayerSpec, kind_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def replaced_layers(model: nn.Module, original: nn.Module, caller: str) -> list[
         if stage or chain.replaced is None:  # a chain inside a chain replaced one of its stages
             continue
         layer = layers.get(name)
-        known = isinstance(layer, STOCK_LAYERS)
+        known = layer is not None and kind_of(layer) is not None
         if layer is None or not known or LayerSpec.of(layer) != chain.replaced:
             there = "no such layer" if layer is None else type(layer).__name__
             if layer is not None and known:

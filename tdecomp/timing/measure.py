@@ -18,7 +18,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.layout import LAYOUTS, layout_of
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.ranks.base import RankSelector
-from tdecomp.timing.profile import Profile, model_in_words, timed_ranks
+from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.setting import Setting, device_and_dtype
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Stages, Stopwatch, TimingEffort
@@ -103,7 +103,7 @@ def profile(
         )
     cache = _usable(cache, Setting.of(model, compiled=compiled), on_mismatch)
     example = Example.of(example_inputs, forward)
-    sites, _ = find_sites(model, None, example)
+    sites = list(find_sites(model, None, example).values())
     return measure(
         model,
         example,
@@ -154,11 +154,11 @@ def measure(
     ]
     for layout, spec, call in tqdm(work, desc="profile", unit="layer", disable=not progress):
         chains = _chains(spec, call, decomposers, result)
-        missing = [stages for stages in chains if (layout, stages, call) not in result.times]
+        missing = [stages for stages in chains if key_of(layout, stages, call) not in result.times]
         if missing:
             seconds = seconds_of(spec, missing, call, layout)
             for stages, column in zip(missing, seconds.T, strict=True):
-                result.times[layout, stages, call] = Quartiles.over(column)
+                result.times[key_of(layout, stages, call)] = Quartiles.over(column)
     return result
 
 

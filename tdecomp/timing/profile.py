@@ -16,6 +16,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.stage import StageId, id_of
 from tdecomp.model.example import Example
 from tdecomp.ranks.grid import Rounding, rank_steps
 from tdecomp.timing.setting import Setting
@@ -26,7 +27,7 @@ _FORMAT = 1
 # The smallest rank that is timed, as a share of the largest that saves MACs.
 _SMALLEST = 0.06
 # A layout, a layer or a chain, and the size of one call.
-Key = tuple[str, Stages, Call]
+Key = tuple[str, tuple[StageId, ...], Call]
 # MACs and seconds of the timed chains of a method.
 Curve = tuple[list[float], list[float]]
 
@@ -121,7 +122,7 @@ class Profile:
     def _chain(
         self, decomposer: Decomposer, spec: LayerSpec, stages: Stages, call: Call, layout: str
     ) -> float:
-        key = (self.timed_in(layout), stages, call)
+        key = key_of(self.timed_in(layout), stages, call)
         if key in self.times:
             return self.times[key].median
         macs, seconds = self._curve(decomposer, spec, call, layout)
@@ -139,7 +140,7 @@ class Profile:
             points = sorted(
                 (float(chain_cost(stages, (call,)).deciding), self.times[found].median)
                 for stages in (decomposer.stages(spec, rank) for rank in ranks)
-                if (found := (self.timed_in(layout), stages, call)) in self.times
+                if (found := key_of(self.timed_in(layout), stages, call)) in self.times
             )
             self._curves[key] = [m for m, _ in points], [s for _, s in points]
         return self._curves[key]
@@ -188,7 +189,7 @@ class Profile:
             "times": [
                 {
                     "layout": layout,
-                    "stages": [stage.to_dict() for stage in stages],
+                    "stages": [s if isinstance(s, str) else s.to_dict() for s in stages],
                     "call": [call.batch, list(call.size)],
                     **asdict(time),
                 }
@@ -266,6 +267,11 @@ def timed_ranks(
     return rank_steps(decomposer.max_rank(spec), cost, limit, _SMALLEST, count, rounding)
 
 
+def key_of(layout: str, stages: Stages, call: Call) -> Key:
+    """The key of a time; a method's own stages count by their plain data, as in a saved profile."""
+    return layout, tuple(map(id_of, stages)), call
+
+
 def model_in_words(model: nn.Module) -> str:
     """Its class and its size: enough to tell most models apart."""
     return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
@@ -275,21 +281,22 @@ def _size(call: Call) -> str:
     return "×".join(map(str, call.size))
 
 
-def _is_layer(stages: Stages) -> bool:
+def _is_layer(stages: Sequence[StageId]) -> bool:
     return len(stages) == 1 and isinstance(stages[0], LayerSpec)
 
 
-def _replaces(chain: Stages, spec: LayerSpec) -> bool:
-    """Whether it has the sizes of a chain that was made for this layer."""
-    if len(chain) < 2 or not all(isinstance(stage, LayerSpec) for stage in chain):
+def _replaces(chain: Sequence[StageId], spec: LayerSpec) -> bool:
+    """Whether a chain of stock layers has the ends and the kernel of this layer."""
+    stages = [stage for stage in chain if isinstance(stage, LayerSpec)]
+    if len(stages) < max(len(chain), 2):
         return False
-    volume = [max(sizes) for sizes in zip(*(s.kernel_size for s in chain), strict=True)]
-    found = (chain[0].in_channels, chain[-1].out_channels, *volume)
-    return found == (spec.in_channels, spec.out_channels, *spec.kernel_size)
+    ends = (stages[0].in_channels, stages[-1].out_channels)
+    volume = [max(sizes) for sizes in zip(*(s.kernel_size for s in stages), strict=True)]
+    return (*ends, *volume) == (spec.in_channels, spec.out_channels, *spec.kernel_size)
 
 
 def _entry(data: Mapping[str, Any]) -> tuple[Key, Quartiles]:
-    stages = tuple(LayerSpec.from_dict(stage) for stage in data["stages"])
+    stages = tuple(s if isinstance(s, str) else LayerSpec.from_dict(s) for s in data["stages"])
     batch, size = data["call"]
     time = Quartiles(data["median"], data["low"], data["high"])
     return (data["layout"], stages, Call(batch, tuple(size))), time

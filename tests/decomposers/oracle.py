@@ -18,7 +18,8 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import factorize, spectra_of
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.cost import chain_cost
-from tdecomp.layers.spec import STOCK_LAYERS, LayerSpec
+from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.stock import STOCK_LAYERS
 from tdecomp.linalg.second_moment import SecondMoment
 from tests.geometries import GEOMETRIES, case
 

@@ -141,9 +141,10 @@ def test_words_say_what_is_unusual(layer, words):
 def test_fan_in_counts_what_one_output_sees():
     spec = LayerSpec.of(nn.Conv3d(6, 8, (3, 2, 1), groups=2))
     assert (spec.group_in, spec.group_out, spec.kernel_volume, spec.fan_in) == (3, 4, 6, 18)
-    assert math.prod(spec.weight_shape) == spec.fan_in * spec.out_channels
+    assert spec.kernel_shape == (8, 3, 3, 2, 1)
+    assert math.prod(spec.kernel_shape) == spec.fan_in * spec.out_channels
 
 
 def test_only_linear_layers_and_convolutions_have_a_spec():
-    with pytest.raises(TypeError, match="expected a Linear or a convolution, got BatchNorm2d"):
+    with pytest.raises(TypeError, match=r"known kind \(Linear, .*\), got BatchNorm2d"):
         LayerSpec.of(nn.BatchNorm2d(3))

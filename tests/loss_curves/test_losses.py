@@ -19,7 +19,7 @@ from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
 
 
 def losses_of(model, name, moments=None, inputs=None):
-    sites, _ = find_sites(model, Filters(), inputs)
+    sites = find_sites(model, Filters(), inputs).values()
     (found,) = layer_losses([site for site in sites if site.name == name], moments)
     return found
 
@@ -127,7 +127,7 @@ def test_layers_without_gradients_count_as_much_as_the_others_do():
     batches = vectors()
     moments = tdecomp.calibrate(model, batches, **QUIET)
     del moments.layers["0"]
-    sites, _ = find_sites(model, Filters(), None)
+    sites = list(find_sites(model).values())
     decomposers = [get_decomposer("svd")]
     unknown, known = layer_losses(sites, moments)
     whole = known.nested(decomposers[0])[0][0]
@@ -193,7 +193,7 @@ class Unlucky(tdecomp.CP):
 def test_a_fit_that_fails_is_no_option():
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 8, 3)
-    (site,), _ = find_sites(layer, Filters(), None)
+    (site,) = find_sites(layer).values()
     method = Unlucky(l2_reg=0.0)  # with a ridge large ranks are foreseen, not tried
     for limit, most in ((0, 0), (16, 16)):
         Unlucky.limit = limit
@@ -270,7 +270,7 @@ def test_a_zero_layer_loses_nothing():
 def test_a_candidate_computes_losses_when_asked_and_once():
     method = Counted()
     losses = losses_of(convnet(), "3")
-    one = candidate(find_sites(convnet())[0][1], method, losses, {})
+    one = candidate(find_sites(convnet())["3"], method, losses, {})
     assert method.ranks == []
     assert one.errors() is None
     assert one.error_at(3) == one.error_at(3) > 0

@@ -1,6 +1,7 @@
 """Which layers are found, and the reason of each one that is left alone."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -9,15 +10,14 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import tdecomp
-from tdecomp.model.filters import Filters, matches
+from tdecomp.model.filters import Filters, at_least, matches
 from tdecomp.model.sites import find_sites
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
 
 
 def sites_of(model, example_inputs=None, **filters):
-    found, _ = find_sites(model, Filters(**filters), example_inputs)
-    return {site.name: site for site in found}
+    return find_sites(model, Filters(**filters), example_inputs)
 
 
 def quietly(make):
@@ -34,9 +34,10 @@ def quietly(make):
 def test_every_linear_and_convolution_is_a_site_once(name):
     model = MODELS[name].build()
     expected = {m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
-    found, _ = find_sites(model)
+    found = find_sites(model)
     assert len(found) == len(expected)
-    assert {site.module for site in found} == expected
+    assert {site.module for site in found.values()} == expected
+    assert all(found[name].name == name for name in found)
 
 
 def test_a_module_with_two_names_is_one_site():
@@ -419,10 +420,11 @@ EVERY = ["features.0", "features.3", "features.4", "features.6", "features.7", "
         ({"include": "features", "exclude": ["features.0"]}, EVERY[1:-1]),
         ({"where": lambda module, _: isinstance(module, nn.Linear)}, ["head"]),
         ({"where": lambda _, name: name.endswith("3")}, ["features.3"]),
-        ({"min_channels": 4}, EVERY[1:]),
-        ({"min_channels": 24}, ["features.4", "features.6", "head"]),
-        ({"min_features": 11}, EVERY[:-1]),
-        ({"min_features": 10}, EVERY),
+        ({"where": at_least(channels=4)}, EVERY[1:]),
+        ({"where": at_least(channels=24)}, ["features.4", "features.6", "head"]),
+        ({"where": at_least(features=11)}, EVERY[:-1]),
+        ({"where": at_least(features=10)}, EVERY),
+        ({"where": at_least(24, 11)}, ["features.4", "features.6"]),
     ],
 )
 def test_filters(options, expected):
@@ -431,17 +433,69 @@ def test_filters(options, expected):
 
 def test_filters_give_their_reason():
     model = MODELS["cnn"].build()
+    wide = at_least(features=12)
     plan = tdecomp.plan(
-        model, ("lowrank", "svd"), rank=1, include="*", exclude="features.3", min_features=12
+        model, ("lowrank", "svd"), rank=1, include="*", exclude="features.3", where=wide
     )
     assert plan["features.3"].reason == "excluded by 'features.3'"
-    assert plan["head"].reason == "min_features=12, and its narrower side has 10"
+    assert plan["head"].reason == (
+        "narrower than where=at_least(channels=0, features=12): its narrower side has 10"
+    )
     plan = tdecomp.plan(model, ("lowrank", "svd"), rank=1, include="head")
     assert plan["features.3"].reason == "not in include"
-    plan = tdecomp.plan(model, ("lowrank", "svd"), rank=1, min_channels=4)
-    assert plan["features.0"].reason == "min_channels=4, and its narrower side has 3"
     plan = tdecomp.plan(model, ("lowrank", "svd"), rank=1, where=lambda *_: False)
     assert plan["features.3"].reason == "not wanted by where"
+
+
+@pytest.mark.parametrize("empty", ["", [], {}, 0, (), False, "features"])
+def test_a_where_that_cannot_be_called_is_refused(empty):
+    model = MODELS["cnn"].build()
+    for call in (tdecomp.plan, tdecomp.decompose):
+        with pytest.raises(TypeError, match=r"where: expected a callable .*at_least") as caught:
+            call(model, "svd", rank=2, where=empty)
+        assert f"got {empty!r}" in str(caught.value)
+
+
+def test_at_least_looks_at_both_sides_and_can_be_pickled():
+    wide = pickle.loads(pickle.dumps(at_least(channels=8, features=16)))
+    assert wide == at_least(8, 16)
+    layers = {
+        (nn.Conv2d(8, 9, 1)): True,
+        (nn.Conv2d(8, 7, 1)): False,
+        (nn.ConvTranspose1d(7, 9, 1)): False,
+        (nn.Linear(16, 16)): True,
+        (nn.Linear(16, 15)): False,
+        (nn.ReLU()): False,
+    }
+    assert {layer: wide(layer, "any") for layer in layers} == layers
+
+
+@pytest.mark.parametrize("width", [-1, 1.5, "16", None, True])
+def test_at_least_takes_whole_numbers(width):
+    for option in ("channels", "features"):
+        with pytest.raises(ValueError, match=rf"expected {option} to be a whole number"):
+            at_least(**{option: width})
+
+
+# Searched once ----------------------------------------------------------------------------------
+
+
+def test_sites_are_searched_once_and_looked_at_in_any_order():
+    case = MODELS["attention"]
+    model, x = case.build(), case.inputs()
+    filters = Filters(exclude=("head",), where=lambda _, name: name != "embed")
+    found = find_sites(model)
+    one = found.with_filters(filters).with_example(x)
+    other = found.with_example(x).with_filters(filters)
+    both = find_sites(model, filters, x)
+    assert list(one.values()) == list(other.values()) == list(both.values())
+    assert one.trace.total_macs == both.trace.total_macs > 0
+    assert one["head"].reason == "excluded by 'head'"
+    assert one["embed"].calls
+    # The first ones are as they were.
+    assert found.trace is None
+    assert found["head"].reason is None
+    assert found["head"].calls is None
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])

@@ -20,7 +20,7 @@ def profiled(stopwatch):
 
     def take(model, x, methods="dense", **options):
         example = Example.of(x)
-        sites, _ = find_sites(model, None, example)
+        sites = list(find_sites(model, None, example).values())
         return measure(
             model, example, sites, listed_methods(methods), stopwatch=stopwatch, **options
         )

@@ -1,0 +1,63 @@
+"""The kinds of layers that can be decomposed; a new one is a file beside this and a line here."""
+
+from tdecomp.layers.spec import KINDS, LayerKind
+from tdecomp.layers.stock import STOCK_KINDS
+
+
+def register_layer_kind(kind: LayerKind) -> LayerKind:
+    """Let a kind of layers be found and decomposed, from now on and in every model.
+
+    >>> class MyKind(tdecomp.LayerKind):     # MyLinear stores its weight as (in, out)
+    ...     name = "MyLinear"
+    ...     def base_class(self, module):
+    ...         return MyLinear if isinstance(module, MyLinear) else None
+    ...     def spec_of(self, module):
+    ...         return tdecomp.LayerSpec(*module.weight.shape, bias=module.bias is not None)
+    ...     def build(self, spec, device, dtype):
+    ...         return MyLinear(spec.in_channels, spec.out_channels).to(device, dtype)
+    ...     def to_forward_layout(self, weight, spec):
+    ...         return weight.T
+    ...     def from_forward_layout(self, kernel, spec):
+    ...         return kernel.T
+    >>> tdecomp.register_layer_kind(MyKind())     # doctest: +SKIP
+
+    Parameters
+    ----------
+    kind : LayerKind
+        An instance. Where several kinds match a module, the one registered last is used.
+
+    Returns
+    -------
+    LayerKind
+        The same one.
+
+    Raises
+    ------
+    TypeError
+        If it is not an instance of `LayerKind`.
+    ValueError
+        If its name is empty or another kind's.
+    """
+    if not isinstance(kind, LayerKind):
+        got = f"the class {kind.__name__}" if isinstance(kind, type) else type(kind).__name__
+        raise TypeError(f"register_layer_kind: expected an instance of LayerKind, got {got}")
+    name = getattr(kind, "name", "")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"register_layer_kind: {type(kind).__name__} needs a name, got {name!r}")
+    known = KINDS.get(name)
+    # A class of the same place and name is the same one, defined again as in a notebook.
+    if known is not None and _place(known) != _place(kind):
+        raise ValueError(
+            f"register_layer_kind: {name!r} is the name of {type(known).__name__} already; choose "
+            "another"
+        )
+    KINDS[name] = kind
+    return kind
+
+
+def _place(kind: LayerKind) -> tuple[str, str]:
+    return type(kind).__module__, type(kind).__qualname__
+
+
+for _kind in STOCK_KINDS:
+    register_layer_kind(_kind)

@@ -1,0 +1,169 @@
+"""Why a layer is left alone, as far as the model itself tells, without running it."""
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.spec import LayerSpec, kind_of
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has a row in every report: of a known kind, or one like it."""
+    return kind_of(module) is not None or isinstance(module, _ConvNd) or _quantized(module)
+
+
+def spec_of(module: nn.Module) -> LayerSpec | None:
+    """The sizes of a layer, None where they are not known."""
+    known = kind_of(module) is not None and not is_lazy(module) and not _quantized(module)
+    return LayerSpec.of(module) if known else None
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a module has no sizes yet: it takes those of its first inputs."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+class Reasons:
+    """Says why the layers of one model cannot be replaced, by their structure.
+
+    >>> attention = nn.MultiheadAttention(8, 2)
+    >>> Reasons(attention).of(attention.out_proj, LayerSpec(8, 8))
+    'MultiheadAttention reads its weight itself'
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._readers = _readers(model)
+        # The address of a storage to the parameters that use it, each with its module's name.
+        self._users: dict[int, list[tuple[nn.Parameter, str]]] = {}
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and _storage(parameter):
+                    self._users.setdefault(_storage(parameter), []).append((parameter, name))
+
+    def of(self, module: nn.Module, spec: LayerSpec | None) -> str | None:
+        """The reason, None if the layer may be replaced."""
+        reason = _own_reason(module) or self._tie(module) or self._readers.get(module)
+        if reason is None and spec is not None and spec.depthwise:
+            return "depthwise: each of its filters sees a single channel already"
+        return reason
+
+    def _tie(self, module: nn.Module) -> str | None:
+        """Whether it shares memory with another module's parameter."""
+        for name, parameter in module.named_parameters(recurse=False):
+            users = self._users.get(_storage(parameter), [])
+            if len(users) < 2:
+                continue
+            owners = {owner for other, owner in users if _overlap(parameter, other)}
+            if len(owners) > 1:
+                return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
+        return None
+
+
+def _own_reason(module: nn.Module) -> str | None:
+    """The reason that the layer itself gives, apart from the model it is in."""
+    if _quantized(module):
+        return "quantized: decompose first, then quantize"
+    if is_lazy(module):
+        return "lazy: run the model once so that its sizes are known"
+    if parametrize.is_parametrized(module):
+        return (
+            "parametrized: bake it in with torch.nn.utils.parametrize.remove_parametrizations"
+            "(layer, 'weight')"
+        )
+    computed = [
+        name
+        for name in ("weight", "bias")
+        if name not in module._parameters and getattr(module, name, None) is not None
+    ]
+    if computed or "weight" not in module._parameters:
+        return (
+            f"its {' and '.join(computed) or 'weight'} is computed from other parameters: bake it "
+            "in (remove_weight_norm, remove_spectral_norm, prune.remove)"
+        )
+    kind = kind_of(module)
+    if kind is None:
+        return f"{type(module).__name__} is no stock layer of torch"
+    if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
+        return "complex weights"
+    for method in kind.computes:
+        overridden = getattr(type(module), method) is not getattr(kind.base_class(module), method)
+        if overridden or method in vars(module):
+            return f"{type(module).__name__} overrides {method}"
+    extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if extra:
+        return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
+    if _own_hooks(module) or any(map(_own_hooks, module.parameters(recurse=False))):
+        return "it has hooks of its own, which would be lost: remove them first"
+    return None
+
+
+def _quantized(module: nn.Module) -> bool:
+    kind = type(module)
+    named = kind.__name__.startswith(("Linear", "Conv")) and "Packed" not in kind.__name__
+    return named and "quantized" in kind.__module__
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_post_accumulate_grad_hooks",
+)
+
+
+def _own_hooks(holder: nn.Module | nn.Parameter) -> bool:
+    for attribute in _HOOKS:
+        for registered in (getattr(holder, attribute, None) or {}).values():
+            hook = getattr(registered, "hook", registered)
+            # torch leaves some of its own behind when a weight norm is removed.
+            if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils."):
+                return True
+    return False
+
+
+def _storage(parameter: nn.Parameter) -> int:
+    """The address of its memory, 0 if it has none."""
+    if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
+        return 0
+    return parameter.untyped_storage().data_ptr()
+
+
+def _overlap(a: nn.Parameter, b: nn.Parameter) -> bool:
+    """Whether two parameters in one storage use a common range of it."""
+    (first, last), (low, high) = _extent(a), _extent(b)
+    return low < last and first < high
+
+
+def _extent(parameter: nn.Parameter) -> tuple[int, int]:
+    """The first element of its storage that it uses, and the one after the last."""
+    strided = zip(parameter.shape, parameter.stride(), strict=True)
+    first = int(parameter.storage_offset())
+    return first, first + 1 + sum((int(size) - 1) * int(stride) for size, stride in strided)
+
+
+def _readers(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers whose weight their parent reads itself, and the layers of an earlier chain."""
+    reasons: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention):
+            reasons[parent.out_proj] = "MultiheadAttention reads its weight itself"
+        elif isinstance(parent, nn.TransformerEncoderLayer):
+            reasons[parent.linear1] = reasons[parent.linear2] = (
+                "TransformerEncoderLayer's fast path reads its weight itself"
+            )
+        elif type(parent).__name__ in ("ShiftedWindowAttention", "ShiftedWindowAttentionV2"):
+            # torchvision's Swin, which need not be installed here
+            for child in (getattr(parent, "qkv", None), getattr(parent, "proj", None)):
+                if isinstance(child, nn.Module):
+                    reasons[child] = "shifted-window attention reads its weight itself"
+        elif isinstance(parent, Chain):
+            for part in parent.modules():
+                reasons[part] = f"part of a chain that {parent.method!r} made before"
+    return reasons
