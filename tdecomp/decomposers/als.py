@@ -112,7 +112,11 @@ def cp_factors(
     channels, outside = [vectors for vectors, _ in leading], max(share for _, share in leading)
     core, bases = _compressed(kernel, channels)
     known = [] if bases else channels
-    near = None if start is None else _within([start[0] / norm, *start[1:]], bases)
+    near = None
+    if start is not None:
+        scaled = [start[0] / norm, *start[1:]]
+        inner = [base.T @ factor for base, factor in zip(bases, scaled, strict=False)]
+        near = [*inner, *scaled[len(bases) :]]
     for factors, ridge in _starts(core, rank, known, outside, near, options):
         swept = _sweep(core, rank, factors, ridge, options)
         outer = [base @ factor for base, factor in zip(bases, swept, strict=False)]
@@ -150,12 +154,6 @@ def _compressed(kernel: Tensor, channels: list[Tensor]) -> tuple[Tensor, list[Te
     if size > _WORTHWHILE * math.prod(kernel.shape[:2]):
         return kernel, []
     return mode_products(kernel, [vectors.T for vectors in channels], modes=[0, 1]), channels
-
-
-def _within(factors: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor]:
-    """The factors in the bases of a compressed kernel's channels."""
-    inner = [base.T @ factor for base, factor in zip(bases, factors, strict=False)]
-    return [*inner, *factors[len(bases) :]]
 
 
 def _starts(

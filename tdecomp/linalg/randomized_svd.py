@@ -29,21 +29,13 @@ def randomized_vectors(
 
     The error is known after each pass over the matrix, and falls by less from one pass to the
     next. Once further passes would hardly reduce it, the vectors are as good as those of an SVD, to
-    about a thousandth of the error.
+    about a thousandth of the error. None for matrices of less than `smallest_side`, high ranks,
+    errors too small for float32 to check, and no convergence within `max_passes`.
 
     Parameters
     ----------
     matrix : Tensor, shape (m, n)
-    rank : int
-    smallest_side : int
-        Smaller matrices are left to an SVD.
-    max_passes : int
-
-    Returns
-    -------
-    Tensor, shape (m, rank), or None
-        None if the matrix is small or not in float32, if the rank is high, if the error is too
-        small for float32 to check it, or if it has not converged after `max_passes`.
+    rank, smallest_side, max_passes : int
     """
     shortest = min(matrix.shape)
     too_small = shortest < smallest_side or rank > _LARGEST_SHARE * shortest

@@ -65,13 +65,6 @@ def truncated_svd(
     Gram matrix of its smaller side. That is in float64, so that squaring the singular values loses
     nothing that float32 resolves.
 
-    Parameters
-    ----------
-    matrix : Tensor, shape (m, n)
-    rank : int
-    randomized : callable
-        See `randomized_vectors`.
-
     Raises
     ------
     numpy.linalg.LinAlgError

@@ -1,8 +1,7 @@
 """The contract of a rank selector: what it sees of each layer, and what it answers.
 
-A selector never sees a module. For each layer it gets a `Candidate` for every method that can take
-the layer: the largest useful rank, the cost of a rank and, computed when called, the spectra, the
-ranks worth considering and the errors of ranks.
+A selector never sees a module. For each layer it gets one `Candidate` for every method that can
+take the layer.
 """
 
 from abc import ABC, abstractmethod
@@ -41,12 +40,8 @@ class Option:
     error: float
 
 
-def _no_errors() -> None:
+def _unknown(*_: Any) -> None:
     return None
-
-
-def _no_error_at(rank: Rank) -> None:
-    del rank
 
 
 @dataclass(frozen=True)
@@ -71,18 +66,18 @@ class Candidate:
     aliases : tuple of str
         The layer's other names.
     rounded : bool
-        Whether the options are multiples that the hardware runs efficiently. The ranks between
-        them are then not considered: they save no time.
+        Whether the options are multiples that the hardware runs efficiently, so that the ranks
+        between them save no time.
     decomposer : object
         The method itself with its options.
     errors : callable ``() -> sequence of float or None``
-        The exact relative errors at rank 0, 1, 2 …, computed when called, of a method whose best
-        fits are nested; None for all other methods.
+        The exact errors at rank 0, 1, 2 …, computed when called, of a method whose best fits are
+        nested; None for all other methods.
     error_at : callable ``rank -> float or None``
-        The relative error of a fit at this rank, made when called; None if the fit fails.
+        The error of a fit at this rank, made when called; None if the fit fails.
     by_outputs : bool
-        Whether these errors are shares of the variance of the layer's output on data. Otherwise
-        they are ``‖W − W̃‖ / ‖W‖``.
+        Whether errors are shares of the variance of the layer's output on data, not
+        ``‖W − W̃‖ / ‖W‖``.
     """
 
     layer: str
@@ -95,8 +90,8 @@ class Candidate:
     aliases: tuple[str, ...] = ()
     rounded: bool = False
     decomposer: Any = None
-    errors: Callable[[], Sequence[float] | None] = _no_errors
-    error_at: Callable[[Rank], float | None] = _no_error_at
+    errors: Callable[[], Sequence[float] | None] = _unknown
+    error_at: Callable[[Rank], float | None] = _unknown
     by_outputs: bool = False
 
 

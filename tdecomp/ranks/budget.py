@@ -23,7 +23,7 @@ from tdecomp.ranks.base import (
     is_share,
 )
 from tdecomp.ranks.grid import last
-from tdecomp.ranks.knapsack import Choices, least_cost, least_costs, least_loss, spend_rest
+from tdecomp.ranks.knapsack import Choices, least_cost, least_costs, least_loss, spend_rest, spent
 
 # In this order: the first one is met by an exact search.
 _NAMES = ("latency", "macs", "params")
@@ -140,8 +140,8 @@ class Budget(RankSelector):
     ) -> str:
         """Which budgets cannot be met, and the least shares that can."""
 
-        def least_share(i: int, spent: int) -> str:
-            amount, reached = self._amounts(whole)[i], spent + self._amounts(rest)[i]
+        def least_share(i: int, layers_cost: int) -> str:
+            amount, reached = self._amounts(whole)[i], layers_cost + self._amounts(rest)[i]
             digits = math.ceil(1e4 * reached / max(amount, 1))
             while math.floor(digits / 1e4 * amount) < reached:  # as `_limits` would round it
                 digits += 1
@@ -157,12 +157,13 @@ class Budget(RankSelector):
             return "; ".join(words)
         numbers = range(2, len(named) + 1)
         failing = next(n for n in numbers if least_loss(layers, limits[:n]) is None) - 1
-        spent = least_cost(layers, failing, limits)
+        picks = least_cost(layers, failing, limits)
+        assert picks is not None
         met = " and ".join(f"{name}={share}" for name, share in named[:failing])
         name, share = named[failing]
         return (
             f"{met} and {name}={share} cannot be met together: with {met} the least {name} "
-            f"is {least_share(failing, spent)}"
+            f"is {least_share(failing, int(spent(layers, picks)[failing]))}"
         )
 
 

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tdecomp.linalg.spectrum import Spectrum
-from tdecomp.ranks.base import (
-    Candidate,
-    Choice,
-    LocalSelector,
-    in_form_of,
-    is_share,
-    spectra_of,
-)
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, in_form_of, is_share, spectra_of
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def least_loss(
 
     Returns
     -------
-    list of int, or None if nothing within the limits was found
+    list of int, or None if none was found
     """
     losses = [layer.losses for layer in layers] if losses is None else losses
     last = len(limits) - 1
@@ -73,7 +73,7 @@ def least_loss(
     unlimited = picks_at(0.0)
     if unlimited is None or fits(unlimited):
         return unlimited
-    best = _least_cost_picks(layers, last, limits)
+    best = least_cost(layers, last, limits)
     if not fits(best):
         return None
     low, high = _MULTIPLIERS
@@ -86,17 +86,11 @@ def least_loss(
     return best
 
 
-def _least_cost_picks(
+def least_cost(
     layers: Sequence[Choices], budget: int, limits: NDArray[np.int64]
 ) -> list[int] | None:
+    """The picks of the least sum of one cost, within the limits of the budgets before it."""
     return least_loss(layers, limits[:budget], [layer.costs[:, budget] for layer in layers])
-
-
-def least_cost(layers: Sequence[Choices], budget: int, limits: NDArray[np.int64]) -> int:
-    """The least sum of one cost that was found within the limits of the budgets before it."""
-    picks = _least_cost_picks(layers, budget, limits)
-    assert picks is not None
-    return int(spent(layers, picks)[budget])
 
 
 def least_costs(layers: Sequence[Choices], limits: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -112,10 +106,7 @@ def spent(layers: Sequence[Choices], picks: Sequence[int]) -> NDArray[np.int64]:
 
 
 def spend_rest(layers: Sequence[Choices], picks: list[int], limits: NDArray[np.int64]) -> None:
-    """Exchange single picks, in place, while some exchange fits and saves loss.
-
-    Each time the exchange that saves the most loss for its cost.
-    """
+    """Exchange picks in place, each time the one that saves most for its cost, while one fits."""
     scale = np.maximum(limits, 1.0)
     while True:
         left = limits - spent(layers, picks)

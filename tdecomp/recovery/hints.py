@@ -41,31 +41,24 @@ def hinted(model: nn.Module) -> list[str]:
     return [names[round(i * (len(names) - 1) / (_HINTS - 1))] for i in range(_HINTS)]
 
 
-class Outputs:
-    """The outputs of a model and, as hints, of some modules in it."""
+class Outputs(hooks):
+    """Inside: the outputs of a model and, as hints, of some modules in it."""
 
     def __init__(self, model: nn.Module, hints: Sequence[str]) -> None:
         known = dict(model.named_modules())
-        self._hinted = {name: known[name] for name in hints if name in known}
         self._found: dict[str | int, Tensor] = {}
-        self._hooks = hooks(
-            partial(module.register_forward_hook, partial(self._take, name))
-            for name, module in self._hinted.items()
+        super().__init__(
+            partial(known[name].register_forward_hook, partial(self._take, name))
+            for name in hints
+            if name in known
         )
-
-    def _take(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            self._found[name] = output.clone()  # the next module may change it in place
-
-    def __enter__(self) -> "Outputs":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._hooks.__exit__()
 
     def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:
         """The outputs of one call by position, and those of the hinted modules by name."""
         self._found = {}
         outputs = tensors_of(batches.run(model, batch))
         return {**self._found, **dict(enumerate(outputs))}
+
+    def _take(self, name: str, _: Any, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._found[name] = output.clone()  # the next module may change it in place

@@ -36,7 +36,7 @@ def run_order(
         assert isinstance(chain, Chain)
         calls[chain] = calls.get(chain, 0) + 1
 
-    with hooks(partial(layer.chain.register_forward_pre_hook, count) for layer in replaced):
+    with hooks([partial(layer.chain.register_forward_pre_hook, count) for layer in replaced]):
         batches.run(model, next(batches.on(device_of(model))))
     order = {chain: position for position, chain in enumerate(calls)}
     reached = [layer for layer in replaced if layer.chain in calls]
@@ -104,7 +104,7 @@ def _seen(
     calls: int,
     pick: Callable[[tuple[Any, ...], Any], Tensor],
 ) -> list[Tensor]:
-    """What `pick` finds in each call of a module; the model runs only as far as needed."""
+    """The tensors that `pick` takes from each call of a module; the model then stops."""
     found: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -112,7 +112,7 @@ def _seen(
         if len(found) == calls:
             raise _Reached
 
-    taking = partial(module.register_forward_hook, take, with_kwargs=True)
-    with suppress(_Reached), hooks([taking]):
+    hook = partial(module.register_forward_hook, take, with_kwargs=True)
+    with hooks([hook]), suppress(_Reached):
         batches.run(model, batch)
     return found

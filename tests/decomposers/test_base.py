@@ -176,7 +176,7 @@ class TestChannelsLast:
             assert stage.weight.is_contiguous(memory_format=memory_format)
         assert not all(stage.weight.is_contiguous() for stage in changed)
         for one, other in zip(usual, changed, strict=True):
-            assert torch.equal(one.weight, other.weight)
+            torch.testing.assert_close(other.weight, one.weight)  # products may round otherwise
 
 
 class TestBuild:

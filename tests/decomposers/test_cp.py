@@ -117,7 +117,7 @@ class CPCase(DecomposerCase):
         lopsided = replace(factors, factors=(100 * first, second / 100, *others))
         start = Factorization(self.dense, (lopsided,))
         # By this moment nothing can be fitted, so that no fit is better than its start.
-        nothing = SecondMoment(torch.full((self.dense.fan_in, self.dense.fan_in), torch.nan))
+        nothing = SecondMoment(torch.full((self.dense.fan_in,) * 2, torch.nan).double())
         (again,) = factorize(self.fitter, weight, self.dense, 3, [nothing], start).groups
         assert distance(again.to_kernel(), factors.to_kernel()) < 1e-10
         norms = torch.stack([factor.norm(dim=0) for factor in again.factors])  # (modes, R)
