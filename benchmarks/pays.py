@@ -60,7 +60,6 @@ def measure(channels: int, side: int, batch: int, multiple: int, count: int) -> 
         for rank in timed_ranks(decomposer, spec, call, Rounding(multiple), count):
             chains.append((method, str(rank), tuple(decomposer.stages(spec, rank))))
     seconds = THIS_MACHINE.layers(
-        spec,
         [(spec,), *(stages for _, _, stages in chains)],
         call,
         "channels_last",

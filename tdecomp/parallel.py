@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tdecomp.torch_state import Scope, give_one_thread, thread_count
+from tdecomp.scope import Scope
+from tdecomp.torch_state import give_one_thread, thread_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

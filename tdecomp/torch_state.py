@@ -1,73 +1,26 @@
 """Global and model state that is set for a while, and put back whatever happens.
 
-Each setting is a context manager class. What a thread has entered is noted in order, so that
-leaving one also leaves those entered after it that were not left (as in a generator that was never
-finished). Settings of the whole process are saved by their first user and restored by their last,
-whichever thread that is. A model is used by one thread at a time.
+Each setting is a `Scope`. Settings of the whole process are saved by their first user and restored
+by their last, whichever thread that is. A model is used by one thread at a time.
 """
 
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cache, partial, wraps
 from itertools import count
-from typing import Generic, ParamSpec, Self, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tdecomp.interrupts import INTERRUPTS
+from tdecomp.scope import Scope, raise_pending_interrupt
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Value = TypeVar("Value")
-
-
-class _Entered(threading.local):
-    def __init__(self) -> None:
-        self.scopes: list[Scope] = []
-
-
-_ENTERED = _Entered()
-
-
-class Scope:
-    """A `with` block after which everything is undone that `change` noted, the last first."""
-
-    def __init__(self) -> None:
-        self.undo = ExitStack()
-
-    def change(self) -> None:
-        """Change the state, each time after noting in `self.undo` how to restore it."""
-
-    def __enter__(self) -> Self:
-        scopes = _ENTERED.scopes
-        if not scopes and threading.current_thread() is threading.main_thread():
-            INTERRUPTS.begin(sys._getframe(1))
-        scopes.append(self)
-        try:
-            self.change()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        scopes = _ENTERED.scopes
-        if self not in scopes:  # left already, with one around it
-            return
-        inner = scopes[scopes.index(self) :]
-        try:
-            with ExitStack() as leave:  # which goes on where one of them fails
-                for scope in inner:
-                    leave.callback(scopes.remove, scope)
-                    leave.callback(scope.undo.close)
-        finally:
-            if not scopes and threading.current_thread() is threading.main_thread():
-                INTERRUPTS.end()
 
 
 class restoring(Scope):
@@ -100,15 +53,6 @@ def restores(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return call
-
-
-class interrupts_deferred(Scope):
-    """An interrupt (Ctrl-C) is raised after the block, not inside."""
-
-    def change(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.undo.callback(setattr, INTERRUPTS, "deferrals", INTERRUPTS.deferrals)
-            INTERRUPTS.deferrals += 1
 
 
 class untouched(Scope):
@@ -254,8 +198,11 @@ class Shared(Generic[Value]):
     def _release(self, user: ExitStack) -> None:
         with self._lock:
             thread, found = self._users.pop(user)
-            alone = all(other == thread for other, _ in self._users.values())
-            for value in (found if alone else []) if self._users else self._before:
+            if not self._users:
+                found = self._before
+            elif any(other != thread for other, _ in self._users.values()):
+                found = []
+            for value in found:
                 self._put(value)
 
 
@@ -275,7 +222,7 @@ def _random_state(device: torch.device) -> Shared[Tensor]:
 
 # The setting of all backends, and since torch 2.9 that of each; None where torch has or knows none.
 Precision = tuple[str | None, ...]
-_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_MATMULS = [getattr(b, "matmul", None) for b in (torch.backends.cuda, torch.backends.mkldnn)]
 
 
 def _matmul_precision() -> Precision:
@@ -294,7 +241,7 @@ def _set_matmul_precision(precision: Precision) -> None:
         torch.set_float32_matmul_precision(common)
     for backend, value in zip(_MATMULS, single, strict=True):
         if value is not None and hasattr(backend, "fp32_precision"):
-            backend.fp32_precision = value
+            setattr(backend, "fp32_precision", value)  # noqa: B010
 
 
 _FULL_PRECISION: Precision = ("highest", "ieee", "ieee")
@@ -327,6 +274,8 @@ def give_one_thread() -> None:
         restore.join()
 
 
+# Models -----------------------------------------------------------------------------------------
+
 # The lock of each model, with the number in the order of which several are taken.
 _LOCKS: WeakKeyDictionary[nn.Module, tuple[int, threading.RLock]] = WeakKeyDictionary()
 _NUMBERS, _GUARD = count(), threading.Lock()
@@ -338,5 +287,5 @@ def _lock(models: Iterable[nn.Module], undo: ExitStack) -> None:
         locks = dict(_LOCKS.setdefault(m, (next(_NUMBERS), threading.RLock())) for m in models)
     for _, lock in sorted(locks.items()):
         while not lock.acquire(timeout=0.1):
-            INTERRUPTS.check()
+            raise_pending_interrupt()
         undo.callback(lock.release)

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp import interrupts, torch_state
+from tdecomp import scope, torch_state
+from tdecomp.scope import interrupts_deferred
 from tdecomp.torch_state import (
     frozen,
     hooks,
-    interrupts_deferred,
     no_fast_path,
     no_inference_mode,
     restores,
@@ -192,10 +192,10 @@ def test_what_was_not_left_is_left_with_the_one_around_it():
 
 def test_one_that_cannot_be_undone_does_not_keep_others():
     model = net()
-    scope = untouched(model)
+    broken = untouched(model)
     with all_unchanged(model):
-        with pytest.raises(RuntimeError, match="no"), restoring(model), no_fast_path(), scope:
-            scope.undo.callback(fail_to_undo)
+        with pytest.raises(RuntimeError, match="no"), restoring(model), no_fast_path(), broken:
+            broken.undo.callback(fail_to_undo)
         with untouched(model):  # its lock is free
             pass
 
@@ -392,10 +392,6 @@ def decompose(model, batches):
     tdecomp.decompose(model, ["svd", "lowrank"], rank=0.5, data=batches, progress=False)
 
 
-def recover(model, batches):
-    tdecomp.decompose(model, "svd", rank=0.5, data=batches, refit=True, progress=False)
-
-
 @pytest.mark.parametrize("function", [calibrate, decompose])
 def test_an_interrupt_at_any_moment_leaves_all_as_it_was(function, batches):
     moments = random.Random(0)
@@ -405,7 +401,7 @@ def test_an_interrupt_at_any_moment_leaves_all_as_it_was(function, batches):
     function(model, batches)
     usual = time.perf_counter() - start
     caught = 0
-    for _ in range(40):
+    for _ in range(30):
         with all_unchanged(model):
             try:
                 with Alarm(max(1e-5, moments.uniform(0, usual))):
@@ -418,7 +414,7 @@ def test_an_interrupt_at_any_moment_leaves_all_as_it_was(function, batches):
 def fail_at(line, function):
     """Raise at the `line`-th line that this library runs outside its restoring code."""
     root, lines = str(Path(tdecomp.__file__).parent), 0
-    left_out = (torch_state.__file__, interrupts.__file__)
+    left_out = (torch_state.__file__, scope.__file__)
 
     def on_line(_frame, event, _argument):
         nonlocal lines
@@ -449,7 +445,7 @@ def test_an_error_at_any_line_leaves_all_as_it_was(function, batches):
     lines = random.Random(0)
     model = net()
     total = fail_at(0, partial(function, model, batches[:2]))
-    for _ in range(40):
+    for _ in range(25):
         with all_unchanged(model):
             fail_at(lines.randrange(1, total), partial(function, model, batches[:2]))
 
@@ -468,12 +464,12 @@ SETTINGS = {
 @pytest.mark.usefixtures("medium")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_last_user_of_a_setting_restores_it(setting):
-    scope, get, usual, inside = SETTINGS[setting]
+    using, get, usual, inside = SETTINGS[setting]
     entered, left, second = (threading.Event() for _ in range(3))
     seen = []
 
     def first():
-        with scope():
+        with using():
             entered.set()
             second.wait(30)
         left.set()
@@ -481,8 +477,8 @@ def test_the_last_user_of_a_setting_restores_it(setting):
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(first)
         entered.wait(30)
-        with scope():
-            with scope():
+        with using():
+            with using():
                 second.set()
                 left.wait(30)
             seen.append(get())

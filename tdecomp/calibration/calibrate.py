@@ -1,4 +1,4 @@
-"""One pass over unlabelled batches: what every layer of a model saw."""
+"""One pass over unlabelled batches, for the moments of the inputs of a model's layers."""
 
 import math
 import sys
@@ -43,7 +43,7 @@ def calibrate(
     seed: int | None = None,
     progress: bool = True,
 ) -> Moments:
-    """Run unlabelled batches through a model and sum up what each layer sees.
+    """Run unlabelled batches through a model and sum up the moments of each layer's inputs.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     >>> moments = calibrate(model, [torch.randn(8, 3, 8, 8)], progress=False)
@@ -57,10 +57,11 @@ def calibrate(
     ----------
     model : nn.Module
     batches : iterable of batches, or Data
-        A DataLoader, or any iterable of tensors, tuples or dicts: what the model takes, labels
-        (further items of a tuple) ignored. A single tensor is one batch. A `Data` adds a mask.
+        A DataLoader, or any iterable of tensors, tuples or dicts: the inputs of the model. Further
+        items of a tuple, such as labels, are ignored. A single tensor is one batch. A `Data` may
+        hold a mask.
     forward : callable ``(model, batch) -> output``, optional
-        How the model is called, where the batch is not simply its arguments.
+        How the model is called, if not with the batch as its arguments.
     max_batches : int, optional
     max_memory : int, optional
         Bytes that the sums may hold at a time: layers are done in groups, one pass over the
@@ -81,14 +82,14 @@ def calibrate(
     Returns
     -------
     Moments
-        Of every layer that can be decomposed and that the batches reach. Transposed convolutions
-        have none: they are fitted by their weights.
+        For every layer that can be decomposed and that the batches reach. Transposed convolutions
+        have no moments: they are fitted by their weights.
 
     Raises
     ------
     ValueError
-        For no batches, batches that the model rejects, NaN or infinities in a layer's inputs, and
-        a mask that fits no layer.
+        If there are no batches, if the model rejects one, if a layer's inputs hold NaN or
+        infinities, and if the mask fits no layer.
     """
     given = batches_for(
         "calibrate", batches, forward=forward, seed=seed, progress=progress,

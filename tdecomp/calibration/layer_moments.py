@@ -93,7 +93,10 @@ class LayerMoments:
             pairs = zip(blocks, outputs, strict=True)
             loss = max(sum(float((block * group).sum()) for block, group in pairs), 0.0)
         variance = self.output_variance(weight, second)
-        return (lost / variance if variance > 0 else float(lost > 0)), loss
+        if variance > 0:
+            return lost / variance, loss
+        # Without the ridge of `between`, which is larger than nothing.
+        return float(any(m.lost(d) > 0 for m, d in zip(second, kernels, strict=True))), loss
 
     def mean_output(self, weight: Tensor) -> Tensor:
         """``W E[x]`` (out_channels,), without the bias."""

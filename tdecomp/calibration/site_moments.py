@@ -1,4 +1,4 @@
-"""The moments of a model's layers, from whatever the user gave as data."""
+"""The moments of a model's layers, from moments or batches that the user gave as data."""
 
 from collections.abc import Collection, Sequence
 

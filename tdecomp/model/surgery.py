@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from tdecomp.layers.chain import Chain
-from tdecomp.torch_state import interrupts_deferred
+from tdecomp.scope import interrupts_deferred
 
 Replacements = Mapping[nn.Module, Chain]
 # A module, and the way to put another one in its place.

@@ -18,8 +18,9 @@ from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.hints import hinted
-from tdecomp.recovery.recovery import Recovery, RecoveryStep, both_evaluating, run_on_copy
+from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.training import Training
+from tdecomp.torch_state import no_fast_path, no_inference_mode, untouched
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ class Distill(RecoveryStep):
         best, best_error = copy.deepcopy(model.state_dict()), before
         notes: tuple[str, ...] = ()
         try:
-            with both_evaluating(model, original), torch.inference_mode(False), torch.enable_grad():
+            with (
+                untouched(model, original),
+                no_fast_path(),
+                no_inference_mode(),
+                torch.enable_grad(),
+            ):
                 names = hinted(model) if self.hints else []
                 training = Training(model, original, trained, batches, names, vary)
                 for _ in training.stretches(self.steps, self.lr):

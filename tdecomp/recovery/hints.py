@@ -4,7 +4,7 @@ Romero et al. 2015, "FitNets: Hints for Thin Deep Nets".
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdecomp.calibration.data import Batches
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import tensors_of
+from tdecomp.torch_state import hooks
 
 # The largest number of hinted modules.
 _HINTS = 4
@@ -40,31 +41,24 @@ def hinted(model: nn.Module) -> list[str]:
     return [names[round(i * (len(names) - 1) / (_HINTS - 1))] for i in range(_HINTS)]
 
 
-class Outputs:
-    """The outputs of a model and, as hints, of some modules in it."""
+class Outputs(hooks):
+    """Inside: the outputs of a model and, as hints, of some modules in it."""
 
     def __init__(self, model: nn.Module, hints: Sequence[str]) -> None:
         known = dict(model.named_modules())
-        self._hinted = {name: known[name] for name in hints if name in known}
         self._found: dict[str | int, Tensor] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Outputs":
-        for name, module in self._hinted.items():
-
-            def take(_: Any, __: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor) and output.is_floating_point():
-                    # The next module may change it in place.
-                    self._found[name] = output.clone()
-
-            self._stack.callback(module.register_forward_hook(take).remove)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+        super().__init__(
+            partial(known[name].register_forward_hook, partial(self._take, name))
+            for name in hints
+            if name in known
+        )
 
     def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:
         """The outputs of one call by position, and those of the hinted modules by name."""
         self._found = {}
         outputs = tensors_of(batches.run(model, batch))
         return {**self._found, **dict(enumerate(outputs))}
+
+    def _take(self, name: str, _: Any, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._found[name] = output.clone()  # the next module may change it in place

@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import count_samples, device_of
 from tdecomp.recovery.replaced import ReplacedLayer
+from tdecomp.torch_state import hooks, no_inference_mode
 
 # A chain is refitted to at least this many samples, and to this many patches for each entry of a
 # patch: early layers have thousands of patches in every image and need not see all images.
@@ -34,9 +36,7 @@ def run_order(
         assert isinstance(chain, Chain)
         calls[chain] = calls.get(chain, 0) + 1
 
-    with ExitStack() as stack:
-        for layer in replaced:
-            stack.callback(layer.chain.register_forward_pre_hook(count).remove)
+    with hooks([partial(layer.chain.register_forward_pre_hook, count) for layer in replaced]):
         batches.run(model, next(batches.on(device_of(model))))
     order = {chain: position for position, chain in enumerate(calls)}
     reached = [layer for layer in replaced if layer.chain in calls]
@@ -49,7 +49,7 @@ def output_gradients(
     """The second moments of the gradients at the layers' outputs; the samples they are from."""
     layers = {layer.name: (layer.layer, layer.spec) for layer in replaced}
     slopes = OutputGradients(layers, batches)
-    with torch.inference_mode(False):
+    with no_inference_mode():
         try:
             for batch in batches.on(device_of(original)):
                 slopes.add(original, batch, _GRADIENT_SAMPLES - slopes.samples)
@@ -104,7 +104,7 @@ def _seen(
     calls: int,
     pick: Callable[[tuple[Any, ...], Any], Tensor],
 ) -> list[Tensor]:
-    """What `pick` finds in each call of a module; the model runs only as far as needed."""
+    """The tensors that `pick` takes from each call of a module; the model then stops."""
     found: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -112,11 +112,7 @@ def _seen(
         if len(found) == calls:
             raise _Reached
 
-    handle = module.register_forward_hook(take, with_kwargs=True)
-    try:
+    hook = partial(module.register_forward_hook, take, with_kwargs=True)
+    with hooks([hook]), suppress(_Reached):
         batches.run(model, batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     return found

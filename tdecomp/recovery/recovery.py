@@ -2,8 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,12 +10,12 @@ from torch import nn
 from tdecomp.calibration.data import Batches, batches_for
 from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.torch_state import no_fast_path, no_inference_mode, restoring, untouched
+from tdecomp.torch_state import no_inference_mode, restoring
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one step did.
+    """The result of one step.
 
     Attributes
     ----------
@@ -89,13 +87,3 @@ def run_on_copy(
             copy = copy_with(model, {})
         recovery = step.run(copy, original, given, held_out)
         return replace(recovery, model=adopt(model, copy)) if inplace else recovery
-
-
-@contextmanager
-def both_evaluating(model: nn.Module, original: nn.Module) -> Iterator[None]:
-    """Eval mode and no fused transformer kernels for both models, inside."""
-    with ExitStack() as stack:
-        stack.enter_context(untouched(original))
-        stack.enter_context(untouched(model))
-        stack.enter_context(no_fast_path())
-        yield

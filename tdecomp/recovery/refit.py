@@ -23,9 +23,9 @@ from tdecomp.model.batches import Forward, device_of
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.passes import layer_sums, output_gradients, run_order
-from tdecomp.recovery.recovery import Recovery, RecoveryStep, both_evaluating, run_on_copy
+from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
-from tdecomp.torch_state import undisturbed
+from tdecomp.torch_state import no_fast_path, undisturbed, untouched
 
 # The iterations of a fit, which starts from the chain's own factors.
 _ITERATIONS = 25
@@ -58,7 +58,7 @@ class Refit(RecoveryStep):
         layers: dict[str, tuple[float, float]] = {}
         notes: list[str] = []
         rows = CountedRows(batches)
-        with both_evaluating(model, original), torch.no_grad():
+        with untouched(model, original), no_fast_path(), torch.no_grad():
             ordered, calls = run_order(model, replaced, batches)
             notes += [
                 _left_alone(layer, "the first batch does not reach it")

@@ -82,9 +82,9 @@ def run_steps(
 
     The original is evaluated once for the errors of all steps.
     """
-    check_data(steps, data)
-    if not steps or not isinstance(data, Batches):
+    if not steps:
         return ()
+    assert isinstance(data, Batches)  # see `check_data`
     if not new_chains(model, original):
         nothing = ("no layer was decomposed",)
         return tuple(Recovery(model, step.name, 0.0, 0.0, {}, nothing) for step in steps)

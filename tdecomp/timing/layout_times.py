@@ -101,7 +101,7 @@ class LayoutTimes:
         key = (layout, *chains, site.calls)
         if key not in self.comparisons:
             tables = [
-                profile.stopwatch.layers(spec, chains, call, layout, *where, EFFORTS["default"])
+                profile.stopwatch.layers(chains, call, layout, *where, EFFORTS["default"])
                 for call in site.calls
             ]
             seconds = np.sum(tables, axis=0)

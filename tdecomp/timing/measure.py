@@ -156,7 +156,7 @@ def measure(
         chains = _chains(spec, call, decomposers, result)
         missing = [stages for stages in chains if key_of(layout, stages, call) not in result.times]
         if missing:
-            seconds = seconds_of(spec, missing, call, layout)
+            seconds = seconds_of(missing, call, layout)
             for stages, column in zip(missing, seconds.T, strict=True):
                 result.times[key_of(layout, stages, call)] = Quartiles.over(column)
     return result
@@ -249,7 +249,7 @@ def _multiple(
         widths = [largest, *(largest - part for part in narrower)]
         stages = [(spec.pointwise(spec.in_channels, width),) for width in widths]
         layout = result.timed_in(result.layouts[0])
-        seconds = np.median(seconds_of(spec, stages, call, layout), axis=0)
+        seconds = np.median(seconds_of(stages, call, layout), axis=0)
         taken = dict(zip(widths, seconds.tolist(), strict=True))
         for multiple in _MULTIPLES:
             step = taken[largest] - taken[largest - multiple]

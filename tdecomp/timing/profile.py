@@ -155,13 +155,7 @@ class Profile:
         return "channels_last" if compiled_cpu else layout
 
     def check(self, model: nn.Module, example: Example) -> None:
-        """Raise an error if this is another machine, mode, model or input.
-
-        Raises
-        ------
-        ValueError
-            Naming what differs.
-        """
+        """Raise a ValueError that names what differs: machine, mode, model or inputs."""
         now = Setting.of(model, compiled=self.setting.compiled)
         differences = self.setting.differences(now)
         if self.model != model_in_words(model):
@@ -231,16 +225,17 @@ class Profile:
 
     def __str__(self) -> str:
         rows = []
-        for (layout, stages, call), time in self.times.items():
-            if _is_layer(stages):
-                ratios = [
-                    other.median / time.median
-                    for (where, chain, size), other in self.times.items()
-                    if (where, size) == (layout, call) and _replaces(chain, stages[0])
-                ]
-                span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
-                words = [str(stages[0]), str(call.batch), _size(call), layout]
-                rows.append([*words, f"{1e3 * time.median:.3f}", span])
+        for (layout, (spec, *others), call), time in self.times.items():
+            if others or not isinstance(spec, LayerSpec):
+                continue
+            ratios = [
+                other.median / time.median
+                for (where, chain, size), other in self.times.items()
+                if (where, size) == (layout, call) and _replaces(chain, spec)
+            ]
+            span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+            words = [str(spec), str(call.batch), _size(call), layout]
+            rows.append([*words, f"{1e3 * time.median:.3f}", span])
         headers = ["layer", "batch", "size", "layout", "ms", "chains, of that"]
         colalign = ("left", "right", "left", "left", "right", "left")
         table = tabulate(rows, headers, disable_numparse=True, colalign=colalign) if rows else ""
@@ -279,10 +274,6 @@ def model_in_words(model: nn.Module) -> str:
 
 def _size(call: Call) -> str:
     return "×".join(map(str, call.size))
-
-
-def _is_layer(stages: Sequence[StageId]) -> bool:
-    return len(stages) == 1 and isinstance(stages[0], LayerSpec)
 
 
 def _replaces(chain: Sequence[StageId], spec: LayerSpec) -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm import trange
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.spec import Call
+from tdecomp.layers.stage import Stage
 from tdecomp.model.example import Example
 from tdecomp.model.layout import image_in_layout, in_layout, layout_of
 from tdecomp.model.surgery import copy_with
@@ -21,7 +22,7 @@ from tdecomp.timing.speed import Quartiles
 from tdecomp.torch_state import untouched
 
 # A layer, or the chain that may replace it.
-Stages = tuple[LayerSpec, ...]
+Stages = tuple[Stage, ...]
 
 # Rounds in which whole models are timed, for how many seconds in each.
 MODEL_ROUNDS = 9
@@ -49,7 +50,6 @@ class Stopwatch:
 
     def layers(
         self,
-        spec: LayerSpec,
         chains: Sequence[Stages],
         call: Call,
         layout: str,
@@ -57,11 +57,11 @@ class Stopwatch:
         dtype: torch.dtype,
         effort: TimingEffort,
     ) -> NDArray[np.float64]:
-        """Seconds (rounds, chains) of one call of each of the chains that may replace a layer.
+        """Seconds (rounds, chains) of one call of a layer and of chains that may replace it.
 
         Weights and inputs are made up.
         """
-        x = torch.ones(call.batch, spec.in_channels, *call.size, device=device, dtype=dtype)
+        x = torch.ones(call.batch, chains[0][0].in_channels, *call.size, device=device, dtype=dtype)
         x = image_in_layout(x, layout)
         modules = [_built(stages, layout, device, dtype) for stages in chains]
         with torch.inference_mode():

@@ -652,15 +652,13 @@ def test_options_reach_the_calibration_of_a_plan(capsys):
         calls.append(1)
         return model(torch.zeros(2, 12), example.image)
 
-    tdecomp.plan(
-        model, "svd", rank=2, data=iter([batch] * 5), forward=forward, max_batches=2, progress=False
-    )
+    data = tdecomp.Data(iter([batch] * 5), max_batches=2)
+    tdecomp.plan(model, "svd", rank=2, data=data, forward=forward, progress=False)
     assert len(calls) == 2
     assert capsys.readouterr().err == ""
+    data = tdecomp.Data([batch], max_memory=1)
     with pytest.raises(ValueError, match="alone needs"):
-        tdecomp.plan(
-            model, "svd", rank=2, data=[batch], forward=forward, max_memory=1, progress=False
-        )
+        tdecomp.plan(model, "svd", rank=2, data=data, forward=forward, progress=False)
 
 
 # Variants ----------------------------------------------------------------------------------------

@@ -57,9 +57,7 @@ def skewed(x):
     return x + 0.7 + 0.3 * x.relu()
 
 
-@pytest.mark.parametrize("batch", [FEW, MANY])
-@pytest.mark.parametrize("geometry", PLAIN, ids=str)
-def test_moments_are_those_of_the_dense_patches(geometry, batch):
+def check_moments(geometry, batch):
     spec, x = geometry.spec, skewed(geometry.input(batch))
     rows = dense_rows(geometry, x)
     moments = seen(spec, x[: batch // 2], x[batch // 2 :])
@@ -71,6 +69,12 @@ def test_moments_are_those_of_the_dense_patches(geometry, batch):
     assert moments.sizes == (geometry.size,)
     if moments.few:
         assert torch.equal(moments.rows, rows)
+
+
+@pytest.mark.parametrize("batch", [FEW, MANY])
+def test_moments_are_those_of_the_dense_patches(batch):
+    for geometry in PLAIN:
+        check_moments(geometry, batch)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +108,7 @@ def test_wide_products_are_made_in_blocks():
     assert distance(moments.matrix[0], x.T @ x / 500) < 1e-12
 
 
-@pytest.mark.parametrize("geometry", PLAIN, ids=str)
-@pytest.mark.parametrize("batch", [FEW, MANY])
-def test_output_error_and_variance_are_the_measured_ones(geometry, batch):
+def check_output_error(geometry, batch):
     layer, spec, x = geometry.layer(), geometry.spec, skewed(geometry.input(batch))
     moments = seen(spec, x)
     weight = layer.weight.detach()
@@ -122,10 +124,28 @@ def test_output_error_and_variance_are_the_measured_ones(geometry, batch):
         difference = difference - shift
     variance = (y - y.mean(dim=0)).square().sum() / len(y)
     assert moments.output_variance(weight) == pytest.approx(variance.item(), rel=1e-9, abs=1e-12)
+    second = moments.second_moments()
+    error, loss = moments.lost(weight, weight - other.weight, second)
+    assert loss is None  # without gradients
     if variance > 1e-12:  # a single output has none
         lost = (difference.square().sum() / len(y) / variance).item()
-        assert moments.output_error(weight, other.weight) == pytest.approx(lost, rel=1e-9)
-    assert moments.output_error(weight, weight) == 0.0
+        assert error == pytest.approx(lost, rel=1e-9)
+    assert moments.lost(weight, torch.zeros_like(weight), second)[0] == 0.0
+    slopes = torch.randn(40, spec.out_channels, generator=torch.Generator().manual_seed(4)).double()
+    # Groups have no loss in common: only each group's own block of the gradients' moment counts.
+    moments = replace(moments, gradient=slopes.T @ slopes)
+    parts = zip(difference.chunk(spec.groups, 1), slopes.chunk(spec.groups, 1), strict=True)
+    weighted = sum((part @ slope.T).square().sum().item() for part, slope in parts) / len(y)
+    again, loss = moments.lost(weight, weight - other.weight, second)
+    # A ridge is added to the moment.
+    assert loss == pytest.approx(weighted, rel=1e-6, abs=1e-6)
+    assert again == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [FEW, MANY])
+def test_output_error_and_variance_are_the_measured_ones(batch):
+    for geometry in PLAIN:
+        check_output_error(geometry, batch)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (5,), (0, 5)], ids=str)
@@ -205,9 +225,10 @@ def test_constant_inputs_have_no_variance_to_lose():
     moments = seen(LayerSpec(20, 3), torch.full((4000, 20), 0.37))
     weight = torch.ones(3, 20)
     assert moments.output_variance(weight) == 0.0
-    assert moments.output_error(weight, 0.5 * weight) == 0.0
+    assert moments.lost(weight, 0.5 * weight, moments.second_moments())[0] == 0.0
     without_bias = replace(moments, spec=LayerSpec(20, 3, bias=False))
-    assert without_bias.output_error(weight, 0.5 * weight) == 1.0
+    # All of the output's mean square, of which the variance is none.
+    assert without_bias.lost(weight, 0.5 * weight, without_bias.second_moments())[0] == 1.0
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -226,8 +247,7 @@ def test_second_moments_are_about_the_mean_where_a_bias_takes_it_up(bias, sample
         assert second.lost(kernel) == pytest.approx(lost)
 
 
-@pytest.mark.parametrize("geometry", PLAIN, ids=str)
-def test_cross_moments_with_outputs(geometry):
+def check_cross_moments(geometry):
     layer, spec, x = geometry.layer(), geometry.spec, skewed(geometry.input(MANY))
     with torch.no_grad():
         y = layer(x) + 1.0
@@ -240,6 +260,11 @@ def test_cross_moments_with_outputs(geometry):
     assert distance(cross, targets.transpose(1, 2) @ rows / rows.shape[1]) < 1e-12
     assert distance(mean, targets.mean(dim=1)) < 1e-12
     assert distance(power, targets.transpose(1, 2) @ targets / rows.shape[1]) < 1e-12
+
+
+def test_cross_moments_with_outputs():
+    for geometry in PLAIN:
+        check_cross_moments(geometry)
 
 
 @pytest.mark.parametrize("samples", [(3, 4), (3, 20), (20, 3), (30, 40), (5, 7)], ids=str)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
-from tdecomp.layers.spec import STOCK_LAYERS, Call, LayerSpec
+from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.stock import STOCK_LAYERS
 from tdecomp.model.example import Example
 from tdecomp.model.trace import trace
 from tests.models import METHODS, MODELS

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tdecomp.decomposers.methods import listed_methods
 from torch import nn
 
+from tdecomp.decomposers.registry import listed_methods
 from tdecomp.model.example import Example
 from tdecomp.model.sites import find_sites
 from tdecomp.timing.measure import measure

@@ -40,8 +40,8 @@ class FakeStopwatch(Stopwatch):
         self.law = self.in_proportion
         self.layers_timed = []
 
-    def layers(self, spec, chains, call, layout, device, dtype, effort):
-        del spec, device, dtype
+    def layers(self, chains, call, layout, device, dtype, effort):
+        del device, dtype
         self.layers_timed += [(layout, stages, call) for stages in chains]
         one = [self.chain(stages, call, layout) for stages in chains]
         table = np.tile(one, (effort.rounds, 1))

@@ -1,12 +1,17 @@
-"""Ctrl-C never falls between a change of state and the note of how to undo it."""
+"""With blocks that always put back what they change, whenever Ctrl-C is pressed.
+
+What a thread has entered is noted in order, so that leaving one block also leaves those entered
+after it that were not left (as in a generator that was never finished).
+"""
 
 import _thread
 import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 # Functions that are always run to their end.
 _UNINTERRUPTED = {"__enter__", "__exit__", "__del__"}
@@ -14,7 +19,7 @@ _UNINTERRUPTED = {"__enter__", "__exit__", "__del__"}
 _DELAY = 0.01
 
 
-class Interrupts:
+class _Interrupts:
     """The handler of SIGINT while this library has changed something.
 
     An interrupt that arrives while a context manager (anybody's) is entered or left, or while
@@ -57,11 +62,11 @@ class Interrupts:
         if signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, self._previous)
         self._outermost, self._repeated = None, False
-        self.check()
+        self.raise_pending()
 
-    def check(self) -> None:
+    def raise_pending(self) -> None:
         """Raise an interrupt that is pending, at a moment when nothing is half done."""
-        if self._pending and threading.current_thread() is threading.main_thread():
+        if self._pending:
             self._pending = False
             self._previous(signal.SIGINT, sys._getframe())
 
@@ -74,7 +79,10 @@ class Interrupts:
             if not self._ending:
                 self._waiting.append(None)
                 # Not a `Thread`, whose locks the interrupted function may hold.
-                _thread.start_new_thread(self._repeat, ())
+                try:
+                    _thread.start_new_thread(self._repeat, ())
+                except RuntimeError:  # no more threads: it is raised at the end
+                    self._waiting.pop()
         else:
             self._pending = False
             self._previous(number, frame)
@@ -99,4 +107,63 @@ class Interrupts:
         self._waiting.pop()
 
 
-INTERRUPTS = Interrupts()
+_INTERRUPTS = _Interrupts()
+
+
+class _Entered(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+
+
+_ENTERED = _Entered()
+
+
+class Scope:
+    """A `with` block after which everything is undone that `change` noted, the last first."""
+
+    def __init__(self) -> None:
+        self.undo = ExitStack()
+
+    def change(self) -> None:
+        """Change the state, each time after noting in `self.undo` how to restore it."""
+
+    def __enter__(self) -> Self:
+        scopes = _ENTERED.scopes
+        if not scopes and threading.current_thread() is threading.main_thread():
+            _INTERRUPTS.begin(sys._getframe(1))
+        scopes.append(self)
+        try:
+            self.change()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        scopes = _ENTERED.scopes
+        if self not in scopes:  # left already, with one around it
+            return
+        inner = scopes[scopes.index(self) :]
+        try:
+            with ExitStack() as leave:  # which goes on where one of them fails
+                for scope in inner:
+                    leave.callback(scopes.remove, scope)
+                    leave.callback(scope.undo.close)
+        finally:
+            if not scopes and threading.current_thread() is threading.main_thread():
+                _INTERRUPTS.end()
+
+
+class interrupts_deferred(Scope):
+    """An interrupt (Ctrl-C) is raised after the block, not inside."""
+
+    def change(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.undo.callback(setattr, _INTERRUPTS, "deferrals", _INTERRUPTS.deferrals)
+            _INTERRUPTS.deferrals += 1
+
+
+def raise_pending_interrupt() -> None:
+    """Raise an interrupt that has waited for `__enter__` or `__exit__`, from inside of them."""
+    if threading.current_thread() is threading.main_thread():
+        _INTERRUPTS.raise_pending()
