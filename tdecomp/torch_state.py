@@ -7,9 +7,9 @@ by their last, whichever thread that is. A model is used by one thread at a time
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import cache, partial, wraps
+from functools import cache, partial
 from itertools import count
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 from tdecomp.scope import Scope, raise_pending_interrupt
 
-P = ParamSpec("P")
-R = TypeVar("R")
 Value = TypeVar("Value")
 
 
@@ -39,20 +37,8 @@ class restoring(Scope):
         _lock(self._models, self.undo)
         self.undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         if self._seed is not None:
-            _random_state(torch.device("cpu")).hold(self.undo)
+            _keep_random_state(self._models, self.undo)
             torch.manual_seed(self._seed)
-
-
-def restores(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function run inside `restoring` every model among its arguments."""
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        values = (*args, *kwargs.values())
-        with restoring(*(value for value in values if isinstance(value, nn.Module))):
-            return function(*args, **kwargs)
-
-    return call
 
 
 class untouched(Scope):
@@ -70,9 +56,7 @@ class untouched(Scope):
                 if buffer is not None:
                     saved = buffer.detach().clone()
                     self.undo.callback(_restore, module, name, buffer, _version(buffer), saved)
-        cpu, parameters = torch.device("cpu"), (p for m in modules for p in m.parameters(False))
-        for device in {cpu, *(p.device for p in parameters if p.device.type == "cuda")}:
-            _random_state(device).hold(self.undo)
+        _keep_random_state(self._models, self.undo)
         for module in modules:
             self.undo.callback(setattr, module, "training", module.training)
         for model in self._models:
@@ -209,6 +193,13 @@ class Shared(Generic[Value]):
 _FAST_PATH = Shared(
     torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled
 )
+
+
+def _keep_random_state(models: Iterable[nn.Module], undo: ExitStack) -> None:
+    """That of the processor and of every GPU that holds a parameter."""
+    devices = {parameter.device for model in models for parameter in model.parameters()}
+    for device in {torch.device("cpu"), *(d for d in devices if d.type == "cuda")}:
+        _random_state(device).hold(undo)
 
 
 @cache

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tdecomp
+from tdecomp.decomposers.registry import get_decomposer
 from tdecomp import reduce_ranks
 from tests.unchanged import unchanged
 
@@ -50,7 +51,7 @@ def test_every_method_goes_on_to_lower_ranks(methods, data):
         assert chain.rank != first.plan[row.name].rank
         assert [tuple(p.weight.shape) for p in chain] == [
             s.weight_shape
-            for s in tdecomp.decomposers.get_decomposer(row.method).stages(row.layer, row.rank)
+            for s in get_decomposer(row.method).stages(row.layer, row.rank)
         ]
         assert 0 <= second.report[row.name].weight_error < 1
         assert (second.report[row.name].output_error is None) == (data is None)

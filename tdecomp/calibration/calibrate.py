@@ -188,7 +188,7 @@ def _summed(
                     warnings.warn(
                         "calibrate: no gradients can be taken through this model, so that a budget "
                         f"will weigh its layers alike ({type(error).__name__}: {error})",
-                        stacklevel=5,
+                        stacklevel=4,
                     )
                 watching = True
             samples += count_samples(batch)

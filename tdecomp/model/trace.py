@@ -1,8 +1,8 @@
 """One forward pass, watched: which calls each layer gets, what it costs, who reads its weight."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
-from tdecomp.torch_state import no_fast_path, untouched
+from tdecomp.torch_state import hooks, no_fast_path, untouched
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,15 @@ def trace(
     def after(*_: Any) -> None:
         reads.running.pop()
 
-    with ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        for layer in layers:
-            for handle in (
-                layer.register_forward_pre_hook(before, with_kwargs=True),
-                layer.register_forward_hook(after, always_call=True),
-            ):
-                stack.callback(handle.remove)
+    watches = [
+        register
+        for layer in layers
+        for register in (
+            partial(layer.register_forward_pre_hook, before, with_kwargs=True),
+            partial(layer.register_forward_hook, after, always_call=True),
+        )
+    ]
+    with untouched(model), hooks(watches):
         try:
             with torch.no_grad(), no_fast_path(), reads, counter:
                 example.run(model)

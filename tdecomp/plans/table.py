@@ -217,16 +217,16 @@ def _milliseconds(before: float | None, after: float | None) -> str:
 
 def _arrow(before: int | None, after: int | None) -> str:
     if before is None or after is None or before == after:
-        return _count(before)
-    return f"{_count(before)} → {_count(after)}"
+        return count_in_words(before)
+    return f"{count_in_words(before)} → {count_in_words(after)}"
 
 
 def _change(before: int, after: int) -> str:
     share = f" ({after / before:.3f})" if before else ""
-    return f"{_count(before)} → {_count(after)}{share}"
+    return f"{count_in_words(before)} → {count_in_words(after)}{share}"
 
 
-def _count(value: int | None) -> str:
+def count_in_words(value: int | None) -> str:
     """Three significant digits and a metric prefix."""
     if value is None:
         return ""

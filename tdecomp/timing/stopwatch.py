@@ -1,7 +1,6 @@
 """Seconds of layers, chains and whole models, interleaved so that noise affects all alike."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -77,16 +76,14 @@ class Stopwatch:
         rounds: int = MODEL_ROUNDS,
     ) -> NDArray[np.float64]:
         """Seconds (rounds, runs) of one pass of each model in its layout; none is changed."""
-        with ExitStack() as stack:
-            for model in {id(model): model for model, _ in runs}.values():
-                stack.enter_context(untouched(model))
+        with untouched(*(model for model, _ in runs)):
             if compiled:
                 # Otherwise these models count against torch's limit of compilations of the same
                 # code, beyond which it silently runs them uncompiled.
                 torch.compiler.reset()
             calls = [_call(model, layout, example, compiled) for model, layout in runs]
-            stack.enter_context(torch.inference_mode())
-            return interleaved(calls, rounds=rounds, min_block=_MODEL_BLOCK)
+            with torch.inference_mode():
+                return interleaved(calls, rounds=rounds, min_block=_MODEL_BLOCK)
 
 
 THIS_MACHINE = Stopwatch()

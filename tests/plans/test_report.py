@@ -10,7 +10,8 @@ from torch import nn
 
 import tdecomp
 from tdecomp.layers.cost import Cost
-from tdecomp.plans.report import Report, _count
+from tdecomp.plans.report import Report
+from tdecomp.plans.table import count_in_words
 from tdecomp.plans.row import Row
 from tests.models import MODELS
 
@@ -160,7 +161,7 @@ def test_aliases():
     ],
 )
 def test_counts_have_three_digits(value, text):
-    assert _count(value) == text
+    assert count_in_words(value) == text
 
 
 def test_a_report_of_a_layer_of_unknown_size_still_has_totals():
