@@ -254,7 +254,7 @@ def apply(
         )
         return carry_out(
             model,
-            Planned(plan, sites, moments, {}),
+            Planned(plan, sites, moments),
             steps,
             batches,
             example=example,

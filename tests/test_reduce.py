@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers.registry import get_decomposer
 from tdecomp import reduce_ranks
+from tdecomp.decomposers.registry import get_decomposer
 from tests.unchanged import unchanged
 
 

@@ -31,11 +31,12 @@ def read_json(what: str, text: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"not a {what}'s JSON: {type(error).__name__}: {error}") from error
 
 
-def check_format(what: str, found: Any) -> None:
-    """Refuse what another version of tdecomp wrote."""
+def check_format(what: str, found: Any, version: str | None = None) -> None:
+    """Refuse data that another version of tdecomp wrote."""
     if found != FORMAT:
-        writer = "tdecomp 0.1" if found == 1 else "another version of tdecomp"
-        remedy = "make it anew" if found == 1 else "update tdecomp"
+        older = found == 1
+        writer = f"tdecomp {version or ('0.1' if older else '(a later version)')}"
+        remedy = "make it anew" if older else "update tdecomp"
         raise ValueError(
             f"{what} format {found!r}, written by {writer}: this version reads format {FORMAT}; "
             f"{remedy}"

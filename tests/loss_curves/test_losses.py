@@ -230,7 +230,7 @@ def test_singular_values_say_that_a_method_is_dominated_without_a_fit():
     curves = layer_curves(losses, [tucker2, svd])
     assert not curves["tucker2"].points
     assert curves["svd"].points
-    assert all(losses.known_draft(tucker2, (r, r)) is None for r in range(1, 81))
+    assert all(losses.known_fit(tucker2, (r, r), draft=True) is None for r in range(1, 81))
 
 
 class Listed(tdecomp.SVD):

@@ -11,8 +11,8 @@ from torch import nn
 import tdecomp
 from tdecomp.layers.cost import Cost
 from tdecomp.plans.report import Report
-from tdecomp.plans.table import count_in_words
 from tdecomp.plans.row import Row
+from tdecomp.plans.table import count_in_words
 from tests.models import MODELS
 
 
