@@ -199,7 +199,7 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
 def _parse(path: Path, text: str) -> _Header:
     try:
         header = json.loads(text)
-        check_format(f"{path}: file", header["format"])
+        check_format(f"{path}: file", header["format"], header.get("version"))
         shared, strides = dict(header["shared"].items()), dict(header["strides"].items())
         return _Header(Plan.from_json(json.dumps(header["plan"])), shared, strides)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:

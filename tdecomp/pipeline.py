@@ -64,6 +64,8 @@ def carry_out(
             changed if layout is None else in_layout(changed, layout), report, plan
         )
     _warn_of_unoptimized(model, chains, optimizers)
+    # The copy that was recovered goes; its values are the model's own now.
+    report.recovery = tuple(replace(step, model=model) for step in recovered)
     result = Decomposition(model, report, plan)
     if layout is not None:
         in_layout(model, layout)
@@ -77,8 +79,8 @@ def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
 
     def fit(row: Row) -> tuple[Row, Chain]:
         method = planned.plan.decomposers[row.method or ""]
-        draft = planned.drafts.get(row.name)
-        return fit_row(planned.sites[row.name], row, method, planned.moments, draft)
+        known, draft = planned.fits.get(row.name), planned.drafts.get(row.name)
+        return fit_row(planned.sites[row.name], row, method, planned.moments, known, draft)
 
     def show(row: Row, _: tuple[Row, Chain]) -> None:
         bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)
@@ -98,6 +100,7 @@ def fit_row(
     row: Row,
     method: Decomposer,
     moments: Moments | None,
+    known: FittedLayer | None = None,
     draft: FittedLayer | None = None,
 ) -> tuple[Row, Chain]:
     """The row with its errors and the time the fit took, and the chain for the layer.
@@ -112,9 +115,8 @@ def fit_row(
     assert spec is not None
     assert rank is not None
     seen = None if moments is None else moments.layers.get(site.name)
-    if draft is not None and not method.iterative:
-        fitted = draft
-    else:
+    fitted = known
+    if fitted is None:
         start = None if draft is None else draft.factors
         try:
             on_device = None if seen is None else seen.to(weight.device)

@@ -274,6 +274,7 @@ _NUMBERS, _GUARD = count(), threading.Lock()
 
 def _lock(models: Iterable[nn.Module], undo: ExitStack) -> None:
     """Wait until no other thread uses any of the models."""
+    models = [model for model in models if isinstance(model, nn.Module)]  # others are refused later
     with _GUARD:
         locks = dict(_LOCKS.setdefault(m, (next(_NUMBERS), threading.RLock())) for m in models)
     for _, lock in sorted(locks.items()):

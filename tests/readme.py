@@ -7,12 +7,13 @@ _TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 
 BLOCKS = re.findall(r"```python\n(.*?)```", _TEXT, re.S)
 (OUTPUT,) = re.findall(r"```\n(layer +method.*?)```", _TEXT, re.S)
-FIRST, LATER, PIPELINE, STEPS, TIMES, COMPOSER = (
+FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, TIMES, COMPOSER = (
     next(block for block in BLOCKS if block.startswith(start))
     for start in (
         "import torch, tdecomp",
         "plan = tdecomp.plan",
         "from benchmarks.support.data",
+        "table = ",
         "moments = ",
         "times = ",
         "from torch import",

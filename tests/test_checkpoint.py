@@ -266,7 +266,7 @@ def test_model_that_is_the_layer_itself(file):
 
 
 def test_model_with_nothing_decomposed(file):
-    result = tdecomp.decompose(net(), "svd", rank=4, min_features=999, min_channels=999,
+    result = tdecomp.decompose(net(), "svd", rank=4, where=tdecomp.at_least(999, 999),
                                progress=False)  # fmt: skip
     assert all(row.method is None for row in result.report)
     result.save(file)
@@ -344,8 +344,7 @@ def test_loading_fits_nothing(kept, monkeypatch):
         raise AssertionError("fitted on load")
 
     for owner, name in (
-        (tdecomp.Decomposer, "factorize"),
-        (tdecomp.Decomposer, "spectra"),
+        (tdecomp.SVD, "fit_to"),
         (tdecomp.SVD, "fit"),
         (tdecomp.LowRank, "fit"),
         (torch.linalg, "svd"),
@@ -408,7 +407,7 @@ def test_metadata_has_plan_and_version(kept):
     result, file = kept
     header = header_of(file)
     assert header["version"] == tdecomp.__version__
-    assert header["format"] == 1
+    assert header["format"] == 2
     plan = tdecomp.Plan.from_json(json.dumps(header["plan"]))
     assert plan.to_dict() == result.plan.to_dict()
     assert [(r.name, r.method, r.rank) for r in plan] == [
@@ -530,15 +529,15 @@ def test_junk_strides(kept, strides):
 
 def test_newer_format(kept):
     def edit(header):
-        header.update(format=2, version="9.8.7", plan={"of another": "kind"})
+        header.update(format=3, version="9.8.7", plan={"of another": "kind"})
 
     file = rewritten(kept[1], header=edit)
-    refused(file, net(), str(file), "format 2", "9.8.7", "update")
+    refused(file, net(), str(file), "format 3", "9.8.7", "update")
 
 
 def test_newer_format_of_which_nothing_is_known(kept):
-    file = rewritten(kept[1], metadata={"tdecomp": '{"format": 2, "anything": "else"}'})
-    refused(file, net(), str(file), "format 2", "update")
+    file = rewritten(kept[1], metadata={"tdecomp": '{"format": 3, "anything": "else"}'})
+    refused(file, net(), str(file), "format 3", "update")
 
 
 def test_missing_tensors(kept):

@@ -1,5 +1,6 @@
-"""Only files of the distribution tdecomp-torch are imported, not a mixture with another's."""
+"""The distribution is tdecomp-torch: not mixed with another's files, and declares what it needs."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -68,3 +69,19 @@ def test_the_other_distribution_in_another_folder_is_no_mixture(tmp_path, monkey
     assert installed_version(PACKAGE.parent) == metadata.version("tdecomp-torch")
     with pytest.raises(ImportError, match="pip uninstall tdecomp"):
         installed_version(tmp_path)
+
+
+def test_what_dependencies_import_without_declaring_it_is_declared_and_still_needed():
+    # The pinned torch declares setuptools, so that the wheel's own environment would not miss it.
+    code = "import sys, tdecomp; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    ).stdout.split()
+    required = {
+        re.match(r"[\w-]+", line)[0]
+        for line in metadata.requires("tdecomp-torch")
+        if "extra" not in line
+    }
+    for name in ("packaging", "setuptools"):
+        assert name in loaded
+        assert name in required

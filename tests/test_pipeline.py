@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
 from tdecomp.model.example import as_call
 from tests.models import METHODS, MODELS
@@ -93,12 +92,12 @@ def test_every_option_of_plan_is_one_of_decompose():
     for name, parameter in of_plan.items():
         assert of_decompose[name].default == parameter.default
         assert of_decompose[name].kind == parameter.kind
+    wide = tdecomp.at_least(channels=24)
     result = decompose(
         MODELS["cnn"].build(),
-        where=lambda _, name: name != "features.0",
+        where=lambda module, name: name != "features.0" and wide(module, name),
         include="features",
         exclude="features.3",
-        min_channels=24,
         allow_expansion=True,
         rank=23,
         example_inputs=MODELS["cnn"].inputs(),
@@ -106,7 +105,10 @@ def test_every_option_of_plan_is_one_of_decompose():
     )
     assert [row.name for row in result.report if row.method] == ["features.6"]
     assert result.report["features.6"].macs_before is not None
-    assert decompose(MODELS["cnn"].build(), min_features=11).report["head"].method is None
+    assert (
+        decompose(MODELS["cnn"].build(), where=tdecomp.at_least(features=11)).report["head"].method
+        is None
+    )
 
 
 # Kept --------------------------------------------------------------------------------------------
@@ -281,20 +283,27 @@ def test_layers_side_by_side_are_those_one_by_one(rank):
         assert torch.equal(one, other)
 
 
-@pytest.mark.usefixtures("two_threads")
-def test_a_fit_that_fails_beside_others_names_its_layer(monkeypatch):
-    model = wide()
-    names = [row.name for row in decompose(model).report if row.method is not None]
-    usual = Decomposer.factorize
+class FailsOn(tdecomp.SVD):
+    """Fails on one kernel."""
 
-    def factorize(self, weight, *args, **options):
-        if weight is model.get_submodule(names[1]).weight:
+    name = "fails"
+    kernel = None
+
+    def fit(self, kernel, rank):
+        scale = self.kernel.abs().max()
+        if kernel.shape == self.kernel.shape and torch.equal(kernel, self.kernel / scale):
             raise RuntimeError("no")
-        return usual(self, weight, *args, **options)
+        return super().fit(kernel, rank)
 
-    monkeypatch.setattr(Decomposer, "factorize", factorize)
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_fit_that_fails_beside_others_names_its_layer():
+    model = wide()
+    names = [row.name for row in decompose(model, tdecomp.SVD()).report if row.method]
+    method = FailsOn()
+    object.__setattr__(method, "kernel", model.get_submodule(names[1]).weight.detach())
     with unchanged(model), pytest.raises(ValueError, match=f"layer '{names[1]}'.*RuntimeError: no"):
-        decompose(model)
+        decompose(model, method)
 
 
 # The bar -----------------------------------------------------------------------------------------
@@ -341,7 +350,7 @@ class Broken(tdecomp.SVD):
 @pytest.mark.parametrize("inplace", [True, False], ids=["inplace", "copy"])
 @pytest.mark.parametrize(
     "what, message",
-    [("error", "LinAlgError: did not converge"), ("nan", "gave factors that are not finite")],
+    [("error", "LinAlgError: did not converge"), ("nan", "the factors are not finite")],
 )
 def test_a_fit_that_fails_names_the_layer_and_the_way_out(what, message, inplace):
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 12))

@@ -72,7 +72,7 @@ def test_examples_in_docstrings(name):
 
 # A file imports from its own room and from the rooms on the lines above its own.
 ORDER = """
-_distribution scope torch_state parallel
+_distribution scope scope torch_state parallel
 layers linalg
 model
 calibration decomposers

@@ -3,7 +3,17 @@
 import contextlib
 import io
 
-from tests.readme import BLOCKS, COMPOSER, FIRST, LATER, PIPELINE, STEPS, TIMES, prints_the_output
+from tests.readme import (
+    BLOCKS,
+    COMPOSER,
+    FIRST,
+    LATER,
+    PIPELINE,
+    SENSITIVITY,
+    STEPS,
+    TIMES,
+    prints_the_output,
+)
 
 
 def test_the_first_example_prints_what_the_readme_shows() -> None:
@@ -21,13 +31,16 @@ def test_the_second_example_runs(tmp_path, monkeypatch) -> None:
     assert (tmp_path / "small.safetensors").exists()
 
 
-def test_the_examples_with_data_run() -> None:
+def test_the_examples_with_data_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(FIRST, names)
         exec(PIPELINE, names)
+        exec(SENSITIVITY, names)
         exec(STEPS, names)
         exec(TIMES, names)
+    assert (tmp_path / "sensitivity.png").exists()
     assert "of the original's" in printed.getvalue()
     assert "output error" in printed.getvalue()
     assert "refit: output error" in printed.getvalue()
@@ -41,7 +54,7 @@ def test_the_example_for_users_of_composer_runs() -> None:
 
 
 def test_every_block_is_run_but_the_sketch_of_a_method() -> None:
-    assert set(BLOCKS) - {FIRST, LATER, PIPELINE, STEPS, TIMES, COMPOSER} == {
+    assert set(BLOCKS) - {FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, TIMES, COMPOSER} == {
         block for block in BLOCKS if block.startswith("@tdecomp.register")
     }
 

@@ -85,18 +85,14 @@ class LayerMoments:
             As `second_moments` gives them.
         """
         kernels, blocks = self.kernels(difference), self.gradient_blocks()
-        if blocks is None:
-            lost, loss = sum(m.lost(d) for m, d in zip(second, kernels, strict=True)), None
-        else:
-            outputs = [m.between(d) for m, d in zip(second, kernels, strict=True)]
-            lost = sum(max(float(group.trace()), 0.0) for group in outputs)
-            pairs = zip(blocks, outputs, strict=True)
-            loss = max(sum(float((block * group).sum()) for block, group in pairs), 0.0)
+        lost = sum(m.lost(d) for m, d in zip(second, kernels, strict=True))
         variance = self.output_variance(weight, second)
-        if variance > 0:
-            return lost / variance, loss
-        # Without the ridge of `between`, which is larger than nothing.
-        return float(any(m.lost(d) > 0 for m, d in zip(second, kernels, strict=True))), loss
+        share = lost / variance if variance > 0 else float(lost > 0)
+        if blocks is None:
+            return share, None
+        groups = zip(blocks, second, kernels, strict=True)
+        loss = sum(float((block * m.between(d)).sum()) for block, m, d in groups)
+        return share, max(loss, 0.0)
 
     def mean_output(self, weight: Tensor) -> Tensor:
         """``W E[x]`` (out_channels,), without the bias."""

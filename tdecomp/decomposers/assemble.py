@@ -73,8 +73,11 @@ def factors_of_chain(chain: Chain, method: Decomposer) -> Factorization | None:
     assert rank is not None
     stages = method.stages(spec, rank)
     weights = [stage.read(part) for stage, part in zip(stages, chain, strict=True)]
-    per_stage = [weight.chunk(spec.groups) for weight in weights]
-    groups = [method.factors_of(weights) for weights in zip(*per_stage, strict=True)]
+    if spec.groups == 1:
+        groups = [method.factors_of(tuple(weights))]
+    else:
+        per_stage = [weight.chunk(spec.groups) for weight in weights]
+        groups = [method.factors_of(parts) for parts in zip(*per_stage, strict=True)]
     known = tuple(factors for factors in groups if factors is not None)
     return Factorization(spec, known) if len(known) == spec.groups else None
 

@@ -90,5 +90,4 @@ def _errors(method: Decomposer, losses: LayerLosses) -> list[float] | None:
 
 
 def _error_at(method: Decomposer, losses: LayerLosses, rank: Rank) -> float | None:
-    share = losses.fitted(method, rank)[1]
-    return losses.row_error(method, share)
+    return losses.row_error(method, losses.fitted(method, rank, draft=False)[1])

@@ -122,9 +122,9 @@ class LayerLosses:
         found = self.cache.get(key, lambda: self._nested_now(method))
         return None if found is None else [self._in_unit(measured) for measured in found]
 
-    def fitted(self, method: Decomposer, rank: Rank) -> Lost:
-        """Loss and share of a draft at this rank; infinite if the fit fails."""
-        fit = self.draft(method, rank)
+    def fitted(self, method: Decomposer, rank: Rank, *, draft: bool = True) -> Lost:
+        """Loss and share of a fit at this rank; infinite if the fit fails."""
+        fit = self.fit(method, rank, draft=draft)
         if fit is None:
             return math.inf, math.inf
         if self.fits_to_data(method):
@@ -132,23 +132,24 @@ class LayerLosses:
             return self._in_unit((fit.loss, fit.output_error))
         return self._in_unit((None, fit.weight_error**2))
 
-    def draft(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
-        """The draft itself, which is the whole fit of a method that does not iterate."""
-        key = (self.key, _identity(method), rank)
-        return self.cache.get(key, lambda: self._draft_now(method, rank))
+    def fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
+        """The fit itself, or None if it fails; that of a method that does not iterate is no draft."""
+        draft = draft and method.iterative
+        key = (self.key, _identity(method), rank, draft)
+        return self.cache.get(key, lambda: self._fit_now(method, rank, draft))
 
-    def known_draft(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
-        """The draft at this rank, if one was made."""
-        return self.cache.known((self.key, _identity(method), rank))
+    def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
+        """The fit, or the draft, at this rank if one was made."""
+        return self.cache.known((self.key, _identity(method), rank, draft))
 
     def _in_unit(self, measured: Measured) -> Lost:
         # Not kept: where other layers are left alone, the unit is another one.
         loss, share = measured
         return self.unit * share if loss is None else loss, share
 
-    def _draft_now(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
+    def _fit_now(self, method: Decomposer, rank: Rank, draft: bool) -> FittedLayer | None:
         try:
-            return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=True)
+            return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
         except (ValueError, torch.linalg.LinAlgError):
             return None
 

@@ -16,17 +16,21 @@ class Filters:
 
     Attributes
     ----------
-    include, exclude : sequence of str
+    include, exclude : str or sequence of str
         Names, globs, or the name of a container for all that it holds. No `include` means all.
     where : callable ``(module, name) -> bool``, optional
         Such as `at_least`.
     """
 
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    include: str | Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     where: Callable[[nn.Module, str], bool] | None = None
 
     def __post_init__(self) -> None:
+        for option in ("include", "exclude"):
+            given = getattr(self, option)
+            patterns = (given,) if isinstance(given, str) else tuple(given or ())
+            object.__setattr__(self, option, patterns)
         if self.where is not None and not callable(self.where):
             raise TypeError(
                 "where: expected a callable (module, name) -> bool, such as "

@@ -64,14 +64,16 @@ class Planned:
     plan : Plan
     sites : mapping of str to Site
     moments : Moments or None
-    drafts : mapping of str to FittedLayer
-        Fits made to choose ranks that are of the chosen method and rank, by the layer's name.
+    fits, drafts : mapping of str to FittedLayer
+        Made to choose ranks, at the chosen method and rank, by the layer's name: a fit is the
+        result, a draft the start of it.
     """
 
     plan: Plan
     sites: Mapping[str, Site]
     moments: Moments | None
-    drafts: Mapping[str, FittedLayer]
+    fits: Mapping[str, FittedLayer] = field(default_factory=dict)
+    drafts: Mapping[str, FittedLayer] = field(default_factory=dict)
 
 
 def make_plan(
@@ -123,7 +125,8 @@ def make_plan(
         {method.name: method for method in request.methods},
         None if timed is None else timed.speed,
     )
-    return Planned(plan, {site.name: site for site in sites}, moments, _drafts(offers, chosen))
+    fits, drafts = (_known_fits(offers, chosen, draft=draft) for draft in (False, True))
+    return Planned(plan, {site.name: site for site in sites}, moments, fits, drafts)
 
 
 def _choose(
@@ -166,13 +169,16 @@ def _expected_error(choice: Choice, losses: LayerLosses) -> float | None:
     return choice.error if error is None else error
 
 
-def _drafts(offers: Sequence[Offer], choices: Sequence[Choice]) -> dict[str, FittedLayer]:
+def _known_fits(
+    offers: Sequence[Offer], choices: Sequence[Choice], *, draft: bool
+) -> dict[str, FittedLayer]:
     found = {}
     for offer, choice in zip(offers, choices, strict=True):
         if choice.candidate is not None and choice.rank is not None:
-            draft = offer.losses.known_draft(choice.candidate.decomposer, choice.rank)
-            if draft is not None:
-                found[offer.site.name] = draft
+            method = choice.candidate.decomposer
+            fit = offer.losses.known_fit(method, choice.rank, draft=draft)
+            if fit is not None:
+                found[offer.site.name] = fit
     return found
 
 

@@ -31,11 +31,12 @@ def read_json(what: str, text: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"not a {what}'s JSON: {type(error).__name__}: {error}") from error
 
 
-def check_format(what: str, found: Any) -> None:
-    """Refuse what another version of tdecomp wrote."""
+def check_format(what: str, found: Any, version: str | None = None) -> None:
+    """Refuse data that another version of tdecomp wrote."""
     if found != FORMAT:
-        writer = "tdecomp 0.1" if found == 1 else "another version of tdecomp"
-        remedy = "make it anew" if found == 1 else "update tdecomp"
+        older = found == 1
+        writer = f"tdecomp {version or ('0.1' if older else '(a later version)')}"
+        remedy = "make it anew" if older else "update tdecomp"
         raise ValueError(
             f"{what} format {found!r}, written by {writer}: this version reads format {FORMAT}; "
             f"{remedy}"
@@ -217,16 +218,16 @@ def _milliseconds(before: float | None, after: float | None) -> str:
 
 def _arrow(before: int | None, after: int | None) -> str:
     if before is None or after is None or before == after:
-        return _count(before)
-    return f"{_count(before)} → {_count(after)}"
+        return count_in_words(before)
+    return f"{count_in_words(before)} → {count_in_words(after)}"
 
 
 def _change(before: int, after: int) -> str:
     share = f" ({after / before:.3f})" if before else ""
-    return f"{_count(before)} → {_count(after)}{share}"
+    return f"{count_in_words(before)} → {count_in_words(after)}{share}"
 
 
-def _count(value: int | None) -> str:
+def count_in_words(value: int | None) -> str:
     """Three significant digits and a metric prefix."""
     if value is None:
         return ""

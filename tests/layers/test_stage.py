@@ -16,7 +16,7 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stage import id_of
 from tdecomp.linalg.svd import truncated_svd
 from tdecomp.timing.profile import key_of
-from tdecomp.timing.stopwatch import Time
+from tdecomp.timing.speed import Quartiles
 
 QUIET = {"progress": False}
 
@@ -253,7 +253,7 @@ def test_a_saved_profile_knows_it(tmp_path):
     chains = {(LayerSpec(64, 48),): 3.0, method.stages(LayerSpec(64, 48), 2): 2.0}
     times = tdecomp.profile(original, x, "svd", effort="quick", **QUIET)
     times.times = {
-        key_of("contiguous", stages, call): Time(seconds, seconds, seconds)
+        key_of("contiguous", stages, call): Quartiles(seconds, seconds, seconds)
         for stages, seconds in chains.items()
     }
     times.save(tmp_path / "times.json")

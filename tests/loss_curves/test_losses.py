@@ -230,7 +230,7 @@ def test_singular_values_say_that_a_method_is_dominated_without_a_fit():
     curves = layer_curves(losses, [tucker2, svd])
     assert not curves["tucker2"].points
     assert curves["svd"].points
-    assert all(losses.known_draft(tucker2, (r, r)) is None for r in range(1, 81))
+    assert all(losses.known_fit(tucker2, (r, r), draft=True) is None for r in range(1, 81))
 
 
 class Listed(tdecomp.SVD):
@@ -288,11 +288,11 @@ def test_a_fit_that_does_not_iterate_is_not_made_again():
     class Plain(tdecomp.SVD):
         name = "plain"
 
-        def fit(self, kernel, rank, start=None, *, draft=False):
+        def fit(self, kernel, rank):
             ranks.append(rank)
             return super().fit(kernel, rank)
 
-        def lost_at_every_rank(self, kernel, moment, importance=None):
+        def lost_at_every_rank(self, *_):
             return None
 
     layer = nn.Linear(32, 32)

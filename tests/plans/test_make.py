@@ -330,7 +330,7 @@ def test_json_may_leave_a_layer_alone():
 
 
 REFUSED = {
-    "a newer format": (lambda d: d.update(format=2), "plan format 2: this version reads format 1"),
+    "a newer format": (lambda d: d.update(format=3), "plan format 3, .*reads format 2; update"),
     "no format": (lambda d: d.pop("format"), "not a plan's JSON"),
     "no rows": (lambda d: d.pop("rows"), "not a plan's JSON"),
     "no methods": (lambda d: d.pop("methods"), "not a plan's JSON"),
@@ -358,7 +358,7 @@ def test_json_that_is_refused(kind):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "null", "5", '"plan"', "{}", "{", '{"format": 1}', "\x00",
+    ["", "[]", "null", "5", '"plan"', "{}", "{", '{"format": 2}', "\x00",
      pytest.param("[" * 100_000, id="deep")],
 )  # fmt: skip
 def test_junk_is_no_plan(text):
@@ -396,7 +396,7 @@ def apply_to(model, plan):
 def test_a_model_without_the_planned_layer_is_refused():
     plan = tdecomp.plan(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "svd", rank=2)
     message = apply_to(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), plan)
-    assert "layer '1': the plan has it, the model has no such Linear or convolution" in message
+    assert "layer '1': the plan has it, the model has no such layer" in message
 
 
 @pytest.mark.parametrize(

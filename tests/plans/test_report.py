@@ -10,8 +10,9 @@ from torch import nn
 
 import tdecomp
 from tdecomp.layers.cost import Cost
-from tdecomp.plans.report import Report, _count
+from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.plans.table import count_in_words
 from tests.models import MODELS
 
 
@@ -160,7 +161,7 @@ def test_aliases():
     ],
 )
 def test_counts_have_three_digits(value, text):
-    assert _count(value) == text
+    assert count_in_words(value) == text
 
 
 def test_a_report_of_a_layer_of_unknown_size_still_has_totals():
@@ -232,7 +233,7 @@ def test_plotting_opens_no_window_and_changes_no_style():
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     report = decomposed("linear", "svd", 2)
-    monkeypatch.delitem(sys.modules, "tdecomp.plotting", raising=False)
+    monkeypatch.delitem(sys.modules, "tdecomp.plans.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'tdecomp-torch\[plot\]'"):
         report.plot()
