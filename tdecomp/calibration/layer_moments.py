@@ -94,6 +94,11 @@ class LayerMoments:
         loss = sum(float((block * m.between(d)).sum()) for block, m, d in groups)
         return share, max(loss, 0.0)
 
+    def output_error(self, weight: Tensor, approximation: Tensor) -> float:
+        """The share of the outputs' variance that another weight in this one's place loses."""
+        gone = weight.detach().double() - approximation.detach().double()
+        return self.lost(weight, gone, self.second_moments())[0]
+
     def mean_output(self, weight: Tensor) -> Tensor:
         """``W E[x]`` (out_channels,), without the bias."""
         kernels = self.kernels(weight)
