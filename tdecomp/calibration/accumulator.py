@@ -39,38 +39,35 @@ class Accumulator:
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
         with undisturbed(x.device):  # this runs inside the model's forward pass, in any mode
-            self._add(x, outputs)
-
-    def _add(self, x: Tensor, outputs: Tensor | None) -> None:
-        spec, x = self.spec, _wide(x.detach())
-        self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
-        if self.total is None:
-            self.total = torch.zeros(spec.groups, spec.fan_in, dtype=torch.float64, device=x.device)
-        targets = None
-        if outputs is not None:
-            targets = output_rows(_wide(outputs.detach()), spec)
-            targets = targets.unflatten(1, (spec.groups, spec.group_out)).transpose(0, 1)
-        start = 0
-        for rows in patches(x, spec):
-            if not rows.shape[1]:
-                continue
-            if self.origin is None:
-                self.origin = rows.mean(dim=1, keepdim=True)
-            centred = rows - self.origin
-            self.total += centred.sum(dim=1)
-            if targets is not None:
-                self._add_outputs(centred, targets[:, start : start + rows.shape[1]])
-            start += rows.shape[1]
-            self._add_rows(rows, centred, self.origin)
-        self.count += start
+            spec, x = self.spec, _wide(x.detach())
+            self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
+            if self.total is None:
+                self.total = x.new_zeros(spec.groups, spec.fan_in, dtype=torch.float64)
+            targets = None
+            if outputs is not None:
+                targets = output_rows(_wide(outputs.detach()), spec)
+                targets = targets.unflatten(1, (spec.groups, spec.group_out)).transpose(0, 1)
+            start = 0
+            for rows in patches(x, spec):
+                if not rows.shape[1]:
+                    continue
+                if self.origin is None:
+                    self.origin = rows.mean(dim=1, keepdim=True)
+                centred = rows - self.origin
+                self.total += centred.sum(dim=1)
+                if targets is not None:
+                    self._add_outputs(centred, targets[:, start : start + rows.shape[1]])
+                start += rows.shape[1]
+                self._add_rows(rows, centred, self.origin)
+            self.count += start
 
     def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor) -> None:
         if self.matrix is None:
             if sum(chunk.shape[1] for chunk in (*self.rows, rows)) < self.spec.fan_in:
                 self.rows.append(rows.clone())
                 return
-            size = (self.spec.groups, self.spec.fan_in, self.spec.fan_in)
-            self.matrix = torch.zeros(size, dtype=torch.float64, device=rows.device)
+            fan_in = self.spec.fan_in
+            self.matrix = rows.new_zeros(self.spec.groups, fan_in, fan_in, dtype=torch.float64)
             if self.rows:
                 _add_product(self.matrix, torch.cat(self.rows, dim=1) - origin)
                 self.rows.clear()
@@ -79,14 +76,9 @@ class Accumulator:
     def _add_outputs(self, rows: Tensor, targets: Tensor) -> None:
         if self.output_sums is None:
             groups, out = self.spec.groups, self.spec.group_out
-            cross = torch.zeros(
-                groups, out, self.spec.fan_in, dtype=torch.float64, device=rows.device
-            )
-            self.output_sums = (
-                cross,
-                cross.new_zeros(groups, out),
-                cross.new_zeros(groups, out, out),
-            )
+            cross = rows.new_zeros(groups, out, self.spec.fan_in, dtype=torch.float64)
+            square = cross.new_zeros(groups, out, out)
+            self.output_sums = cross, cross.new_zeros(groups, out), square
         cross, total, square = self.output_sums
         cross += targets.transpose(1, 2) @ rows
         total += targets.sum(dim=1)

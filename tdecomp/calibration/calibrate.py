@@ -57,8 +57,7 @@ def calibrate(
     ----------
     model : nn.Module
     batches : iterable of batches, or Data
-        A DataLoader, or any iterable of tensors, tuples or dicts: the inputs of the model. Further
-        items of a tuple, such as labels, are ignored. A `Data` may hold a mask.
+        As for `tdecomp.Data`, which may also hold a mask.
     forward : callable ``(model, batch) -> output``, optional
         How the model is called, if not with the batch as its arguments.
     max_batches : int, optional
@@ -117,34 +116,29 @@ def calibrate_layers(
     """`calibrate` for some layers, by name."""
     found: dict[str, LayerMoments] = {}
     samples = peak = 0
-    groups, varied = [list(layers)], variants and batches.data.augment is not None
+    groups, varied = [dict(layers)], variants and batches.data.augment is not None
     if batches.data.max_memory is not None:
         groups = _grouped(model, layers, batches, batches.data.max_memory, PASSES if varied else 1)
     if varied:
         batches.require_several_passes("augment")
     rows = CountedRows(batches)
-    for number, names in enumerate(groups, 1):
-        watched = {name: layers[name] for name in names}
+    for number, group in enumerate(groups, 1):
         title = "calibrate" if len(groups) == 1 else f"calibrate {number}/{len(groups)}"
-        sums, gradients, samples, held = _summed(
-            model, watched, batches, title, rows, gradient_samples, varied
+        taken, samples, held = _in_one_pass(
+            model, group, batches, title, rows, gradient_samples, varied
         )
         peak = max(peak, held)
-        for name in names:
-            moments = sums.pop(name).finish(gradients.get(name))
-            if moments is not None:
-                _check_finite(name, moments)
-                found[name] = moments
+        found |= taken
     if layers:
         rows.check_used()
     unreached = tuple(name for name in layers if name not in found)
-    moments_of_all = Moments(found, unreached, samples, peak)
+    moments = Moments(found, unreached, samples, peak)
     if batches.progress:
-        tqdm.write(f"calibrate: {moments_of_all!r}", file=sys.stderr)
-    return moments_of_all
+        tqdm.write(f"calibrate: {moments!r}", file=sys.stderr)
+    return moments
 
 
-def _summed(
+def _in_one_pass(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Batches,
@@ -152,8 +146,8 @@ def _summed(
     rows: CountedRows,
     gradient_samples: int,
     varied: bool,
-) -> tuple[dict[str, Accumulator], dict[str, Tensor], int, int]:
-    """The sums and the gradients by layer, the samples, and the most bytes that the sums held."""
+) -> tuple[dict[str, LayerMoments], int, int]:
+    """The moments of the reached layers, the number of samples, and the peak bytes of the sums."""
     specs = {name: (layer, _spec(layer)) for name, layer in layers.items()}
     sums = {name: Accumulator(spec) for name, (_, spec) in specs.items()}
     slopes = OutputGradients(specs, batches) if gradient_samples else None
@@ -192,7 +186,12 @@ def _summed(
             if not few:
                 break
             peak = run(batch, few)
-    return sums, {} if slopes is None else slopes.finish(), samples, peak
+    gradients = {} if slopes is None else slopes.finish()
+    finished = {name: sums.pop(name).finish(gradients.get(name)) for name in layers}
+    found = {name: moments for name, moments in finished.items() if moments is not None}
+    for name, moments in found.items():
+        _check_finite(name, moments)
+    return found, samples, peak
 
 
 @contextmanager
@@ -218,7 +217,7 @@ def _grouped(
     batches: Batches,
     max_memory: int,
     passes: int,
-) -> list[list[str]]:
+) -> list[dict[str, nn.Module]]:
     """Layers in groups whose sums stay under the limit, as far as the first batch tells."""
     batches.require_several_passes("a max_memory")
     rows = dict.fromkeys(layers, 0)
@@ -230,7 +229,7 @@ def _grouped(
 
     with _inputs_shown(model, layers, count), torch.no_grad():
         batches.run(model, next(batches.on(device_of(model))))
-    groups: list[list[str]] = []
+    groups: list[dict[str, nn.Module]] = []
     free = 0
     for name, layer in layers.items():
         spec = _spec(layer)
@@ -244,9 +243,9 @@ def _grouped(
                 f"need less, as does a plan or decompose with exclude=[{name!r}]"
             )
         if not groups or need > free:
-            groups.append([])
+            groups.append({})
             free = max_memory
-        groups[-1].append(name)
+        groups[-1][name] = layer
         free -= need
     return groups
 

@@ -99,10 +99,7 @@ class Moments(Mapping[str, LayerMoments]):
     def load(cls, file: str | os.PathLike[str]) -> "Moments":
         """Read what `save` wrote.
 
-        Raises
-        ------
-        ValueError
-            If the file holds no moments, those of a newer format, or is damaged.
+        A ValueError says if the file holds no moments or those of another format, or is damaged.
         """
         try:
             with safe_open(file, "pt") as opened:

@@ -55,9 +55,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def _tensors_in(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
-    """All tensors in containers and in attributes of objects; `within` are the ids of those outside.
+    """All tensors in containers and in attributes of objects, each object entered only once.
 
-    An object that refers to itself is entered only once.
+    `within` holds the ids of the containers and objects around `value`.
     """
     parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
@@ -107,7 +107,8 @@ def moved(batch: Any, device: torch.device) -> Any:
 
     def move(tensor: Tensor) -> Tensor:
         there = tensor.to(device, non_blocking=True)
-        # Autograd refuses inference tensors.
-        return there.clone() if there.is_inference() else there
+        return (
+            there.clone() if there.is_inference() else there
+        )  # autograd refuses inference tensors
 
     return each_tensor(batch, move)

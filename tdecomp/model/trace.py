@@ -90,10 +90,8 @@ class _WeightReads(TorchFunctionMode):
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
+    if isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _flat(item)
+    else:
         yield value
-        return
-    for item in value:
-        yield from _flat(item)
