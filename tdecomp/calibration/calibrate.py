@@ -220,6 +220,7 @@ def _grouped(
 ) -> list[dict[str, nn.Module]]:
     """Layers in groups whose sums stay under the limit, as far as the first batch tells."""
     batches.require_several_passes("a max_memory")
+    first = next(batches.on(device_of(model)))
     rows = dict.fromkeys(layers, 0)
 
     def count(name: str, x: Tensor) -> None:
@@ -228,7 +229,7 @@ def _grouped(
         rows[name] += call.batch * math.prod(spec.output_size(call.size))
 
     with _inputs_shown(model, layers, count), torch.no_grad():
-        batches.run(model, next(batches.on(device_of(model))))
+        batches.run(model, first)
     groups: list[dict[str, nn.Module]] = []
     free = 0
     for name, layer in layers.items():
