@@ -10,15 +10,15 @@ from tdecomp.layers.patches import patches, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.torch_state import undisturbed
 
-# A symmetric product is computed in blocks of at least so many columns, and at most so many blocks,
-# each from its diagonal downwards: the rest above the diagonal is not needed.
+# A symmetric product is computed in at most _BLOCKS blocks of at least _BLOCK columns each, from
+# the diagonal downwards: the rest above the diagonal is not needed.
 _BLOCK = 96
 _BLOCKS = 4
 
 
 @dataclass
 class Accumulator:
-    """Sums up a layer's input patches, and optionally the outputs for these patches.
+    """Sums up a layer's input patches x, and optionally the outputs y for these patches.
 
     The sums are float64, the products of a slice of patches float32 (float64 for a float64 layer).
     The mean of the first slice is subtracted from all patches: otherwise rounding would hide the
@@ -33,74 +33,64 @@ class Accumulator:
     total: Tensor | None = None  # (groups, fan_in)
     matrix: Tensor | None = None  # (groups, fan_in, fan_in), lower triangle
     rows: list[Tensor] = field(default_factory=list)
-    cross: Tensor | None = None  # (groups, out / groups, fan_in)
-    output_total: Tensor | None = None  # (groups, out / groups)
-    output_matrix: Tensor | None = None  # (groups, out / groups, out / groups)
+    # The sums of y xᵀ (groups, out / groups, fan_in), y and y yᵀ.
+    output_sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
         with undisturbed(x.device):  # this runs inside the model's forward pass, in any mode
-            self._add(x, outputs)
+            spec, x = self.spec, _wide(x.detach())
+            self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
+            if self.total is None:
+                self.total = x.new_zeros(spec.groups, spec.fan_in, dtype=torch.float64)
+            targets = None
+            if outputs is not None:
+                targets = output_rows(_wide(outputs.detach()), spec)
+                targets = targets.unflatten(1, (spec.groups, spec.group_out)).transpose(0, 1)
+            start = 0
+            for rows in patches(x, spec):
+                if not rows.shape[1]:
+                    continue
+                if self.origin is None:
+                    self.origin = rows.mean(dim=1, keepdim=True)
+                centred = rows - self.origin
+                self.total += centred.sum(dim=1)
+                if targets is not None:
+                    self._add_outputs(centred, targets[:, start : start + rows.shape[1]])
+                start += rows.shape[1]
+                self._add_rows(rows, centred, self.origin)
+            self.count += start
 
-    def _add(self, x: Tensor, outputs: Tensor | None) -> None:
-        spec, x = self.spec, _wide(x.detach())
-        self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
-        if self.total is None:
-            self.total = torch.zeros(spec.groups, spec.fan_in, dtype=torch.float64, device=x.device)
-        targets = None if outputs is None else _output_rows(_wide(outputs.detach()), spec)
-        start = 0
-        for rows in patches(x, spec):
-            if self.origin is None and rows.shape[1]:
-                self.origin = rows.mean(dim=1, keepdim=True)
-            if self.origin is None:  # an empty slice
-                continue
-            centred = rows - self.origin
-            self.total += centred.sum(dim=1)
-            if targets is not None:
-                self._add_cross(centred, targets[:, start : start + rows.shape[1]])
-            start += rows.shape[1]
-            self._add_rows(rows, centred)
-        self.count += start
-
-    def _add_rows(self, rows: Tensor, centred: Tensor) -> None:
-        held = sum(chunk.shape[1] for chunk in self.rows)
-        if self.matrix is None and held + rows.shape[1] < self.spec.fan_in:
-            self.rows.append(rows.clone())
-            return
+    def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor) -> None:
         if self.matrix is None:
-            size = (self.spec.groups, self.spec.fan_in, self.spec.fan_in)
-            self.matrix = torch.zeros(size, dtype=torch.float64, device=rows.device)
+            if sum(chunk.shape[1] for chunk in (*self.rows, rows)) < self.spec.fan_in:
+                self.rows.append(rows.clone())
+                return
+            fan_in = self.spec.fan_in
+            self.matrix = rows.new_zeros(self.spec.groups, fan_in, fan_in, dtype=torch.float64)
             if self.rows:
-                assert self.origin is not None
-                self._add_product(torch.cat(self.rows, dim=1) - self.origin)
+                _add_product(self.matrix, torch.cat(self.rows, dim=1) - origin)
                 self.rows.clear()
-        self._add_product(centred)
+        _add_product(self.matrix, centred)
 
-    def _add_product(self, rows: Tensor) -> None:
-        assert self.matrix is not None
-        for total, group in zip(self.matrix, rows, strict=True):
-            width = max(_BLOCK, -(-self.spec.fan_in // _BLOCKS))
-            for start in range(0, self.spec.fan_in, width):
-                block = group[:, start : start + width]
-                total[start:, start : start + width] += group[:, start:].T @ block
-
-    def _add_cross(self, rows: Tensor, targets: Tensor) -> None:
-        if self.cross is None or self.output_total is None or self.output_matrix is None:
-            shape = (self.spec.groups, self.spec.group_out, self.spec.fan_in)
-            self.cross = torch.zeros(shape, dtype=torch.float64, device=rows.device)
-            self.output_total = self.cross.new_zeros(shape[:2])
-            self.output_matrix = self.cross.new_zeros(*shape[:2], shape[1])
-        self.cross += targets.transpose(1, 2) @ rows
-        self.output_total += targets.sum(dim=1)
-        self.output_matrix += targets.transpose(1, 2) @ targets
+    def _add_outputs(self, rows: Tensor, targets: Tensor) -> None:
+        if self.output_sums is None:
+            groups, out = self.spec.groups, self.spec.group_out
+            cross = rows.new_zeros(groups, out, self.spec.fan_in, dtype=torch.float64)
+            square = cross.new_zeros(groups, out, out)
+            self.output_sums = cross, cross.new_zeros(groups, out), square
+        cross, total, square = self.output_sums
+        cross += targets.transpose(1, 2) @ rows
+        total += targets.sum(dim=1)
+        square += targets.transpose(1, 2) @ targets
 
     @property
     def nbytes(self) -> int:
-        tensors = [t for t in (self.total, self.matrix, self.cross, *self.rows) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        held = (self.total, self.matrix, *self.rows, *(self.output_sums or ()))
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def finish(self, gradient: Tensor | None = None) -> LayerMoments | None:
-        """The moments, or None if the layer never ran."""
+        """The moments, or None if the layer never ran. It can be called once."""
         if self.total is None or self.origin is None:
             return None
         matrix = rows = None
@@ -117,25 +107,27 @@ class Accumulator:
             matrix = to_kernel_order(full, self.spec, (1, 2))
         else:
             rows = to_kernel_order(torch.cat(self.rows, dim=1), self.spec, (2,))
-        return LayerMoments(
-            self.spec,
-            self.count,
-            to_kernel_order(origin + offset, self.spec, (1,)),
-            matrix,
-            rows,
-            tuple(sorted(self.sizes)),
-            gradient,
-        )
+        mean = to_kernel_order(origin + offset, self.spec, (1,))
+        sizes = tuple(sorted(self.sizes))
+        return LayerMoments(self.spec, self.count, mean, matrix, rows, sizes, gradient)
 
     def mean_cross(self) -> tuple[Tensor, Tensor, Tensor]:
         """``E[y xᵀ]`` (groups, out / groups, fan_in), ``E[y]`` and ``E[y yᵀ]``, by groups."""
-        assert self.cross is not None
-        assert self.output_total is not None
-        assert self.output_matrix is not None
+        assert self.output_sums is not None
         assert self.origin is not None
-        mean = self.output_total / self.count
-        cross = self.cross / self.count + mean[:, :, None] * self.origin.double()
-        return to_kernel_order(cross, self.spec, (2,)), mean, self.output_matrix / self.count
+        cross, mean, square = (total / self.count for total in self.output_sums)
+        cross += mean[:, :, None] * self.origin.double()
+        return to_kernel_order(cross, self.spec, (2,)), mean, square
+
+
+def _add_product(matrix: Tensor, rows: Tensor) -> None:
+    """Add each group's ``rows.T @ rows`` to the lower triangle of its matrix."""
+    fan_in = matrix.shape[1]
+    width = max(_BLOCK, -(-fan_in // _BLOCKS))
+    for total, group in zip(matrix, rows, strict=True):
+        for start in range(0, fan_in, width):
+            end = start + width
+            total[start:, start:end] += group[:, start:].T @ group[:, start:end]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -144,12 +136,6 @@ def _wide(x: Tensor) -> Tensor:
 
 def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:
     """A layer's output as rows (positions, out_channels), in the order of `patches`."""
-    if spec.ndim == 0:
-        return y.reshape(-1, spec.out_channels)
-    batch = y if y.dim() == spec.ndim + 2 else y[None]
-    return batch.movedim(1, -1).reshape(-1, spec.out_channels)
-
-
-def _output_rows(y: Tensor, spec: LayerSpec) -> Tensor:
-    grouped: Tensor = output_rows(y, spec).unflatten(1, (spec.groups, spec.group_out))
-    return grouped.transpose(0, 1)
+    if spec.ndim:
+        y = (y if y.dim() == spec.ndim + 2 else y[None]).movedim(1, -1)
+    return y.reshape(-1, spec.out_channels)

@@ -28,26 +28,10 @@ def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
     torch.Size([2, 3, 8, 8])
 
     No label can become wrong by this, as the original model's outputs are the targets. Only
-    floating tensors (batch, channels, height, width) of at least 8×8 are taken for images; all
-    else stays.
+    floating tensors (batch, channels, height, width) of at least 8×8 are taken for images;
+    everything else is returned as it is.
     """
-    return each_tensor(batch, lambda tensor: _varied(tensor, generator))
-
-
-def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
-    if not _images(batch):
-        return batch
-    count, _, height, width = batch.shape
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    batch = torch.where(mirrored.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
-    most = int(_SHIFT * min(height, width))
-    padded = functional.pad(batch, (most,) * 4, mode="reflect")
-    corners = torch.randint(0, 2 * most + 1, (count, 2), generator=generator).tolist()
-    crops = [
-        image[:, top : top + height, left : left + width]
-        for image, (top, left) in zip(padded, corners, strict=True)
-    ]
-    return torch.stack(crops)
+    return _each_image_tensor(batch, _varied, generator)
 
 
 def paste(batch: Any, generator: torch.Generator) -> Any:
@@ -56,12 +40,30 @@ def paste(batch: Any, generator: torch.Generator) -> Any:
     Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
     Features", without labels: the targets are the original model's outputs for the mixture.
     """
-    return each_tensor(batch, lambda tensor: _pasted(tensor, generator))
+    return _each_image_tensor(batch, _pasted, generator)
+
+
+def _each_image_tensor(batch: Any, vary: Augment, generator: torch.Generator) -> Any:
+    def change(tensor: Tensor) -> Any:
+        floating = tensor.dim() == 4 and tensor.is_floating_point()
+        images = floating and min(tensor.shape[2:]) >= _LEAST_SIDE
+        return vary(tensor, generator) if images else tensor
+
+    return each_tensor(batch, change)
+
+
+def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
+    count, _, height, width = batch.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    batch = torch.where(mirrored.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
+    most = int(_SHIFT * min(height, width))
+    padded = functional.pad(batch, (most,) * 4, mode="reflect")
+    corners = torch.randint(0, 2 * most + 1, (count, 2), generator=generator).tolist()
+    crops = zip(padded, corners, strict=True)
+    return torch.stack([x[:, top : top + height, left : left + width] for x, (top, left) in crops])
 
 
 def _pasted(batch: Tensor, generator: torch.Generator) -> Tensor:
-    if not _images(batch):
-        return batch
     count, _, height, width = batch.shape
     others = torch.randperm(count, generator=generator).tolist()
     draws = torch.rand(count, 4, generator=generator, dtype=torch.float64).tolist()
@@ -70,13 +72,7 @@ def _pasted(batch: Tensor, generator: torch.Generator) -> Tensor:
         if chance < _PASTED:
             side = (_LARGEST_PART * area) ** 0.5
             rows, columns = max(1, round(side * height)), max(1, round(side * width))
-            top = int(down * (height - rows + 1))
-            left = int(across * (width - columns + 1))
+            top, left = int(down * (height - rows + 1)), int(across * (width - columns + 1))
             part = (slice(None), slice(top, top + rows), slice(left, left + columns))
             mixed[image][part] = batch[other][part]
     return mixed
-
-
-def _images(tensor: Tensor) -> bool:
-    floating = tensor.dim() == 4 and tensor.is_floating_point()
-    return floating and min(tensor.shape[2:]) >= _LEAST_SIDE

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import find_sites
 from tdecomp.torch_state import hooks, no_fast_path, no_inference_mode, restoring, untouched
 
-# The samples that output gradients are taken of: weighing layers needs no more.
+# The number of samples that output gradients are taken of: weighing layers needs no more.
 GRADIENT_SAMPLES = 128
 # A layer with this many patches for each entry of a patch needs no variants of the batches.
 _ENOUGH = 16
@@ -57,9 +57,7 @@ def calibrate(
     ----------
     model : nn.Module
     batches : iterable of batches, or Data
-        A DataLoader, or any iterable of tensors, tuples or dicts: the inputs of the model. Further
-        items of a tuple, such as labels, are ignored. A single tensor is one batch. A `Data` may
-        hold a mask.
+        As for `tdecomp.Data`, which may also hold a mask.
     forward : callable ``(model, batch) -> output``, optional
         How the model is called, if not with the batch as its arguments.
     max_batches : int, optional
@@ -70,26 +68,25 @@ def calibrate(
         Also take, from the first few batches, the gradients at the layers' outputs, by which a
         whole-model budget weighs the layers.
     augment : callable ``(batch, generator) -> batch``, optional
-        Varies batches, in further passes for layers that the batches hold few patches for:
-        `tdecomp.flip_and_shift` for images. Errors of a fit to few patches are too low on these
-        same patches, which misleads a budget. The `augment` of a `Data` is not used here.
+        Varies batches, in further passes for layers that see few patches, whose errors would
+        otherwise come out too low: `tdecomp.flip_and_shift` for images. A `Data`'s is ignored.
     seed : int, optional
-        Random numbers derive from it: those of the gradients and of `augment`, and those of a
-        DataLoader that shuffles. None: always the same ones, but for the DataLoader.
+        For the random numbers of the gradients, of `augment`, and of a DataLoader that shuffles.
+        None: always the same ones, except for the DataLoader.
     progress : bool
         Show a bar over the batches.
 
     Returns
     -------
     Moments
-        For every layer that can be decomposed and that the batches reach. Transposed convolutions
-        have no moments: they are fitted by their weights.
+        For every layer that can be decomposed and that the batches reach, except transposed
+        convolutions, which are fitted by their weights.
 
     Raises
     ------
     ValueError
-        If there are no batches, if the model rejects one, if a layer's inputs hold NaN or
-        infinities, and if the mask fits no layer.
+        If there are no batches, the model rejects one, a layer's inputs hold NaN or infinities, or
+        the mask fits no layer.
     """
     given = batches_for(
         "calibrate", batches, forward=forward, seed=seed, progress=progress,
@@ -119,34 +116,29 @@ def calibrate_layers(
     """`calibrate` for some layers, by name."""
     found: dict[str, LayerMoments] = {}
     samples = peak = 0
-    groups, varied = [list(layers)], variants and batches.data.augment is not None
+    groups, varied = [dict(layers)], variants and batches.data.augment is not None
     if batches.data.max_memory is not None:
-        groups = _grouped(model, layers, batches, PASSES if varied else 1)
+        groups = _grouped(model, layers, batches, batches.data.max_memory, PASSES if varied else 1)
     if varied:
         batches.require_several_passes("augment")
     rows = CountedRows(batches)
-    for number, names in enumerate(groups, 1):
-        watched = {name: layers[name] for name in names}
+    for number, group in enumerate(groups, 1):
         title = "calibrate" if len(groups) == 1 else f"calibrate {number}/{len(groups)}"
-        sums, slopes, samples, held = _summed(
-            model, watched, batches, title, rows, gradient_samples, varied
+        taken, samples, held = _in_one_pass(
+            model, group, batches, title, rows, gradient_samples, varied
         )
         peak = max(peak, held)
-        for name in names:
-            moments = sums.pop(name).finish(slopes.get(name))
-            if moments is not None:
-                _check_finite(name, moments)
-                found[name] = moments
+        found |= taken
     if layers:
         rows.check_used()
     unreached = tuple(name for name in layers if name not in found)
-    moments_of_all = Moments(found, unreached, samples, peak)
+    moments = Moments(found, unreached, samples, peak)
     if batches.progress:
-        tqdm.write(f"calibrate: {moments_of_all!r}", file=sys.stderr)
-    return moments_of_all
+        tqdm.write(f"calibrate: {moments!r}", file=sys.stderr)
+    return moments
 
 
-def _summed(
+def _in_one_pass(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Batches,
@@ -154,33 +146,31 @@ def _summed(
     rows: CountedRows,
     gradient_samples: int,
     varied: bool,
-) -> tuple[dict[str, Accumulator], dict[str, Tensor], int, int]:
-    """The sums and the gradients by layer, the samples, and the most bytes that the sums held."""
-    sums = {name: Accumulator(_spec(layer)) for name, layer in layers.items()}
-    slopes = None
-    if gradient_samples:
-        specs = {name: (layer, _spec(layer)) for name, layer in layers.items()}
-        slopes = OutputGradients(specs, batches)
+) -> tuple[dict[str, LayerMoments], int, int]:
+    """The moments of the reached layers, the number of samples, and the peak bytes of the sums."""
+    specs = {name: (layer, _spec(layer)) for name, layer in layers.items()}
+    sums = {name: Accumulator(spec) for name, (_, spec) in specs.items()}
+    slopes = OutputGradients(specs, batches) if gradient_samples else None
     samples = peak = 0
-    watching = True
-    enough: set[str] = set()
+    watched: set[str] = set()
 
     def watch(name: str, x: Tensor) -> None:
-        if watching and name not in enough:
+        if name in watched:
             sums[name].add(rows.of_layer(x, sums[name].spec))
 
-    def run(batch: Any) -> int:
+    def run(batch: Any, names: Iterable[str]) -> int:
         rows.begin(batch)
+        watched.update(names)
         with torch.no_grad():
             batches.run(model, batch)
+        watched.clear()  # the passes for the gradients are not summed up
         return max(peak, sum(s.nbytes for s in sums.values()))
 
     device = device_of(model)
     with _inputs_shown(model, layers, watch), no_inference_mode():
         for batch in batches.bar(device, title):
-            peak = run(batch)
+            peak = run(batch, layers)
             if slopes is not None and samples < gradient_samples:
-                watching = False
                 try:
                     slopes.add(model, batch, gradient_samples - samples)
                 except Exception as error:  # the model runs forwards, as has just been seen
@@ -190,14 +180,18 @@ def _summed(
                         f"will weigh its layers alike ({type(error).__name__}: {error})",
                         stacklevel=4,
                     )
-                watching = True
             samples += count_samples(batch)
         for batch in batches.variants(device) if varied else ():
-            enough.update(n for n, s in sums.items() if s.count >= _ENOUGH * s.spec.fan_in)
-            if len(enough) == len(sums):
+            few = [name for name, s in sums.items() if s.count < _ENOUGH * s.spec.fan_in]
+            if not few:
                 break
-            peak = run(batch)
-    return sums, {} if slopes is None else slopes.finish(), samples, peak
+            peak = run(batch, few)
+    gradients = {} if slopes is None else slopes.finish()
+    finished = {name: sums.pop(name).finish(gradients.get(name)) for name in layers}
+    found = {name: moments for name, moments in finished.items() if moments is not None}
+    for name, moments in found.items():
+        _check_finite(name, moments)
+    return found, samples, peak
 
 
 @contextmanager
@@ -221,10 +215,10 @@ def _grouped(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Batches,
+    max_memory: int,
     passes: int,
-) -> list[list[str]]:
+) -> list[dict[str, nn.Module]]:
     """Layers in groups whose sums stay under the limit, as far as the first batch tells."""
-    max_memory = batches.data.max_memory or 0
     batches.require_several_passes("a max_memory")
     first = next(batches.on(device_of(model)))
     rows = dict.fromkeys(layers, 0)
@@ -236,7 +230,7 @@ def _grouped(
 
     with _inputs_shown(model, layers, count), torch.no_grad():
         batches.run(model, first)
-    groups: list[list[str]] = []
+    groups: list[dict[str, nn.Module]] = []
     free = 0
     for name, layer in layers.items():
         spec = _spec(layer)
@@ -250,16 +244,16 @@ def _grouped(
                 f"need less, as does a plan or decompose with exclude=[{name!r}]"
             )
         if not groups or need > free:
-            groups.append([])
+            groups.append({})
             free = max_memory
-        groups[-1].append(name)
+        groups[-1][name] = layer
         free -= need
     return groups
 
 
 def _check_finite(name: str, moments: LayerMoments) -> None:
     matrix = moments.matrix
-    # A non-finite entry off the diagonal always shows on the diagonal too, so that is enough.
+    # A non-finite entry off the diagonal always shows on the diagonal too.
     diagonal = None if matrix is None else matrix.diagonal(dim1=1, dim2=2)
     for part in (diagonal, moments.rows, moments.mean):
         if part is not None and not bool(torch.isfinite(part).all()):

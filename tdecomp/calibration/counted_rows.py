@@ -13,7 +13,7 @@ from tdecomp.model.example import describe
 class CountedRows:
     """Selects the rows that count, batch by batch.
 
-    A layer whose input does not have the shape of the mask in front takes all of them.
+    All rows count in a layer whose input does not begin with the shape of the mask.
     """
 
     def __init__(self, batches: Batches) -> None:
@@ -23,13 +23,7 @@ class CountedRows:
         self._used = False
 
     def begin(self, batch: Any) -> None:
-        """Take the mask of the next batch that the model runs on.
-
-        Raises
-        ------
-        BatchError
-            If the mask fails, or does not return a bool tensor.
-        """
+        """Take the mask of the next batch; BatchError if it fails or is no bool tensor."""
         if self._mask_of is None:
             return
         try:
@@ -66,7 +60,10 @@ class CountedRows:
             )
 
     def _select(self, x: Tensor, leading: int) -> Tensor:
-        """The rows that count, where the mask has at most `leading` dimensions and x its shape."""
+        """The rows that count; all if the mask is not the shape of the first dimensions of x.
+
+        The first `leading` dimensions of x are those that a mask may have.
+        """
         mask = self._mask
         if mask is None or mask.dim() > leading or x.shape[: mask.dim()] != mask.shape:
             return x

@@ -36,25 +36,24 @@ class Data:
         A DataLoader, or any iterable of tensors, tuples or dicts: the inputs of the model. Further
         items of a tuple, such as labels, are ignored. A single tensor or dict is one batch.
     max_batches : int, optional
-        Use only the first batches, at most this many.
+        The number of batches to use, from the first.
     max_memory : int, optional
-        The memory in bytes that sums over layers' inputs may take at a time; see `calibrate`.
+        The bytes that sums over layers' inputs may take at a time; see `calibrate`.
     mask : callable ``(batch) -> Tensor``, optional
         Which rows count, e.g. tokens that are not padding: a bool tensor (batch,) or
-        (batch, length), True for rows that count. It holds for the moments, for the gradients and
-        for the sums of `refit`, in layers whose input has the shape of the mask in front: a Linear
-        on (batch, ..., features) or (batch, length, ..., features), and, for a mask (batch,), a
-        convolution on (batch, channels, ...). All rows count in every other layer, in
-        `recalibrate_batchnorm`, in `distill` and in the errors of the whole model.
+        (batch, length). It holds for the moments, for the gradients and for the sums of `refit`, in
+        layers whose input begins with the shape of the mask: a Linear on (batch, ..., features) or
+        (batch, length, ..., features), and, for a mask (batch,), a convolution on
+        (batch, channels, ...). All rows count in every other layer, in `recalibrate_batchnorm`, in
+        `distill` and in the errors of the whole model.
     augment : callable ``(batch, generator) -> batch``, optional
-        Varies batches at random, for `refit`, `distill` and the fits before them; all else uses
-        the batches as they are. By default images are mirrored and shifted a little. None where
-        this makes no sense.
+        Varies batches at random, for `refit`, `distill` and the fits before them; everything else
+        uses the batches as they are. None for batches that must not be varied.
 
     Raises
     ------
     TypeError
-        If `batches` are no batches, or `mask` or `augment` cannot be called.
+        If `batches` cannot be iterated over, or `mask` or `augment` cannot be called.
     ValueError
         If a limit is not a whole number of at least 1.
     """
@@ -70,8 +69,7 @@ class Data:
             raise TypeError(
                 "Data holds batches, got Moments; expected data=moments without Data around them"
             )
-        iterable = isinstance(self.batches, Iterable) and not isinstance(self.batches, (str, bytes))
-        if not iterable:
+        if not isinstance(self.batches, Iterable) or isinstance(self.batches, (str, bytes)):
             raise TypeError(
                 "data: expected batches (a DataLoader, or an iterable of tensors, tuples or "
                 f"dicts), got {type(self.batches).__name__}"
@@ -90,29 +88,13 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches with all that it takes to run a model on them, as often as needed.
-
-    >>> [x.shape for x in Batches(Data(torch.zeros(2, 3)), "example").on(torch.device("cpu"))]
-    [torch.Size([2, 3])]
-
-    Attributes
-    ----------
-    data : Data
-    caller : str
-        The function that runs the model, which error messages start with.
-    forward : callable ``(model, batch) -> output``
-        How the model is called.
-    seed : int, optional
-        From which all random numbers derive; None for those of seed 0.
-    progress : bool
-        Whether to show bars.
-    """
+    """Batches, and how to run a model on them."""
 
     data: Data
-    caller: str
+    caller: str  # the function that runs the model, with which error messages start
     forward: Forward = call_model
-    seed: int | None = None
-    progress: bool = True
+    seed: int | None = None  # all random numbers derive from it; None for those of seed 0
+    progress: bool = True  # whether to show bars
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -151,10 +133,8 @@ class Batches:
 
     def bar(self, device: torch.device, title: str) -> Iterator[Any]:
         """`on`, with a progress bar."""
-        total = len(self) or None
-        yield from tqdm(
-            self.on(device), desc=title, total=total, unit="batch", disable=not self.progress
-        )
+        total, hidden = len(self) or None, not self.progress
+        yield from tqdm(self.on(device), title, total, unit="batch", disable=hidden)
 
     def variants(self, device: torch.device) -> Iterator[Any]:
         """Yield the batches in further passes, varied by `data.augment`."""
@@ -169,13 +149,7 @@ class Batches:
                 yield other
 
     def run(self, model: nn.Module, batch: Any) -> Any:
-        """The model's output for one batch.
-
-        Raises
-        ------
-        BatchError
-            If the model rejects the batch.
-        """
+        """The model's output for one batch; BatchError if the model rejects it."""
         try:
             return self.forward(model, batch)
         except BatchError:
@@ -190,8 +164,7 @@ class Batches:
 
     def generator(self, number: int) -> torch.Generator:
         """A random generator in its first state: each number and each seed has its own."""
-        seed = _GENERATORS * (self.seed or 0) + number
-        return torch.Generator("cpu").manual_seed(seed)
+        return torch.Generator("cpu").manual_seed(_GENERATORS * (self.seed or 0) + number)
 
     def _iterable(self) -> Iterable[Any]:
         batches: Iterable[Any] = self.data.batches
@@ -211,11 +184,7 @@ def batches_for(
     progress: bool = True,
     **options: Any,
 ) -> Batches:
-    """The batches of a function that runs a model, from a `Data` or from batches and `options`.
-
-    The options are fields of `Data`; a ValueError refuses those that `data` holds already, and
-    moments.
-    """
+    """The batches for `caller`, from a `Data`, or from batches and `options`, the fields of one."""
     if isinstance(data, Moments):
         raise ValueError(
             f"{caller} runs the model on batches, got moments; expected a DataLoader or a list of "
@@ -236,7 +205,7 @@ def batches_for(
 def batches_or_moments(
     data: Any, *, forward: Forward | None = None, seed: int | None = None, progress: bool = True
 ) -> Batches | Moments | None:
-    """What a user gave as ``data=``: None, `Moments`, a `Data`, or batches without one."""
+    """What a user gave as ``data=``: None, `Moments`, or a `Data` or batches as `Batches`."""
     if data is None or isinstance(data, Moments):
         check_seed(seed)
         return data
@@ -246,9 +215,8 @@ def batches_or_moments(
 def check_seed(seed: Any) -> None:
     """Raise a ValueError unless it is None or a seed that torch and NumPy take."""
     if seed is not None and not (_whole(seed) and 0 <= seed < 2**32):
-        raise ValueError(
-            f"expected seed to be None or a whole number from 0 to 2³² - 1, got {seed!r}"
-        )
+        expected = "None or a whole number from 0 to 2³² - 1"
+        raise ValueError(f"expected seed to be {expected}, got {seed!r}")
 
 
 def _whole(number: Any) -> bool:

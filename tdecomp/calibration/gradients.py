@@ -14,7 +14,7 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.torch_state import frozen, hooks, undisturbed
 
-# The samples whose activations are kept at a time, for the backward pass.
+# The number of samples whose activations are kept at a time, for the backward pass.
 _SAMPLES_AT_A_TIME = 16
 
 
@@ -29,15 +29,14 @@ class OutputGradients:
 
     def __init__(self, layers: Mapping[str, tuple[nn.Module, LayerSpec]], batches: Batches) -> None:
         self._layers, self._batches = layers, batches
-        self._rows = CountedRows(batches)
+        self._rows, self._generator = CountedRows(batches), batches.generator(0)
         self._sums: dict[str, Tensor] = {}
         self.samples = 0
-        self._generator = batches.generator(0)
 
     def add(self, model: nn.Module, batch: Any, most: int) -> None:
         """Run the first samples of a batch forwards and backwards, a few at a time.
 
-        If the model rejects a part of the batch, as of a single sequence, it gets the whole batch.
+        If the model rejects a part of the batch, such as a single sequence, it gets all of it.
         """
         parts = in_parts(batch, _SAMPLES_AT_A_TIME, most)
         try:
@@ -56,7 +55,7 @@ class OutputGradients:
             if not output.requires_grad:  # no earlier layer is marked: the graph begins here
                 output = output.detach().requires_grad_()
                 anchors.append(output)
-            output.register_hook(lambda slope: self._take(name, slope))
+            output.register_hook(partial(self._take, name))
             return output.clone()  # the next module may change it in place
 
         marks = [
@@ -66,10 +65,9 @@ class OutputGradients:
         with frozen(model), hooks(marks), torch.enable_grad():
             outputs = tensors_of(self._batches.run(model, batch))
             mixed = [self._mixture(z) for z in outputs if z.requires_grad]
-            if not mixed:
-                return
-            torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
-        self.samples += count_samples(batch)
+            if mixed:
+                torch.autograd.grad(torch.stack(mixed).sum(), anchors, allow_unused=True)
+                self.samples += count_samples(batch)
 
     def _mixture(self, z: Tensor) -> Tensor:
         v = torch.randn(z.shape, generator=self._generator, device="cpu").to(z)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,33 +10,23 @@ from torch import Tensor
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 
+# The fields of `LayerMoments` that are tensors.
+TENSORS = ("mean", "matrix", "rows", "gradient")
+
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Moments of the inputs that one layer saw, and of the gradients at its outputs.
-
-    Attributes
-    ----------
-    spec : LayerSpec
-    count : int
-        The number of input patches; for a Linear, of input vectors.
-    mean : Tensor, shape (groups, fan_in), float64
-    matrix : Tensor, shape (groups, fan_in, fan_in), float64, or None
-        The second moment ``E[x xᵀ]``, not centred.
-    rows : Tensor, shape (groups, count, fan_in), or None
-        The patches themselves, while there are fewer of them than fan_in.
-    sizes : tuple of tuple of int
-        The spatial sizes of the inputs.
-    gradient : Tensor, shape (out_channels, out_channels), float64, or None
-        Second moment of the gradients at the layer's outputs, summed over positions.
-    """
+    """Moments of the inputs that one layer saw, and of the gradients at its outputs."""
 
     spec: LayerSpec
-    count: int
-    mean: Tensor
+    count: int  # of input patches; for a Linear, of input vectors
+    mean: Tensor  # (groups, fan_in), float64
+    # The second moment E[x xᵀ], not centred: (groups, fan_in, fan_in), float64.
     matrix: Tensor | None = None
+    # The patches (groups, count, fan_in) instead, while there are fewer of them than fan_in.
     rows: Tensor | None = None
-    sizes: tuple[tuple[int, ...], ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()  # the spatial sizes of the inputs
+    # The second moment of the gradients at the outputs, summed over positions: (out, out), float64.
     gradient: Tensor | None = None
 
     @property
@@ -43,10 +34,14 @@ class LayerMoments:
         """Whether there are fewer patches than entries of a patch."""
         return self.count < self.spec.fan_in
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by the name of the field."""
+        held = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
     @property
     def nbytes(self) -> int:
-        held = (self.mean, self.matrix, self.rows, self.gradient)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def second_moments(self, dtype: torch.dtype = torch.float64) -> list[SecondMoment]:
         """One for each group; about the mean where the layer has a bias, which can correct it."""
@@ -76,13 +71,7 @@ class LayerMoments:
 
         ``E‖D x‖² / E‖W x − E[W x]‖²`` of a difference D of weights, with the bias corrected for
         the mean; and ``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment, None without.
-
-        Parameters
-        ----------
-        weight, difference : Tensor
-            In the layer's own layout.
-        second : sequence of SecondMoment
-            As `second_moments` gives them.
+        The weights are in the layer's own layout, `second` is what `second_moments` returns.
         """
         kernels, blocks = self.kernels(difference), self.gradient_blocks()
         lost = sum(m.lost(d) for m, d in zip(second, kernels, strict=True))
@@ -140,13 +129,5 @@ class LayerMoments:
         return rows.transpose(1, 2) @ rows / self.count
 
     def to(self, device: torch.device) -> "LayerMoments":
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return replace(
-            self,
-            mean=self.mean.to(device),
-            matrix=moved(self.matrix),
-            rows=moved(self.rows),
-            gradient=moved(self.gradient),
-        )
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        return replace(self, **moved)

@@ -9,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tdecomp.calibration.fit_cache import FitCache
-from tdecomp.calibration.layer_moments import LayerMoments
+from tdecomp.calibration.layer_moments import TENSORS, LayerMoments
 from tdecomp.layers.spec import LayerSpec
 
 _FORMAT = 1
-_TENSORS = ("mean", "matrix", "rows", "gradient")
 
 
 class Moments(Mapping[str, LayerMoments]):
@@ -41,10 +40,8 @@ class Moments(Mapping[str, LayerMoments]):
         samples: int = 0,
         peak_bytes: int = 0,
     ) -> None:
-        self.layers = dict(layers)
-        self.unreached = unreached
-        self.samples = samples
-        self.peak_bytes = peak_bytes
+        self.layers, self.unreached = dict(layers), unreached
+        self.samples, self.peak_bytes = samples, peak_bytes
         # Losses and drafts already computed, so that the next plan finds them.
         self.fits = FitCache()
 
@@ -79,46 +76,30 @@ class Moments(Mapping[str, LayerMoments]):
                     "merged; expected two calibrations of one model"
                 )
             both[name] = mine.merged(others, self.samples / max(self.samples + other.samples, 1))
-        return Moments(
-            both,
-            tuple(name for name in self.unreached if name not in both),
-            self.samples + other.samples,
-            max(self.peak_bytes, other.peak_bytes),
-        )
+        unreached = tuple(name for name in self.unreached if name not in both)
+        peak = max(self.peak_bytes, other.peak_bytes)
+        return Moments(both, unreached, self.samples + other.samples, peak)
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the moments to a safetensors file; `Moments.load` reads it."""
         tensors = {
-            f"{name}/{part}": getattr(layer, part).contiguous()
+            f"{name}/{part}": tensor.contiguous()
             for name, layer in self.layers.items()
-            for part in _TENSORS
-            if getattr(layer, part) is not None
+            for part, tensor in layer.tensors().items()
         }
         layers = {
-            name: {
-                "spec": layer.spec.to_dict(),
-                "count": layer.count,
-                "sizes": [list(size) for size in layer.sizes],
-            }
+            name: {"spec": layer.spec.to_dict(), "count": layer.count, "sizes": layer.sizes}
             for name, layer in self.layers.items()
         }
-        header = {
-            "format": _FORMAT,
-            "layers": layers,
-            "unreached": self.unreached,
-            "samples": self.samples,
-            "peak_bytes": self.peak_bytes,
-        }
+        header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
+        header |= {"samples": self.samples, "peak_bytes": self.peak_bytes}
         save_file(tensors, file, {"tdecomp_moments": json.dumps(header)})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Moments":
         """Read what `save` wrote.
 
-        Raises
-        ------
-        ValueError
-            If the file holds no moments, those of a newer format, or is damaged.
+        A ValueError says if the file holds no moments or those of another format, or is damaged.
         """
         try:
             with safe_open(file, "pt") as opened:
@@ -140,7 +121,7 @@ class Moments(Mapping[str, LayerMoments]):
                     spec=LayerSpec.from_dict(entry["spec"]),
                     count=entry["count"],
                     sizes=tuple(tuple(size) for size in entry["sizes"]),
-                    **{part: tensors.get(f"{name}/{part}") for part in _TENSORS},  # type: ignore[arg-type]
+                    **{part: tensors.get(f"{name}/{part}") for part in TENSORS},  # type: ignore[arg-type]
                 )
                 for name, entry in header["layers"].items()
             }
@@ -154,12 +135,8 @@ class Moments(Mapping[str, LayerMoments]):
 
 def _check_tensors(file: Any, names: Collection[str], tensors: Collection[str]) -> None:
     lacking = [f"{name}/mean" for name in names if f"{name}/mean" not in tensors]
-    lacking += [
-        f"{name}/matrix"
-        for name in names
-        if f"{name}/matrix" not in tensors and f"{name}/rows" not in tensors
-    ]
+    matrices = [f"{n}/matrix" for n in names if f"{n}/rows" not in tensors]
+    lacking += [matrix for matrix in matrices if matrix not in tensors]
     if lacking:
-        raise ValueError(
-            f"{file}: lacks the moments {', '.join(map(repr, lacking))}; the file is damaged"
-        )
+        listed = ", ".join(map(repr, lacking))
+        raise ValueError(f"{file}: lacks the moments {listed}; the file is damaged")

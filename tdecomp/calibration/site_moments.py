@@ -21,13 +21,8 @@ def site_moments(
 ) -> Moments | None:
     """The moments of the wanted sites, taken now unless `data` are moments; None without data.
 
-    With `gradients`, those at the layers' outputs are taken, too; with `variants`, layers that see
-    few patches see variants of the batches.
-
-    Raises
-    ------
-    ValueError
-        For moments of another model or of inputs of another size, and as `calibrate`.
+    With `gradients`, also those of the gradients at the layers' outputs. With `variants`, layers
+    that see few patches also see variants of the batches.
     """
     if data is None:
         return None

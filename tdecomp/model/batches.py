@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdecomp.model.example import as_call, each_tensor
+from tdecomp.model.layout import image_in_layout
 
 # How a model is called with one batch.
 Forward = Callable[[nn.Module, Any], Any]
@@ -15,9 +17,6 @@ Forward = Callable[[nn.Module, Any], Any]
 
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model with a batch as a loader yields it.
-
-    >>> call_model(nn.Linear(2, 1), [torch.zeros(4, 2), "labels"]).shape
-    torch.Size([4, 1])
 
     A tensor is the input, a dict holds keyword arguments. A tuple or list usually holds inputs and
     labels: its first items are the arguments that the model's `forward` has no defaults for.
@@ -29,13 +28,11 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def _required(model: nn.Module, available: int) -> int:
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return available
-    needed = sum(
-        p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-        for p in parameters
-    )
+    required = [p for p in parameters if p.default is p.empty]
+    needed = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required)
     return max(1, min(needed, available))
 
 
@@ -58,30 +55,26 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def _tensors_in(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
-    """All tensors in containers and in attributes of objects.
+    """All tensors in containers and in attributes of objects, each object entered only once.
 
     `within` holds the ids of the containers and objects around `value`.
     """
+    parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
-        return
-    if id(value) in within:  # an object that refers to itself
-        return
-    if isinstance(value, Mapping):
-        parts: Iterable[Any] = value.values()
-    elif isinstance(value, (tuple, list)):
-        parts = value
-    else:
-        parts = vars(value).values() if hasattr(value, "__dict__") else ()
+    elif id(value) not in within:
+        if isinstance(value, Mapping):
+            parts = value.values()
+        elif isinstance(value, (tuple, list)):
+            parts = value
+        elif hasattr(value, "__dict__"):
+            parts = vars(value).values()
     for part in parts:
         yield from _tensors_in(part, (*within, id(value)))
 
 
 def in_parts(batch: Any, size: int, most: int) -> list[Any]:
     """The first `most` samples of a batch, `size` at a time.
-
-    >>> [len(x) for x, _ in in_parts((torch.zeros(9, 2), torch.zeros(9)), 4, 7)]
-    [4, 3]
 
     Every tensor that is as long as the first one is cut. A batch whose tensors are not in plain
     containers cannot be cut and is returned whole, as the only part.
@@ -106,12 +99,7 @@ def channels_last(batch: Any) -> Any:
     Convolutions keep this format, in which chains run and train much faster on CPUs. A model that
     calls `view` may reject it.
     """
-
-    def lay_out(tensor: Tensor) -> Tensor:
-        image = tensor.dim() == 4
-        return tensor.contiguous(memory_format=torch.channels_last) if image else tensor
-
-    return each_tensor(batch, lay_out)
+    return each_tensor(batch, partial(image_in_layout, layout="channels_last"))
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -119,7 +107,8 @@ def moved(batch: Any, device: torch.device) -> Any:
 
     def move(tensor: Tensor) -> Tensor:
         there = tensor.to(device, non_blocking=True)
-        # Autograd refuses inference tensors.
-        return there.clone() if there.is_inference() else there
+        return (
+            there.clone() if there.is_inference() else there
+        )  # autograd refuses inference tensors
 
     return each_tensor(batch, move)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,30 +12,16 @@ from tdecomp.model.layout import image_in_layout
 
 @dataclass(frozen=True)
 class Example:
-    """Example inputs of a model and the way to call it.
+    """Example inputs of a model and the way to call it."""
 
-    >>> import torch
-    >>> linear = nn.Linear(3, 2)
-    >>> Example({"input": torch.zeros(5, 3)}).run(linear).shape
-    torch.Size([5, 2])
-    >>> Example([torch.zeros(5, 3)], lambda model, inputs: model(inputs[0])).run(linear).shape
-    torch.Size([5, 2])
-
-    Attributes
-    ----------
-    inputs : Tensor, tuple, mapping or any object
-        A tuple holds positional and a mapping keyword arguments, anything else is the only one.
-        With `forward` any object that it takes.
-    forward : callable ``(model, inputs) -> output``, optional
-        How the model is called.
-    """
-
+    # A tuple of positional arguments, a mapping of keyword arguments, or the only argument; with
+    # `forward`, whatever that takes.
     inputs: Any
-    forward: Callable[[nn.Module, Any], Any] | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None  # (model, inputs) -> output
 
     @classmethod
     def of(cls, inputs: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> "Example":
-        """An example of these inputs; one that is an example already is returned as it is."""
+        """An example of these inputs; inputs that already are one are returned as they are."""
         return inputs if isinstance(inputs, Example) else cls(inputs, forward)
 
     def run(self, model: nn.Module) -> Any:
@@ -45,13 +32,13 @@ class Example:
         return model(*args, **kwargs)
 
     def describe(self) -> str:
-        """A few words, for messages and to tell one example from another."""
+        """A short description, for messages and to tell one example from another."""
         return describe(self.inputs) + (", called by forward" if self.forward else "")
 
     def in_layout(self, layout: str) -> "Example":
         """The same call with all images in this memory layout."""
-        inputs = each_tensor(self.inputs, lambda tensor: image_in_layout(tensor, layout))
-        return replace(self, inputs=inputs)
+        change = partial(image_in_layout, layout=layout)
+        return replace(self, inputs=each_tensor(self.inputs, change))
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -64,7 +51,7 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def describe(value: Any) -> str:
-    """A few words on inputs, for messages."""
+    """A short description of inputs, for messages."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -17,20 +17,11 @@ from tdecomp.torch_state import hooks, no_fast_path, untouched
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass of the example inputs showed.
+    """What one forward pass of the example inputs showed."""
 
-    Attributes
-    ----------
-    calls : mapping of module to list of Call
-        For each watched layer the calls that it got; an empty list if it never ran.
-    total_macs : int
-        MACs of the whole pass, by torch's flop counter.
-    oddities : mapping of module to str
-        For each layer that is used in another way than by calling it with its input: how.
-    """
-
-    calls: Mapping[nn.Module, list[Call]]
-    total_macs: int
+    calls: Mapping[nn.Module, list[Call]]  # of each watched layer; empty if it never ran
+    total_macs: int  # of the whole pass, by torch's flop counter
+    # How a layer is used, if in another way than by calling it with its input.
     oddities: Mapping[nn.Module, str]
 
 
@@ -39,18 +30,8 @@ def trace(
 ) -> Trace:
     """Run `model` once on an example, in eval mode without gradients, and watch `layers`.
 
-    Training modes, buffers and the random state are restored.
-
-    Parameters
-    ----------
-    model : nn.Module
-    layers : mapping of module to LayerSpec
-    example_inputs : Example, or the inputs of one
-
-    Raises
-    ------
-    ValueError
-        If the model rejects the inputs.
+    Training modes, buffers and the random state are restored. A model that rejects the inputs
+    raises a ValueError.
     """
     example = Example.of(example_inputs)
     calls: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
@@ -69,15 +50,9 @@ def trace(
     def after(*_: Any) -> None:
         reads.running.pop()
 
-    watches = [
-        register
-        for layer in layers
-        for register in (
-            partial(layer.register_forward_pre_hook, before, with_kwargs=True),
-            partial(layer.register_forward_hook, after, always_call=True),
-        )
-    ]
-    with untouched(model), hooks(watches):
+    starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
+    ends = [partial(m.register_forward_hook, after, always_call=True) for m in layers]
+    with untouched(model), hooks(starts), hooks(ends):
         try:
             with torch.no_grad(), no_fast_path(), reads, counter:
                 example.run(model)
@@ -115,10 +90,8 @@ class _WeightReads(TorchFunctionMode):
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
+    if isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _flat(item)
+    else:
         yield value
-        return
-    for item in value:
-        yield from _flat(item)

@@ -18,8 +18,8 @@ def check_weight(site: Site) -> None:
             )
         if math.isfinite(float(parameter.detach().sum())):
             continue  # one NaN or infinity would make the sum so, too, and a sum is fast
-        if not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
+        bad = int((~torch.isfinite(parameter)).sum())
+        if bad:
             raise ValueError(
                 f"layer {site.name!r} ({site.spec}): {bad} of {parameter.numel()} entries of its "
                 f"{name} are NaN or infinite; expected finite values. Mend the weights or leave "
