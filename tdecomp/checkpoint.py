@@ -5,14 +5,14 @@ what safetensors does not: the strides of tensors that are not contiguous, and w
 one tensor. Nothing is unpickled and no code from the file is run.
 """
 
+import itertools
 import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,16 +31,7 @@ _KEY = "tdecomp"
 
 
 def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
-    """Write a decomposed model's weights and its plan; a crash leaves an older file as it was.
-
-    Raises
-    ------
-    ValueError
-        If the model was decomposed in several steps, or its state dict holds something that is
-        not a tensor.
-    FileNotFoundError
-        If the file's folder does not exist.
-    """
+    """Write a decomposed model's weights and its plan; a crash leaves an older file as it was."""
     chains = sum(isinstance(module, Chain) for module in model.modules())
     if chains != sum(row.method is not None for row in plan):
         raise ValueError(
@@ -54,17 +45,13 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
                 f"{key!r} of the state dict is a {type(value).__name__}; only tensors can be saved"
             )
     shared = _shared(state)
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "plan": json.loads(plan.to_json()),
-        "shared": shared,
-        "strides": {
-            key: list(value.stride())
-            for key, value in state.items()
-            if _dense(value) and value.stride() != torch.empty(value.shape, device="meta").stride()
-        },
+    strides = {
+        key: list(value.stride())
+        for key, value in state.items()
+        if _dense(value) and value.stride() != torch.empty(value.shape, device="meta").stride()
     }
+    header = {"format": FORMAT, "version": VERSION, "plan": plan.to_dict()}
+    header |= {"shared": shared, "strides": strides}
     tensors = _alone({key: value for key, value in state.items() if key not in shared})
     target = Path(file)
     if not target.parent.is_dir():
@@ -87,10 +74,9 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Parameters
     ----------
     file : path
-        As `Decomposition.save` wrote it.
+        Written by `Decomposition.save`.
     model : nn.Module
-        Of the same architecture as the one that was decomposed; its weights do not matter. It
-        is left as it is.
+        Of the architecture that was decomposed, with any weights. It is left as it is.
 
     Returns
     -------
@@ -104,25 +90,22 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     ValueError
         If the file is damaged, of a newer format, or of another architecture; names the tensors.
     """
-    header, tensors = _read(Path(file))
-    plan = header.plan
-    sites = match_sites(find_sites(model), plan)
+    saved = _read(Path(file))
+    sites = match_sites(find_sites(model), saved.plan)
     chains = {}
-    for row in plan:
-        if row.method is None or row.rank is None or row.layer is None:
-            continue
-        layer = sites[row.name].module
-        chains[layer] = empty_chain_like(layer, row.layer, plan.decomposers[row.method], row.rank)
+    for row in saved.plan:
+        if row.method is not None and row.rank is not None and row.layer is not None:
+            layer, method = sites[row.name].module, saved.plan.decomposers[row.method]
+            chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
     rebuilt = copy_with(model, chains)
-    lost = [
-        f"{key} (shares {other})" for key, other in header.shared.items() if other not in tensors
-    ]
+    shared = saved.shared.items()
+    lost = [f"{key} (shares {other})" for key, other in shared if other not in saved.tensors]
     if lost:
         raise ValueError(f"{file} is damaged. Tensors missing: {', '.join(lost)}")
-    held = {**tensors, **{key: tensors[earlier] for key, earlier in header.shared.items()}}
-    _check(held, rebuilt, file)
-    rebuilt.load_state_dict(_state(header, tensors, rebuilt), assign=True)
-    empty = [name for name, value in _tensors(rebuilt) if value.is_meta]
+    _check(saved.tensors | {key: saved.tensors[other] for key, other in shared}, rebuilt, file)
+    rebuilt.load_state_dict(_state(saved, rebuilt), assign=True)
+    tensors = itertools.chain(rebuilt.named_parameters(), rebuilt.named_buffers())
+    empty = [name for name, value in tensors if value.is_meta]
     if empty:
         raise ValueError(
             f"{file} has no values for {', '.join(empty)}, which the model has on the meta device "
@@ -131,32 +114,21 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return rebuilt
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What the metadata holds beside the tensors."""
-
+class _Saved(NamedTuple):
     plan: Plan
-    shared: dict[str, str]
-    strides: dict[str, list[int]]
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    shared: dict[str, str]  # the names that share the tensor of an earlier name
+    strides: dict[str, list[int]]  # of tensors that are not contiguous
+    tensors: dict[str, Tensor]
 
 
 def _shared(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which names hold the very tensor that an earlier name holds."""
+    """The names of tensors that an earlier name holds as well, each with that name."""
     first: dict[Any, str] = {}
-    shared = {}
+    earlier: dict[str, str] = {}
     for key, value in state.items():
-        if value.numel() == 0:
-            continue
         place = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
-        earlier = first.setdefault(place, key)
-        if earlier != key:
-            shared[key] = earlier
-    return shared
+        earlier[key] = first.setdefault(place, key) if value.numel() else key
+    return {key: name for key, name in earlier.items() if name != key}
 
 
 def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +151,7 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+def _read(path: Path) -> _Saved:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
@@ -193,15 +165,11 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
         raise ValueError(
             f"{path} has no decomposition in its metadata; expected a file that result.save wrote"
         )
-    return _parse(path, metadata[_KEY]), tensors
-
-
-def _parse(path: Path, text: str) -> _Header:
     try:
-        header = json.loads(text)
+        header = json.loads(metadata[_KEY])
         check_format(f"{path}: file", header["format"], header.get("version"))
         shared, strides = dict(header["shared"].items()), dict(header["strides"].items())
-        return _Header(Plan.from_json(json.dumps(header["plan"])), shared, strides)
+        return _Saved(Plan.from_json(json.dumps(header["plan"])), shared, strides, tensors)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata is damaged: {error!r}") from error
     except ValueError as error:
@@ -209,7 +177,7 @@ def _parse(path: Path, text: str) -> _Header:
 
 
 def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Refuse a file whose tensors are not those of the rebuilt model, by name, shape and kind."""
+    """Raise a ValueError unless the tensors have the model's names, shapes and kinds of number."""
     expected = rebuilt.state_dict()
     both = [(key, value, expected[key]) for key, value in tensors.items() if key in expected]
     wrong = {
@@ -234,22 +202,20 @@ def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.Pat
         )
 
 
-def _state(header: _Header, tensors: Mapping[str, Tensor], rebuilt: nn.Module) -> dict[str, Tensor]:
+def _state(saved: _Saved, rebuilt: nn.Module) -> dict[str, Tensor]:
     """The state dict with strides, devices and shared tensors as they were."""
     parameters = dict(rebuilt.named_parameters(remove_duplicate=False))
     current = rebuilt.state_dict()
     state: dict[str, Tensor] = {}
-    for key, value in tensors.items():
+    for key, value in saved.tensors.items():
         device = current[key].device
         placed = value.to("cpu" if device.type == "meta" else device)
-        if key in header.strides:
-            placed = _restride(key, placed, header.strides[key])
+        if key in saved.strides:
+            placed = _restride(key, placed, saved.strides[key])
         # One Parameter object per tensor, so that names which share it go on sharing it.
         old = parameters.get(key)
         state[key] = placed if old is None else nn.Parameter(placed, old.requires_grad)
-    for key, earlier in header.shared.items():
-        state[key] = state[earlier]
-    return state
+    return state | {key: state[earlier] for key, earlier in saved.shared.items()}
 
 
 def _restride(key: str, value: Tensor, strides: list[int]) -> Tensor:

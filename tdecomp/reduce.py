@@ -50,22 +50,19 @@ def reduce_ranks(
     (4, 4)
 
     Each chain's factors are multiplied back and fitted again at the new rank, by its own method,
-    with data in the norm of what it sees now. Chains that the selector leaves alone stay.
+    with data in the norm of the inputs it gets now. Chains that the selector leaves alone stay.
 
     Parameters
     ----------
     decomposition : Decomposition
-        What `decompose`, `apply` or this function returned.
     rank : int, tuple, float, str, RankSelector or dict
         As for `tdecomp.plan`; shares are of the chains and the model as they are now.
-    data, forward, seed
+    data, forward, seed, progress
         As for `tdecomp.decompose`; moments of the original say nothing of the chains.
     inplace : bool
         Change `decomposition.model` itself, wholly or, on an error, not at all.
     optimizers : Optimizer or sequence of them
         Only with `inplace`; new parameters take the old ones' places.
-    progress : bool
-        Show bars.
 
     Returns
     -------
@@ -87,13 +84,12 @@ def reduce_ranks(
         sites = {name: _site(chain, plan[name]) for name, chain in chains.items()}
         moments = _moments(model, chains, batches, gradients=selector.weighs_layers)
         candidates = _candidates(plan, chains, sites, moments, selector)
-        _refuse_larger(selector, candidates)
-        rest = plan.after - total(c[0].before for c in candidates)
-        choices = selector.select(candidates, rest)
+        rest = plan.after - total(mine.before for mine in candidates)
+        choices = selector.select([[mine] for mine in candidates], rest)
         replacements: dict[nn.Module, Chain] = {}
         rows = {row.name: row for row in plan}
         bar = tqdm(candidates, desc="reduce", unit="layer", disable=not progress)
-        for (mine,), choice in zip(bar, choices, strict=True):
+        for mine, choice in zip(bar, choices, strict=True):
             old, row = chains[mine.layer], rows[mine.layer]
             if choice.rank is None or choice.rank == row.rank:
                 continue
@@ -101,24 +97,14 @@ def reduce_ranks(
             planned = replace(planned, note=f"from rank {row.rank}", expected_error=choice.error)
             rows[mine.layer], new = fit_row(sites[mine.layer], planned, mine.decomposer, moments)
             replacements[old] = new.train(old.training)
-        return _put(decomposition, list(rows.values()), replacements, inplace, listed)
-
-
-def _put(
-    before: Decomposition,
-    rows: list[Row],
-    replacements: dict[nn.Module, Chain],
-    inplace: bool,
-    optimizers: Sequence[Optimizer],
-) -> Decomposition:
-    unfitted = [replace(row, weight_error=None, output_error=None) for row in rows]
-    rest, methods = before.plan.everything_else, before.plan.decomposers
-    report, plan = Report(rows, rest), Plan(unfitted, rest, methods)
-    if not inplace:
-        return Decomposition(copy_with(before.model, replacements), report, plan)
-    result = Decomposition(before.model, report, plan)
-    swap(before.model, replacements, optimizers)
-    return result
+        unfitted = [replace(row, weight_error=None, output_error=None) for row in rows.values()]
+        changed = model if inplace else copy_with(model, replacements)
+        report = Report(list(rows.values()), plan.everything_else)
+        new_plan = Plan(unfitted, plan.everything_else, plan.decomposers)
+        result = Decomposition(changed, report, new_plan)
+        if inplace:
+            swap(model, replacements, listed)
+        return result
 
 
 def _chains(model: nn.Module, plan: Plan) -> dict[str, Chain]:
@@ -148,18 +134,13 @@ def _site(chain: Chain, row: Row) -> Site:
         parameter(layer.weight).copy_(factors.to_kernel())
         if isinstance(layer.bias, nn.Parameter):
             assert isinstance(chain[-1].bias, Tensor)
-            layer.bias.copy_(chain[-1].bias)
-            layer.bias.requires_grad_(chain[-1].bias.requires_grad)
+            layer.bias.copy_(chain[-1].bias).requires_grad_(chain[-1].bias.requires_grad)
     parameter(layer.weight).requires_grad_(first.requires_grad)
     return Site(row.names, layer.train(chain.training), row.layer, calls=row.calls)
 
 
 def _moments(
-    model: nn.Module,
-    chains: dict[str, Chain],
-    data: Batches | Moments | None,
-    *,
-    gradients: bool,
+    model: nn.Module, chains: dict[str, Chain], data: Batches | Moments | None, *, gradients: bool
 ) -> Moments | None:
     if data is None:
         return None
@@ -169,10 +150,9 @@ def _moments(
             "batches"
         )
     watched = {name: chain for name, chain in chains.items() if watchable(chain.replaced)}
+    batches = data.called_by("reduce_ranks")
     samples = GRADIENT_SAMPLES if gradients else 0
-    return calibrate_layers(
-        model, watched, data.called_by("reduce_ranks"), gradient_samples=samples
-    )
+    return calibrate_layers(model, watched, batches, gradient_samples=samples)
 
 
 def _candidates(
@@ -181,13 +161,23 @@ def _candidates(
     sites: dict[str, Site],
     moments: Moments | None,
     selector: RankSelector,
-) -> list[list[Candidate]]:
-    """For each chain the one candidate: its own method, at no more than the ranks it has now."""
+) -> list[Candidate]:
+    """For each chain its own method, at no more than the ranks it has now."""
     able = [(site, [chains[name].decomposer]) for name, site in sites.items()]
     offers = offer_ranks(
         able, moments, curves=selector.weighs_layers, largest_share=selector.largest_share
     )
-    return [[_limited(offer.candidates[0], plan[offer.site.name])] for offer in offers]
+    candidates = [_limited(offer.candidates[0], plan[offer.site.name]) for offer in offers]
+    for mine in candidates:
+        named: RankSelector | None = selector
+        if isinstance(selector, ByLayer):
+            named = selector.selector_of((mine.layer, *mine.aliases))
+        if isinstance(named, Fixed) and exceeds(named.for_candidate(mine), mine.max_rank):
+            raise ValueError(
+                f"layer {mine.layer!r}: rank {named.rank} is above its current one, "
+                f"{mine.max_rank}; expected at most that: decompose the original for a larger one"
+            )
+    return candidates
 
 
 def _limited(free: Candidate, row: Row) -> Candidate:
@@ -200,15 +190,3 @@ def _limited(free: Candidate, row: Row) -> Candidate:
         before=chain_cost(free.decomposer.stages(row.layer, current), row.calls),
         options=lambda: [o for o in free.options() if not exceeds(o.rank, current)],
     )
-
-
-def _refuse_larger(selector: RankSelector, candidates: Sequence[Sequence[Candidate]]) -> None:
-    for (mine,) in candidates:
-        named: RankSelector | None = selector
-        if isinstance(selector, ByLayer):
-            named = selector.selector_of((mine.layer, *mine.aliases))
-        if isinstance(named, Fixed) and exceeds(named.for_candidate(mine), mine.max_rank):
-            raise ValueError(
-                f"layer {mine.layer!r}: rank {named.rank} is above its current one, "
-                f"{mine.max_rank}; expected at most that: decompose the original for a larger one"
-            )

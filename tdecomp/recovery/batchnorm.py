@@ -1,7 +1,6 @@
 """Batch norm statistics re-estimated on the decomposed model's own activations."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,16 +26,11 @@ class RecalibrateBatchnorm(RecoveryStep):
     name: ClassVar[str] = "recalibrate_batchnorm"
 
     def run(
-        self,
-        model: nn.Module,
-        original: nn.Module | None,
-        batches: Batches,
-        held_out: HeldOut | None,
+        self, model: nn.Module, original: nn.Module | None, batches: Batches, held_out: HeldOut
     ) -> Recovery:
-        del original
-        if held_out is not None:
+        if original is not None:
             batches.require_several_passes("an error taken before and after")
-        before = math.nan if held_out is None else held_out.error(model)
+        before = held_out.error(model)
         norms = {
             name: module
             for name, module in model.named_modules()
@@ -47,8 +41,12 @@ class RecalibrateBatchnorm(RecoveryStep):
             for name, values in statistics.items():
                 for buffer, value in zip(_buffers(norms[name]), values, strict=True):
                     buffer.copy_(value)
-        after = math.nan if held_out is None else held_out.error(model)
-        return Recovery(model, self.name, before, after, {}, _notes(norms, statistics))
+        notes = [f"{len(statistics)} batch norms"]
+        if not norms:
+            notes = ["the model has no batch norm that keeps statistics"]
+        if len(statistics) < len(norms):
+            notes.append(f"no batch reached {', '.join(n for n in norms if n not in statistics)}")
+        return Recovery(model, self.name, before, held_out.error(model), {}, tuple(notes))
 
 
 def recalibrate_batchnorm(
@@ -70,23 +68,18 @@ def recalibrate_batchnorm(
     tensor(1)
 
     All batches have the same weight, as with ``momentum=None``. Only batch norms that keep
-    statistics are put in training mode, so that dropout and the rest stay as in evaluation.
+    statistics are put in training mode; dropout and all other layers stay in evaluation mode.
 
     Parameters
     ----------
     model : nn.Module
     batches : iterable of batches, or Data
+    forward, max_batches, seed, progress
         As for `tdecomp.calibrate`.
     original : nn.Module, optional
         Needed for the errors before and after; without it both are NaN.
-    forward, max_batches
-        As for `tdecomp.calibrate`.
     inplace : bool
         Change `model` itself, wholly or, on an error, not at all.
-    seed : int, optional
-        Makes the order of a DataLoader that shuffles reproducible.
-    progress : bool
-        Show a bar over the batches.
 
     Returns
     -------
@@ -122,26 +115,14 @@ def _statistics(
         }
     for name, norm in norms.items():
         norm.momentum = momenta[name]
-    _check_finite(statistics)
+    for name, values in statistics.items():
+        if not all(value.isfinite().all() for value in values):
+            raise ValueError(
+                f"recalibrate_batchnorm: layer {name!r}: its inputs hold NaN or infinities; "
+                "expected finite activations. Look at the batches and at the layers before it"
+            )
     return statistics
 
 
 def _buffers(norm: _BatchNorm) -> list[Tensor]:
     return [value for value in norm._buffers.values() if value is not None]
-
-
-def _check_finite(statistics: Mapping[str, Sequence[Tensor]]) -> None:
-    for name, values in statistics.items():
-        if not all(bool(torch.isfinite(value).all()) for value in values):
-            raise ValueError(
-                f"recalibrate_batchnorm: layer {name!r}: its inputs hold NaN or infinities; "
-                "expected finite activations. Look at the batches and at the layers before it"
-            )
-
-
-def _notes(norms: Collection[str], reached: Collection[str]) -> tuple[str, ...]:
-    if not norms:
-        return ("the model has no batch norm that keeps statistics",)
-    missed = [name for name in norms if name not in reached]
-    words = f"{len(norms) - len(missed)} batch norms"
-    return (words, f"no batch reached {', '.join(missed)}") if missed else (words,)

@@ -8,39 +8,30 @@ network as in Romero et al. 2015, "FitNets", and images pasted together as in Yu
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from tdecomp.calibration.augment import Augment, flip_and_shift, paste
+from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.hints import hinted
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
-from tdecomp.recovery.training import Training
+from tdecomp.recovery.training import Training, variant
 from tdecomp.torch_state import no_fast_path, no_inference_mode, untouched
 
 
 @dataclass(frozen=True)
 class Distill(RecoveryStep):
-    """`distill` as a step of `decompose`, with its options.
+    """`distill` as a step of `decompose`, with its options `steps`, `lr` and `hints`.
 
     >>> Distill(steps=50)
     Distill(steps=50, lr=None, hints=True)
 
-    Parameters
-    ----------
-    steps : int, optional
-    lr : float, optional
-    hints : bool
-        As for `distill`.
-
-    Raises
-    ------
-    ValueError
-        For a number of steps below 1, or a rate that is not finite and above 0.
+    A ValueError refuses a number of steps below 1, and a rate that is not finite and above 0.
     """
 
     name: ClassVar[str] = "distill"
@@ -64,11 +55,10 @@ class Distill(RecoveryStep):
     ) -> Recovery:
         batches.require_several_passes("a training")
         trained = _trained(model)
-        vary = None if batches.data.augment is None else _pasted_after(batches.data.augment)
-        if vary is not None:
+        if batches.data.augment is not None:
             # Other variants than those of the training, but the same ones for each error.
-            generator = batches.generator(1)
-            held_out = HeldOut(original, batches, lambda batch: vary(batch, generator))
+            vary = partial(variant, batches, generator=batches.generator(1))
+            held_out = HeldOut(original, batches, vary)
         before = held_out.error(model)
         best, best_error = copy.deepcopy(model.state_dict()), before
         notes: tuple[str, ...] = ()
@@ -79,8 +69,8 @@ class Distill(RecoveryStep):
                 no_inference_mode(),
                 torch.enable_grad(),
             ):
-                names = hinted(model) if self.hints else []
-                training = Training(model, original, trained, batches, names, vary)
+                hints = hinted(model) if self.hints else []
+                training = Training(model, original, trained, batches, hints)
                 for _ in training.stretches(self.steps, self.lr):
                     error = held_out.error(model)
                     if error < best_error:
@@ -116,22 +106,22 @@ def distill(
     True
 
     The loss is the squared distance to the original's outputs and, as hints, to those of a few
-    blocks inside it, each as a share of its variance. Both models run in evaluation mode (batch
-    norm statistics stay, dropout is off). Adam trains all parameters that require gradients; its
-    rate rises over the first tenth of the steps and then falls to zero. Of the model handed in and
-    the models on the way, the one with the lowest error on variants of the first few hundred
-    samples is kept. An interrupt (KeyboardInterrupt) ends the training with the best model so far.
+    blocks inside it, each as a share of its variance. Both models run in evaluation mode. Adam
+    trains all parameters that require gradients; its rate rises over the first tenth of the steps
+    and then falls to zero. The result is the model, of the given one and those on the way, with the
+    lowest error on variants of the first few hundred samples; a KeyboardInterrupt ends the training
+    with the best one so far.
 
     Parameters
     ----------
     model : nn.Module
-        A model that `decompose` or `apply` made, or any model with the original's outputs.
+        What `decompose` or `apply` made of `original`, or any model with outputs of its shape.
     original : nn.Module
     batches : iterable of batches, or Data
         As for `tdecomp.calibrate`; a list or a DataLoader, gone through as often as needed.
     steps : int, optional
-        The number of steps, of one batch each. By default as many as take about the arithmetic of
-        150 training steps of the original, and at least 150: the smaller the model, the more.
+        Steps of one batch each. By default as many as take about the arithmetic of 150 training
+        steps of the original, and at least 150: the smaller the model, the more.
     lr : float, optional
         The highest rate of Adam, for parameters with entries of about 0.2 and more; for smaller
         ones the rate is lower in proportion. By default, up to 1e-3, the rate at which a step in a
@@ -139,17 +129,12 @@ def distill(
     hints : bool
         Whether to compare outputs inside the models, too.
     augment : callable ``(batch, generator) -> batch``, optional
-        Varies each batch; by default images are mirrored and shifted a little, all else stays.
-        Unless it is None, rectangles of images are exchanged between them, too. A `Data` has its
-        own.
-    forward, max_batches
-        As for `tdecomp.calibrate`.
+        Varies each batch; by default images are mirrored and shifted a little. Unless it is None,
+        rectangles of images are exchanged between them, too. A `Data` has its own.
     inplace : bool
         Change `model` itself; on an error it is as it was.
-    seed : int, optional
-        Random numbers derive from it: the variants, and the order of a DataLoader that shuffles.
-    progress : bool
-        Show a bar over the steps.
+    forward, max_batches, seed, progress
+        As for `tdecomp.calibrate`.
 
     Returns
     -------
@@ -181,7 +166,3 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
             "call half()"
         )
     return trained
-
-
-def _pasted_after(augment: Augment) -> Augment:
-    return lambda batch, generator: paste(augment(batch, generator), generator)

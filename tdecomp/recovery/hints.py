@@ -21,14 +21,13 @@ _HINTS = 4
 def hinted(model: nn.Module) -> list[str]:
     """The names of a few blocks that hold chains, evenly spread, whose outputs are compared.
 
-    A chain by itself is not such a block: its output before norm and activation is not the input
-    of the next layer.
+    A chain itself is not compared: norm and activation come between its output and the input of
+    the next layer.
     """
 
     def blocks(name: str) -> list[str]:
-        prefix = f"{name}." if name else ""
         return [
-            prefix + child
+            f"{name}.{child}" if name else child
             for child, module in model.get_submodule(name).named_children()
             if not isinstance(module, Chain) and any(isinstance(m, Chain) for m in module.modules())
         ]
@@ -45,12 +44,11 @@ class Outputs(hooks):
     """Inside: the outputs of a model and, as hints, of some modules in it."""
 
     def __init__(self, model: nn.Module, hints: Sequence[str]) -> None:
-        known = dict(model.named_modules())
         self._found: dict[str | int, Tensor] = {}
         super().__init__(
-            partial(known[name].register_forward_hook, partial(self._take, name))
-            for name in hints
-            if name in known
+            partial(module.register_forward_hook, partial(self._take, name))
+            for name, module in model.named_modules()
+            if name in hints
         )
 
     def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:

@@ -19,22 +19,12 @@ _RIDGE = 1e-2
 
 
 class Match:
-    """The chain's inputs x and the original layer's outputs y, by the moments of both.
+    """The fit of factors to the chain's inputs x and the original layer's outputs y.
 
-    Errors are weighted by how much the model's outputs depend on them: with gradients of second
-    moment G, an error e counts ``eᵀ (G / mean(diag G) + λI) e``. The share λ, by which all outputs
-    count alike, is larger where G comes from few samples.
-
-    Parameters
-    ----------
-    sums : Accumulator
-        The sums over inputs and outputs.
-    moments : LayerMoments
-        The moments of the inputs; without a gradient all outputs count alike.
-    weight : Tensor
-        The original layer's weight.
-    samples : int
-        The number of samples that G was taken of.
+    `sums` holds the moments of both, `moments` those of x and the gradients, taken of `samples`
+    samples. With gradients of second moment G, an error e counts
+    ``eᵀ (G / mean(diag G) + λI) e``: λ, the weight that all outputs share, is larger where G comes
+    from few samples. Without gradients all outputs count alike.
     """
 
     def __init__(
@@ -45,48 +35,41 @@ class Match:
         uncentred = replace(moments, spec=replace(moments.spec, bias=False))
         self._about_zero = uncentred.second_moments()
         self._about_mean = moments.second_moments() if moments.spec.bias else self._about_zero
-        self._target = self._free(weight)
-        self._roots = self._inverses = None
-        gradients = moments.gradient_blocks()
-        if gradients is not None:
-            pairs = [_roots(gradient, samples) for gradient in gradients]
-            self._roots, self._inverses = [r for r, _ in pairs], [i for _, i in pairs]
+        self._targets = self._full_rank(weight)
+        self._roots = [_roots(g, samples) for g in moments.gradient_blocks() or ()]
 
-    def _free(self, weight: Tensor) -> list[Tensor]:
+    def _full_rank(self, weight: Tensor) -> list[Tensor]:
         """Each group's kernel of full rank whose outputs come nearest.
 
         In directions with few samples it stays near the original kernel.
         """
         targets = []
-        kernels = self._moments.kernels(weight)
         groups = zip(
-            kernels, self._about_mean, self._cross, self._mean_output, self._moments.mean,
-            strict=True,
+            self._moments.kernels(weight), self._about_mean, self._cross, self._mean_output,
+            self._moments.mean, strict=True,
         )  # fmt: skip
-        for kernel, second, together, output, mean in groups:
+        for kernel, second, cross, output, mean in groups:
             if self._spec.bias:
-                together = together - output[:, None] * mean[None]
-            missing = together - second.applied(kernel)  # (out, fan_in)
-            power = second.trace / self._spec.fan_in
-            ridge = _RIDGE * power * self._spec.fan_in / max(self._moments.count, 1)
+                cross = cross - output[:, None] * mean[None]
+            missing = cross - second.applied(kernel)  # (out, fan_in)
+            ridge = _RIDGE * second.trace / max(self._moments.count, 1)
             targets.append(kernel + second.solved(missing, ridge))
         return targets
 
     def fit(self, decomposer: Decomposer, rank: Rank, start: Factorization) -> Factorization:
         """The factors whose outputs come nearest, by a fit that starts from the chain's factors."""
-        targets, roots, inverses = self._target, self._roots, self._inverses
-        if roots is None or inverses is None:
-            return self._fit(decomposer, rank, targets, start)
-        weighed = [root @ target for root, target in zip(roots, targets, strict=True)]
-        fitted = self._fit(decomposer, rank, weighed, _mixed(start, roots, decomposer))
+        if not self._roots:
+            return self._fit(decomposer, rank, self._targets, start)
+        roots, inverses = zip(*self._roots, strict=True)
+        weighted = [root @ target for root, target in zip(roots, self._targets, strict=True)]
+        fitted = self._fit(decomposer, rank, weighted, _mixed(start, roots, decomposer))
         return _mixed(fitted, inverses, decomposer)
 
     def _fit(
-        self, decomposer: Decomposer, rank: Rank, kernels: Sequence[Tensor], start: Factorization
+        self, decomposer: Decomposer, rank: Rank, kernels: list[Tensor], start: Factorization
     ) -> Factorization:
         spec = self._spec
-        kernel = torch.cat(list(kernels))
-        kernel = kernel.reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
+        kernel = torch.cat(kernels).reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
         weight = spec.from_forward_layout(kernel)
         return factorize(decomposer, weight, spec, rank, self._about_mean, start)
 
@@ -97,16 +80,16 @@ class Match:
     def lost(self, fitted: Factorization, bias: Tensor | None) -> float:
         """``E‖y − K̃ x − b̃‖²`` as a share of the variance of y, both weighted."""
         kernel = fitted.to_kernel()
-        shift = self._moments.mean_output(kernel).reshape(self._mean_output.shape)
-        shift -= self._mean_output
-        biases = torch.zeros_like(shift) if bias is None else bias.double().reshape(shift.shape)
+        means = self._mean_output
+        gaps = self._moments.mean_output(kernel).reshape(means.shape) - means
+        biases = torch.zeros_like(gaps) if bias is None else bias.double().reshape(gaps.shape)
         lost = variance = 0.0
         for i, (mine, second, cross) in enumerate(
             zip(self._moments.kernels(kernel), self._about_zero, self._cross, strict=True)
         ):
-            b, gap, mean, power = biases[i], shift[i], self._mean_output[i], self._power[i]
-            if self._roots is not None:
-                root = self._roots[i]
+            b, gap, mean, power = biases[i], gaps[i], means[i], self._power[i]
+            if self._roots:
+                root, _ = self._roots[i]
                 mine, cross, b, gap, mean = (root @ part for part in (mine, cross, b, gap, mean))
                 power = root @ power @ root.T
             total = float(power.trace())

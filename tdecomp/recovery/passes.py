@@ -1,19 +1,18 @@
 """Passes of batches through the original and the decomposed model, for refitting chains."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.gradients import OutputGradients
-from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import count_samples, device_of
 from tdecomp.recovery.replaced import ReplacedLayer
 from tdecomp.torch_state import hooks, no_inference_mode
@@ -26,27 +25,27 @@ _PATCHES = 64
 _GRADIENT_SAMPLES = 256
 
 
-def run_order(
+def chain_calls(
     model: nn.Module, replaced: Sequence[ReplacedLayer], batches: Batches
-) -> tuple[list[ReplacedLayer], dict[Chain, int]]:
-    """The layers in the order in which a pass first reaches them; the calls of each chain."""
-    calls: dict[Chain, int] = {}
+) -> Counter[ReplacedLayer]:
+    """How often a pass calls each chain, in the order in which it first reaches them."""
+    calls: Counter[ReplacedLayer] = Counter()
 
-    def count(chain: nn.Module, *_: Any) -> None:
-        assert isinstance(chain, Chain)
-        calls[chain] = calls.get(chain, 0) + 1
+    def count(layer: ReplacedLayer, *_: Any) -> None:
+        calls[layer] += 1
 
-    with hooks([partial(layer.chain.register_forward_pre_hook, count) for layer in replaced]):
+    counters = [
+        partial(layer.chain.register_forward_pre_hook, partial(count, layer)) for layer in replaced
+    ]
+    with hooks(counters):
         batches.run(model, next(batches.on(device_of(model))))
-    order = {chain: position for position, chain in enumerate(calls)}
-    reached = [layer for layer in replaced if layer.chain in calls]
-    return sorted(reached, key=lambda layer: order[layer.chain]), calls
+    return calls
 
 
 def output_gradients(
-    original: nn.Module, replaced: Sequence[ReplacedLayer], batches: Batches
+    original: nn.Module, replaced: Iterable[ReplacedLayer], batches: Batches
 ) -> tuple[dict[str, Tensor], int]:
-    """The second moments of the gradients at the layers' outputs; the samples they are from."""
+    """The second moments of the gradients at the layers' outputs, and the number of samples."""
     layers = {layer.name: (layer.layer, layer.spec) for layer in replaced}
     slopes = OutputGradients(layers, batches)
     with no_inference_mode():
@@ -55,7 +54,7 @@ def output_gradients(
                 slopes.add(original, batch, _GRADIENT_SAMPLES - slopes.samples)
                 if slopes.samples >= _GRADIENT_SAMPLES:
                     break
-        except Exception:  # the model runs forwards, as has just been seen
+        except Exception:  # the forward pass worked before, so it is the backward pass that fails
             return {}, 0
     return slopes.finish(), slopes.samples
 
@@ -80,7 +79,7 @@ def layer_sums(
         # Both models make the same calls; a batch may make fewer of them than the first one did.
         for x, y in zip(inputs, wanted, strict=False):
             x, y = (rows.of_layer(tensor, layer.spec) for tensor in (x, y))
-            if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(y).all()):
+            if not (x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(
                     f"refit: {layer}: its inputs or the original's outputs hold NaN or infinities; "
                     "expected finite activations. Look at the batches and at the layers before it"
@@ -104,7 +103,7 @@ def _seen(
     calls: int,
     pick: Callable[[tuple[Any, ...], Any], Tensor],
 ) -> list[Tensor]:
-    """The tensors that `pick` takes from each call of a module; the model then stops."""
+    """The tensors that `pick` takes from each call of a module; the pass ends with the last."""
     found: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

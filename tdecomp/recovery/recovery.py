@@ -39,9 +39,9 @@ class Recovery:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        errors = f"output error {self.error_before:.4g} → {self.error_after:.4g}"
+        errors = f": output error {self.error_before:.4g} → {self.error_after:.4g}"
         known = not math.isnan(self.error_before)
-        return "; ".join((f"{self.step}: {errors}" if known else f"{self.step}", *self.notes))
+        return "; ".join((self.step + errors if known else self.step, *self.notes))
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model as plain data for JSON; errors that are not known are None."""
@@ -77,13 +77,12 @@ def run_on_copy(
 ) -> Recovery:
     """Run a step on a copy; with `inplace`, `model` then takes the values of the copy.
 
-    The original may be None for steps that can do without; `options` are those of `batches_for`.
+    The original may be None for steps that need none; `options` are those of `batches_for`.
     """
     given = batches_for(step.name, batches, **options)
     models = [model] if original is None else [model, original]
     with restoring(*models, seed=given.seed):
-        held_out: Any = None if original is None else HeldOut(original, given)
         with no_inference_mode():  # the copy of an inference tensor could not be trained
             copy = copy_with(model, {})
-        recovery = step.run(copy, original, given, held_out)
+        recovery = step.run(copy, original, given, HeldOut(original, given))
         return replace(recovery, model=adopt(model, copy)) if inplace else recovery

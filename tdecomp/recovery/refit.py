@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
@@ -22,7 +21,7 @@ from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
-from tdecomp.recovery.passes import layer_sums, output_gradients, run_order
+from tdecomp.recovery.passes import chain_calls, layer_sums, output_gradients
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
 from tdecomp.torch_state import no_fast_path, undisturbed, untouched
@@ -33,15 +32,10 @@ _ITERATIONS = 25
 
 @dataclass(frozen=True)
 class Refit(RecoveryStep):
-    """`refit` as a step of `decompose`.
+    """`refit` as a step of `decompose`, with its option `gradients`.
 
     >>> Refit(gradients=False)
     Refit(gradients=False)
-
-    Parameters
-    ----------
-    gradients : bool
-        Weight errors in a layer's outputs by how much the model's outputs depend on them.
     """
 
     name: ClassVar[str] = "refit"
@@ -56,31 +50,30 @@ class Refit(RecoveryStep):
         replaced = replaced_layers(model, original, self.name)
         before = held_out.error(model)
         layers: dict[str, tuple[float, float]] = {}
-        notes: list[str] = []
         rows = CountedRows(batches)
         with untouched(model, original), no_fast_path(), torch.no_grad():
-            ordered, calls = run_order(model, replaced, batches)
-            notes += [
-                _left_alone(layer, "the first batch does not reach it")
-                for layer in replaced
-                if layer not in ordered
-            ]
+            calls = chain_calls(model, replaced, batches)
+            missed = [layer for layer in replaced if layer not in calls]
+            notes = [_left_alone(layer, "the first batch does not reach it") for layer in missed]
             slopes, samples = (
-                output_gradients(original, ordered, batches) if self.gradients else ({}, 0)
+                output_gradients(original, calls, batches) if self.gradients else ({}, 0)
             )
             if self.gradients and not slopes:
                 notes.append(
                     "no gradients can be taken, so that all outputs of a layer count alike"
                 )
-            bar = tqdm(ordered, desc="refit", unit="layer", disable=not batches.progress)
-            for layer in bar:
+            bar = tqdm(calls.items(), desc="refit", unit="layer", disable=not batches.progress)
+            for layer, count in bar:
                 factors, reason = _factors_of(layer)
                 if factors is None:
                     notes.append(_left_alone(layer, reason))
                     continue
-                sums = layer_sums(model, original, layer, calls[layer.chain], batches, rows)
+                sums = layer_sums(model, original, layer, count, batches, rows)
                 with undisturbed(device_of(layer.chain)):
-                    match = _match(layer, sums, slopes.get(layer.name), samples)
+                    moments = sums.finish(slopes.get(layer.name))
+                    if moments is None:
+                        raise ValueError(f"refit: {layer}: the batches hold no samples that count")
+                    match = Match(sums, moments, parameter(layer.layer.weight), samples)
                     layers[layer.name] = _refit_chain(layer, factors, match)
         if layers:
             rows.check_used()
@@ -108,18 +101,17 @@ def refit(
     >>> recovery.error_after < recovery.error_before
     True
 
-    Chains are refitted in the order in which they run, each by the method that made it, with that
-    method's options. For each, the batches go through both models up to there, second moments are
-    summed up, and all its factors and its bias are solved for again, so that its output for the
-    decomposed model's own activations comes nearest to the original layer's output. Activations
-    are not kept, and no more batches are run for a chain than it needs.
+    Chains are refitted in the order in which they run, each by its own method and options. For
+    each, the batches go through both models up to there, second moments are summed up, and all its
+    factors and its bias are solved for again, so that its output for the decomposed model's own
+    activations comes nearest to the original layer's output. Activations are not kept, and no more
+    batches are run for a chain than it needs.
 
     Parameters
     ----------
     model : nn.Module
-        A model that `decompose` or `apply` made.
+        What `decompose` or `apply` made of `original`.
     original : nn.Module
-        The model that it was made from.
     batches : iterable of batches, or Data
         As for `tdecomp.calibrate`; a list or a DataLoader, as there is a pass for each chain.
     gradients : bool
@@ -127,15 +119,11 @@ def refit(
         them, by the gradients of random mixtures of these; else all errors count alike.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches, for layers that the batches hold too few patches for; by default images
-        are mirrored and shifted a little, all else stays. A `Data` has its own.
-    forward, max_batches
-        As for `tdecomp.calibrate`.
+        are mirrored and shifted a little. A `Data` has its own.
     inplace : bool
         Change `model` itself, wholly or, on an error, not at all.
-    seed : int, optional
-        Random numbers derive from it, also the order of a DataLoader that shuffles.
-    progress : bool
-        Show a bar over the chains.
+    forward, max_batches, seed, progress
+        As for `tdecomp.calibrate`.
 
     Returns
     -------
@@ -172,24 +160,14 @@ def _factors_of(layer: ReplacedLayer) -> tuple[Factorization | None, str]:
     return factors, f"{method.name} cannot tell the factors of its chain"
 
 
-def _match(layer: ReplacedLayer, sums: Accumulator, gradient: Tensor | None, samples: int) -> Match:
-    moments = sums.finish(gradient)
-    if moments is None:
-        raise ValueError(f"refit: {layer}: the batches hold no samples that count")
-    return Match(sums, moments, parameter(layer.layer.weight), samples)
-
-
 def _refit_chain(layer: ReplacedLayer, before: Factorization, match: Match) -> tuple[float, float]:
     """Solve for the chain's factors again; the shares of the output lost before and after."""
     chain, method = layer.chain, layer.chain.decomposer
     assert chain.rank is not None
+    dtype, old = next(chain.parameters()).dtype, chain[-1].bias
     fitted = match.fit(method.limited(_ITERATIONS), chain.rank, before)
-    old = chain[-1].bias
-    bias = match.best_bias(fitted) if layer.spec.bias else None
-    # Rounded as the chain is going to hold them.
-    dtype = next(chain.parameters()).dtype
-    fitted = fitted.to(dtype).to(torch.float64)
-    bias = None if bias is None else bias.to(dtype)
+    bias = match.best_bias(fitted).to(dtype) if layer.spec.bias else None
+    fitted = fitted.to(dtype).to(torch.float64)  # rounded as the chain is going to hold them
     error_before = match.lost(before, old.detach() if isinstance(old, Tensor) else None)
     error_after = match.lost(fitted, bias)
     if error_after < error_before:

@@ -25,25 +25,18 @@ class ReplacedLayer:
 def replaced_layers(model: nn.Module, original: nn.Module, caller: str) -> list[ReplacedLayer]:
     """Every chain of `model` with the layer of `original` at the same place.
 
-    Raises
-    ------
-    ValueError
-        If `model` has no chains, or `original` is not the model that it was decomposed from.
+    Raises a ValueError if there is no chain, or if `original` is not the model it was made from.
     """
     found: list[ReplacedLayer] = []
     layers = dict(original.named_modules())
-    for name in new_chains(model, original):
-        chain = model.get_submodule(name)
-        assert isinstance(chain, Chain)
+    for name, chain in new_chains(model, original).items():
         stage = any(chain in other.chain.modules() for other in found)
         if stage or chain.replaced is None:  # a chain inside a chain replaced one of its stages
             continue
         layer = layers.get(name)
-        known = layer is not None and kind_of(layer) is not None
-        if layer is None or not known or LayerSpec.of(layer) != chain.replaced:
-            there = "no such layer" if layer is None else type(layer).__name__
-            if layer is not None and known:
-                there = str(LayerSpec.of(layer))
+        spec = None if layer is None or kind_of(layer) is None else LayerSpec.of(layer)
+        if layer is None or spec != chain.replaced:
+            there = "no such layer" if layer is None else spec or type(layer).__name__
             raise ValueError(
                 f"{caller}: chain {name!r} replaced {chain.replaced}, the original has {there}; "
                 "expected the model that this one was decomposed from"
@@ -57,17 +50,15 @@ def replaced_layers(model: nn.Module, original: nn.Module, caller: str) -> list[
     return found
 
 
-def new_chains(model: nn.Module, original: nn.Module) -> list[str]:
-    """The names of the chains of `model` that `original` does not have."""
+def new_chains(model: nn.Module, original: nn.Module) -> dict[str, Chain]:
+    """The chains of `model` by name, without those that `original` has as well."""
     before = dict(original.named_modules())
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Chain):
-            old = before.get(name)
-            if not isinstance(old, Chain) or _identity(old) != _identity(module):
-                found.append(name)
-    return found
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Chain) and _identity(module) != _identity(before.get(name))
+    }
 
 
-def _identity(chain: Chain) -> tuple[Any, ...]:
-    return chain.replaced, chain.method, chain.rank
+def _identity(module: nn.Module | None) -> Any:
+    return (module.replaced, module.method, module.rank) if isinstance(module, Chain) else None

@@ -23,18 +23,7 @@ Recover = None | str | RecoveryStep | Sequence[str | RecoveryStep]
 
 
 def recovery_steps(recover: Recover) -> tuple[RecoveryStep, ...]:
-    """The steps that a user means by names and objects, in the order given.
-
-    >>> recovery_steps(["refit", Distill(steps=50)])
-    (Refit(gradients=True), Distill(steps=50, lr=None, hints=True))
-
-    Raises
-    ------
-    TypeError
-        For anything else than names and steps.
-    ValueError
-        For a name that no step has.
-    """
+    """The steps that a user gave as names and objects, in the order given."""
     if recover is None:
         return ()
     given = recover if isinstance(recover, (list, tuple)) else [recover]
@@ -78,15 +67,12 @@ def run_steps(
     original: nn.Module,
     data: Batches | Moments | None,
 ) -> tuple[Recovery, ...]:
-    """Run the steps on `model` itself; after an error it may be left half changed.
-
-    The original is evaluated once for the errors of all steps.
-    """
+    """Run the steps on `model` itself; after an error it may be left half changed."""
     if not steps:
         return ()
     assert isinstance(data, Batches)  # see `check_data`
     if not new_chains(model, original):
         nothing = ("no layer was decomposed",)
         return tuple(Recovery(model, step.name, 0.0, 0.0, {}, nothing) for step in steps)
-    held_out = HeldOut(original, data.called_by("recover"))
+    held_out = HeldOut(original, data.called_by("recover"))  # the original runs once for all steps
     return tuple(step.run(model, original, data.called_by(step.name), held_out) for step in steps)

@@ -3,15 +3,20 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tdecomp.calibration.augment import Augment
+from tdecomp.calibration.augment import paste
 from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.model.batches import channels_last, device_of, tensors_of
+from tdecomp.recovery.held_out import squared_distance
 from tdecomp.recovery.hints import Outputs
 
 # The stretches of a training, after each of which the model may become the result.
@@ -30,57 +35,46 @@ _HIGHEST_RATE = 1e-3
 _SHARE_OF_ERROR = 0.02
 
 
+@dataclass(frozen=True, eq=False)
 class Training:
-    """Adam on the distance between two models' outputs, and between outputs inside them.
+    """Adam on the distance between two models' outputs, and between outputs inside them."""
 
-    Parameters
-    ----------
-    model, original : nn.Module
-        The model that is trained, and the one whose outputs it is to give.
-    trained : list of nn.Parameter
-        Of `model`.
-    batches : Batches
-    hints : sequence of str
-        The names of the modules whose outputs are compared, too.
-    vary : callable ``(batch, generator) -> batch``, optional
-        Varies each batch.
-    """
+    model: nn.Module
+    original: nn.Module
+    trained: list[nn.Parameter]  # those of `model`
+    batches: Batches
+    hints: Sequence[str]  # the names of the modules whose outputs are compared, too
 
-    def __init__(
-        self,
-        model: nn.Module,
-        original: nn.Module,
-        trained: list[nn.Parameter],
-        batches: Batches,
-        hints: Sequence[str],
-        vary: Augment | None,
-    ) -> None:
-        self._model, self._original, self._trained = model, original, trained
-        self._batches, self._hints, self._vary = batches, hints, vary
-        self._first = next(batches.on(device_of(model)))
-        # Adam's steps are as long for small entries as for large ones: the rate is in proportion.
-        self._sizes = [min(1.0, _size(parameter) / _USUAL_SIZE) for parameter in trained]
+    @cached_property
+    def _first(self) -> Any:
+        return next(self.batches.on(device_of(self.model)))
+
+    @cached_property
+    def _sizes(self) -> list[float]:
+        """Factors of the rate: Adam's steps are as long for small entries as for large ones."""
+        sizes = [float(p.detach().double().square().mean().sqrt()) for p in self.trained]
+        return [min(1.0, size / _USUAL_SIZE) if size > 0 else 1.0 for size in sizes]
 
     def stretches(self, steps: int | None, lr: float | None) -> Iterator[None]:
         """Train, yielding after each of a few stretches; None for the default steps and rate."""
         steps = self._usual_steps() if steps is None else steps
         lr = self._rate() if lr is None else lr
-        model, original, batches = self._model, self._original, self._batches
-        optimizer = torch.optim.Adam([{"params": [p]} for p in self._trained], lr=lr)
-        schedule = _schedule(optimizer, [lr * size for size in self._sizes], max(steps, 2))
+        model, original, batches = self.model, self.original, self.batches
+        optimizer = torch.optim.Adam([{"params": [p]} for p in self.trained], lr=lr)
+        # OneCycleLR divides by the length of the warm-up, 0 if it is exactly the first step.
+        warm_up = 0.99 * _WARM_UP if _WARM_UP * max(steps, 2) == 1 else _WARM_UP
+        rates = [lr * size for size in self._sizes]
+        schedule = OneCycleLR(optimizer, rates, total_steps=max(steps, 2), pct_start=warm_up)
         device = device_of(model)
         endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
         generator = batches.generator(0)
         stretch = max(1, steps // _STRETCHES)
         quick = self._take_channels_last()
-        with Outputs(model, self._hints) as mine, Outputs(original, self._hints) as wanted:
+        with Outputs(model, self.hints) as mine, Outputs(original, self.hints) as wanted:
             bar = tqdm(range(1, steps + 1), "distill", unit="step", disable=not batches.progress)
             for step in bar:
-                batch = next(endless)
-                if self._vary is not None:
-                    batch = self._vary(batch, generator)
-                if quick:
-                    batch = channels_last(batch)
+                batch = variant(batches, next(endless), generator)
+                batch = channels_last(batch) if quick else batch
                 with torch.no_grad():
                     targets = wanted.of(original, batches, batch)
                 loss = _distance(mine.of(model, batches, batch), targets)
@@ -92,7 +86,7 @@ class Training:
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM)
+                nn.utils.clip_grad_norm_(self.trained, _MAX_GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
                 bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
@@ -102,9 +96,9 @@ class Training:
     def _usual_steps(self) -> int:
         """A step costs a forward pass of the original, and a training step of the model."""
         flops = []
-        for model in (self._model, self._original):
+        for model in (self.model, self.original):
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self._batches.run(model, self._first)
+                self.batches.run(model, self._first)
             flops.append(counter.get_total_flops())
         share = flops[0] / flops[1] if flops[1] else 1.0
         return max(_STEPS, round(_STEPS * 3 / (1 + 3 * share)))
@@ -113,9 +107,9 @@ class Training:
         """Whether both models run on channels-last images."""
         batch = channels_last(self._first)
         try:
-            for model in (self._model, self._original):
+            for model in (self.model, self.original):
                 with torch.no_grad():
-                    self._batches.run(model, batch)
+                    self.batches.run(model, batch)
         except BatchError:
             return False
         return True
@@ -126,41 +120,27 @@ class Training:
         A step of Adam is about as long as the rate in every entry. With random signs, the square
         of its effect on the outputs is in proportion to the square of the rate.
         """
-        generator = self._batches.generator(0)
-        batch = self._first if self._vary is None else self._vary(self._first, generator)
+        generator = self.batches.generator(0)
+        batch = variant(self.batches, self._first, generator)
         with torch.no_grad():
-            wanted = tensors_of(self._batches.run(self._original, batch))
-            before = [z.clone() for z in tensors_of(self._batches.run(self._model, batch))]
-            held = [parameter.detach().clone() for parameter in self._trained]
-            for parameter, size in zip(self._trained, self._sizes, strict=True):
+            wanted = tensors_of(self.batches.run(self.original, batch))
+            before = [z.clone() for z in tensors_of(self.batches.run(self.model, batch))]
+            held = [parameter.detach().clone() for parameter in self.trained]
+            for parameter, size in zip(self.trained, self._sizes, strict=True):
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
                 parameter.add_(signs.to(parameter), alpha=_HIGHEST_RATE * size)
-            moved = tensors_of(self._batches.run(self._model, batch))
-            for parameter, value in zip(self._trained, held, strict=True):
+            moved = tensors_of(self.batches.run(self.model, batch))
+            for parameter, value in zip(self.trained, held, strict=True):
                 parameter.copy_(value)
-            error, change = _squares(before, wanted), _squares(moved, before)
+            error, change = squared_distance(before, wanted), squared_distance(moved, before)
         share = error / change if change > 0 else 1.0
         return _HIGHEST_RATE * min(1.0, math.sqrt(_SHARE_OF_ERROR * share))
 
 
-def _schedule(
-    optimizer: torch.optim.Optimizer, rates: list[float], steps: int
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    # OneCycleLR divides by the length of the warm-up, which is 0 if it is exactly the first step.
-    warm_up = _WARM_UP if _WARM_UP * steps != 1 else 0.99 * _WARM_UP
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, total_steps=steps, pct_start=warm_up
-    )
-
-
-def _squares(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
-
-
-def _size(parameter: nn.Parameter) -> float:
-    """The root mean square of its entries; the usual one if all of them are zero."""
-    size = float(parameter.detach().double().square().mean().sqrt())
-    return size if size > 0 else _USUAL_SIZE
+def variant(batches: Batches, batch: Any, generator: torch.Generator) -> Any:
+    """The batch varied by `augment`, if there is one, and with parts of its images exchanged."""
+    augment = batches.data.augment
+    return batch if augment is None else paste(augment(batch, generator), generator)
 
 
 def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) -> Tensor:
