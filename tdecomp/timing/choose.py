@@ -15,7 +15,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.sites import Site
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 from tdecomp.timing.latency_predictor import LatencyPredictor
-from tdecomp.timing.layout_times import LayerComparison, LayoutTimes, TimedRequest
+from tdecomp.timing.layout_times import LayerComparison, LayoutTimes
 from tdecomp.timing.profile import Profile
 from tdecomp.timing.rehearsal import rehearse
 from tdecomp.timing.speed import Speed
@@ -66,15 +66,16 @@ def choose_with_times(
     ValueError
         If the budget cannot be met, or the times scatter by more than the budget saves.
     """
-    request = TimedRequest(
-        sites, candidates, selector, rest, profile, example, model, only_if_faster, guard
-    )
     comparisons: dict[Any, LayerComparison] = {}
     found: list[TimedChoices] = []
     refused: dict[str, ValueError] = {}
     for layout in profile.layouts:
+        times = LayoutTimes(
+            sites, candidates, selector, rest, profile, example, model, only_if_faster, guard,
+            comparisons, layout,
+        )  # fmt: skip
         try:
-            found.append(_choose_in_layout(LayoutTimes(request, layout, comparisons)))
+            found.append(_choose_in_layout(times))
         except ValueError as error:
             refused[layout] = error
     if not found:
@@ -92,7 +93,7 @@ def _demerit(budget: float | None, timed: TimedChoices) -> tuple[float, float]:
 
 def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
     """Choose, time the whole model, correct the predictor by it, and choose again."""
-    budget, fastest = times.request.selector.latency, times.request.profile.fastest
+    budget, fastest = times.selector.latency, times.profile.fastest
     points = [(sum(times.layers()), times.original)]
     predictor = LatencyPredictor.from_original(*points[0])
     found: list[TimedChoices] = []
@@ -114,24 +115,21 @@ def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
 
 def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoices:
     """Choose by predicted times, drop chains that are slower, and time the whole model."""
-    request, layers = times.request, times.layers()
-    selector = _aimed(request.selector, times, predictor)
+    layers, selector = times.layers(), _aimed(times, predictor)
     candidates = [
         [_with_times(c, site, times, predictor.factor) for c in offered]
-        for site, offered in zip(request.sites, request.candidates, strict=True)
+        for site, offered in zip(times.sites, times.candidates, strict=True)
     ]
-    rest = replace(request.rest, latency=predictor.rest)
-    penalize = request.only_if_faster and selector.weighs_layers and selector.latency is None
+    rest = replace(times.rest, latency=predictor.rest)
+    penalize = times.only_if_faster and selector.weighs_layers and selector.latency is None
     select = partial(choose_with_time_penalty, selector) if penalize else selector.select
     while True:
         try:
-            choices = [request.guard(choice) for choice in select(candidates, rest)]
+            choices = [times.guard(choice) for choice in select(candidates, rest)]
         except ValueError as error:
             choices = _fastest(times, candidates, error)
-        compared = [times.compare(s, c) for s, c in zip(request.sites, choices, strict=True)]
-        slower = {
-            i: found for i, found in enumerate(compared) if found and _too_slow(request, found)
-        }
+        compared = [times.compare(s, c) for s, c in zip(times.sites, choices, strict=True)]
+        slower = {i: found for i, found in enumerate(compared) if found and _too_slow(times, found)}
         if not slower or not selector.weighs_layers:
             break
         for i in slower:
@@ -139,26 +137,26 @@ def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoice
     for i, found in slower.items():
         choices[i], compared[i] = Choice(reason=_reason(choices[i], found)), None
     speed = rehearse(times, choices)
-    if request.only_if_faster and (speed.predicted or 1.0) > 1:
+    if times.only_if_faster and (speed.predicted or 1.0) > 1:
         reason = f"the model with these chains takes {speed.predicted:.2f} of its time"
         choices = [c if c.candidate is None else Choice(reason=reason) for c in choices]
         compared = [None] * len(choices)
         speed = rehearse(times, choices)
     seconds = {
         site.name: (layer, layer) if found is None else (found.before, found.after)
-        for site, layer, found in zip(request.sites, layers, compared, strict=True)
+        for site, layer, found in zip(times.sites, layers, compared, strict=True)
     }
     return TimedChoices(choices, seconds, speed, max(0.0, times.original - sum(layers)))
 
 
-def _aimed(selector: RankSelector, times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:
+def _aimed(times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:
     """The selector that asks for the same seconds, as a share of the predicted original's."""
-    budget = selector.latency
+    selector, budget = times.selector, times.selector.latency
     if budget is None:
         return selector
     predicted = predictor.rest + predictor.factor * sum(times.layers())
     aim = 1.0 if budget == 1 else _AIM
-    share = min(1.0, aim * budget * times.request.profile.fastest / predicted)
+    share = min(1.0, aim * budget * times.profile.fastest / predicted)
     if math.isclose(share, budget, rel_tol=1e-6):
         return selector
     return replace(selector, latency=share)  # type: ignore[type-var]
@@ -167,7 +165,7 @@ def _aimed(selector: RankSelector, times: LayoutTimes, predictor: LatencyPredict
 def _with_times(candidate: Candidate, site: Site, times: LayoutTimes, factor: float) -> Candidate:
     """The candidate with predicted seconds; if time counts, without options that save none."""
     layer = factor * times.layer(site)
-    time_counts = times.request.only_if_faster or times.request.selector.latency is not None
+    time_counts = times.only_if_faster or times.selector.latency is not None
 
     def cost(rank: Rank) -> Cost:
         latency = factor * times.chain(site, candidate, rank)
@@ -189,8 +187,8 @@ def _fastest(
 
     A selector that relies on predictions may refuse a budget that can be met.
     """
-    selector, budget = times.request.selector, times.request.selector.latency
-    if times.request.only_if_faster and budget is None:
+    selector, budget = times.selector, times.selector.latency
+    if times.only_if_faster and budget is None:
         raise ValueError(
             f"{error}. With only_if_faster=True a chain that is not measurably faster than its "
             "layer does not count"
@@ -206,7 +204,7 @@ def _fastest(
             for o in c.options()
         ]
         kept = (0.0, Choice(reason="no chain is faster"))
-        choices.append(times.request.guard(min(timed, key=itemgetter(0), default=kept)[1]))
+        choices.append(times.guard(min(timed, key=itemgetter(0), default=kept)[1]))
     least = rehearse(times, choices).predicted or 1.0
     if least > budget:
         raise ValueError(
@@ -217,10 +215,10 @@ def _fastest(
     return choices
 
 
-def _too_slow(request: TimedRequest, found: LayerComparison) -> bool:
-    if request.only_if_faster:
+def _too_slow(times: LayoutTimes, found: LayerComparison) -> bool:
+    if times.only_if_faster:
         return found.ratio.high >= 1
-    return request.selector.latency is not None and found.ratio.low >= 1
+    return times.selector.latency is not None and found.ratio.low >= 1
 
 
 def _without(candidate: Candidate, choice: Choice) -> Candidate:

@@ -20,21 +20,6 @@ from tdecomp.timing.stopwatch import EFFORTS, ratio
 
 
 @dataclass(frozen=True)
-class TimedRequest:
-    """The arguments of `choose_with_times`, which documents them."""
-
-    sites: Sequence[Site]
-    candidates: Sequence[Sequence[Candidate]]
-    selector: RankSelector
-    rest: Cost
-    profile: Profile
-    example: Example
-    model: nn.Module
-    only_if_faster: bool
-    guard: Callable[[Choice], Choice]
-
-
-@dataclass(frozen=True)
 class LayerComparison:
     """Seconds of one pass of a layer and of its chain, timed in the same rounds."""
 
@@ -45,29 +30,40 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class LayoutTimes:
-    """Seconds in one layout, read from the profile; only `compare` measures."""
+    """The arguments of `choose_with_times`, and times in one layout.
 
-    request: TimedRequest
-    layout: str
+    Times are read from the profile; only `compare` measures.
+    """
+
+    sites: Sequence[Site]
+    candidates: Sequence[Sequence[Candidate]]
+    selector: RankSelector
+    rest: Cost
+    profile: Profile
+    example: Example
+    model: nn.Module
+    only_if_faster: bool
+    guard: Callable[[Choice], Choice]
     comparisons: dict[Any, LayerComparison]  # those measured so far, in any layout
+    layout: str
 
     @property
     def original(self) -> float:
         """Seconds of one pass of the original."""
-        return self.request.profile.whole[self.layout].median
+        return self.profile.whole[self.layout].median
 
     def layer(self, site: Site) -> float:
         """Seconds of a site's layer in one pass."""
-        return self.request.profile.layer(spec_of(site), site.calls or (), self.layout)
+        return self.profile.layer(spec_of(site), site.calls or (), self.layout)
 
     def layers(self) -> list[float]:
         """Seconds of each site's layer in one pass."""
-        return [self.layer(site) for site in self.request.sites]
+        return [self.layer(site) for site in self.sites]
 
     def chain(self, site: Site, candidate: Candidate, rank: Rank) -> float:
         """Seconds of a chain in the layer's place."""
         method, calls = candidate.decomposer, site.calls or ()
-        return self.request.profile.chain(method, spec_of(site), rank, calls, self.layout)
+        return self.profile.chain(method, spec_of(site), rank, calls, self.layout)
 
     def chosen(self, choices: Sequence[Choice]) -> float:
         """The sum over all sites of the chosen chain's seconds, or the layer's where it is kept."""
@@ -75,16 +71,16 @@ class LayoutTimes:
             self.layer(site)
             if choice.candidate is None or choice.rank is None
             else self.chain(site, choice.candidate, choice.rank)
-            for site, choice in zip(self.request.sites, choices, strict=True)
+            for site, choice in zip(self.sites, choices, strict=True)
         )
 
     def compare(self, site: Site, choice: Choice) -> LayerComparison | None:
         """The layer timed against the chosen chain, once; None for a layer that is kept."""
         if choice.candidate is None or choice.rank is None or not site.calls:
             return None
-        spec, profile = spec_of(site), self.request.profile
+        spec, profile = spec_of(site), self.profile
         chains = [(spec,), tuple(choice.candidate.decomposer.stages(spec, choice.rank))]
-        layout, where = profile.timed_in(self.layout), device_and_dtype(self.request.model)
+        layout, where = profile.timed_in(self.layout), device_and_dtype(self.model)
         key = (layout, *chains, site.calls)
         if key not in self.comparisons:
             tables = [

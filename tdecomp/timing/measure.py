@@ -1,7 +1,8 @@
 """`profile`: a few measurements, from which the time of any layer or chain is read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,6 @@ def profile(
     on_mismatch : {"error", "remeasure"}
         What to do with a cache from another machine or mode.
     progress : bool
-        Show a bar.
 
     Returns
     -------
@@ -122,35 +122,28 @@ def measure(
     progress: bool = False,
     stopwatch: Stopwatch = THIS_MACHINE,
 ) -> Profile:
-    """The profile of a model whose sites are known; those with a reason are not timed."""
+    """The profile of a model whose sites are known; layers that are left alone are not timed."""
     layouts = layouts or (layout_of(model),)
     runs = [(model, layout) for layout in layouts]
     columns = stopwatch.models(runs, example, compiled=compiled).T
+    whole = dict(zip(layouts, map(Quartiles.over, columns), strict=True))
+    setting, known = Setting.of(model, compiled=compiled), dict(cache.times) if cache else {}
     result = Profile(
-        Setting.of(model, compiled=compiled),
-        model_in_words(model),
-        example.describe(),
-        {layout: Quartiles.over(seconds) for layout, seconds in zip(layouts, columns, strict=True)},
-        dict(cache.times) if cache else {},
-        points=effort.points,
-        stopwatch=stopwatch,
-    )
+        setting, model_in_words(model), example.describe(), whole, known,
+        points=effort.points, stopwatch=stopwatch,
+    )  # fmt: skip
     geometries = _geometries(sites)
     device, dtype = device_and_dtype(model)
     seconds_of = partial(stopwatch.layers, device=device, dtype=dtype, effort=effort)
     result.round_to = cache.round_to if cache else _multiple(geometries, result, seconds_of)
-    work = [
-        (layout, spec, call)
-        for layout in dict.fromkeys(map(result.timed_in, layouts))
-        for spec, call in geometries
-    ]
-    for layout, spec, call in tqdm(work, desc="profile", unit="layer", disable=not progress):
+    work = list(product(dict.fromkeys(map(result.timed_in, layouts)), geometries))
+    for layout, (spec, call) in tqdm(work, desc="profile", unit="layer", disable=not progress):
         chains = _chains(spec, call, decomposers, result)
-        missing = [stages for stages in chains if key_of(layout, stages, call) not in result.times]
+        keyed = {key_of(layout, stages, call): stages for stages in chains}
+        missing = {key: stages for key, stages in keyed.items() if key not in result.times}
         if missing:
-            seconds = seconds_of(missing, call, layout)
-            for stages, column in zip(missing, seconds.T, strict=True):
-                result.times[key_of(layout, stages, call)] = Quartiles.over(column)
+            columns = seconds_of(list(missing.values()), call, layout).T
+            result.times.update(zip(missing, map(Quartiles.over, columns), strict=True))
     return result
 
 
@@ -202,15 +195,13 @@ def _check_profile(name: str, value: Any) -> None:
 
 def _chains(
     spec: LayerSpec, call: Call, decomposers: Sequence[Decomposer], result: Profile
-) -> list[Stages]:
-    """The layer first, then each different chain to be timed with it."""
-    chains = (
-        tuple(decomposer.stages(spec, rank))
-        for decomposer in decomposers
-        if decomposer.refusal(spec) is None
-        for rank in timed_ranks(decomposer, spec, call, result.rounding, result.points)
-    )
-    return list(dict.fromkeys([(spec,), *chains]))
+) -> Iterator[Stages]:
+    """The layer, then the chains to be timed with it."""
+    yield (spec,)
+    for decomposer in decomposers:
+        if decomposer.refusal(spec) is None:
+            for rank in timed_ranks(decomposer, spec, call, result.rounding, result.points):
+                yield tuple(decomposer.stages(spec, rank))
 
 
 def _geometries(sites: Sequence[Site]) -> list[tuple[LayerSpec, Call]]:
@@ -236,8 +227,7 @@ def _multiple(
         largest = min(spec.in_channels, spec.out_channels) // 2 // _MULTIPLES[0] * _MULTIPLES[0]
         if largest < 2 * _MULTIPLES[0] or spec.groups > 1:
             continue
-        narrower = {part for m in _MULTIPLES for part in (m, m // 2)}
-        widths = [largest, *(largest - part for part in narrower)]
+        widths = list({largest - part for m in _MULTIPLES for part in (0, m // 2, m)})
         stages = [(spec.pointwise(spec.in_channels, width),) for width in widths]
         seconds = seconds_of(stages, call, result.timed_in(result.layouts[0]))
         taken = dict(zip(widths, np.median(seconds, axis=0).tolist(), strict=True))

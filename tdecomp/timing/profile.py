@@ -36,11 +36,9 @@ _PLAIN = ("model", "inputs", "round_to", "points")
 class Profile:
     """How long a model, its layers and the chains that may replace them take; `profile` makes it.
 
-    >>> import torch, tdecomp                                             # doctest: +SKIP
-    >>> profile = tdecomp.profile(model, torch.randn(1, 3, 224, 224))    # doctest: +SKIP
-    >>> profile.save("times.json")                                       # doctest: +SKIP
-    >>> tdecomp.plan(model, "dense", rank=tdecomp.Budget(latency=0.5),
-    ...              example_inputs=x, profile=profile)                  # doctest: +SKIP
+    >>> tdecomp.profile(model, x).save("times.json")  # doctest: +SKIP
+    >>> times = tdecomp.Profile.load("times.json")  # doctest: +SKIP
+    >>> tdecomp.plan(model, rank=0.5, example_inputs=x, profile=times)  # doctest: +SKIP
 
     Attributes
     ----------
@@ -54,10 +52,6 @@ class Profile:
         Seconds of one call of a layer or a chain.
     round_to : int
         The multiple of ranks that is fastest on this machine.
-    points : int
-        How many ranks of each method are timed on each layer.
-    stopwatch : Stopwatch
-        Takes all further measurements made with this profile; it is not saved.
     """
 
     setting: Setting
@@ -66,7 +60,8 @@ class Profile:
     whole: dict[str, Quartiles]
     times: dict[Key, Quartiles] = field(default_factory=dict)
     round_to: int = 1
-    points: int = 5
+    points: int = 5  # how many ranks of each method are timed on each layer
+    # Takes all further measurements made with this profile; it is not saved.
     stopwatch: Stopwatch = field(default=THIS_MACHINE, repr=False, compare=False)
     # MACs and seconds of the timed chains of a method, ascending.
     _curves: dict[Any, list[tuple[float, float]]] = field(

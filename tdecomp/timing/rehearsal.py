@@ -22,11 +22,11 @@ _NEARLY_BEST = 1.15
 
 def rehearse(times: LayoutTimes, choices: Sequence[Choice]) -> Speed:
     """The speed of the whole model with the chosen chains; a ValueError if it scatters too much."""
-    request, profile = times.request, times.request.profile
-    budget, compiled, tried = request.selector.latency, profile.setting.compiled, profile.layouts
+    profile = times.profile
+    budget, compiled, tried = times.selector.latency, profile.setting.compiled, profile.layouts
     chains = {
         s.module: empty_chain_like(s.module, spec_of(s), choice.candidate.decomposer, choice.rank)
-        for s, choice in zip(request.sites, choices, strict=True)
+        for s, choice in zip(times.sites, choices, strict=True)
         if choice.candidate is not None and choice.rank is not None
     }
     if not chains:
@@ -34,13 +34,13 @@ def rehearse(times: LayoutTimes, choices: Sequence[Choice]) -> Speed:
         return Speed(seconds, best, best, 1.0, budget=budget, compiled=compiled, tried=tried)
     for chain in chains.values():
         random_weights(chain)
-    changed = copy_with(request.model, chains)
+    changed = copy_with(times.model, chains)
     slowest = _NEARLY_BEST * profile.fastest
     rivals = [name for name, time in profile.whole.items() if time.median <= slowest]
     scatter, saved = 0.0, 1.0 if budget is None else 1 - budget
     for rounds in _ROUNDS:
         speed = compare(
-            request.model, changed, request.example, (rivals, (times.layout,)),
+            times.model, changed, times.example, (rivals, (times.layout,)),
             compiled=compiled, rounds=rounds, stopwatch=profile.stopwatch,
         )  # fmt: skip
         ratio = speed.measured

@@ -32,7 +32,7 @@ def choose_with_time_penalty(
         middle = (low + high) / 2
         penalty = 10**middle * most / seconds
         found = selector.select([[_penalized(c, penalty) for c in o] for o in candidates], rest)
-        chosen = [replace(choice, loss=_loss_alone(choice, penalty)) for choice in found]
+        chosen = [replace(choice, loss=_without_penalty(choice, penalty)) for choice in found]
         if sum(choice.loss for choice in chosen) <= most:
             best, low = chosen, middle
         else:
@@ -53,7 +53,7 @@ def _penalized(candidate: Candidate, penalty: float) -> Candidate:
     return replace(candidate, options=options)
 
 
-def _loss_alone(choice: Choice, penalty: float) -> float:
+def _without_penalty(choice: Choice, penalty: float) -> float:
     if choice.candidate is None or choice.rank is None:
         return 0.0
     before = choice.candidate.before.latency or 0.0
