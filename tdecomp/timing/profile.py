@@ -38,7 +38,8 @@ class Profile:
 
     >>> tdecomp.profile(model, x).save("times.json")  # doctest: +SKIP
     >>> times = tdecomp.Profile.load("times.json")  # doctest: +SKIP
-    >>> tdecomp.plan(model, rank=0.5, example_inputs=x, profile=times)  # doctest: +SKIP
+    >>> half = tdecomp.Budget(latency=0.5)
+    >>> tdecomp.plan(model, "dense", rank=half, example_inputs=x, profile=times)  # doctest: +SKIP
 
     Attributes
     ----------
