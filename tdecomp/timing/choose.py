@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -14,38 +15,27 @@ from tdecomp.model.example import Example
 from tdecomp.model.sites import Site
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 from tdecomp.timing.latency_predictor import LatencyPredictor
-from tdecomp.timing.layout_times import LayerComparison, LayoutTimes, TimedRequest
+from tdecomp.timing.layout_times import LayerComparison, LayoutTimes
 from tdecomp.timing.profile import Profile
+from tdecomp.timing.rehearsal import rehearse
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.time_penalty import choose_with_time_penalty
 
-# At most so many choices are timed as a whole model, until one is this close to its aim.
-_REHEARSALS = 5
+# Choices are timed as a whole model until one is this close to its aim, and at most this often.
 _CLOSE = 0.02
+_REHEARSALS = 5
 # The share of a budget that is aimed at, so that noise does not push a measurement beyond it.
 _AIM = 0.965
 
 
 @dataclass(frozen=True)
 class TimedChoices:
-    """The choices for all sites of a model with their times.
+    """The choices for all sites of a model with their times."""
 
-    Attributes
-    ----------
-    choices : list of Choice
-        One for each site.
-    seconds : mapping of str to (float, float)
-        By the name of the site, seconds of its layer and of what takes its place.
-    speed : Speed
-        The predicted speed of the whole model.
-    rest : float
-        Seconds of one pass of the original outside the sites' layers.
-    """
-
-    choices: list[Choice]
-    seconds: Mapping[str, tuple[float, float]]
-    speed: Speed
-    rest: float
+    choices: list[Choice]  # one for each site
+    seconds: Mapping[str, tuple[float, float]]  # by site: of its layer, and of its replacement
+    speed: Speed  # predicted, of the whole model
+    rest: float  # seconds of one pass of the original outside the sites' layers
 
     @property
     def share(self) -> float:
@@ -67,37 +57,25 @@ def choose_with_times(
 ) -> TimedChoices:
     """Choose for all sites in each layout of the profile, and return the best result.
 
-    Parameters
-    ----------
-    sites : sequence of Site
-        The layers that may be replaced.
-    candidates : sequence of sequences of Candidate
-        For each site.
-    selector : RankSelector
-    rest : Cost
-        The cost of the model outside these sites.
-    profile : Profile
-    example : Example
-    model : nn.Module
-    only_if_faster : bool
-        Leave each layer alone whose chain is not measurably faster.
-    guard : callable ``Choice -> Choice``
-        Replaces a choice that is refused in any case by one that says why.
+    `candidates` are listed for each site; `rest` is the cost of the model outside these sites.
+    `only_if_faster` leaves alone each layer whose chain is not measurably faster. `guard` replaces
+    a choice that must not be made by one that says why.
 
     Raises
     ------
     ValueError
-        If the budget cannot be met, or the times scatter by more than what it asks for.
+        If the budget cannot be met, or the times scatter by more than the budget saves.
     """
-    request = TimedRequest(
-        sites, candidates, selector, rest, profile, example, model, only_if_faster, guard
-    )
     comparisons: dict[Any, LayerComparison] = {}
     found: list[TimedChoices] = []
     refused: dict[str, ValueError] = {}
     for layout in profile.layouts:
+        times = LayoutTimes(
+            sites, candidates, selector, rest, profile, example, model, only_if_faster, guard,
+            comparisons, layout,
+        )  # fmt: skip
         try:
-            found.append(_choose_in_layout(LayoutTimes(request, layout, comparisons)))
+            found.append(_choose_in_layout(times))
         except ValueError as error:
             refused[layout] = error
     if not found:
@@ -106,7 +84,7 @@ def choose_with_times(
 
 
 def _demerit(budget: float | None, timed: TimedChoices) -> tuple[float, float]:
-    """What to minimize: without a budget in time the time; else the excess, then the loss."""
+    """What to minimize: without a budget in time the time, else the excess time, then the loss."""
     if budget is None:
         return timed.share, 0.0
     excess = max(0.0, timed.share / budget - 1 - _CLOSE)
@@ -115,15 +93,15 @@ def _demerit(budget: float | None, timed: TimedChoices) -> tuple[float, float]:
 
 def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
     """Choose, time the whole model, correct the predictor by it, and choose again."""
-    budget, fastest = times.request.selector.latency, times.request.profile.fastest
+    budget, fastest = times.selector.latency, times.profile.fastest
     points = [(sum(times.layers()), times.original)]
     predictor = LatencyPredictor.from_original(*points[0])
     found: list[TimedChoices] = []
     for _ in range(_REHEARSALS):
         timed = _choose_once(times, predictor)
         found.append(timed)
-        nothing_changed = all(choice.candidate is None for choice in timed.choices)
-        if budget is None or nothing_changed or abs(timed.share / (_AIM * budget) - 1) <= _CLOSE:
+        unchanged = all(choice.candidate is None for choice in timed.choices)
+        if budget is None or unchanged or abs(timed.share / (_AIM * budget) - 1) <= _CLOSE:
             break
         # A share of the profile's seconds: the machine may be slower now than it was then, but
         # for both models alike.
@@ -137,47 +115,48 @@ def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
 
 def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoices:
     """Choose by predicted times, drop chains that are slower, and time the whole model."""
-    request, layers = times.request, times.layers()
-    selector = _aimed(request.selector, times, predictor)
+    layers, selector = times.layers(), _aimed(times, predictor)
     candidates = [
         [_with_times(c, site, times, predictor.factor) for c in offered]
-        for site, offered in zip(request.sites, request.candidates, strict=True)
+        for site, offered in zip(times.sites, times.candidates, strict=True)
     ]
-    rest = replace(request.rest, latency=predictor.rest)
+    rest = replace(times.rest, latency=predictor.rest)
+    penalize = times.only_if_faster and selector.weighs_layers and selector.latency is None
+    select = partial(choose_with_time_penalty, selector) if penalize else selector.select
     while True:
         try:
-            choices = _select(request, selector, candidates, rest)
+            choices = [times.guard(choice) for choice in select(candidates, rest)]
         except ValueError as error:
             choices = _fastest(times, candidates, error)
-        compared = [times.compare(s, c) for s, c in zip(request.sites, choices, strict=True)]
-        slower = [i for i, found in enumerate(compared) if found and _too_slow(request, found)]
+        compared = [times.compare(s, c) for s, c in zip(times.sites, choices, strict=True)]
+        slower = {i: found for i, found in enumerate(compared) if found and _too_slow(times, found)}
         if not slower or not selector.weighs_layers:
             break
         for i in slower:
             candidates[i] = [_without(c, choices[i]) for c in candidates[i]]
-    for i in slower:
-        choices[i], compared[i] = Choice(reason=_reason(choices[i], compared[i])), None
-    speed = times.rehearse(choices)
-    if request.only_if_faster and (speed.predicted or 1.0) > 1:
+    for i, found in slower.items():
+        choices[i], compared[i] = Choice(reason=_reason(choices[i], found)), None
+    speed = rehearse(times, choices)
+    if times.only_if_faster and (speed.predicted or 1.0) > 1:
         reason = f"the model with these chains takes {speed.predicted:.2f} of its time"
         choices = [c if c.candidate is None else Choice(reason=reason) for c in choices]
         compared = [None] * len(choices)
-        speed = times.rehearse(choices)
+        speed = rehearse(times, choices)
     seconds = {
         site.name: (layer, layer) if found is None else (found.before, found.after)
-        for site, layer, found in zip(request.sites, layers, compared, strict=True)
+        for site, layer, found in zip(times.sites, layers, compared, strict=True)
     }
     return TimedChoices(choices, seconds, speed, max(0.0, times.original - sum(layers)))
 
 
-def _aimed(selector: RankSelector, times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:
+def _aimed(times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:
     """The selector that asks for the same seconds, as a share of the predicted original's."""
-    budget = selector.latency
+    selector, budget = times.selector, times.selector.latency
     if budget is None:
         return selector
     predicted = predictor.rest + predictor.factor * sum(times.layers())
     aim = 1.0 if budget == 1 else _AIM
-    share = min(1.0, aim * budget * times.request.profile.fastest / predicted)
+    share = min(1.0, aim * budget * times.profile.fastest / predicted)
     if math.isclose(share, budget, rel_tol=1e-6):
         return selector
     return replace(selector, latency=share)  # type: ignore[type-var]
@@ -186,7 +165,7 @@ def _aimed(selector: RankSelector, times: LayoutTimes, predictor: LatencyPredict
 def _with_times(candidate: Candidate, site: Site, times: LayoutTimes, factor: float) -> Candidate:
     """The candidate with predicted seconds; if time counts, without options that save none."""
     layer = factor * times.layer(site)
-    time_counts = times.request.only_if_faster or times.request.selector.latency is not None
+    time_counts = times.only_if_faster or times.selector.latency is not None
 
     def cost(rank: Rank) -> Cost:
         latency = factor * times.chain(site, candidate, rank)
@@ -201,30 +180,15 @@ def _with_times(candidate: Candidate, site: Site, times: LayoutTimes, factor: fl
     return replace(candidate, before=before, cost=cost, options=options)
 
 
-def _select(
-    request: TimedRequest,
-    selector: RankSelector,
-    candidates: Sequence[Sequence[Candidate]],
-    rest: Cost,
-) -> list[Choice]:
-    """The selector's choices, guarded."""
-    if request.only_if_faster and selector.weighs_layers and selector.latency is None:
-        choices = choose_with_time_penalty(selector, candidates, rest)
-    else:
-        choices = selector.select(candidates, rest)
-    return [request.guard(choice) for choice in choices]
-
-
 def _fastest(
     times: LayoutTimes, candidates: Sequence[Sequence[Candidate]], error: ValueError
 ) -> list[Choice]:
     """The fastest choices, if they meet a budget in time once they are measured.
 
-    A selector may refuse a budget that can be met, as the rest of the model can take less time
-    than predicted.
+    A selector that relies on predictions may refuse a budget that can be met.
     """
-    selector, budget = times.request.selector, times.request.selector.latency
-    if times.request.only_if_faster and budget is None:
+    selector, budget = times.selector, times.selector.latency
+    if times.only_if_faster and budget is None:
         raise ValueError(
             f"{error}. With only_if_faster=True a chain that is not measurably faster than its "
             "layer does not count"
@@ -234,15 +198,14 @@ def _fastest(
         raise error
     choices = []
     for offered in candidates:
-        options = [(c, o) for c in offered for o in c.options()]
-        fastest = min(options, key=lambda pair: pair[1].cost.latency or 0.0, default=None)
-        if fastest is None:
-            choices.append(Choice(reason="no chain is faster"))
-        else:
-            candidate, option = fastest
-            choice = Choice(candidate, option.rank, error=option.error, loss=option.loss)
-            choices.append(times.request.guard(choice))
-    least = times.rehearse(choices).predicted or 1.0
+        timed = [
+            (o.cost.latency or 0.0, Choice(c, o.rank, error=o.error, loss=o.loss))
+            for c in offered
+            for o in c.options()
+        ]
+        kept = (0.0, Choice(reason="no chain is faster"))
+        choices.append(times.guard(min(timed, key=itemgetter(0), default=kept)[1]))
+    least = rehearse(times, choices).predicted or 1.0
     if least > budget:
         raise ValueError(
             f"Budget: latency={budget} cannot be met: the least is {least:.3f} of the model's "
@@ -252,10 +215,10 @@ def _fastest(
     return choices
 
 
-def _too_slow(request: TimedRequest, found: LayerComparison) -> bool:
-    if request.only_if_faster:
-        return not found.faster
-    return request.selector.latency is not None and found.ratio.low >= 1
+def _too_slow(times: LayoutTimes, found: LayerComparison) -> bool:
+    if times.only_if_faster:
+        return found.ratio.high >= 1
+    return times.selector.latency is not None and found.ratio.low >= 1
 
 
 def _without(candidate: Candidate, choice: Choice) -> Candidate:
@@ -266,9 +229,8 @@ def _without(candidate: Candidate, choice: Choice) -> Candidate:
     return replace(candidate, options=lambda: left)
 
 
-def _reason(choice: Choice, found: LayerComparison | None) -> str:
+def _reason(choice: Choice, found: LayerComparison) -> str:
     assert choice.candidate is not None
-    assert found is not None
     words = f"{choice.candidate.method} at rank {choice.rank} takes"
     times = f"{1e3 * found.after:.3g} ms against the layer's {1e3 * found.before:.3g} ms"
     if found.ratio.low >= 1:

@@ -11,11 +11,6 @@ Point = tuple[float, float]
 class LatencyPredictor:
     """A line: ``factor`` times the seconds of the layers, plus the ``rest`` of the model.
 
-    >>> LatencyPredictor.from_original(layers=8.0, model=10.0)
-    LatencyPredictor(factor=1.0, rest=2.0)
-    >>> LatencyPredictor.through([(8.0, 10.0), (2.0, 4.0)], near=5.0)
-    LatencyPredictor(factor=1.0, rest=2.0)
-
     The factor need not be 1: when a model comes back to a layer, its weights are no longer in the
     cache, so that the layer takes longer than it does when it is timed by itself.
     """
@@ -25,7 +20,7 @@ class LatencyPredictor:
 
     @classmethod
     def from_original(cls, layers: float, model: float) -> "LatencyPredictor":
-        """The predictor as long as only the original was timed."""
+        """The predictor while the original is the only model that was timed."""
         return cls(min(1.0, model / layers) if layers > 0 else 1.0, max(0.0, model - layers))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Times of one model in one memory layout: of its layers, of their chains, and of the whole."""
+"""Times of one model in one memory layout: of its layers, and of the chains in their place."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
@@ -15,15 +14,26 @@ from tdecomp.model.example import Example
 from tdecomp.model.sites import Site
 from tdecomp.ranks.base import Candidate, Choice, RankSelector
 from tdecomp.timing.profile import Profile
-from tdecomp.timing.rehearsal import rehearse
 from tdecomp.timing.setting import device_and_dtype
-from tdecomp.timing.speed import Quartiles, Speed
+from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, ratio
 
 
 @dataclass(frozen=True)
-class TimedRequest:
-    """The arguments of `choose_with_times`, which documents them."""
+class LayerComparison:
+    """Seconds of one pass of a layer and of its chain, timed in the same rounds."""
+
+    before: float
+    after: float
+    ratio: Quartiles  # of chain to layer, taken within each round
+
+
+@dataclass(frozen=True)
+class LayoutTimes:
+    """The arguments of `choose_with_times`, and times in one layout.
+
+    Times are read from the profile; only `compare` measures.
+    """
 
     sites: Sequence[Site]
     candidates: Sequence[Sequence[Candidate]]
@@ -34,70 +44,43 @@ class TimedRequest:
     model: nn.Module
     only_if_faster: bool
     guard: Callable[[Choice], Choice]
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """Seconds of one pass of a layer, those of its chain, and the ratio of chain to layer.
-
-    The ratio is taken within each round, in which both were timed.
-    """
-
-    before: float
-    after: float
-    ratio: Quartiles
-
-    @property
-    def faster(self) -> bool:
-        """Whether the chain was faster in at least three of four rounds."""
-        return self.ratio.high < 1
-
-
-@dataclass(frozen=True)
-class LayoutTimes:
-    """Seconds in one layout: `layer` and `chain` are read from the profile, the rest is measured.
-
-    `comparisons` are those measured so far.
-    """
-
-    request: TimedRequest
+    comparisons: dict[Any, LayerComparison]  # those measured so far, in any layout
     layout: str
-    comparisons: dict[Any, LayerComparison]
 
     @property
     def original(self) -> float:
         """Seconds of one pass of the original."""
-        return self.request.profile.whole[self.layout].median
+        return self.profile.whole[self.layout].median
 
     def layer(self, site: Site) -> float:
         """Seconds of a site's layer in one pass."""
-        return self.request.profile.layer(_spec(site), site.calls or (), self.layout)
+        return self.profile.layer(spec_of(site), site.calls or (), self.layout)
 
     def layers(self) -> list[float]:
         """Seconds of each site's layer in one pass."""
-        return [self.layer(site) for site in self.request.sites]
+        return [self.layer(site) for site in self.sites]
 
     def chain(self, site: Site, candidate: Candidate, rank: Rank) -> float:
         """Seconds of a chain in the layer's place."""
         method, calls = candidate.decomposer, site.calls or ()
-        return self.request.profile.chain(method, _spec(site), rank, calls, self.layout)
+        return self.profile.chain(method, spec_of(site), rank, calls, self.layout)
 
     def chosen(self, choices: Sequence[Choice]) -> float:
-        """The sum over all sites: of each the chosen chain, or the layer that is kept."""
+        """The sum over all sites of the chosen chain's seconds, or the layer's where it is kept."""
         return sum(
             self.layer(site)
             if choice.candidate is None or choice.rank is None
             else self.chain(site, choice.candidate, choice.rank)
-            for site, choice in zip(self.request.sites, choices, strict=True)
+            for site, choice in zip(self.sites, choices, strict=True)
         )
 
     def compare(self, site: Site, choice: Choice) -> LayerComparison | None:
         """The layer timed against the chosen chain, once; None for a layer that is kept."""
         if choice.candidate is None or choice.rank is None or not site.calls:
             return None
-        spec, profile = _spec(site), self.request.profile
+        spec, profile = spec_of(site), self.profile
         chains = [(spec,), tuple(choice.candidate.decomposer.stages(spec, choice.rank))]
-        layout, where = profile.timed_in(self.layout), device_and_dtype(self.request.model)
+        layout, where = profile.timed_in(self.layout), device_and_dtype(self.model)
         key = (layout, *chains, site.calls)
         if key not in self.comparisons:
             tables = [
@@ -109,22 +92,8 @@ class LayoutTimes:
             self.comparisons[key] = LayerComparison(before, after, ratio(seconds, 1, 0))
         return self.comparisons[key]
 
-    def rehearse(self, choices: Sequence[Choice]) -> Speed:
-        """The measured speed of the whole model with the chosen chains."""
-        request = self.request
-        chains = {
-            site.module: empty_chain_like(
-                site.module, _spec(site), choice.candidate.decomposer, choice.rank
-            )
-            for site, choice in zip(request.sites, choices, strict=True)
-            if choice.candidate is not None and choice.rank is not None
-        }
-        budget = request.selector.latency
-        return rehearse(
-            request.model, request.example, request.profile, chains, self.layout, budget
-        )
 
-
-def _spec(site: Site) -> LayerSpec:
+def spec_of(site: Site) -> LayerSpec:
+    """The spec of a site with candidates, which always has one."""
     assert site.spec is not None
     return site.spec

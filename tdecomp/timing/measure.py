@@ -1,7 +1,8 @@
 """`profile`: a few measurements, from which the time of any layer or chain is read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,9 @@ from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Stages, Stopwatch, TimingEffort
 
 # Multiples of ranks that hardware may prefer, largest first. Time rises in steps of a multiple if
-# this share of the rise from one multiple to the next is there half-way between them.
+# it has risen by this share half-way from one multiple to the next.
 _MULTIPLES = (32, 16, 8)
 _STEP = 0.7
-_MISMATCH = ("error", "remeasure")
 
 
 def profile(
@@ -70,11 +70,10 @@ def profile(
         Whether the model will run compiled. Single layers and chains are always timed uncompiled.
     effort : {"quick", "default", "thorough"}
     cache : Profile, optional
-        Times that need not be taken again.
+        Holds times that are not taken again.
     on_mismatch : {"error", "remeasure"}
         What to do with a cache from another machine or mode.
     progress : bool
-        Show a bar.
 
     Returns
     -------
@@ -88,14 +87,14 @@ def profile(
         Without inputs, if the model rejects them, for an unknown option, and for a cache of
         another setting.
     """
-    check_profile("profile: cache", cache)
+    _check_profile("profile: cache", cache)
     layouts = _layouts(model, memory_format)
-    if effort not in EFFORTS:
-        raise ValueError(f"profile: expected effort to be one of {[*EFFORTS]}, got {effort!r}")
-    if on_mismatch not in _MISMATCH:
-        raise ValueError(
-            f"profile: expected on_mismatch to be one of {[*_MISMATCH]}, got {on_mismatch!r}"
-        )
+    for name, value, known in (
+        ("effort", effort, list(EFFORTS)),
+        ("on_mismatch", on_mismatch, ["error", "remeasure"]),
+    ):
+        if value not in known:
+            raise ValueError(f"profile: expected {name} to be one of {known}, got {value!r}")
     if example_inputs is None:
         raise ValueError(
             "profile: times are those of one call of the model, got no example_inputs; expected a "
@@ -105,16 +104,9 @@ def profile(
     example = Example.of(example_inputs, forward)
     sites = list(find_sites(model, None, example).values())
     return measure(
-        model,
-        example,
-        sites,
-        listed_methods(methods),
-        layouts=layouts,
-        compiled=compiled,
-        effort=EFFORTS[effort],
-        cache=cache,
-        progress=progress,
-    )
+        model, example, sites, listed_methods(methods), layouts=layouts, compiled=compiled,
+        effort=EFFORTS[effort], cache=cache, progress=progress,
+    )  # fmt: skip
 
 
 def measure(
@@ -134,31 +126,24 @@ def measure(
     layouts = layouts or (layout_of(model),)
     runs = [(model, layout) for layout in layouts]
     columns = stopwatch.models(runs, example, compiled=compiled).T
+    whole = dict(zip(layouts, map(Quartiles.over, columns), strict=True))
+    setting, known = Setting.of(model, compiled=compiled), dict(cache.times) if cache else {}
     result = Profile(
-        Setting.of(model, compiled=compiled),
-        model_in_words(model),
-        example.describe(),
-        {layout: Quartiles.over(seconds) for layout, seconds in zip(layouts, columns, strict=True)},
-        dict(cache.times) if cache else {},
-        points=effort.points,
-        stopwatch=stopwatch,
-    )
+        setting, model_in_words(model), example.describe(), whole, known,
+        points=effort.points, stopwatch=stopwatch,
+    )  # fmt: skip
     geometries = _geometries(sites)
     device, dtype = device_and_dtype(model)
     seconds_of = partial(stopwatch.layers, device=device, dtype=dtype, effort=effort)
     result.round_to = cache.round_to if cache else _multiple(geometries, result, seconds_of)
-    work = [
-        (layout, spec, call)
-        for layout in dict.fromkeys(map(result.timed_in, layouts))
-        for spec, call in geometries
-    ]
-    for layout, spec, call in tqdm(work, desc="profile", unit="layer", disable=not progress):
+    work = list(product(dict.fromkeys(map(result.timed_in, layouts)), geometries))
+    for layout, (spec, call) in tqdm(work, desc="profile", unit="layer", disable=not progress):
         chains = _chains(spec, call, decomposers, result)
-        missing = [stages for stages in chains if key_of(layout, stages, call) not in result.times]
+        keyed = {key_of(layout, stages, call): stages for stages in chains}
+        missing = {key: stages for key, stages in keyed.items() if key not in result.times}
         if missing:
-            seconds = seconds_of(missing, call, layout)
-            for stages, column in zip(missing, seconds.T, strict=True):
-                result.times[key_of(layout, stages, call)] = Quartiles.over(column)
+            columns = seconds_of(list(missing.values()), call, layout).T
+            result.times.update(zip(missing, map(Quartiles.over, columns), strict=True))
     return result
 
 
@@ -166,7 +151,7 @@ def check_timing(
     profile: Profile | None, only_if_faster: bool, selector: RankSelector, example: Example | None
 ) -> None:
     """Raise an error if times are asked for and there is no call of the model to time."""
-    check_profile("profile", profile)
+    _check_profile("profile", profile)
     asked = {
         "only_if_faster=True": only_if_faster,
         "Budget(latency=...)": selector.latency is not None,
@@ -195,14 +180,12 @@ def profile_for(
         return None
     if profile is not None:
         profile.check(model, example)
-        return profile
-    if selector.latency is None and not only_if_faster:
-        return None
-    return measure(model, example, sites, methods, progress=progress)
+    elif only_if_faster or selector.latency is not None:
+        return measure(model, example, sites, methods, progress=progress)
+    return profile
 
 
-def check_profile(name: str, value: Any) -> None:
-    """Raise a TypeError for anything that is not a profile, such as the path of one."""
+def _check_profile(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, Profile):
         raise TypeError(
             f"{name}: expected a Profile, got {value!r}; tdecomp.profile(model, example_inputs) "
@@ -212,14 +195,13 @@ def check_profile(name: str, value: Any) -> None:
 
 def _chains(
     spec: LayerSpec, call: Call, decomposers: Sequence[Decomposer], result: Profile
-) -> list[Stages]:
-    """The layer first, then all chains to be timed with it."""
-    chains: dict[Stages, None] = {(spec,): None}
+) -> Iterator[Stages]:
+    """The layer, then the chains to be timed with it."""
+    yield (spec,)
     for decomposer in decomposers:
         if decomposer.refusal(spec) is None:
             for rank in timed_ranks(decomposer, spec, call, result.rounding, result.points):
-                chains[tuple(decomposer.stages(spec, rank))] = None
-    return list(chains)
+                yield tuple(decomposer.stages(spec, rank))
 
 
 def _geometries(sites: Sequence[Site]) -> list[tuple[LayerSpec, Call]]:
@@ -239,18 +221,16 @@ def _multiple(
     """The multiple of channels in whose steps the time of the most expensive layer rises.
 
     Hardware works on blocks of channels: a block that is half empty takes as long as a full one.
-    Where no step stands out, the smallest multiple.
+    Where no step stands out, it is the smallest multiple.
     """
     for spec, call in geometries:
         largest = min(spec.in_channels, spec.out_channels) // 2 // _MULTIPLES[0] * _MULTIPLES[0]
         if largest < 2 * _MULTIPLES[0] or spec.groups > 1:
             continue
-        narrower = {part for m in _MULTIPLES for part in (m, m // 2)}
-        widths = [largest, *(largest - part for part in narrower)]
+        widths = list({largest - part for m in _MULTIPLES for part in (0, m // 2, m)})
         stages = [(spec.pointwise(spec.in_channels, width),) for width in widths]
-        layout = result.timed_in(result.layouts[0])
-        seconds = np.median(seconds_of(stages, call, layout), axis=0)
-        taken = dict(zip(widths, seconds.tolist(), strict=True))
+        seconds = seconds_of(stages, call, result.timed_in(result.layouts[0]))
+        taken = dict(zip(widths, np.median(seconds, axis=0).tolist(), strict=True))
         for multiple in _MULTIPLES:
             step = taken[largest] - taken[largest - multiple]
             half = taken[largest - multiple // 2] - taken[largest - multiple]
@@ -264,7 +244,7 @@ def _usable(cache: Profile | None, setting: Setting, on_mismatch: str) -> Profil
     """The cache, unless its times are to be taken again."""
     if cache is None:
         return None
-    # Layers are timed uncompiled for compiled models, too.
+    # Layers are timed uncompiled for compiled models too, so a cache of either kind holds.
     differences = [d for d in cache.setting.differences(setting) if not d.startswith("compiled")]
     if differences and on_mismatch == "error":
         raise ValueError(
@@ -277,11 +257,9 @@ def _usable(cache: Profile | None, setting: Setting, on_mismatch: str) -> Profil
 def _layouts(model: nn.Module, wanted: str | torch.memory_format | None) -> tuple[str, ...]:
     if wanted is None:
         return (layout_of(model),)
-    if wanted == "auto":
-        return tuple(LAYOUTS)
-    for name, memory_format in LAYOUTS.items():
-        if wanted in (name, memory_format):
-            return (name,)
+    named = [name for name, value in LAYOUTS.items() if wanted in ("auto", name, value)]
+    if named:
+        return tuple(named)
     raise ValueError(
         f"profile: expected memory_format to be 'auto', one of {[*LAYOUTS]} or the torch "
         f"memory format, got {wanted!r}"

@@ -28,36 +28,31 @@ _FORMAT = 1
 _SMALLEST = 0.06
 # A layout, a layer or a chain, and the size of one call.
 Key = tuple[str, tuple[StageId, ...], Call]
-# MACs and seconds of the timed chains of a method.
-Curve = tuple[list[float], list[float]]
+# The fields that a saved profile holds as they are.
+_PLAIN = ("model", "inputs", "round_to", "points")
 
 
 @dataclass
 class Profile:
     """How long a model, its layers and the chains that may replace them take; `profile` makes it.
 
-    >>> import torch, tdecomp                                             # doctest: +SKIP
-    >>> profile = tdecomp.profile(model, torch.randn(1, 3, 224, 224))    # doctest: +SKIP
-    >>> profile.save("times.json")                                       # doctest: +SKIP
-    >>> tdecomp.plan(model, "dense", rank=tdecomp.Budget(latency=0.5),
-    ...              example_inputs=x, profile=profile)                  # doctest: +SKIP
+    >>> tdecomp.profile(model, x).save("times.json")  # doctest: +SKIP
+    >>> times = tdecomp.Profile.load("times.json")  # doctest: +SKIP
+    >>> half = tdecomp.Budget(latency=0.5)
+    >>> tdecomp.plan(model, "dense", rank=half, example_inputs=x, profile=times)  # doctest: +SKIP
 
     Attributes
     ----------
     setting : Setting
         The machine and the mode.
     model, inputs : str
-        The model and the example inputs, in words.
+        In words.
     whole : mapping of str to Quartiles
         Seconds of the whole model in each layout that was tried.
     times : mapping of (layout, stages, call) to Quartiles
-        Seconds of one call of a layer, or of a chain.
+        Seconds of one call of a layer or a chain.
     round_to : int
         The multiple of ranks that is fastest on this machine.
-    points : int
-        How many ranks of each method are timed on each layer.
-    stopwatch : Stopwatch
-        Takes the times of all that is measured later with this profile; it is not saved.
     """
 
     setting: Setting
@@ -66,9 +61,13 @@ class Profile:
     whole: dict[str, Quartiles]
     times: dict[Key, Quartiles] = field(default_factory=dict)
     round_to: int = 1
-    points: int = 5
+    points: int = 5  # how many ranks of each method are timed on each layer
+    # Takes all further measurements made with this profile; it is not saved.
     stopwatch: Stopwatch = field(default=THIS_MACHINE, repr=False, compare=False)
-    _curves: dict[Any, Curve] = field(default_factory=dict, repr=False, compare=False)
+    # MACs and seconds of the timed chains of a method, ascending.
+    _curves: dict[Any, list[tuple[float, float]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -125,60 +124,50 @@ class Profile:
         key = key_of(self.timed_in(layout), stages, call)
         if key in self.times:
             return self.times[key].median
-        macs, seconds = self._curve(decomposer, spec, call, layout)
-        if not macs:
+        curve = (repr(decomposer), spec, call, layout)
+        if curve not in self._curves:
+            ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
+            self._curves[curve] = sorted(
+                (float(chain_cost(timed, (call,)).deciding), self.times[found].median)
+                for timed in (decomposer.stages(spec, rank) for rank in ranks)
+                if (found := key_of(self.timed_in(layout), timed, call)) in self.times
+            )
+        if not self._curves[curve]:
             return self.layer(spec, (call,), layout)
+        macs, seconds = zip(*self._curves[curve], strict=True)
         wanted = float(chain_cost(stages, (call,)).deciding)
         if wanted > macs[-1]:
-            return seconds[-1] * wanted / macs[-1]
+            return float(seconds[-1] * wanted / macs[-1])
         return float(np.interp(wanted, macs, seconds))
 
-    def _curve(self, decomposer: Decomposer, spec: LayerSpec, call: Call, layout: str) -> Curve:
-        key = (repr(decomposer), spec, call, layout)
-        if key not in self._curves:
-            ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
-            points = sorted(
-                (float(chain_cost(stages, (call,)).deciding), self.times[found].median)
-                for stages in (decomposer.stages(spec, rank) for rank in ranks)
-                if (found := key_of(self.timed_in(layout), stages, call)) in self.times
-            )
-            self._curves[key] = [m for m, _ in points], [s for _, s in points]
-        return self._curves[key]
-
     def timed_in(self, layout: str) -> str:
-        """The layout in which the layers of a model in this layout are timed.
-
-        Layers are timed uncompiled even for a compiled model, as they call the same library. On
-        CPUs torch's compiler gives all convolutions channels_last.
-        """
+        """The layout in which the layers of a model in this layout are timed."""
+        # Layers are timed uncompiled even for a compiled model, as they call the same library. On
+        # CPUs torch's compiler gives all convolutions channels_last.
         compiled_cpu = self.setting.compiled and self.setting.device == "cpu"
         return "channels_last" if compiled_cpu else layout
 
     def check(self, model: nn.Module, example: Example) -> None:
         """Raise a ValueError that names what differs: machine, mode, model or inputs."""
         now = Setting.of(model, compiled=self.setting.compiled)
+        words = [
+            ("model", self.model, model_in_words(model)),
+            ("inputs", self.inputs, example.describe()),
+        ]
         differences = self.setting.differences(now)
-        if self.model != model_in_words(model):
-            differences.append(f"model {self.model}, now {model_in_words(model)}")
-        if self.inputs != example.describe():
-            differences.append(f"inputs {self.inputs}, now {example.describe()}")
+        differences += [f"{name} {a}, now {b}" for name, a, b in words if a != b]
         if differences:
             raise ValueError(
                 f"the profile is of another setting: {'; '.join(differences)}. Its times "
                 "do not hold for this one: take a new profile(model, example_inputs)"
             )
 
-    # -- as data ----------------------------------------------------------------------------
-
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the profile as JSON; `Profile.load` reads it."""
         data = {
             "format": _FORMAT,
             "setting": asdict(self.setting),
-            "model": self.model,
-            "inputs": self.inputs,
-            "round_to": self.round_to,
-            "points": self.points,
+            **{name: getattr(self, name) for name in _PLAIN},
             "whole": {layout: asdict(time) for layout, time in self.whole.items()},
             "times": [
                 {
@@ -194,13 +183,7 @@ class Profile:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Profile":
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        ValueError
-            If it is no profile, or of a newer format.
-        """
+        """Read what `save` wrote; a ValueError if it is no profile, or of a newer format."""
         try:
             data = json.loads(Path(file).read_text(encoding="utf-8"))
             if data["format"] != _FORMAT:
@@ -208,20 +191,15 @@ class Profile:
                     f"profile format {data['format']!r}: this version reads format {_FORMAT}"
                 )
             return cls(
-                Setting(**data["setting"]),
-                data["model"],
-                data["inputs"],
-                {layout: Quartiles(**time) for layout, time in data["whole"].items()},
-                dict(_entry(entry) for entry in data["times"]),
-                data["round_to"],
-                data["points"],
+                setting=Setting(**data["setting"]),
+                whole={layout: Quartiles(**time) for layout, time in data["whole"].items()},
+                times=dict(map(_entry, data["times"])),
+                **{name: data[name] for name in _PLAIN},
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{os.fspath(file)!r} is no profile: {type(error).__name__}: {error}"
             ) from error
-
-    # -- for people -------------------------------------------------------------------------
 
     def __str__(self) -> str:
         rows = []
@@ -234,8 +212,8 @@ class Profile:
                 if (where, size) == (layout, call) and _replaces(chain, spec)
             ]
             span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
-            words = [str(spec), str(call.batch), _size(call), layout]
-            rows.append([*words, f"{1e3 * time.median:.3f}", span])
+            milliseconds = f"{1e3 * time.median:.3f}"
+            rows.append([str(spec), str(call.batch), _size(call), layout, milliseconds, span])
         headers = ["layer", "batch", "size", "layout", "ms", "chains, of that"]
         colalign = ("left", "right", "left", "left", "right", "left")
         table = tabulate(rows, headers, disable_numparse=True, colalign=colalign) if rows else ""
@@ -263,12 +241,12 @@ def timed_ranks(
 
 
 def key_of(layout: str, stages: Stages, call: Call) -> Key:
-    """The key of a time; a method's own stages count by their plain data, as in a saved profile."""
+    """The key of a time; it holds a method's own stages as plain data, as a saved profile does."""
     return layout, tuple(map(id_of, stages)), call
 
 
 def model_in_words(model: nn.Module) -> str:
-    """Its class and its size: enough to tell most models apart."""
+    """The class and the size of a model: enough to tell most models apart."""
     return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
 
 

@@ -1,20 +1,18 @@
 """The whole model with chains of random weights, timed against the original before any fit."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
-
-from tdecomp.layers.chain import Chain
-from tdecomp.model.example import Example
+from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.model.surgery import copy_with
-from tdecomp.timing.profile import Profile
+from tdecomp.ranks.base import Choice
+from tdecomp.timing.layout_times import LayoutTimes, spec_of
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.stopwatch import random_weights
 from tdecomp.timing.whole_model import compare
 
 # Rounds of timing: at first, and once more where the ratio scatters by more than is to be saved.
-# A budget near 1 asks for so little that this much scatter is accepted in any case.
+# For a budget near 1, which saves little, scatter up to _LEAST_SAVING is accepted.
 _ROUNDS = (9, 27)
 _LEAST_SAVING = 0.05
 # A layout in which the original takes up to this multiple of its best time may be its best layout
@@ -22,46 +20,34 @@ _LEAST_SAVING = 0.05
 _NEARLY_BEST = 1.15
 
 
-def rehearse(
-    model: nn.Module,
-    example: Example,
-    profile: Profile,
-    chains: Mapping[nn.Module, Chain],
-    layout: str,
-    budget: float | None,
-) -> Speed:
-    """The predicted speed of a model with these chains, which get random weights.
-
-    Raises
-    ------
-    ValueError
-        If the ratio scatters by more than what is to be saved.
-    """
-    best, compiled = profile.best_layout, profile.setting.compiled
+def rehearse(times: LayoutTimes, choices: Sequence[Choice]) -> Speed:
+    """The speed of the whole model with the chosen chains; a ValueError if it scatters too much."""
+    profile = times.profile
+    budget, compiled, tried = times.selector.latency, profile.setting.compiled, profile.layouts
+    chains = {
+        s.module: empty_chain_like(s.module, spec_of(s), choice.candidate.decomposer, choice.rank)
+        for s, choice in zip(times.sites, choices, strict=True)
+        if choice.candidate is not None and choice.rank is not None
+    }
     if not chains:
-        seconds, tried = profile.fastest, profile.layouts
+        seconds, best = profile.fastest, profile.best_layout
         return Speed(seconds, best, best, 1.0, budget=budget, compiled=compiled, tried=tried)
     for chain in chains.values():
         random_weights(chain)
-    changed = copy_with(model, chains)
+    changed = copy_with(times.model, chains)
     slowest = _NEARLY_BEST * profile.fastest
     rivals = [name for name, time in profile.whole.items() if time.median <= slowest]
     scatter, saved = 0.0, 1.0 if budget is None else 1 - budget
     for rounds in _ROUNDS:
         speed = compare(
-            model,
-            changed,
-            example,
-            (rivals, (layout,)),
-            compiled=compiled,
-            rounds=rounds,
-            stopwatch=profile.stopwatch,
-        )
-        assert speed.measured is not None
-        found = replace(speed, predicted=speed.measured.median, measured=None)
-        scatter = speed.measured.high - speed.measured.low
+            times.model, changed, times.example, (rivals, (times.layout,)),
+            compiled=compiled, rounds=rounds, stopwatch=profile.stopwatch,
+        )  # fmt: skip
+        ratio = speed.measured
+        assert ratio is not None
+        scatter = ratio.high - ratio.low
         if budget is None or scatter <= max(saved, _LEAST_SAVING):
-            return replace(found, budget=budget, tried=profile.layouts)
+            return replace(speed, predicted=ratio.median, measured=None, budget=budget, tried=tried)
     raise ValueError(
         f"Budget(latency={budget}): from one round to the next the times scatter by {scatter:.0%} "
         f"of the original's, more than the {saved:.0%} that is to be saved, so that a choice would "

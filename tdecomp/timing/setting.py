@@ -1,4 +1,4 @@
-"""The machine and the mode that a model runs in, for which alone measured times hold."""
+"""The machine and the mode that a model runs in: measured times hold for these only."""
 
 import os
 import platform
@@ -12,45 +12,27 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Setting:
-    """The machine and the mode that times were taken on.
+    """The machine and the mode that times were taken in."""
 
-    Attributes
-    ----------
-    machine : str
-        The processor, or the GPU.
-    device, dtype : str
-        Those of most of the model's parameters.
-    threads : int
-        How many torch uses within an operation.
-    compiled : bool
-        Whether the whole model runs compiled, by ``torch.compile``.
-    torch : str
-        Its version.
-    """
-
-    machine: str
-    device: str
+    machine: str  # the processor, or the GPU
+    device: str  # that of most of the model's parameters, as is the dtype
     dtype: str
-    threads: int
-    compiled: bool
-    torch: str
+    threads: int  # how many torch uses within an operation
+    compiled: bool  # whether the whole model runs compiled, by torch.compile
+    torch: str  # its version
 
     @classmethod
     def of(cls, model: nn.Module, *, compiled: bool = False) -> "Setting":
         """The setting in which this model would run now."""
         device, dtype = device_and_dtype(model)
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-        return cls(
-            machine,
-            device.type,
-            str(dtype).removeprefix("torch."),
-            torch.get_num_threads(),
-            compiled,
-            torch.__version__,
-        )
+        on_gpu = device.type == "cuda"
+        processor = f"{processor_name()}, {os.cpu_count()} cores"
+        machine = torch.cuda.get_device_name(device) if on_gpu else processor
+        dtype_name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+        return cls(machine, device.type, dtype_name, threads, compiled, torch.__version__)
 
     def differences(self, now: "Setting") -> list[str]:
-        """For each field whose value is another now, both values in words."""
+        """Both values, in words, of each field that has changed."""
         pairs = ((f.name, getattr(self, f.name), getattr(now, f.name)) for f in fields(self))
         return [f"{name} {then!r}, now {here!r}" for name, then, here in pairs if then != here]
 
@@ -67,16 +49,10 @@ def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return max(kinds, key=lambda kind: kinds[kind])
 
 
-def processor() -> str:
-    """The processor's name and its number of cores."""
-    return f"{processor_name()}, {os.cpu_count()} cores"
-
-
 def processor_name() -> str:
-    """The name that its maker gives it."""
+    """The processor's name, as its maker gives it."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -9,11 +9,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The median and the quartiles of repeated measurements: of seconds, or of a ratio of them.
-
-    >>> Quartiles.over(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-    Quartiles(median=3.0, low=2.0, high=4.0)
-    """
+    """The median and the quartiles of repeated measurements: of seconds, or of a ratio of them."""
 
     median: float
     low: float
@@ -32,37 +28,19 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Speed:
-    """The time of a decomposed model as a share of the original's, best layout against best.
+    """The time of a decomposed model as a share of the original's, best layout against best."""
 
-    Attributes
-    ----------
-    seconds_before : float
-        Of one pass of the original.
-    layout_before, layout : str
-        The memory layouts in which the original and the result run fastest, of those tried.
-    predicted : float or None
-        The ratio that the plan expects.
-    measured : Quartiles or None
-        The measured ratio, over rounds in which both models were timed.
-    budget : float or None
-        The ratio that was asked for.
-    compiled : bool
-        Whether both models ran compiled.
-    tried : tuple of str
-        The layouts that were tried.
-    """
-
-    seconds_before: float
-    layout_before: str
-    layout: str
-    predicted: float | None = None
-    measured: Quartiles | None = None
-    budget: float | None = None
-    compiled: bool = False
-    tried: tuple[str, ...] = ()
+    seconds_before: float  # of one pass of the original
+    layout_before: str  # the memory layout in which the original runs fastest, of those tried
+    layout: str  # the one in which the decomposed model runs fastest
+    predicted: float | None = None  # the ratio that the plan expects
+    measured: Quartiles | None = None  # the ratio, over rounds in which both models were timed
+    budget: float | None = None  # the ratio that was asked for
+    compiled: bool = False  # whether both models ran compiled
+    tried: tuple[str, ...] = ()  # the layouts that were tried
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; `Speed.from_dict` is the inverse."""
+        """Plain data."""
         return asdict(self)
 
     @classmethod

@@ -30,11 +30,11 @@ _MODEL_BLOCK = 0.02
 
 @dataclass(frozen=True)
 class TimingEffort:
-    """How many ranks of each method are timed, in how many rounds of how many seconds each."""
+    """How much time is spent on measuring."""
 
-    points: int
+    points: int  # how many ranks of each method are timed
     rounds: int
-    min_block: float
+    min_block: float  # the seconds that each chain is called for in a round
 
 
 EFFORTS = {
@@ -56,15 +56,11 @@ class Stopwatch:
         dtype: torch.dtype,
         effort: TimingEffort,
     ) -> NDArray[np.float64]:
-        """Seconds (rounds, chains) of one call of a layer and of chains that may replace it.
-
-        Weights and inputs are made up.
-        """
+        """Seconds (rounds, chains) of one call of a layer and of chains that may replace it."""
         x = torch.ones(call.batch, chains[0][0].in_channels, *call.size, device=device, dtype=dtype)
         x = image_in_layout(x, layout)
-        modules = [_built(stages, layout, device, dtype) for stages in chains]
+        calls = [partial(_built(stages, layout, device, dtype), x) for stages in chains]
         with torch.inference_mode():
-            calls = [partial(module, x) for module in modules]
             return interleaved(calls, rounds=effort.rounds, min_block=effort.min_block)
 
     def models(
@@ -78,8 +74,8 @@ class Stopwatch:
         """Seconds (rounds, runs) of one pass of each model in its layout; none is changed."""
         with untouched(*(model for model, _ in runs)):
             if compiled:
-                # Otherwise these models count against torch's limit of compilations of the same
-                # code, beyond which it silently runs them uncompiled.
+                # torch compiles the same code a limited number of times; from then on it silently
+                # runs models uncompiled.
                 torch.compiler.reset()
             calls = [_call(model, layout, example, compiled) for model, layout in runs]
             with torch.inference_mode():
@@ -99,19 +95,17 @@ def interleaved(
     """Seconds (rounds, functions) of one call of each, on torch's current number of threads.
 
     In every round each function is called for about `min_block` seconds; every other round runs
-    in reverse order, so that no function always follows the same one. `progress` is the title of
-    a bar.
+    in reverse order, so that no function always follows the same one. `progress` titles a bar.
     """
     threads = torch.get_num_threads()
     # torch's own timer waits for GPUs, holds off the garbage collector and warms up.
     timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
     repeats = [max(1, round(min_block / timer.timeit(1).mean)) for timer in timers]
     seconds = np.empty((rounds, len(timers)))
-    order = list(range(len(timers)))
+    order = range(len(timers))
     for i in trange(rounds, desc=progress, leave=False, disable=progress is None):
-        for j in order:
+        for j in order if i % 2 == 0 else reversed(order):
             seconds[i, j] = timers[j].timeit(repeats[j]).mean
-        order.reverse()
     return seconds
 
 
@@ -121,9 +115,9 @@ def ratio(seconds: NDArray[np.float64], of: int, to: int) -> Quartiles:
 
 
 def random_weights(module: nn.Module) -> nn.Module:
-    """Fill a module's weights such that its outputs are about as large as its inputs.
+    """Fill a module's weights; its outputs are then about as large as its inputs.
 
-    Outputs that vanish become denormal numbers, on which arithmetic is slow.
+    Tiny outputs would become denormal numbers, on which arithmetic is slow.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -143,7 +137,7 @@ def _call(model: nn.Module, layout: str, example: Example, compiled: bool) -> Ca
     ready = model if layout == layout_of(model) else in_layout(copy_with(model, {}), layout)
     example = example.in_layout(layout)
     if compiled and example.forward is not None:
-        # It may call a part of the model, which compiling the model would leave uncompiled.
+        # It may call only a part of the model, which compiling the model would leave uncompiled.
         example = replace(example, forward=torch.compile(example.forward))
     elif compiled:
         ready = torch.compile(ready)  # type: ignore[assignment]

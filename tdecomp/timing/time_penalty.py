@@ -8,8 +8,8 @@ from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
 
 # How much more may be lost, as a share of the smallest loss.
 _EXTRA_LOSS = 0.3
-# The penalties on time that are searched, in decimal logarithms, relative to the loss over the
-# time of all layers; and how often that interval is halved.
+# The penalties that are searched, as powers of 10 times the loss divided by the time of all layers,
+# and how often that interval is halved.
 _PENALTIES = (-3.0, 2.0)
 _BISECTIONS = 12
 
@@ -32,7 +32,7 @@ def choose_with_time_penalty(
         middle = (low + high) / 2
         penalty = 10**middle * most / seconds
         found = selector.select([[_penalized(c, penalty) for c in o] for o in candidates], rest)
-        chosen = [replace(choice, loss=_loss_alone(choice, penalty)) for choice in found]
+        chosen = [replace(choice, loss=_without_penalty(choice, penalty)) for choice in found]
         if sum(choice.loss for choice in chosen) <= most:
             best, low = chosen, middle
         else:
@@ -41,7 +41,7 @@ def choose_with_time_penalty(
 
 
 def _penalized(candidate: Candidate, penalty: float) -> Candidate:
-    """The candidate with a loss for each second that an option takes more than its layer."""
+    """The candidate whose losses include a penalty for the time beyond the layer's."""
     before = candidate.before.latency or 0.0
 
     def options() -> list[Option]:
@@ -53,8 +53,7 @@ def _penalized(candidate: Candidate, penalty: float) -> Candidate:
     return replace(candidate, options=options)
 
 
-def _loss_alone(choice: Choice, penalty: float) -> float:
-    """The loss of a choice without its penalty."""
+def _without_penalty(choice: Choice, penalty: float) -> float:
     if choice.candidate is None or choice.rank is None:
         return 0.0
     before = choice.candidate.before.latency or 0.0

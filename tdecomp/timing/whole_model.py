@@ -32,13 +32,8 @@ def compare(
     medians = np.median(seconds, axis=0)
     before = int(np.argmin(medians[: len(layouts[0])]))
     after = len(layouts[0]) + int(np.argmin(medians[len(layouts[0]) :]))
-    return Speed(
-        float(medians[before]),
-        runs[before][1],
-        runs[after][1],
-        measured=ratio(seconds, after, before),
-        compiled=compiled,
-    )
+    measured, best = ratio(seconds, after, before), (runs[before][1], runs[after][1])
+    return Speed(float(medians[before]), *best, measured=measured, compiled=compiled)
 
 
 def measured_speed(

@@ -3,6 +3,10 @@ import pytest
 from tdecomp.timing.latency_predictor import LatencyPredictor
 
 
+def test_from_the_original_alone():
+    assert LatencyPredictor.from_original(layers=8.0, model=10.0) == LatencyPredictor(1.0, 2.0)
+
+
 def test_layers_that_take_longer_alone_than_the_model():
     predictor = LatencyPredictor.from_original(layers=10.0, model=8.0)
     assert predictor.rest == 0.0
