@@ -33,10 +33,8 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
     Raises
     ------
-    TypeError
-        If it is not an instance of `LayerKind`.
-    ValueError
-        If its name is empty or another kind's.
+    TypeError, ValueError
+        If it is not an instance of `LayerKind`, or its name is empty or another kind's.
     """
     if not isinstance(kind, LayerKind):
         got = f"the class {kind.__name__}" if isinstance(kind, type) else type(kind).__name__

@@ -20,16 +20,8 @@ Slot = tuple[nn.Module, Callable[[Any], None]]
 
 
 def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
-    """A deep copy of `model` with each replaced module's chain wherever it stood.
-
-    The copy is told of the replacements beforehand, so that the old weights are never copied and
-    no slot is missed, be it an attribute, a list, a dict or the model itself.
-
-    Raises
-    ------
-    ValueError
-        If the model cannot be copied.
-    """
+    """A deep copy of `model` with each replaced module's chain wherever it stood."""
+    # With the replacements in the memo, old weights are not copied, and no slot is missed.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     for module in model.modules():
         # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
@@ -53,25 +45,10 @@ def swap(
 ) -> None:
     """Replace modules in `model` itself, and their parameters in `optimizers`.
 
-    On an error, model and optimizers are as they were; an interrupt (Ctrl-C) is raised when all of
-    it is done.
-
-    Parameters
-    ----------
-    model : nn.Module
-    chains : dict of nn.Module to Chain
-        The modules to be replaced, wherever they stand in the model.
-    optimizers : sequence of Optimizer
-        New parameters take the old ones' places in their groups.
-    values : dict of str to Tensor, optional
-        New values by the names of parameters and buffers of the changed model, see `tensors_in`.
-        They are copied into the model's own tensors; those that are the same already are left out.
-
-    Raises
-    ------
-    ValueError
-        If the model is itself one of the modules to be replaced, or has no tensor of a name and
-        shape in `values`.
+    On an error, model and optimizers are as they were; an interrupt (Ctrl-C) is raised afterwards.
+    `values` are copied into the changed model's parameters and buffers of these names, see
+    `tensors_in`; those that are equal already are left out. A ValueError is raised if the model
+    lacks one of these names and shapes, or is itself to be replaced.
     """
     if model in chains:
         raise ValueError(
@@ -93,13 +70,7 @@ def swap(
 
 
 def adopt(model: nn.Module, other: nn.Module) -> nn.Module:
-    """The model with the parameters and buffers of another one of the same structure.
-
-    Raises
-    ------
-    ValueError
-        If the model lacks one of them or has another shape; the model is then as it was.
-    """
+    """The model with the parameters and buffers of another one of the same structure."""
     swap(model, {}, values=tensors_in(other))
     return model
 
@@ -110,10 +81,8 @@ def tensors_in(model: nn.Module) -> dict[str, Tensor]:
     return dict([*parameters, *model.named_buffers(remove_duplicate=False)])
 
 
-def as_optimizers(
-    optimizers: Optimizer | Sequence[Optimizer] | None,
-) -> tuple[Optimizer, ...]:
-    """The optimizers as a tuple; a TypeError for anything that is none."""
+def as_optimizers(optimizers: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """The optimizers as a tuple; a TypeError for anything that is not an optimizer."""
     listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):
@@ -155,8 +124,7 @@ def _changed(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[Tenso
 
 def _copy(tensor: Tensor, value: Tensor) -> None:
     # Inference tensors are changed in inference mode only.
-    mode = torch.inference_mode() if tensor.is_inference() else torch.no_grad()
-    with mode:
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
         tensor.copy_(value)
 
 
@@ -184,21 +152,18 @@ def _search(
         # Its items cannot be replaced one by one: each put makes a new tuple of the current ones.
         current = list(value)
         for index, item in enumerate(value):
-            _search(
-                item, _tuple_setter(type(value), current, index, put), replacements, found, seen
-            )
+            setter = _tuple_setter(type(value), current, index, put)
+            _search(item, setter, replacements, found, seen)
         return
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module) or _plain_object(value):
         _search(vars(value), put, replacements, found, seen)
-    elif isinstance(value, MutableMapping):
-        for key, item in list(value.items()):
+    elif isinstance(value, (MutableMapping, MutableSequence)):
+        pairs = value.items() if isinstance(value, MutableMapping) else enumerate(value)
+        for key, item in list(pairs):
             _search(item, partial(value.__setitem__, key), replacements, found, seen)
-    elif isinstance(value, MutableSequence):
-        for index, item in enumerate(list(value)):
-            _search(item, partial(value.__setitem__, index), replacements, found, seen)
     elif isinstance(value, set):
         for item in list(value):
             _search(item, _set_setter(value, item), replacements, found, seen)
