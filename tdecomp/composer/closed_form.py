@@ -71,11 +71,11 @@ class Operator:
 def solve(
     times: Times, operator: Operator, k: int, dtype: torch.dtype, target: Tensor | None = None
 ) -> tuple[Operator, float]:
-    """An operator of rank k, or one matrix where k is not below its sizes, rounded to `dtype`.
+    """An operator of rank k, or one matrix where k is not below its sizes, rounded; its error.
 
     An operator of rank k or less stays as it is. `target` (samples, out) is the operator's own
-    outputs, plus a part that no operator gives. Second: the mean squared error of the rounded
-    solution, over the variance of all entries of the target.
+    outputs, plus a part that no operator gives. The error is the mean square of what the solution,
+    rounded to `dtype`, leaves of the target, over the variance of all the target's entries.
     """
     if operator.reduces(k):
         operator = operator.narrowed()
@@ -131,11 +131,10 @@ def corrected(operator: Operator, x: Tensor, target: Tensor, rounding: float) ->
     if _mean_square(missing) <= (8 * rounding) ** 2 * _mean_square(target):
         return operator
     centred = operator.bias is not None
-    samples, fan_in = x.shape
     # A Gram matrix in float64 still resolves the singular values of float32 inputs.
-    precision = torch.finfo(torch.float64).eps * max(samples, fan_in)
+    precision = torch.finfo(torch.float64).eps * max(x.shape)
     precision = max(precision, (8 * torch.finfo(x.dtype).eps) ** 2)
-    if samples < fan_in:
+    if len(x) < x.shape[1]:
         rows = x.double() - x.mean(dim=0, dtype=torch.float64) * centred
         dual = _pseudo_inverse(rows @ rows.T, precision) @ missing.double()
         change = rows.T @ dual  # (fan_in, out)

@@ -148,16 +148,14 @@ def factorize_conv2d(
     Returns
     -------
     LowRankSolution
-        As from `factorize_matrix`, of kernels; its one bias stands for both. The largest useful
-        rank is below both out_channels and in_channels · kh · kw.
+        As from `factorize_matrix`, of kernels; its one bias stands for both. A useful rank is below
+        both out_channels and in_channels · kh · kw.
 
     Raises
     ------
-    RuntimeError
-        If `biasB` is given without `Wb`.
-    NotImplementedError
-        If the convolution has groups.
-    ValueError, TypeError
+    RuntimeError, NotImplementedError
+        If `biasB` is given without `Wb`, or the convolution has groups.
+    TypeError, ValueError
         As from `factorize_matrix`.
     """
     del n_iters

@@ -36,13 +36,8 @@ class Factorized(Chain):
             self.add_module(f"module{i}", stage.build(**placed))
         self.reset_parameters()
 
-    @property
-    def in_size(self) -> int:
-        return self.replaced.in_channels
-
-    @property
-    def out_size(self) -> int:
-        return self.replaced.out_channels
+    in_size = property(lambda self: self.replaced.in_channels, doc="Features or channels.")
+    out_size = property(lambda self: self.replaced.out_channels, doc="Features or channels.")
 
     @property
     def latent_size(self) -> int:
@@ -54,7 +49,7 @@ class Factorized(Chain):
         self.module1.reset_parameters()
 
     def should_factorize(self, proposed_rank: int | float) -> bool:
-        """Whether that latent size would take fewer MACs than the present one: any smaller one.
+        """Whether that latent size would take fewer MACs than the present one: if it is smaller.
 
         >>> from tdecomp.composer import FactorizedLinear
         >>> FactorizedLinear(64, 64, latent_features=16).should_factorize(15)

@@ -102,8 +102,8 @@ class FactorizedLinear(Factorized):
     ) -> Self:
         """Two layers in place of a Linear, with its device, dtype and mode.
 
-        >>> layer = nn.Linear(64, 32)
-        >>> fresh = FactorizedLinear.from_linear(layer, latent_features=4, keep_weights=False)
+        >>> FactorizedLinear.from_linear(nn.Linear(64, 32), latent_features=4).latent_features
+        4
 
         Parameters
         ----------
@@ -114,8 +114,7 @@ class FactorizedLinear(Factorized):
         latent_features : int or float
             As for the constructor.
         keep_weights : bool
-            Whether to start from the nearest weights of that rank (truncated SVD) and the bias, or
-            from random ones.
+            True for the nearest weights of that rank (truncated SVD); False for random ones.
 
         Raises
         ------
@@ -125,12 +124,8 @@ class FactorizedLinear(Factorized):
         del module_ix
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
-        made = cls(
-            module.in_features,
-            module.out_features,
-            latent_features=latent_features,
-            **_on_meta(module),
-        )
+        sizes = (module.in_features, module.out_features, module.bias is not None, latent_features)
+        made = cls(*sizes, device="meta", dtype=module.weight.dtype)
         return made.take(module, keep_weights)
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
@@ -229,8 +224,12 @@ class FactorizedConv2d(Factorized):
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
         height, width = module.kernel_size
-        options = {"latent_channels": latent_channels, **_geometry(module), **_on_meta(module)}
-        made = cls(module.in_channels, module.out_channels, (height, width), **options)
+        sizes = (module.in_channels, module.out_channels, (height, width), latent_channels)
+        options = _geometry(module) | {
+            "bias": module.bias is not None,
+            "dtype": module.weight.dtype,
+        }
+        made = cls(*sizes, device="meta", **options)
         return made.take(module, keep_weights)
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
@@ -242,8 +241,3 @@ class FactorizedConv2d(Factorized):
 def _geometry(conv: nn.Module) -> dict[str, Any]:
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names}
-
-
-def _on_meta(layer: nn.Linear | nn.Conv2d) -> dict[str, Any]:
-    """How both are made in place of a layer; `take` moves them to its device."""
-    return {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}

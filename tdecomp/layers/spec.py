@@ -124,8 +124,7 @@ class LayerSpec:
         shape = tuple(input_shape)
         if self.ndim == 0:
             return Call(math.prod(shape[:-1]))
-        batched = len(shape) == self.ndim + 2
-        return Call(shape[0] if batched else 1, shape[-self.ndim :])
+        return Call(shape[0] if len(shape) == self.ndim + 2 else 1, shape[-self.ndim :])
 
     def macs(self, call: Call) -> int:
         """Multiply-accumulates of one call: half the flops that torch counts, without the bias."""
@@ -136,11 +135,7 @@ class LayerSpec:
     # -- stages of chains in its place ------------------------------------------------------
 
     def like(self, **changes: Any) -> "LayerSpec":
-        """The stock layer of torch with this geometry, and with some changes.
-
-        >>> print(LayerSpec(8, 6).like(out_channels=2, bias=False))
-        Linear(8→2, no bias)
-        """
+        """The stock layer of torch with this geometry, and with some changes."""
         return replace(self, **{"kind": "", **changes})
 
     def pointwise(self, in_channels: int, out_channels: int, *, bias: bool = False) -> "LayerSpec":
@@ -160,8 +155,8 @@ class LayerSpec:
         names = ["kernel_size", "stride", "dilation", "output_padding"]
         if not isinstance(self.padding, str):
             names.append("padding")
-        sizes = {"in_channels": in_channels, "out_channels": out_channels}
-        return self.like(**sizes, bias=False, **{name: pick(name) for name in names})
+        picked = {name: pick(name) for name in names}
+        return self.like(in_channels=in_channels, out_channels=out_channels, bias=False, **picked)
 
     # -- its module: the `Stage` protocol ---------------------------------------------------
 
@@ -190,9 +185,8 @@ class LayerSpec:
     def _kind(self) -> "LayerKind":
         if self.kind in KINDS:
             return KINDS[self.kind]
-        raise ValueError(
-            f"{self}: no layer kind has this name; register it (tdecomp.register_layer_kind)"
-        )
+        remedy = "register it (tdecomp.register_layer_kind)"
+        raise ValueError(f"{self}: no layer kind has this name; {remedy}")
 
     def __str__(self) -> str:
         words = [f"{self.in_channels}→{self.out_channels}"]

@@ -18,7 +18,7 @@ class Stage(Protocol):
     """
 
     @property
-    def in_channels(self) -> int: ...  # last dimension of the input, or second if it has a size
+    def in_channels(self) -> int: ...  # the input's last dimension; its second for convolutions
 
     @property
     def params(self) -> int: ...  # of the module, the bias included

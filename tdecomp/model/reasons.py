@@ -48,8 +48,6 @@ class Reasons:
         """Whether it shares memory with another module's parameter."""
         for name, parameter in module.named_parameters(recurse=False):
             users = self._users.get(_storage(parameter), [])
-            if len(users) < 2:
-                continue
             owners = {owner for other, owner in users if _overlap(parameter, other)}
             if len(owners) > 1:
                 return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
@@ -63,15 +61,10 @@ def _own_reason(module: nn.Module) -> str | None:
     if is_lazy(module):
         return "lazy: run the model once so that its sizes are known"
     if parametrize.is_parametrized(module):
-        return (
-            "parametrized: bake it in with torch.nn.utils.parametrize.remove_parametrizations"
-            "(layer, 'weight')"
-        )
-    computed = [
-        name
-        for name in ("weight", "bias")
-        if name not in module._parameters and getattr(module, name, None) is not None
-    ]
+        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        return f"parametrized: bake it in with {remedy}"
+    others = (name for name in ("weight", "bias") if name not in module._parameters)
+    computed = [name for name in others if getattr(module, name, None) is not None]
     if computed or "weight" not in module._parameters:
         return (
             f"its {' and '.join(computed) or 'weight'} is computed from other parameters: bake it "
@@ -141,9 +134,8 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(parent, nn.MultiheadAttention):
             reasons[parent.out_proj] = "MultiheadAttention reads its weight itself"
         elif isinstance(parent, nn.TransformerEncoderLayer):
-            reasons[parent.linear1] = reasons[parent.linear2] = (
-                "TransformerEncoderLayer's fast path reads its weight itself"
-            )
+            reason = "TransformerEncoderLayer's fast path reads its weight itself"
+            reasons[parent.linear1] = reasons[parent.linear2] = reason
         elif type(parent).__name__ in ("ShiftedWindowAttention", "ShiftedWindowAttentionV2"):
             # torchvision's Swin, which need not be installed here
             for child in (getattr(parent, "qkv", None), getattr(parent, "proj", None)):

@@ -98,11 +98,10 @@ def unoptimized(
 ) -> list[str]:
     """The names of trained parameters to be replaced that none of the optimizers has."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return sorted(
-        names[id(old)]
-        for old in _old_parameters(replacements)
-        if optimizers and old.requires_grad and not any(_holds(o, old) for o in optimizers)
-    )
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
+    trained = (p for p in _old_parameters(replacements) if p.requires_grad)
+    return sorted(names[id(p)] for p in trained if optimizers and id(p) not in held)
 
 
 def _changed(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -132,41 +131,28 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[Slot]:
     """Every place that holds a module to be replaced, with the way to put another one there."""
     found: list[Slot] = []
     seen: set[int] = set()
-    for module in model.modules():
-        _search(module, lambda _: None, replacements, found, seen)
+    # Modules, containers, namespaces and what they hold; each `put` replaces its `value`.
+    queue: list[tuple[Any, Callable[[Any], None]]] = [(m, lambda _: None) for m in model.modules()]
+    for value, put in queue:  # which grows meanwhile
+        if isinstance(value, nn.Module) and value in replacements:
+            found.append((value, put))
+        elif isinstance(value, tuple):
+            # Its items cannot be replaced one by one: each put makes a new tuple of current ones.
+            current = list(value)
+            for index, item in enumerate(value):
+                queue.append((item, _tuple_setter(type(value), current, index, put)))
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, nn.Module) or _plain_object(value):
+                queue.append((vars(value), put))
+            elif isinstance(value, (MutableMapping, MutableSequence)):
+                pairs = value.items() if isinstance(value, MutableMapping) else enumerate(value)
+                for key, item in pairs:
+                    queue.append((item, partial(value.__setitem__, key)))
+            elif isinstance(value, set):
+                for item in value:
+                    queue.append((item, _set_setter(value, item)))
     return found
-
-
-def _search(
-    value: Any,
-    put: Callable[[Any], None],
-    replacements: Replacements,
-    found: list[Slot],
-    seen: set[int],
-) -> None:
-    """Look through what modules, containers and namespaces hold; `put` replaces `value` itself."""
-    if isinstance(value, nn.Module) and value in replacements:
-        found.append((value, put))
-        return
-    if isinstance(value, tuple):
-        # Its items cannot be replaced one by one: each put makes a new tuple of the current ones.
-        current = list(value)
-        for index, item in enumerate(value):
-            setter = _tuple_setter(type(value), current, index, put)
-            _search(item, setter, replacements, found, seen)
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module) or _plain_object(value):
-        _search(vars(value), put, replacements, found, seen)
-    elif isinstance(value, (MutableMapping, MutableSequence)):
-        pairs = value.items() if isinstance(value, MutableMapping) else enumerate(value)
-        for key, item in list(pairs):
-            _search(item, partial(value.__setitem__, key), replacements, found, seen)
-    elif isinstance(value, set):
-        for item in list(value):
-            _search(item, _set_setter(value, item), replacements, found, seen)
 
 
 def _plain_object(value: Any) -> bool:
@@ -213,10 +199,6 @@ def _successors(replacements: Replacements) -> dict[int, dict[str, nn.Parameter]
             mine = [key for key in left if key.endswith(f".{kind}")]
             after[id(parameter)] = {key: left.pop(key) for key in mine}
     return after
-
-
-def _holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
 
 
 def _follow(optimizer: Optimizer, replacements: Replacements) -> None:

@@ -566,7 +566,7 @@ def test_a_failure_at_the_state_of_any_optimizer_changes_nothing(step, error, af
 def run_until(line, function):
     """Run `function` until surgery.py is at its `line`-th line, raise there; lines that it ran."""
     # Undoing is not interrupted, and the search for slots changes nothing.
-    left_out, lines = ("_restore", "put", "<lambda>", "_search", "_search_tuple"), 0
+    left_out, lines = ("_restore", "put", "<lambda>", "_slots"), 0
 
     def on_line(_frame, event, _argument):
         nonlocal lines
