@@ -1,8 +1,8 @@
 """The surface of MosaicML Composer's Factorize, solved in closed form; nothing here imports it.
 
-Where this differs from Composer, on purpose: the factors are the optimum at once, whatever
-``n_iters`` says; ``nmse`` is that of the very factors returned, bias included; strides and
-dilations work; a layer without a bias gets none; replaced layers keep what they have learned.
+Differences from Composer, on purpose: the factors are the optimum at once, whatever ``n_iters``
+is; ``nmse`` is that of the returned factors and bias; strides and dilations work; a layer without a
+bias gets none; replaced layers keep what they have learned.
 """
 
 from tdecomp.composer.apply import apply_factorization

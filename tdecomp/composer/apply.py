@@ -33,19 +33,18 @@ def apply_factorization(
     128
 
     Without data the weights are approximated; ``set_rank(input, rank)`` of each new layer reduces
-    it further on data. Layers whose weights are read outside their own `forward`, such as those
-    inside an `nn.MultiheadAttention`, stay as they are, and so do those with tied weights or hooks;
-    `tdecomp.plan` says which and why.
+    it further on data. Layers whose weights are read outside their own `forward` (such as those of
+    an `nn.MultiheadAttention`), tied, or hooked stay as they are: `tdecomp.plan` gives the reasons.
 
     Parameters
     ----------
     model : nn.Module
-        Changed in place, wholly or, on an error, not at all.
+        Changed in place; on an error not at all.
     factorize_convs, factorize_linears : bool
-        Whether to replace every `nn.Conv2d` without groups, and every `nn.Linear`, that is wide
+        Whether to replace the `nn.Conv2d` without groups, and the `nn.Linear`, that are wide
         enough and would take fewer MACs.
     min_channels, min_features : int
-        Convolutions and Linears with fewer inputs or outputs are left alone.
+        Layers with fewer inputs or outputs stay as they are.
     latent_channels, latent_features : int or float
         The inner sizes; a value below 1 is a fraction of the smaller of inputs and outputs.
     optimizers : Optimizer or sequence of them, optional
@@ -55,8 +54,7 @@ def apply_factorization(
     Returns
     -------
     nn.Module
-        `model`; if it is itself a layer to be replaced, which cannot be done in place, the new
-        one.
+        `model`, or the new layer if the model is itself the layer to be replaced.
 
     Raises
     ------
@@ -64,14 +62,14 @@ def apply_factorization(
         If an argument is invalid, the model is wrapped, or a weight is not finite.
     """
     listed = as_optimizers(optimizers)
-    sizes = {"latent_channels": latent_channels, "latent_features": latent_features}
-    for option, size in sizes.items():
-        resolve_size(option, size, 1)
+    resolve_size("latent_channels", latent_channels, 1)
+    resolve_size("latent_features", latent_features, 1)
     replacements: dict[nn.Module, Factorized] = {}
     for site in _wide_sites(model, min_channels, min_features):
         module = site.module
-        size = latent_features if type(module) is nn.Linear else latent_channels
-        wanted = factorize_linears if type(module) is nn.Linear else factorize_convs
+        linear = isinstance(module, nn.Linear)
+        size = latent_features if linear else latent_channels
+        wanted = factorize_linears if linear else factorize_convs
         if not (wanted and factorizing_could_speedup(module, size)):
             continue
         check_weight(site)
@@ -79,9 +77,8 @@ def apply_factorization(
             replacements[module] = FactorizedLinear.from_linear(module, latent_features=size)
         elif isinstance(module, nn.Conv2d):
             replacements[module] = FactorizedConv2d.from_conv2d(module, latent_channels=size)
-    missing = unoptimized(model, replacements, listed)
-    if missing:
-        # Before anything is changed: the caller may have made warnings errors.
+    # Before anything is changed: the caller may have made warnings errors.
+    if missing := unoptimized(model, replacements, listed):
         warnings.warn(
             f"no optimizer had these replaced parameters: {', '.join(missing)}", stacklevel=2
         )
@@ -92,10 +89,9 @@ def apply_factorization(
 
 
 def _wide_sites(model: nn.Module, min_channels: int, min_features: int) -> list[Site]:
-    """The plain layers that may be replaced."""
-    if isinstance(model, nn.Module) and not any(
-        isinstance(module, (nn.Linear, nn.Conv2d)) for module in model.modules()
-    ):
-        return []  # which is no error here
+    """The plain layers that may be replaced; none where `find_sites` would refuse the model."""
+    plain = (nn.Linear, nn.Conv2d)
+    if isinstance(model, nn.Module) and not any(isinstance(m, plain) for m in model.modules()):
+        return []
     sites = find_sites(model, Filters(where=at_least(min_channels, min_features))).values()
-    return [s for s in sites if s.reason is None and type(s.module) in (nn.Linear, nn.Conv2d)]
+    return [site for site in sites if site.reason is None and type(site.module) in plain]

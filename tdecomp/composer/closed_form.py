@@ -27,21 +27,11 @@ _WEIGHTS_SHARE = 1e-10
 
 @dataclass(frozen=True)
 class Operator:
-    """``x ↦ x first second + bias``.
+    """``x ↦ x first second + bias``."""
 
-    >>> Operator(torch.ones(8, 6), None, None).reduces(5)
-    True
-
-    Attributes
-    ----------
-    first : Tensor, shape (fan_in, latent)
-    second : Tensor, shape (latent, out), or None for the identity
-    bias : Tensor, shape (out,), or None
-    """
-
-    first: Tensor
-    second: Tensor | None
-    bias: Tensor | None
+    first: Tensor  # (fan_in, latent)
+    second: Tensor | None  # (latent, out), None for the identity
+    bias: Tensor | None  # (out,)
 
     @property
     def product(self) -> Tensor:
@@ -67,6 +57,11 @@ class Operator:
         basis, triangle = torch.linalg.qr(self.first.T)  # (out, fan_in), (fan_in, fan_in)
         return replace(self, first=triangle.T, second=basis.T)
 
+    def without_bias(self, dtype: torch.dtype) -> "Operator":
+        """Both matrices in another dtype."""
+        second = None if self.second is None else self.second.to(dtype).contiguous()
+        return Operator(self.first.to(dtype).contiguous(), second, None)
+
     def outputs(self, latent: Tensor) -> Tensor:
         """The outputs (samples, out), where ``x first`` is known."""
         outputs = latent if self.second is None else latent @ self.second
@@ -76,28 +71,11 @@ class Operator:
 def solve(
     times: Times, operator: Operator, k: int, dtype: torch.dtype, target: Tensor | None = None
 ) -> tuple[Operator, float]:
-    """An operator of rank k, or one matrix where k is not below its sizes.
+    """An operator of rank k, or one matrix where k is not below its sizes, rounded; its error.
 
-    >>> x = torch.eye(8)
-    >>> solve(lambda matrix: x @ matrix, Operator(x, None, None), 6, x.dtype)[0].latent
-    6
-
-    Parameters
-    ----------
-    times : callable ``matrix -> inputs @ matrix``
-    operator : Operator
-        In the dtype to compute in. One of rank k or less already stays as it is.
-    k : int
-    dtype : torch.dtype
-        What the solution is rounded to.
-    target : Tensor, shape (samples, out), optional
-        The wanted outputs: the operator's own, plus a part that no operator gives.
-
-    Returns
-    -------
-    Operator
-    float
-        Its mean squared error, as rounded, over the variance of all entries of the target.
+    An operator of rank k or less stays as it is. `target` (samples, out) is the operator's own
+    outputs, plus a part that no operator gives. The error is the mean square of what the solution,
+    rounded to `dtype`, leaves of the target, over the variance of all the target's entries.
     """
     if operator.reduces(k):
         operator = operator.narrowed()
@@ -115,12 +93,13 @@ def solve(
     elif k >= operator.full:
         operator = replace(operator, first=operator.product, second=None)
     del latent, outputs
-    rounded = Operator(_cast(operator.first, dtype), _maybe_cast(operator.second, dtype), None)
-    error = target - _wide(rounded, target).outputs(times(rounded.first.to(target)))
+    rounded = operator.without_bias(dtype)
+    wide = rounded.without_bias(target.dtype)
+    error = target - wide.outputs(times(wide.first))
     if operator.bias is not None:
         # The mean error is the bias to add; a bias that already fits is kept bit for bit.
         bias = error.mean(dim=0, dtype=torch.float64) if fits_bias else operator.bias
-        rounded = replace(rounded, bias=_cast(bias, dtype))
+        rounded = replace(rounded, bias=bias.to(dtype).contiguous())
         error -= bias.to(target)
     return rounded, _mean_square(error) / _power(target)
 
@@ -132,8 +111,7 @@ def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:
     weights = (first.T @ first).double()
     power, total = float(moment.trace()), float(weights.trace())
     # If the outputs are all zero, the weights alone decide.
-    share = _WEIGHTS_SHARE * power / (total or 1.0) if power else 1.0
-    moment += share * weights
+    moment += weights * (_WEIGHTS_SHARE * power / (total or 1.0) if power else 1.0)
     kernel = torch.eye(len(moment)).double() if second is None else second.T.double()
     basis = leading_outputs(kernel, SecondMoment(matrix=moment), k).to(first)  # (out, k)
     wa = first @ (basis if second is None else second @ basis)  # (fan_in, k)
@@ -146,29 +124,17 @@ def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:
 def corrected(operator: Operator, x: Tensor, target: Tensor, rounding: float) -> Operator:
     """Of all operators whose outputs are nearest to a target, the one nearest to this operator.
 
-    It is this operator where its outputs differ from the target by rounding errors only.
-
-    >>> x, operator = torch.eye(4)[:2], Operator(torch.ones(4, 1), None, None)
-    >>> corrected(operator, x, torch.zeros(2, 1), 1e-7).first.T
-    tensor([[0., 0., 1., 1.]])
-
-    Parameters
-    ----------
-    operator : Operator
-    x : Tensor, shape (samples, fan_in)
-    target : Tensor, shape (samples, out)
-    rounding : float
-        The relative precision of the target.
+    It is this operator where its outputs for `x` (samples, fan_in) differ from `target`
+    (samples, out), of the relative precision `rounding`, by rounding errors only.
     """
     missing = target - operator.outputs(x @ operator.first)
     if _mean_square(missing) <= (8 * rounding) ** 2 * _mean_square(target):
         return operator
     centred = operator.bias is not None
-    samples, fan_in = x.shape
     # A Gram matrix in float64 still resolves the singular values of float32 inputs.
-    precision = torch.finfo(torch.float64).eps * max(samples, fan_in)
+    precision = torch.finfo(torch.float64).eps * max(x.shape)
     precision = max(precision, (8 * torch.finfo(x.dtype).eps) ** 2)
-    if samples < fan_in:
+    if len(x) < x.shape[1]:
         rows = x.double() - x.mean(dim=0, dtype=torch.float64) * centred
         dual = _pseudo_inverse(rows @ rows.T, precision) @ missing.double()
         change = rows.T @ dual  # (fan_in, out)
@@ -191,14 +157,10 @@ def _pseudo_inverse(gram: Tensor, precision: float) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, centred: bool) -> Tensor:
     """``a.T @ b`` in float64, in slices of samples; `centred` subtracts both means first."""
-    means = [part.mean(dim=0, dtype=torch.float64) if centred else None for part in (a, b)]
+    mean_a, mean_b = (part.mean(dim=0, dtype=torch.float64) * centred for part in (a, b))
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64)
-    for slices in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
-        left, right = (
-            part.double() if mean is None else part.double() - mean
-            for part, mean in zip(slices, means, strict=True)
-        )
-        total.addmm_(left.T, right)
+    for left, right in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
+        total.addmm_((left.double() - mean_a).T, right.double() - mean_b)
     return total
 
 
@@ -209,18 +171,4 @@ def _power(target: Tensor) -> float:
 
 
 def _mean_square(values: Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
-    return norm**2 / values.numel()
-
-
-def _wide(operator: Operator, like: Tensor) -> Operator:
-    second = None if operator.second is None else operator.second.to(like)
-    return replace(operator, second=second)
-
-
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(dtype).contiguous()
-
-
-def _maybe_cast(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if values is None else _cast(values, dtype)
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 / values.numel()

@@ -2,7 +2,6 @@
 
 import math
 import numbers
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +23,15 @@ class LowRankSolution:
     Attributes
     ----------
     Wa : Tensor, optional
-        The first operator: a matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw).
+        A matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw).
     Wb : Tensor, optional
-        The second one: (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no
-        larger than two.
+        (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no larger than two.
     bias : Tensor, shape (out,), optional
-        Added to the second one's output.
     rank : int
         The size between the two, −1 where nothing was factorized.
     nmse : float
-        The mean squared error of the outputs over the variance of all entries of the target: 0
-        for no error, 1 for no better than a constant. If the target does not vary, over its mean
-        square.
+        The mean squared error of the outputs over the variance of all entries of the target (over
+        their mean square, if they do not vary): 0 for no error, 1 for no better than a constant.
     """
 
     Wa: Tensor | None = None
@@ -73,10 +69,9 @@ def factorize_matrix(
     bias : Tensor, shape (M,), optional
         A bias is fitted only if one is given.
     rank : int or float
-        The columns of the new `Wa`; below 1 a fraction of D, at most the current rank, at
-        least 1.
+        The columns of the new `Wa`; below 1 a fraction of D, at most the current rank, at least 1.
     n_iters : int
-        Accepted for Composer's sake: the optimum is reached at once.
+        Not used (Composer has it): the optimum is reached at once.
 
     Returns
     -------
@@ -87,28 +82,33 @@ def factorize_matrix(
 
     Raises
     ------
-    ValueError
-        If shapes do not fit, there are no samples, values are not finite, or the rank is invalid.
-    TypeError
-        If a tensor does not hold floating point numbers, or the rank is not a number.
+    TypeError, ValueError
+        If shapes do not fit, there are no samples, values are not finite floating point numbers, or
+        the rank is invalid.
     """
     del n_iters
-    tensors = _checked({"X": X, "Y": Y, "Wa": Wa}, {"Wb": Wb, "bias": bias})
-    _check_matrices(X, Y, Wa, Wb)
+    wide = _widened({"X": X, "Y": Y, "Wa": Wa}, Wb=Wb, bias=bias)
+    last = Wa if Wb is None else Wb
+    fits = all(matrix.dim() == 2 for matrix in (X, Y, Wa, last)) and len(X) == len(Y)
+    fits = fits and X.shape[1] == len(Wa) and last.shape[1] == Y.shape[1]
+    if not fits or (Wb is not None and Wa.shape[1] != len(Wb)):
+        raise ValueError(
+            f"got {_shapes(X=X, Y=Y, Wa=Wa, Wb=Wb)}; expected X (N, D), Y (N, M) and Wa (D, M), or "
+            "Wa (D, d) with Wb (d, M). Weights of a Linear are (M, D): transpose them"
+        )
     _check_vector("bias", bias, Y.shape[1])
     k = resolve_size("rank", rank, X.shape[1])
     if rank < 1:
         k = min(k, Wa.shape[1])
     with undisturbed(Wa.device):
-        wide = _widened(tensors)
         x, y = wide["X"], wide["Y"]
         operator = Operator(wide["Wa"], wide.get("Wb"), wide.get("bias"))
-        rounding = max(torch.finfo(tensor.dtype).eps for tensor in (X, Y, Wa))
         if operator.reduces(k) or k >= operator.full:
+            rounding = max(torch.finfo(tensor.dtype).eps for tensor in (X, Y, Wa))
             operator = corrected(operator, x, y, rounding)
         solved, nmse = solve(lambda matrix: x @ matrix, operator, k, Wa.dtype, y)
-    new_rank = k if operator.reduces(k) else -1
-    return LowRankSolution(solved.first, solved.second, solved.bias, new_rank, nmse)
+    reached = k if operator.reduces(k) else -1
+    return LowRankSolution(solved.first, solved.second, solved.bias, reached, nmse)
 
 
 def factorize_conv2d(
@@ -141,23 +141,21 @@ def factorize_conv2d(
     biasA, biasB : Tensor, optional
         Added to what `Wa` and `Wb` give. A bias is fitted only if one is given.
     n_iters : int
-        Accepted for Composer's sake: the optimum is reached at once.
+        Not used, as by `factorize_matrix`.
     **conv2d_kwargs
         `stride`, `padding`, `dilation`, `padding_mode` of the convolution, as for `nn.Conv2d`.
 
     Returns
     -------
     LowRankSolution
-        As from `factorize_matrix`, of kernels; its one bias stands for both. The largest useful
-        rank is below both out_channels and in_channels · kh · kw.
+        As from `factorize_matrix`, of kernels; its one bias stands for both. A useful rank is below
+        both out_channels and in_channels · kh · kw.
 
     Raises
     ------
-    RuntimeError
-        If `biasB` is given without `Wb`.
-    NotImplementedError
-        If the convolution has groups.
-    ValueError, TypeError
+    RuntimeError, NotImplementedError
+        If `biasB` is given without `Wb`, or the convolution has groups.
+    TypeError, ValueError
         As from `factorize_matrix`.
     """
     del n_iters
@@ -167,8 +165,13 @@ def factorize_conv2d(
             "Wb as well, or the one convolution's bias as biasA"
         )
     refuse_groups(conv2d_kwargs.get("groups", 1))
-    tensors = _checked({"X": X, "Wa": Wa}, {"Wb": Wb, "biasA": biasA, "biasB": biasB})
-    _check_kernels(X, Wa, Wb)
+    wide = _widened({"X": X, "Wa": Wa}, Wb=Wb, biasA=biasA, biasB=biasB)
+    fits = X.dim() in (3, 4) and Wa.dim() == 4 and X.shape[-3] == Wa.shape[1]
+    if not fits or (Wb is not None and (Wb.dim() != 4 or Wb.shape[1:] != (len(Wa), 1, 1))):
+        raise ValueError(
+            f"got {_shapes(X=X, Wa=Wa, Wb=Wb)}; expected X (N, in, H, W) and Wa (out, in, kh, kw), "
+            "or Wa (latent, in, kh, kw) with Wb (out, latent, 1, 1)"
+        )
     latent, in_channels, height, width = Wa.shape
     out_channels = latent if Wb is None else len(Wb)
     _check_vector("biasA", biasA, latent)
@@ -178,14 +181,13 @@ def factorize_conv2d(
     geometry = nn.Conv2d(
         in_channels, latent, (height, width), bias=False, device="meta", **conv2d_kwargs
     )
+
+    def times(matrix: Tensor) -> Tensor:
+        weight = _kernel(matrix, in_channels, height, width)
+        maps: Tensor = functional_call(geometry, {"weight": weight}, (wide["X"],))
+        return maps.movedim(-3, -1).flatten(0, -2)  # (samples · positions, channels)
+
     with undisturbed(Wa.device):
-        wide = _widened(tensors)
-
-        def times(matrix: Tensor) -> Tensor:
-            weight = _kernel(matrix, in_channels, height, width)
-            maps: Tensor = functional_call(geometry, {"weight": weight}, (wide["X"],))
-            return maps.movedim(-3, -1).flatten(0, -2)  # (samples · positions, channels)
-
         second = wide["Wb"].flatten(1).T if "Wb" in wide else None  # (latent, out)
         bias = wide.get("biasA")
         if second is not None and bias is not None:
@@ -194,12 +196,9 @@ def factorize_conv2d(
             bias = wide["biasB"] if bias is None else bias + wide["biasB"]
         operator = Operator(wide["Wa"].flatten(1).T, second, bias)
         solved, nmse = solve(times, operator, k, Wa.dtype)
-        solution = LowRankSolution(bias=solved.bias, nmse=nmse)
-        solution.rank = k if operator.reduces(k) else -1
-        solution.Wa = _kernel(solved.first, in_channels, height, width)
-        if solved.second is not None:
-            solution.Wb = _kernel(solved.second, len(solved.second), 1, 1)
-    return solution
+        wa, wb = _kernel(solved.first, in_channels, height, width), solved.second
+        wb = None if wb is None else _kernel(wb, len(wb), 1, 1)
+    return LowRankSolution(wa, wb, solved.bias, k if operator.reduces(k) else -1, nmse)
 
 
 def _kernel(matrix: Tensor, *sizes: int) -> Tensor:
@@ -208,16 +207,7 @@ def _kernel(matrix: Tensor, *sizes: int) -> Tensor:
 
 
 def resolve_size(option: str, size: int | float, full: int) -> int:
-    """A latent size: below 1 a fraction of `full`, at least 1; otherwise a whole number.
-
-    >>> resolve_size("rank", 0.25, 64), resolve_size("rank", 0.25, 2), resolve_size("rank", 7, 64)
-    (16, 1, 7)
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is neither.
-    """
+    """A latent size: below 1 a fraction of `full`, at least 1; otherwise a whole number."""
     wanted = "expected a whole number of at least 1 or a fraction in [0, 1)"
     if isinstance(size, bool) or not isinstance(size, numbers.Real):
         raise TypeError(f"{option}: got {size!r}; {wanted}")
@@ -235,11 +225,9 @@ def refuse_groups(groups: int) -> None:
         )
 
 
-def _checked(
-    needed: Mapping[str, Tensor], optional: Mapping[str, Tensor | None]
-) -> dict[str, Tensor]:
-    """The tensors that are given, detached; each must hold finite floating point numbers."""
-    given = {**needed, **{name: value for name, value in optional.items() if value is not None}}
+def _widened(needed: dict[str, Tensor], **optional: Tensor | None) -> dict[str, Tensor]:
+    """The given tensors, checked and detached, in float32 or wider on the device of the weights."""
+    given = needed | {name: value for name, value in optional.items() if value is not None}
     for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -252,41 +240,14 @@ def _checked(
                 f"{name}: {bad} of {value.numel()} values are NaN or infinite; expected finite "
                 "ones. Mend the weights, or leave those samples out"
             )
-    return {name: value.detach() for name, value in given.items()}
+    x, wa = given["X"], given["Wa"]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, wa.dtype), torch.float32)
+    return {name: value.detach().to(wa.device, dtype) for name, value in given.items()}
 
 
-def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in one dtype, float32 or wider, on the device of the weights."""
-    dtype = torch.promote_types(tensors["X"].dtype, tensors["Wa"].dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    device = tensors["Wa"].device
-    return {name: value.to(device, dtype) for name, value in tensors.items()}
-
-
-def _check_matrices(X: Tensor, Y: Tensor, Wa: Tensor, Wb: Tensor | None) -> None:
-    got = {"X": X, "Y": Y, "Wa": Wa} | ({} if Wb is None else {"Wb": Wb})
-    fits = all(matrix.dim() == 2 for matrix in got.values()) and len(X) == len(Y)
-    fits = fits and X.shape[1] == len(Wa)
-    last = Wa if Wb is None else Wb
-    fits = fits and last.shape[1] == Y.shape[1] and (Wb is None or Wa.shape[1] == len(Wb))
-    if not fits:
-        shapes = ", ".join(f"{name} {tuple(matrix.shape)}" for name, matrix in got.items())
-        raise ValueError(
-            f"got {shapes}; expected X (N, D), Y (N, M) and Wa (D, M), or Wa (D, d) with "
-            "Wb (d, M). Weights of a Linear are (M, D): transpose them"
-        )
-
-
-def _check_kernels(X: Tensor, Wa: Tensor, Wb: Tensor | None) -> None:
-    got = {"X": X, "Wa": Wa} | ({} if Wb is None else {"Wb": Wb})
-    fits = X.dim() in (3, 4) and Wa.dim() == 4 and X.shape[-3] == Wa.shape[1]
-    fits = fits and (Wb is None or (Wb.dim() == 4 and Wb.shape[1:] == (len(Wa), 1, 1)))
-    if not fits:
-        shapes = ", ".join(f"{name} {tuple(kernel.shape)}" for name, kernel in got.items())
-        raise ValueError(
-            f"got {shapes}; expected X (N, in, H, W) and Wa (out, in, kh, kw), or "
-            "Wa (latent, in, kh, kw) with Wb (out, latent, 1, 1)"
-        )
+def _shapes(**tensors: Tensor | None) -> str:
+    given = ((name, value) for name, value in tensors.items() if value is not None)
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in given)
 
 
 def _check_vector(name: str, value: Tensor | None, length: int) -> None:

@@ -1,7 +1,7 @@
 """Two layers in place of one, whose inner size can be reduced further on data."""
 
 from abc import abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +16,14 @@ from tdecomp.torch_state import undisturbed
 
 
 class Factorized(Chain):
-    """Two layers in place of one: the base of `FactorizedLinear` and `FactorizedConv2d`.
+    """Two layers in place of one: the base of `FactorizedLinear` and `FactorizedConv2d`."""
 
-    Attributes
-    ----------
-    module0, module1 : nn.Module
-        To the latent size without a bias, and from there to the output.
-    in_size, out_size, latent_size : int
-        Features or channels.
-    """
-
-    module0: nn.Linear | nn.Conv2d
-    module1: nn.Linear | nn.Conv2d
+    module0: nn.Linear | nn.Conv2d  # to the latent size, without a bias
+    module1: nn.Linear | nn.Conv2d  # from there to the output
     replaced: LayerSpec
 
-    def _split(
-        self,
-        option: str,
-        size: int | float,
-        spec: LayerSpec,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """Make both layers, at the end of each constructor."""
+    def _split(self, option: str, size: int | float, spec: LayerSpec, **placed: Any) -> None:
+        """Make both layers on a device and in a dtype, at the end of each constructor."""
         latent, largest = latent_of(option, size, spec), max_latent(spec)
         if latent > largest:
             raise ValueError(
@@ -47,18 +32,12 @@ class Factorized(Chain):
             )
         method = _method(spec)
         self.method, self.rank, self.replaced = method.name, latent, spec
-        place = None if device is None else torch.device(device)
         for i, stage in enumerate(method.stages(spec, latent)):
-            self.add_module(f"module{i}", stage.build(place, dtype))
+            self.add_module(f"module{i}", stage.build(**placed))
         self.reset_parameters()
 
-    @property
-    def in_size(self) -> int:
-        return self.replaced.in_channels
-
-    @property
-    def out_size(self) -> int:
-        return self.replaced.out_channels
+    in_size = property(lambda self: self.replaced.in_channels, doc="Features or channels.")
+    out_size = property(lambda self: self.replaced.out_channels, doc="Features or channels.")
 
     @property
     def latent_size(self) -> int:
@@ -70,7 +49,7 @@ class Factorized(Chain):
         self.module1.reset_parameters()
 
     def should_factorize(self, proposed_rank: int | float) -> bool:
-        """Whether that latent size would take fewer MACs than the present one: any smaller one.
+        """Whether that latent size would take fewer MACs than the present one: if it is smaller.
 
         >>> from tdecomp.composer import FactorizedLinear
         >>> FactorizedLinear(64, 64, latent_features=16).should_factorize(15)
@@ -79,7 +58,7 @@ class Factorized(Chain):
         return latent_of("proposed_rank", proposed_rank, self.replaced) < self.latent_size
 
     def set_rank(self, input: Tensor, rank: int) -> None:  # noqa: A002
-        """Reduce the latent size so that the outputs for `input` change least.
+        """Reduce the latent size to `rank` so that the outputs for `input` change least.
 
         >>> from tdecomp.composer import FactorizedLinear
         >>> layer = FactorizedLinear(64, 32, latent_features=8)
@@ -91,17 +70,10 @@ class Factorized(Chain):
         but its state for `module0.weight` and `module1.weight`, such as momenta, no longer fits:
         remove it with ``optimizer.state.pop(parameter, None)``. Their gradients are removed.
 
-        Parameters
-        ----------
-        input : Tensor
-            An input of the module.
-        rank : int
-            The new latent size; the present one changes nothing.
-
         Raises
         ------
         ValueError
-            If it is above the present latent size.
+            If the rank is above the present latent size.
         """
         wanted = latent_of("rank", rank, self.replaced)
         if wanted > self.latent_size:
@@ -114,31 +86,29 @@ class Factorized(Chain):
 
     @abstractmethod
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
-        """The weights of a smaller latent size that change the outputs for `input` least.
+        """The weights of latent size `rank` that change the outputs for `input` least.
 
-        The module is not changed, so that several ranks can be compared by their `nmse` before
-        `apply_solution` uses one of them. A rank of the present latent size or more gives the
-        present weights.
+        The module is not changed: compare several ranks by their `nmse`, then `apply_solution`. A
+        rank of the present latent size or more gives the present weights.
         """
 
     def apply_solution(self, solution: LowRankSolution) -> None:
-        """Take a solution's weights, whether they save MACs or not.
-
-        For the parameters and their optimizers see `set_rank`.
+        """Take a solution's weights, whether they save MACs or not; see `set_rank` for optimizers.
 
         Raises
         ------
         ValueError
-            If the solution does not have two factors of this module's sizes, or has a bias where
-            the module has none.
+            If it lacks two factors of this module's sizes, or has a bias that the module lacks.
         """
         if solution.Wa is None or solution.Wb is None:
             raise ValueError(
                 "solution: got no Wa or no Wb; expected both. One matrix in place of two is a "
                 "plain layer, not a factorized one"
             )
-        first, second = self._in_torch_layout(solution.Wa, solution.Wb)
-        bias, latent = solution.bias, len(first)
+        first, second, bias = solution.Wa, solution.Wb, solution.bias
+        if not self.replaced.ndim:
+            first, second = first.mT, second.mT
+        latent = len(first)
         at0, at1 = self.module0.weight, self.module1.weight
         if not (isinstance(at0, nn.Parameter) and isinstance(at1, nn.Parameter)):
             raise ValueError(
@@ -163,17 +133,12 @@ class Factorized(Chain):
             if self.module1.bias is not None:
                 self.module1.bias.copy_(torch.zeros(self.out_size) if bias is None else bias)
         self.rank = latent
-        self._tell_sizes(latent)
-
-    @abstractmethod
-    def _tell_sizes(self, latent: int) -> None:
-        """Set the attributes of both layers that hold their sizes."""
-
-    def _in_torch_layout(self, wa: Tensor, wb: Tensor) -> tuple[Tensor, Tensor]:
-        return wa, wb
+        unit = "channels" if self.replaced.ndim else "features"
+        setattr(self.module0, f"out_{unit}", latent)
+        setattr(self.module1, f"in_{unit}", latent)
 
     def take(self, layer: nn.Linear | nn.Conv2d, keep_weights: bool) -> Self:
-        """Take the device, mode and weights of the replaced layer; before, this is on meta."""
+        """Move from the meta device to that of the replaced layer, with its mode and weights."""
         weight, bias, spec = layer.weight, layer.bias, self.replaced
         self.to_empty(device=weight.device)
         parts = (self.module0, self.module1)
@@ -182,14 +147,14 @@ class Factorized(Chain):
             with undisturbed(weight.device):
                 for part, values in zip(parts, factors, strict=True):
                     part.weight.copy_(values)
-                if bias is not None:
-                    self.module1.bias.copy_(bias)  # type: ignore[union-attr]
+                if bias is not None and self.module1.bias is not None:
+                    self.module1.bias.copy_(bias)
         else:
             self.reset_parameters()
         for part in parts:
             part.weight.requires_grad_(weight.requires_grad)
-        if bias is not None:
-            self.module1.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr]
+        if bias is not None and self.module1.bias is not None:
+            self.module1.bias.requires_grad_(bias.requires_grad)
         if _layout(weight) == torch.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self.train(layer.training)

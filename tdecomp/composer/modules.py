@@ -12,18 +12,16 @@ from tdecomp.torch_state import undisturbed
 
 
 def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bool:
-    """Whether two layers with this inner size would take fewer MACs than `module`.
+    """Whether two layers would take fewer MACs than `module`, which is not always less time.
 
     >>> factorizing_could_speedup(nn.Linear(64, 64), 31), factorizing_could_speedup(nn.ReLU(), 1)
     (True, False)
 
-    Fewer MACs are not always less time: two layers move more data than one.
-
     Parameters
     ----------
     module : nn.Module
-        False for all but a Conv2d without groups, a Linear, a FactorizedConv2d and a
-        FactorizedLinear; for the last two any smaller inner size saves MACs.
+        A Conv2d without groups, Linear, FactorizedConv2d or FactorizedLinear; False for others.
+        For the factorized ones any smaller inner size saves MACs.
     latent_size : int or float
         Channels or features between the two; below 1 a fraction of the smaller of the module's
         input and output, at least 1.
@@ -52,18 +50,15 @@ class FactorizedLinear(Factorized):
 
     Parameters
     ----------
-    in_features, out_features : int
-    bias : bool
-    latent_features : int or float
-        Below 1 a fraction of the smaller of the two, at least 1.
-    device, dtype
+    in_features, out_features, bias, device, dtype
         As for `nn.Linear`.
+    latent_features : int or float
+        Below 1 a fraction of the smaller of inputs and outputs, at least 1.
 
     Raises
     ------
     ValueError
-        If `latent_features` saves no MACs; the largest that does is
-        ``max_allowed_latent_features(in_features, out_features)``.
+        If `latent_features` saves no MACs: if above `max_allowed_latent_features`.
     """
 
     def __init__(
@@ -78,7 +73,7 @@ class FactorizedLinear(Factorized):
     ) -> None:
         super().__init__()
         spec = LayerSpec(in_features, out_features, bias=bias)
-        self._split("latent_features", latent_features, spec, device, dtype)
+        self._split("latent_features", latent_features, spec, device=device, dtype=dtype)
 
     in_features = property(lambda self: self.in_size, doc="The size of an input vector.")
     out_features = property(lambda self: self.out_size, doc="The size of an output vector.")
@@ -107,38 +102,30 @@ class FactorizedLinear(Factorized):
     ) -> Self:
         """Two layers in place of a Linear, with its device, dtype and mode.
 
-        >>> layer = nn.Linear(64, 32)
-        >>> fresh = FactorizedLinear.from_linear(layer, latent_features=4, keep_weights=False)
+        >>> FactorizedLinear.from_linear(nn.Linear(64, 32), latent_features=4).latent_features
+        4
 
         Parameters
         ----------
         module : nn.Linear
             It is not changed.
         module_ix : int
-            Accepted for Composer's sake.
+            Not used; Composer has it.
         latent_features : int or float
+            As for the constructor.
         keep_weights : bool
-            The nearest weights of that rank (truncated SVD), and the bias; otherwise random ones,
-            for training from scratch.
+            True for the nearest weights of that rank (truncated SVD); False for random ones.
 
         Raises
         ------
-        ValueError
-            If `latent_features` saves no MACs.
-        TypeError
-            If `module` is not a Linear.
+        TypeError, ValueError
+            If `module` is not a Linear, or `latent_features` saves no MACs.
         """
         del module_ix
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
-        made = cls(
-            module.in_features,
-            module.out_features,
-            module.bias is not None,
-            latent_features,
-            device="meta",
-            dtype=module.weight.dtype,
-        )
+        sizes = (module.in_features, module.out_features, module.bias is not None, latent_features)
+        made = cls(*sizes, device="meta", dtype=module.weight.dtype)
         return made.take(module, keep_weights)
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
@@ -156,12 +143,6 @@ class FactorizedLinear(Factorized):
                 y += bias
         return factorize_matrix(x, y, wa, wb, bias, latent_of("rank", rank, self.replaced))
 
-    def _tell_sizes(self, latent: int) -> None:
-        self.module0.out_features = self.module1.in_features = latent
-
-    def _in_torch_layout(self, wa: Tensor, wb: Tensor) -> tuple[Tensor, Tensor]:
-        return wa.mT, wb.mT
-
 
 class FactorizedConv2d(Factorized):
     """A Conv2d as two: K×K to latent_channels without a bias, then 1×1 to out_channels with it.
@@ -175,18 +156,15 @@ class FactorizedConv2d(Factorized):
 
     Parameters
     ----------
-    in_channels, out_channels : int
-    kernel_size : int or tuple of int
-    latent_channels : int or float
-        Below 1 a fraction of the smaller of the two, at least 1.
-    **conv2d_kwargs
+    in_channels, out_channels, kernel_size, **conv2d_kwargs
         As for `nn.Conv2d`: `bias` is the second layer's, the geometry the first one's.
+    latent_channels : int or float
+        Below 1 a fraction of the smaller of inputs and outputs, at least 1.
 
     Raises
     ------
     ValueError
-        If `latent_channels` saves no MACs; the largest that does is
-        ``max_allowed_latent_channels(in_channels, out_channels, kernel_size)``.
+        If `latent_channels` saves no MACs: if above `max_allowed_latent_channels`.
     NotImplementedError
         If there are several groups.
     """
@@ -201,10 +179,10 @@ class FactorizedConv2d(Factorized):
     ) -> None:
         super().__init__()
         refuse_groups(conv2d_kwargs.get("groups", 1))
-        device, dtype = (conv2d_kwargs.pop(name, None) for name in ("device", "dtype"))
+        placed = {name: conv2d_kwargs.pop(name, None) for name in ("device", "dtype")}
         # torch checks the arguments and normalises them.
         whole = nn.Conv2d(in_channels, out_channels, kernel_size, device="meta", **conv2d_kwargs)
-        self._split("latent_channels", latent_channels, LayerSpec.of(whole), device, dtype)
+        self._split("latent_channels", latent_channels, LayerSpec.of(whole), **placed)
 
     in_channels = property(lambda self: self.in_size, doc="The channels of an input map.")
     out_channels = property(lambda self: self.out_size, doc="The channels of an output map.")
@@ -240,41 +218,26 @@ class FactorizedConv2d(Factorized):
         >>> FactorizedConv2d.from_conv2d(nn.Conv2d(32, 32, 3)).latent_channels
         8
 
-        The parameters and errors are those of `FactorizedLinear.from_linear`; groups are refused
-        as by the constructor.
+        Parameters and errors are as for `FactorizedLinear.from_linear` and the constructor.
         """
         del module_ix
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
         height, width = module.kernel_size
-        made = cls(
-            module.in_channels,
-            module.out_channels,
-            (height, width),
-            latent_channels,
-            bias=module.bias is not None,
-            groups=module.groups,
-            device="meta",
-            dtype=module.weight.dtype,
-            **_geometry(module),
-        )
+        sizes = (module.in_channels, module.out_channels, (height, width), latent_channels)
+        options = _geometry(module) | {
+            "bias": module.bias is not None,
+            "dtype": module.weight.dtype,
+        }
+        made = cls(*sizes, device="meta", **options)
         return made.take(module, keep_weights)
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
-        assert isinstance(self.module0, nn.Conv2d)
-        return factorize_conv2d(
-            input,
-            self.module0.weight,
-            self.module1.weight,
-            latent_of("rank", rank, self.replaced),
-            biasB=self.module1.bias,
-            **_geometry(self.module0),
-        )
-
-    def _tell_sizes(self, latent: int) -> None:
-        self.module0.out_channels = self.module1.in_channels = latent
+        wa, wb, bias = self.module0.weight, self.module1.weight, self.module1.bias
+        wanted = latent_of("rank", rank, self.replaced)
+        return factorize_conv2d(input, wa, wb, wanted, biasB=bias, **_geometry(self.module0))
 
 
-def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    names = ("stride", "padding", "dilation", "padding_mode")
+def _geometry(conv: nn.Module) -> dict[str, Any]:
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names}

@@ -19,17 +19,15 @@ class Chain(nn.Sequential):
 
     Attributes
     ----------
-    method : str
-        The name of the method that made it.
-    decomposer : Decomposer
-        That method, with its options.
+    method, decomposer : str, Decomposer
+        The method that made it: its name, and the method with its options.
     rank : int or tuple of int
     replaced : LayerSpec
         The layer that stood here before.
     """
 
     method: str | None = None
-    decomposer: Any = None  # methods stand in a room above this one
+    decomposer: Any = None  # of a type that is defined in a room above this one
     rank: Rank | None = None
     replaced: LayerSpec | None = None
 

@@ -30,11 +30,8 @@ class Cost:
 
     @property
     def deciding(self) -> int:
-        """MACs where calls were observed, else parameters: break-even ranks compare these.
-
-        A layer that the example inputs never reached has 0 MACs, so its parameters count.
-        """
-        return self.macs if self.macs else self.params
+        """MACs, or parameters where MACs are unknown or 0; break-even ranks compare these."""
+        return self.macs or self.params
 
     @property
     def unit(self) -> str:
@@ -43,26 +40,18 @@ class Cost:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """The sum; a layer with unknown MACs adds none, as these count among the rest of the model.
+    """The sum, with seconds if any of the costs has them.
 
-    The sum has seconds if any of the costs has.
+    A layer with unknown MACs adds none: they count as MACs of the rest of the model.
     """
     listed = list(costs)
     timed = [cost.latency for cost in listed if cost.latency is not None]
-    return Cost(
-        sum(cost.params for cost in listed),
-        sum(cost.macs or 0 for cost in listed),
-        sum(timed) if timed else None,
-    )
+    params, macs = sum(cost.params for cost in listed), sum(cost.macs or 0 for cost in listed)
+    return Cost(params, macs, sum(timed) if timed else None)
 
 
 def chain_cost(stages: Sequence[Stage], calls: Sequence[Call] | None) -> Cost:
-    """Cost of running `stages` one after the other, each at its own input and output size.
-
-    >>> conv = tdecomp.LayerSpec(64, 64, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0))
-    >>> chain_cost([conv], [Call(1, (8, 8))])
-    Cost(params=36928, macs=589824, latency=None)
-    """
+    """Cost of running `stages` one after the other, each at its own input and output size."""
     params = sum(stage.params for stage in stages)
     if calls is None:
         return Cost(params)

@@ -33,10 +33,8 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
     Raises
     ------
-    TypeError
-        If it is not an instance of `LayerKind`.
-    ValueError
-        If its name is empty or another kind's.
+    TypeError, ValueError
+        If it is not an instance of `LayerKind`, or its name is empty or another kind's.
     """
     if not isinstance(kind, LayerKind):
         got = f"the class {kind.__name__}" if isinstance(kind, type) else type(kind).__name__
@@ -45,18 +43,14 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
     if not name or not isinstance(name, str):
         raise ValueError(f"register_layer_kind: {type(kind).__name__} needs a name, got {name!r}")
     known = KINDS.get(name)
-    # A class of the same place and name is the same one, defined again as in a notebook.
-    if known is not None and _place(known) != _place(kind):
+    # A class of the same module and name is the same one, defined again as in a notebook.
+    if known is not None and repr(type(known)) != repr(type(kind)):
         raise ValueError(
             f"register_layer_kind: {name!r} is the name of {type(known).__name__} already; choose "
             "another"
         )
     KINDS[name] = kind
     return kind
-
-
-def _place(kind: LayerKind) -> tuple[str, str]:
-    return type(kind).__module__, type(kind).__qualname__
 
 
 for _kind in STOCK_KINDS:

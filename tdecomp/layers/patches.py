@@ -1,12 +1,12 @@
 """What each output of a layer sees: its input as rows of fan_in entries, a bounded slice at a time.
 
 The entries of a row are in the order (*kernel, in / groups), which a channels-last copy of the
-input yields without shuffling; `to_kernel_order` turns what is summed up over them, once, into the
-order of the weight.
+input has already; `to_kernel_order` reorders the sums over all rows, once, as the weight is.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor
 from torch.nn import functional
@@ -19,18 +19,9 @@ def patches(
 ) -> Iterator[Tensor]:
     """Yield slices (groups, positions, fan_in) of a layer's unfolded input.
 
-    >>> conv = LayerSpec.of(nn.Conv2d(4, 8, 3, padding=1))
-    >>> [rows.shape for rows in patches(torch.zeros(2, 4, 5, 5), conv)]
-    [torch.Size([1, 50, 36])]
-
-    Parameters
-    ----------
-    x : Tensor, shape (..., in) for a Linear, (batch, in, *size) or (in, *size) for a convolution
-    spec : LayerSpec
-        Of a Linear or a convolution that is not transposed.
-    chunk_bytes, least_rows : int
-        The size of a slice, and the least number of its rows: few enough to stay in a cache, enough
-        for an efficient matrix product.
+    `x` is (..., in) for a Linear, (batch, in, *size) or (in, *size) for a convolution, which may
+    not be transposed. Slices are small enough for a cache, and have enough rows for an efficient
+    matrix product.
     """
     rows = max(least_rows, chunk_bytes // (x.element_size() * spec.fan_in * spec.groups))
     if spec.ndim == 0:
@@ -38,17 +29,16 @@ def patches(
         yield from flat.split(rows, dim=1)
         return
     batch = x if x.dim() == spec.ndim + 2 else x[None]
-    if spec.kernel_volume == 1 and set(spec.stride) == {1} and not any(_padding(spec)):
-        per_image = math.prod(batch.shape[2:])
-        for images in batch.split(max(1, rows // max(per_image, 1))):
+    pointwise = spec.kernel_volume == 1 and set(spec.stride) == {1} and not any(_padding(spec))
+    out = spec.output_size(tuple(batch.shape[2:]))
+    per_image = max(math.prod(out), 1)
+    for images in batch.split(max(1, rows // per_image)):
+        if pointwise:
             grouped = images.flatten(2).unflatten(1, (spec.groups, spec.group_in))
             yield grouped.permute(1, 0, 3, 2).reshape(spec.groups, -1, spec.group_in)
-        return
-    out = spec.output_size(tuple(batch.shape[2:]))
-    per_image = math.prod(out)
-    for images in batch.split(max(1, rows // max(per_image, 1))):
+            continue
         windows = _windows(images, spec)  # (images, *out, *kernel, in)
-        for lines in windows.split(max(1, rows * out[0] // max(per_image, 1)), dim=1):
+        for lines in windows.split(max(1, rows * out[0] // per_image), dim=1):
             grouped = lines.unflatten(-1, (spec.groups, spec.group_in)).movedim(-2, 0)
             yield grouped.reshape(spec.groups, -1, spec.fan_in)
 
@@ -59,20 +49,13 @@ def _windows(images: Tensor, spec: LayerSpec) -> Tensor:
         mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
         images = functional.pad(images, _padding(spec), mode=mode)
     last = images.movedim(1, -1).contiguous()  # (images, *size, in)
-    count, size, strides = len(last), last.shape[1:-1], last.stride()
-    spatial = strides[1:-1]
-    out = tuple(
-        (n - d * (k - 1) - 1) // s + 1
-        for n, k, s, d in zip(size, spec.kernel_size, spec.stride, spec.dilation, strict=True)
-    )
+    out = replace(spec, padding="valid").output_size(tuple(last.shape[1:-1]))
+    image, *spatial, channel = last.stride()
+    along_out = (step * s for step, s in zip(spatial, spec.stride, strict=True))
+    along_kernel = (step * d for step, d in zip(spatial, spec.dilation, strict=True))
     return last.as_strided(
-        (count, *out, *spec.kernel_size, spec.in_channels),
-        (
-            strides[0],
-            *(step * s for step, s in zip(spatial, spec.stride, strict=True)),
-            *(step * d for step, d in zip(spatial, spec.dilation, strict=True)),
-            strides[-1],
-        ),
+        (len(last), *out, *spec.kernel_size, spec.in_channels),
+        (image, *along_out, *along_kernel, channel),
     )
 
 
@@ -92,6 +75,5 @@ def to_kernel_order(values: Tensor, spec: LayerSpec, dims: tuple[int, ...]) -> T
     """Entries ordered (*kernel, in / groups) along `dims`, reordered as (in / groups, *kernel)."""
     shape = values.shape
     for dim in sorted(dims, reverse=True):
-        split = values.unflatten(dim, (spec.kernel_volume, spec.group_in))
-        values = split.transpose(dim, dim + 1)
+        values = values.unflatten(dim, (spec.kernel_volume, spec.group_in)).transpose(dim, dim + 1)
     return values.reshape(shape)

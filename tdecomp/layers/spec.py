@@ -1,8 +1,7 @@
 """What a layer is, apart from its weights, and what a kind of layers is.
 
-A `LayerSpec` is all that planning, costing and building need to know of a layer: its sizes and the
-name of its kind. A `LayerKind` recognises, reads, builds and lays out the modules of one kind. The
-two need each other and share a file; the list of kinds is in `kinds`.
+A `LayerSpec` has a layer's sizes and the name of its kind. A `LayerKind` recognises, reads, builds
+and lays out the modules of one kind. The two need each other and share a file; `kinds` lists them.
 """
 
 import math
@@ -15,16 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-# What words say of a convolution where it is not as usual.
+# Shown in the text of a convolution where they differ from torch's defaults.
 _SHOWN = ("stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
 
 
 @dataclass(frozen=True)
 class Call:
-    """The size of one call of a layer: `batch` maps of spatial `size`.
-
-    A Linear has no spatial size: there `batch` counts the vectors.
-    """
+    """The size of one call of a layer: `batch` maps of spatial `size`, or vectors for a Linear."""
 
     batch: int
     size: tuple[int, ...] = ()
@@ -62,13 +58,7 @@ class LayerSpec:
 
     @classmethod
     def of(cls, module: nn.Module) -> "LayerSpec":
-        """Read the spec off a layer of a registered kind.
-
-        Raises
-        ------
-        TypeError
-            If the module is of no such kind.
-        """
+        """The spec of a layer of a registered kind; a TypeError for any other module."""
         kind = kind_of(module)
         if kind is None:
             raise TypeError(
@@ -134,59 +124,39 @@ class LayerSpec:
         shape = tuple(input_shape)
         if self.ndim == 0:
             return Call(math.prod(shape[:-1]))
-        batched = len(shape) == self.ndim + 2
-        return Call(shape[0] if batched else 1, shape[-self.ndim :])
+        return Call(shape[0] if len(shape) == self.ndim + 2 else 1, shape[-self.ndim :])
 
     def macs(self, call: Call) -> int:
-        """Multiply-accumulates of one call, as torch's flop counter counts them (halved).
-
-        The bias is not counted. A transposed convolution uses its kernel once per input position.
-        """
+        """Multiply-accumulates of one call: half the flops that torch counts, without the bias."""
+        # A transposed convolution uses its kernel once per input position.
         positions = call.size if self.transposed else self.output_size(call.size)
         return call.batch * math.prod(positions) * math.prod(self.kernel_shape)
 
     # -- stages of chains in its place ------------------------------------------------------
 
     def like(self, **changes: Any) -> "LayerSpec":
-        """The stock layer of torch with this geometry, and with some changes.
-
-        >>> print(LayerSpec(8, 6).like(out_channels=2, bias=False))
-        Linear(8→2, no bias)
-        """
+        """The stock layer of torch with this geometry, and with some changes."""
         return replace(self, **{"kind": "", **changes})
 
     def pointwise(self, in_channels: int, out_channels: int, *, bias: bool = False) -> "LayerSpec":
         """A kernel of size 1 (a Linear, where this is one) that keeps the spatial size."""
-        ones, zeros = (1,) * self.ndim, (0,) * self.ndim
-        return LayerSpec(
-            in_channels,
-            out_channels,
-            kernel_size=ones,
-            stride=ones,
-            padding=zeros,
-            dilation=ones,
-            output_padding=zeros,
-            groups=self.groups,
-            bias=bias,
-        )
+        one, zero = (1,) * self.ndim, (0,) * self.ndim
+        geometry = (one, one, zero, one, zero)  # kernel, stride, padding, dilation, output_padding
+        return LayerSpec(in_channels, out_channels, *geometry, groups=self.groups, bias=bias)
 
     def along(self, dims: Iterable[int], in_channels: int, out_channels: int) -> "LayerSpec":
         """This layer's geometry in the spatial dimensions `dims` and size 1 in the others."""
-        keep = set(dims)
+        keep, usual = set(dims), self.pointwise(in_channels, out_channels)
 
-        def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
-            return tuple(v if d in keep else other for d, v in enumerate(values))
+        def pick(name: str) -> tuple[int, ...]:
+            pairs = zip(getattr(self, name), getattr(usual, name), strict=True)
+            return tuple(mine if d in keep else other for d, (mine, other) in enumerate(pairs))
 
-        return self.like(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            kernel_size=pick(self.kernel_size, 1),
-            stride=pick(self.stride, 1),
-            padding=self.padding if isinstance(self.padding, str) else pick(self.padding, 0),
-            dilation=pick(self.dilation, 1),
-            output_padding=pick(self.output_padding, 0),
-            bias=False,
-        )
+        names = ["kernel_size", "stride", "dilation", "output_padding"]
+        if not isinstance(self.padding, str):
+            names.append("padding")
+        picked = {name: pick(name) for name in names}
+        return self.like(in_channels=in_channels, out_channels=out_channels, bias=False, **picked)
 
     # -- its module: the `Stage` protocol ---------------------------------------------------
 
@@ -213,11 +183,10 @@ class LayerSpec:
 
     @property
     def _kind(self) -> "LayerKind":
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"{self}: no layer kind has this name; register it (tdecomp.register_layer_kind)"
-            )
-        return KINDS[self.kind]
+        if self.kind in KINDS:
+            return KINDS[self.kind]
+        remedy = "register it (tdecomp.register_layer_kind)"
+        raise ValueError(f"{self}: no layer kind has this name; {remedy}")
 
     def __str__(self) -> str:
         words = [f"{self.in_channels}→{self.out_channels}"]
@@ -247,8 +216,8 @@ class LayerSpec:
 class LayerKind(ABC):
     """How the layers of one kind are recognised, read, built and laid out.
 
-    A layer of any kind computes the same as torch's own layer of its spec, and holds its parameters
-    as `weight` and `bias`; the order of the weight's dimensions is up to the kind.
+    A layer of any kind computes the same as torch's own layer of its spec, from parameters `weight`
+    (its dimensions in any order) and `bias`.
 
     Attributes
     ----------
@@ -291,8 +260,5 @@ KINDS: dict[str, LayerKind] = {}
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The kind of a module, None if it is no layer of a known kind.
-
-    Of several that match, the kind that was registered last: users' own come before torch's.
-    """
+    """The kind of a module, of several the one registered last; None if no kind matches."""
     return next((kind for kind in reversed(KINDS.values()) if kind.base_class(module)), None)

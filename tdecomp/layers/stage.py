@@ -12,23 +12,16 @@ from tdecomp.layers.spec import Call, LayerSpec
 class Stage(Protocol):
     """One step of the chain that a method makes; a `LayerSpec` is one, for a stock layer of torch.
 
-    A method whose chain has a module of its own gives a class of its own with these members,
-    usually a frozen dataclass: stages are compared and hashed. The module of the last stage has
-    the layer's bias as its `bias`, a parameter, or None where the layer has none.
-
-    Attributes
-    ----------
-    in_channels : int
-        Of its input: the last dimension for layers without spatial dimensions, else the second.
-    params : int
-        How many parameters the module has, the bias included.
+    A method whose chain has a module of its own defines a class with these members, usually a
+    frozen dataclass: stages are compared and hashed. The module of the last stage has the layer's
+    bias as its `bias`, a parameter, or None where the layer has none.
     """
 
     @property
-    def in_channels(self) -> int: ...
+    def in_channels(self) -> int: ...  # the input's last dimension; its second for convolutions
 
     @property
-    def params(self) -> int: ...
+    def params(self) -> int: ...  # of the module, the bias included
 
     def macs(self, call: Call) -> int:
         """Multiply-accumulates of one call, without the bias."""

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 from tdecomp.layers.spec import LayerKind, LayerSpec
 
+# Of a convolution: attributes of torch's modules, their arguments and fields of `LayerSpec`.
+_SIZES = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+_OPTIONS = ("groups", "padding_mode")
+
 
 class _Stock(LayerKind):
     """The layers of one of torch's own classes."""
@@ -39,39 +43,24 @@ class Convolution(_Stock):
 
     def spec_of(self, module: nn.Module) -> LayerSpec:
         assert isinstance(module, nn.modules.conv._ConvNd)
-        padding = module.padding
+        values = {name: getattr(module, name) for name in (*_SIZES, *_OPTIONS)}
+        sizes = {name: tuple(v) for name, v in values.items() if not isinstance(v, (str, int))}
         return LayerSpec(
-            in_channels=module.in_channels,
-            out_channels=module.out_channels,
-            kernel_size=tuple(module.kernel_size),
-            stride=tuple(module.stride),
-            padding=padding if isinstance(padding, str) else tuple(padding),
-            dilation=tuple(module.dilation),
-            output_padding=tuple(module.output_padding),
-            groups=module.groups,
-            padding_mode=module.padding_mode,
+            module.in_channels,
+            module.out_channels,
             bias=module.bias is not None,
             transposed=module.transposed,
+            **(values | sizes),
         )
 
     def build(
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
     ) -> nn.Module:
-        return _uninitialised(
-            self.stock,
-            spec.in_channels,
-            spec.out_channels,
-            spec.kernel_size,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            groups=spec.groups,
-            bias=spec.bias,
-            padding_mode=spec.padding_mode,
-            device=device,
-            dtype=dtype,
-            **({"output_padding": spec.output_padding} if spec.transposed else {}),
-        )
+        options = {name: getattr(spec, name) for name in (*_SIZES, *_OPTIONS, "bias")}
+        if not spec.transposed:
+            del options["output_padding"]
+        sizes = (spec.in_channels, spec.out_channels)
+        return _uninitialised(self.stock, *sizes, **options, device=device, dtype=dtype)
 
 
 class TransposedConvolution(Convolution):
@@ -92,10 +81,7 @@ class TransposedConvolution(Convolution):
 STOCK_KINDS = (
     Linear(nn.Linear),
     *map(Convolution, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-    *map(
-        TransposedConvolution,
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    ),
+    *map(TransposedConvolution, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
 )
 STOCK_LAYERS = tuple(kind.stock for kind in STOCK_KINDS)
 

@@ -12,16 +12,9 @@ from tdecomp.layers.spec import LayerSpec, kind_of
 
 @dataclass(frozen=True)
 class Filters:
-    """Which layers a user wants decomposed.
+    """Which layers a user wants decomposed."""
 
-    Attributes
-    ----------
-    include, exclude : str or sequence of str
-        Names, globs, or the name of a container for all that it holds. No `include` means all.
-    where : callable ``(module, name) -> bool``, optional
-        Such as `at_least`.
-    """
-
+    # Names, globs, or names of containers; no `include` means all layers.
     include: str | Sequence[str] = ()
     exclude: str | Sequence[str] = ()
     where: Callable[[nn.Module, str], bool] | None = None
@@ -80,7 +73,7 @@ class AtLeast:
 
 
 def at_least(channels: int = 0, features: int = 0) -> AtLeast:
-    """A `where` that leaves narrow layers alone, which cost little and hold much.
+    """A `where` for wide layers only: narrow ones cost little and lose much.
 
     >>> wide = at_least(channels=16, features=64)
     >>> wide(nn.Conv2d(3, 64, 3), "stem"), wide(nn.Linear(64, 64), "fc")
@@ -88,10 +81,8 @@ def at_least(channels: int = 0, features: int = 0) -> AtLeast:
 
     Parameters
     ----------
-    channels : int
-        The fewest input or output channels of a convolution.
-    features : int
-        The fewest input or output features of a Linear, or of a layer like it.
+    channels, features : int
+        The fewest inputs or outputs of a convolution, and of a layer without spatial dimensions.
 
     Returns
     -------

@@ -10,7 +10,7 @@ from tdecomp.layers.spec import LayerSpec, kind_of
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a row in every report: of a known kind, or one like it."""
+    """Whether a module is of a known kind or similar to one: it has a row in every report."""
     return kind_of(module) is not None or isinstance(module, _ConvNd) or _quantized(module)
 
 
@@ -26,16 +26,11 @@ def is_lazy(module: nn.Module) -> bool:
 
 
 class Reasons:
-    """Says why the layers of one model cannot be replaced, by their structure.
-
-    >>> attention = nn.MultiheadAttention(8, 2)
-    >>> Reasons(attention).of(attention.out_proj, LayerSpec(8, 8))
-    'MultiheadAttention reads its weight itself'
-    """
+    """Why layers of one model cannot be replaced, as far as its structure shows."""
 
     def __init__(self, model: nn.Module) -> None:
         self._readers = _readers(model)
-        # The address of a storage to the parameters that use it, each with its module's name.
+        # By the address of their storage: the parameters that use it, and their modules' names.
         self._users: dict[int, list[tuple[nn.Parameter, str]]] = {}
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
@@ -43,7 +38,7 @@ class Reasons:
                     self._users.setdefault(_storage(parameter), []).append((parameter, name))
 
     def of(self, module: nn.Module, spec: LayerSpec | None) -> str | None:
-        """The reason, None if the layer may be replaced."""
+        """The reason; None if the layer may be replaced."""
         reason = _own_reason(module) or self._tie(module) or self._readers.get(module)
         if reason is None and spec is not None and spec.depthwise:
             return "depthwise: each of its filters sees a single channel already"
@@ -53,8 +48,6 @@ class Reasons:
         """Whether it shares memory with another module's parameter."""
         for name, parameter in module.named_parameters(recurse=False):
             users = self._users.get(_storage(parameter), [])
-            if len(users) < 2:
-                continue
             owners = {owner for other, owner in users if _overlap(parameter, other)}
             if len(owners) > 1:
                 return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
@@ -68,15 +61,10 @@ def _own_reason(module: nn.Module) -> str | None:
     if is_lazy(module):
         return "lazy: run the model once so that its sizes are known"
     if parametrize.is_parametrized(module):
-        return (
-            "parametrized: bake it in with torch.nn.utils.parametrize.remove_parametrizations"
-            "(layer, 'weight')"
-        )
-    computed = [
-        name
-        for name in ("weight", "bias")
-        if name not in module._parameters and getattr(module, name, None) is not None
-    ]
+        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        return f"parametrized: bake it in with {remedy}"
+    others = (name for name in ("weight", "bias") if name not in module._parameters)
+    computed = [name for name in others if getattr(module, name, None) is not None]
     if computed or "weight" not in module._parameters:
         return (
             f"its {' and '.join(computed) or 'weight'} is computed from other parameters: bake it "
@@ -106,26 +94,17 @@ def _quantized(module: nn.Module) -> bool:
 
 
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-    "_post_accumulate_grad_hooks",
-)
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_post_accumulate_grad_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 def _own_hooks(holder: nn.Module | nn.Parameter) -> bool:
-    for attribute in _HOOKS:
-        for registered in (getattr(holder, attribute, None) or {}).values():
-            hook = getattr(registered, "hook", registered)
-            # torch leaves some of its own behind when a weight norm is removed.
-            if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils."):
-                return True
-    return False
+    hooks = (hook for name in _HOOKS for hook in (getattr(holder, name, None) or {}).values())
+    places = (getattr(getattr(hook, "hook", hook), "__module__", "") for hook in hooks)
+    # torch leaves some of its own behind when a weight norm is removed.
+    return any(not str(place).startswith("torch.nn.utils.") for place in places)
 
 
 def _storage(parameter: nn.Parameter) -> int:
@@ -142,7 +121,7 @@ def _overlap(a: nn.Parameter, b: nn.Parameter) -> bool:
 
 
 def _extent(parameter: nn.Parameter) -> tuple[int, int]:
-    """The first element of its storage that it uses, and the one after the last."""
+    """The elements of its storage that it uses: the first, and the one after the last."""
     strided = zip(parameter.shape, parameter.stride(), strict=True)
     first = int(parameter.storage_offset())
     return first, first + 1 + sum((int(size) - 1) * int(stride) for size, stride in strided)
@@ -155,15 +134,14 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(parent, nn.MultiheadAttention):
             reasons[parent.out_proj] = "MultiheadAttention reads its weight itself"
         elif isinstance(parent, nn.TransformerEncoderLayer):
-            reasons[parent.linear1] = reasons[parent.linear2] = (
-                "TransformerEncoderLayer's fast path reads its weight itself"
-            )
+            reason = "TransformerEncoderLayer's fast path reads its weight itself"
+            reasons[parent.linear1] = reasons[parent.linear2] = reason
         elif type(parent).__name__ in ("ShiftedWindowAttention", "ShiftedWindowAttentionV2"):
             # torchvision's Swin, which need not be installed here
             for child in (getattr(parent, "qkv", None), getattr(parent, "proj", None)):
                 if isinstance(child, nn.Module):
                     reasons[child] = "shifted-window attention reads its weight itself"
         elif isinstance(parent, Chain):
-            for part in parent.modules():
-                reasons[part] = f"part of a chain that {parent.method!r} made before"
+            reason = f"part of a chain that {parent.method!r} made before"
+            reasons |= dict.fromkeys(parent.modules(), reason)
     return reasons

@@ -16,26 +16,13 @@ from tdecomp.model.trace import Trace, trace
 
 @dataclass(frozen=True)
 class Site:
-    """A layer with every name it is reachable by, or the reason it is left alone.
+    """A layer of a model, with all of its names."""
 
-    Attributes
-    ----------
-    names : tuple of str
-        In the order of `named_modules`; the first one is the site's name, "" the model itself.
-    module : nn.Module
-    spec : LayerSpec or None
-        None where the layer's sizes are not known (lazy and quantized layers).
-    reason : str or None
-        Why it is left alone; None if it may be replaced.
-    calls : tuple of Call or None
-        What one pass of the example inputs asks of it; None without example inputs.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # in the order of `named_modules`; "" is the model itself
     module: nn.Module
-    spec: LayerSpec | None
-    reason: str | None = None
-    calls: tuple[Call, ...] | None = None
+    spec: LayerSpec | None  # None where the sizes are not known (lazy and quantized layers)
+    reason: str | None = None  # why it is left alone; None if it may be replaced
+    calls: tuple[Call, ...] | None = None  # in one pass of the example inputs, if there are any
 
     @property
     def name(self) -> str:
@@ -44,24 +31,11 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Sites(Mapping[str, Site]):
-    """Every layer of a model by its name, in the order of the model; `find_sites` makes it.
-
-    >>> sites = find_sites(nn.Sequential(nn.Linear(4, 2), nn.ReLU()))
-    >>> {name: str(site.spec) for name, site in sites.items()}
-    {'0': 'Linear(4→2)'}
-
-    Nothing is searched again by `with_filters` and `with_example`, which return new sites.
-
-    Attributes
-    ----------
-    model : nn.Module
-    trace : Trace or None
-        What the example inputs showed.
-    """
+    """Every layer of a model by its first name, in the order of the model; made by `find_sites`."""
 
     model: nn.Module
     _sites: dict[str, Site]
-    trace: Trace | None = None
+    trace: Trace | None = None  # of the example inputs
 
     def __getitem__(self, name: str) -> Site:
         return self._sites[name]
@@ -73,12 +47,9 @@ class Sites(Mapping[str, Site]):
         return len(self._sites)
 
     def with_filters(self, filters: Filters) -> "Sites":
-        """The same sites; those that the filters leave out have that as their reason.
+        """The same sites, with a reason where the filters leave one out.
 
-        Raises
-        ------
-        ValueError
-            If a pattern matches no layer.
+        A pattern that matches no layer is a ValueError.
         """
         filters.check(name for site in self.values() for name in site.names)
 
@@ -90,14 +61,10 @@ class Sites(Mapping[str, Site]):
         return replace(self, _sites={name: filtered(site) for name, site in self.items()})
 
     def with_example(self, example: Any) -> "Sites":
-        """The same sites with the calls that one pass of the example inputs makes of them.
+        """The same sites, with their calls in one pass of the example inputs.
 
-        A layer with a peculiarity that only a pass shows gets this as its reason.
-
-        Raises
-        ------
-        ValueError
-            If the model rejects the inputs, or has parameters on the meta device.
+        Some reasons to leave a layer alone show only in this pass. A ValueError is raised if the
+        model rejects the inputs or has parameters on the meta device.
         """
         seen = _traced(self.model, {s.module: s.spec for s in self.values() if s.spec}, example)
 
@@ -111,21 +78,9 @@ class Sites(Mapping[str, Site]):
 
 
 def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = None) -> Sites:
-    """Every layer of a known kind in `model`, once each, by its first name.
+    """Every layer of a known kind in `model`; a ValueError if it has none or is wrapped.
 
-    Parameters
-    ----------
-    model : nn.Module
-    filters : Filters, optional
-        As `Sites.with_filters`.
-    example : optional
-        As `Sites.with_example`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the model is wrapped, has no layer to decompose, rejects the inputs, or a filter
-        matches nothing.
+    For `filters` and `example` see `Sites.with_filters` and `Sites.with_example`.
     """
     _refuse_wrapped(model)
     names: dict[nn.Module, list[str]] = {}
@@ -138,11 +93,10 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
             f"layer of another known kind; the known ones are {', '.join(KINDS)} "
             "(tdecomp.register_layer_kind adds one)"
         )
-    reasons = Reasons(model)
-    found: dict[str, Site] = {}
-    for module, all_names in names.items():
+    reasons, found = Reasons(model), {}
+    for module, listed in names.items():
         spec = spec_of(module)
-        found[all_names[0]] = Site(tuple(all_names), module, spec, reasons.of(module, spec))
+        found[listed[0]] = Site(tuple(listed), module, spec, reasons.of(module, spec))
     sites = Sites(model, found)
     if filters is not None:
         sites = sites.with_filters(filters)
@@ -160,31 +114,24 @@ def _traced(model: nn.Module, specs: Mapping[nn.Module, LayerSpec], example: Any
         return trace(model, specs, example)
     # A forward pass would give the user's lazy layers their sizes: run a copy.
     twin = copy.deepcopy(model)
-    pairs = {
-        new: old for new, old in zip(twin.modules(), model.modules(), strict=True) if old in specs
-    }
-    seen = trace(twin, {new: specs[old] for new, old in pairs.items()}, example)
-    return Trace(
-        {pairs[new]: calls for new, calls in seen.calls.items()},
-        seen.total_macs,
-        {pairs[new]: words for new, words in seen.oddities.items()},
-    )
+    originals = dict(zip(twin.modules(), model.modules(), strict=True))
+    twins = {new: specs[old] for new, old in originals.items() if old in specs}
+    seen = trace(twin, twins, example)
+    calls = {originals[new]: calls for new, calls in seen.calls.items()}
+    oddities = {originals[new]: words for new, words in seen.oddities.items()}
+    return Trace(calls, seen.total_macs, oddities)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    wrappers = {
-        "OptimizedModule": "model._orig_mod",
-        "DistributedDataParallel": "model.module",
-        "DataParallel": "model.module",
-        "FullyShardedDataParallel": "model.module",
-    }
-    for kind in type(model).__mro__:
-        if kind.__name__ in wrappers:
+    parallel = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    for name in (kind.__name__ for kind in type(model).__mro__):
+        if name in ("OptimizedModule", *parallel):
+            inner = "model.module" if name in parallel else "model._orig_mod"
             raise ValueError(
-                f"the model is wrapped in {kind.__name__}: decompose the inner module "
-                f"({wrappers[kind.__name__]}) first, then wrap the result"
+                f"the model is wrapped in {name}: decompose the inner module ({inner}) first, then "
+                "wrap the result"
             )
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the model is a ScriptModule: decompose the eager model, then script it")

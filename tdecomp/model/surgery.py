@@ -20,16 +20,8 @@ Slot = tuple[nn.Module, Callable[[Any], None]]
 
 
 def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
-    """A deep copy of `model` with each replaced module's chain wherever it stood.
-
-    The copy is told of the replacements beforehand, so that the old weights are never copied and
-    no slot is missed, be it an attribute, a list, a dict or the model itself.
-
-    Raises
-    ------
-    ValueError
-        If the model cannot be copied.
-    """
+    """A deep copy of `model` with each replaced module's chain wherever it stood."""
+    # With the replacements in the memo, old weights are not copied, and no slot is missed.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     for module in model.modules():
         # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
@@ -54,27 +46,11 @@ def swap(
 ) -> None:
     """Replace modules in `model` itself, and their parameters in `optimizers`.
 
-    On an error, model and optimizers are as they were; an interrupt (Ctrl-C) is raised when all of
-    it is done.
-
-    Parameters
-    ----------
-    model : nn.Module
-    chains : dict of nn.Module to Chain
-        The modules to be replaced, wherever they stand in the model.
-    optimizers : sequence of Optimizer
-        New parameters take the old ones' places in their groups.
-    values : dict of str to Tensor, optional
-        New values by the names of parameters and buffers of the changed model, see `tensors_in`.
-        They are copied into the model's own tensors; those that are the same already are left out.
-    layout : str, optional
-        The memory layout of `tdecomp.model.layout` in which the changed model stores its kernels.
-
-    Raises
-    ------
-    ValueError
-        If the model is itself one of the modules to be replaced, or has no tensor of a name and
-        shape in `values`.
+    On an error, model and optimizers are as they were; an interrupt (Ctrl-C) is raised afterwards.
+    `values` are copied into the changed model's parameters and buffers of these names, see
+    `tensors_in`; those that are equal already are left out.
+    `layout` is the memory layout in which the changed model stores its kernels. A ValueError is raised if the model
+    lacks one of these names and shapes, or is itself to be replaced.
     """
     if model in chains:
         raise ValueError(
@@ -100,13 +76,7 @@ def swap(
 
 
 def adopt(model: nn.Module, other: nn.Module) -> nn.Module:
-    """The model with the parameters and buffers of another one of the same structure.
-
-    Raises
-    ------
-    ValueError
-        If the model lacks one of them or has another shape; the model is then as it was.
-    """
+    """The model with the parameters and buffers of another one of the same structure."""
     swap(model, {}, values=tensors_in(other))
     return model
 
@@ -136,8 +106,7 @@ def _changed(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[Tenso
 
 def _copy(tensor: Tensor, value: Tensor) -> None:
     # Inference tensors are changed in inference mode only.
-    mode = torch.inference_mode() if tensor.is_inference() else torch.no_grad()
-    with mode:
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
         tensor.copy_(value)
 
 
@@ -145,44 +114,28 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[Slot]:
     """Every place that holds a module to be replaced, with the way to put another one there."""
     found: list[Slot] = []
     seen: set[int] = set()
-    for module in model.modules():
-        _search(module, lambda _: None, replacements, found, seen)
+    # Modules, containers, namespaces and what they hold; each `put` replaces its `value`.
+    queue: list[tuple[Any, Callable[[Any], None]]] = [(m, lambda _: None) for m in model.modules()]
+    for value, put in queue:  # which grows meanwhile
+        if isinstance(value, nn.Module) and value in replacements:
+            found.append((value, put))
+        elif isinstance(value, tuple):
+            # Its items cannot be replaced one by one: each put makes a new tuple of current ones.
+            current = list(value)
+            for index, item in enumerate(value):
+                queue.append((item, _tuple_setter(type(value), current, index, put)))
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, nn.Module) or _plain_object(value):
+                queue.append((vars(value), put))
+            elif isinstance(value, (MutableMapping, MutableSequence)):
+                pairs = value.items() if isinstance(value, MutableMapping) else enumerate(value)
+                for key, item in pairs:
+                    queue.append((item, partial(value.__setitem__, key)))
+            elif isinstance(value, set):
+                for item in value:
+                    queue.append((item, _set_setter(value, item)))
     return found
-
-
-def _search(
-    value: Any,
-    put: Callable[[Any], None],
-    replacements: Replacements,
-    found: list[Slot],
-    seen: set[int],
-) -> None:
-    """Look through what modules, containers and namespaces hold; `put` replaces `value` itself."""
-    if isinstance(value, nn.Module) and value in replacements:
-        found.append((value, put))
-        return
-    if isinstance(value, tuple):
-        # Its items cannot be replaced one by one: each put makes a new tuple of the current ones.
-        current = list(value)
-        for index, item in enumerate(value):
-            _search(
-                item, _tuple_setter(type(value), current, index, put), replacements, found, seen
-            )
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module) or _plain_object(value):
-        _search(vars(value), put, replacements, found, seen)
-    elif isinstance(value, MutableMapping):
-        for key, item in list(value.items()):
-            _search(item, partial(value.__setitem__, key), replacements, found, seen)
-    elif isinstance(value, MutableSequence):
-        for index, item in enumerate(list(value)):
-            _search(item, partial(value.__setitem__, index), replacements, found, seen)
-    elif isinstance(value, set):
-        for item in list(value):
-            _search(item, _set_setter(value, item), replacements, found, seen)
 
 
 def _plain_object(value: Any) -> bool:

@@ -567,7 +567,7 @@ def run_until(line, function):
     """Run `function` until the surgery is at its `line`-th line, raise there; lines that it ran."""
     # Undoing is not interrupted, and the search for slots changes nothing.
     files = (surgery.__file__, optimizers.__file__)
-    left_out, lines = ("restore", "put", "<lambda>", "_search", "_search_tuple"), 0
+    left_out, lines = ("restore", "put", "<lambda>", "_slots"), 0
 
     def on_line(_frame, event, _argument):
         nonlocal lines
