@@ -125,7 +125,7 @@ def decompose(
     check_data(steps, batches)
     with restoring(model, seed=seed):
         request = _request(
-            model, methods, rank, example, include, exclude, where,
+            methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
         )  # fmt: skip
         planned = make_plan(model, request, batches, use_variants(steps), expect=False)
@@ -177,7 +177,7 @@ def plan(
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     with restoring(model, seed=seed):
         request = _request(
-            model, methods, rank, example, include, exclude, where,
+            methods, rank, example, include, exclude, where,
             allow_expansion, profile, only_if_faster, progress,
         )  # fmt: skip
         return make_plan(model, request, batches, expect=True).plan
@@ -303,7 +303,6 @@ def sensitivity(
 
 
 def _request(
-    model: nn.Module,
     methods: Methods,
     rank: Any,
     example: Example | None,

@@ -105,7 +105,10 @@ def test_every_option_of_plan_is_one_of_decompose():
     )
     assert [row.name for row in result.report if row.method] == ["features.6"]
     assert result.report["features.6"].macs_before is not None
-    assert decompose(MODELS["cnn"].build(), where=tdecomp.at_least(features=11)).report["head"].method is None
+    assert (
+        decompose(MODELS["cnn"].build(), where=tdecomp.at_least(features=11)).report["head"].method
+        is None
+    )
 
 
 # Kept --------------------------------------------------------------------------------------------
@@ -280,13 +283,13 @@ def test_layers_side_by_side_are_those_one_by_one(rank):
         assert torch.equal(one, other)
 
 
-class FailsOn(tdecomp.LowRank):
+class FailsOn(tdecomp.SVD):
     """Fails on one kernel."""
 
     name = "fails"
     kernel = None
 
-    def fit(self, kernel, rank, start=None, *, draft=False):
+    def fit(self, kernel, rank):
         scale = self.kernel.abs().max()
         if kernel.shape == self.kernel.shape and torch.equal(kernel, self.kernel / scale):
             raise RuntimeError("no")
@@ -296,7 +299,7 @@ class FailsOn(tdecomp.LowRank):
 @pytest.mark.usefixtures("two_threads")
 def test_a_fit_that_fails_beside_others_names_its_layer():
     model = wide()
-    names = [row.name for row in decompose(model).report if row.method == "lowrank"]
+    names = [row.name for row in decompose(model, tdecomp.SVD()).report if row.method]
     method = FailsOn()
     object.__setattr__(method, "kernel", model.get_submodule(names[1]).weight.detach())
     with unchanged(model), pytest.raises(ValueError, match=f"layer '{names[1]}'.*RuntimeError: no"):

@@ -50,8 +50,7 @@ def test_every_method_goes_on_to_lower_ranks(methods, data):
         assert chain.rank == row.rank
         assert chain.rank != first.plan[row.name].rank
         assert [tuple(p.weight.shape) for p in chain] == [
-            s.weight_shape
-            for s in get_decomposer(row.method).stages(row.layer, row.rank)
+            s.weight_shape for s in get_decomposer(row.method).stages(row.layer, row.rank)
         ]
         assert 0 <= second.report[row.name].weight_error < 1
         assert (second.report[row.name].output_error is None) == (data is None)

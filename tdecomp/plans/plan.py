@@ -215,10 +215,11 @@ def _options(decomposer: Decomposer) -> dict[str, Any]:
         )
     options = {f.name: getattr(decomposer, f.name) for f in fields(decomposer) if f.init}
     try:
-        if type(decomposer)(**_read(json.loads(json.dumps(options)))) == decomposer:
+        rebuilt = type(decomposer)(**_read(json.loads(json.dumps(options))))
+        if vars(rebuilt) == vars(decomposer):
             return options
-        found = "other options come back"
-    except (TypeError, ValueError) as error:
+        found = "the method that comes back holds something else"
+    except (TypeError, ValueError, RuntimeError) as error:
         found = str(error)
     raise ValueError(
         f"method {name!r} cannot be rebuilt from its options {options}: {found}; expected fields "

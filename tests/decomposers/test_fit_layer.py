@@ -87,7 +87,7 @@ def test_factors_that_are_not_finite_are_refused():
     class Broken(tdecomp.SVD):
         name = "broken"
 
-        def fit(self, kernel, rank, start=None, *, draft=False):
+        def fit(self, kernel, rank):
             return super().fit(kernel, rank).scaled(float("nan"))
 
     layer = nn.Linear(4, 4)

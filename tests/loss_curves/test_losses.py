@@ -288,11 +288,11 @@ def test_a_fit_that_does_not_iterate_is_not_made_again():
     class Plain(tdecomp.SVD):
         name = "plain"
 
-        def fit(self, kernel, rank, start=None, *, draft=False):
+        def fit(self, kernel, rank):
             ranks.append(rank)
             return super().fit(kernel, rank)
 
-        def lost_at_every_rank(self, kernel, moment, importance=None):
+        def lost_at_every_rank(self, *_):
             return None
 
     layer = nn.Linear(32, 32)

@@ -68,7 +68,7 @@ def test_its_picture_has_a_panel_for_each_layer():
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "tdecomp.loss_curves.plot", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'tdecomp-torch\[plot\]'"):
         tdecomp.sensitivity(mlp(), "svd", **QUIET).plot()
 

@@ -233,7 +233,7 @@ def test_plotting_opens_no_window_and_changes_no_style():
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     report = decomposed("linear", "svd", 2)
-    monkeypatch.delitem(sys.modules, "tdecomp.plotting", raising=False)
+    monkeypatch.delitem(sys.modules, "tdecomp.plans.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'tdecomp-torch\[plot\]'"):
         report.plot()

@@ -58,8 +58,7 @@ def test_a_method_that_its_options_cannot_rebuild_is_named():
         plan = tdecomp.plan(mlp(), method, rank=4, **QUIET)
         with pytest.raises(ValueError, match=words):
             plan.to_json()
-    conv = nn.Conv2d(8, 8, 3)
-    plan = tdecomp.plan(conv, Bare(), rank=4, **QUIET)
+    plan = tdecomp.plan(nn.Conv2d(8, 8, 3), Bare(secret=2), rank=4, **QUIET)
     with pytest.raises(ValueError, match=r"method 'bare' cannot be rebuilt"):
         plan.to_json()
 
