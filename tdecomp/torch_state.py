@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.utils.hooks import RemovableHandle
 
 from tdecomp.scope import Scope, raise_pending_interrupt
@@ -50,15 +51,13 @@ class untouched(Scope):
 
     def change(self) -> None:
         _lock(self._models, self.undo)
-        modules = list({m: None for model in self._models for m in model.modules()})
-        for module in modules:
+        for module in {m: None for model in self._models for m in model.modules()}:
+            self.undo.callback(setattr, module, "training", module.training)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     saved = buffer.detach().clone()
                     self.undo.callback(_restore, module, name, buffer, _version(buffer), saved)
         _keep_random_state(self._models, self.undo)
-        for module in modules:
-            self.undo.callback(setattr, module, "training", module.training)
         for model in self._models:
             model.eval()
 
@@ -84,23 +83,15 @@ class frozen(Scope):
 
     def change(self) -> None:
         _lock((self._model,), self.undo)
-        # Inference tensors take no gradient anyway, and could not be told to again.
         for parameter in self._model.parameters():
+            # Inference tensors take no gradient anyway, and could not be told to again.
             if parameter.requires_grad and not parameter.is_inference():
                 self.undo.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
 
 
 class hooks(Scope):
-    """Hooks that are registered inside only.
-
-    >>> seen = []
-    >>> layer = nn.Linear(2, 3)
-    >>> with hooks([partial(layer.register_forward_hook, lambda _, __, y: seen.append(y.shape))]):
-    ...     _ = layer(torch.zeros(4, 2))
-    >>> seen, len(layer._forward_hooks)
-    ([torch.Size([4, 3])], 0)
-    """
+    """Hooks that are registered inside only."""
 
     def __init__(self, registrations: Iterable[Callable[[], RemovableHandle]]) -> None:
         super().__init__()
@@ -190,9 +181,7 @@ class Shared(Generic[Value]):
                 self._put(value)
 
 
-_FAST_PATH = Shared(
-    torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled
-)
+_FAST_PATH = Shared(mha.get_fastpath_enabled, mha.set_fastpath_enabled)
 
 
 def _keep_random_state(models: Iterable[nn.Module], undo: ExitStack) -> None:
@@ -206,9 +195,8 @@ def _keep_random_state(models: Iterable[nn.Module], undo: ExitStack) -> None:
 def _random_state(device: torch.device) -> Shared[Tensor]:
     if device.type == "cpu":
         return Shared(torch.get_rng_state, torch.set_rng_state)
-    return Shared(
-        partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
-    )
+    put = partial(torch.cuda.set_rng_state, device=device)
+    return Shared(partial(torch.cuda.get_rng_state, device), put)
 
 
 # The setting of all backends, and since torch 2.9 that of each; None where torch has or knows none.
@@ -240,7 +228,6 @@ _MATMUL_PRECISION = Shared(_matmul_precision, _set_matmul_precision)
 
 
 # Threads ----------------------------------------------------------------------------------------
-
 
 _THREADS = threading.Lock()
 

@@ -11,7 +11,6 @@ from torch import nn
 from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.layers.chain import Rank
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
@@ -67,8 +66,8 @@ def candidate(
         aliases=site.names[1:],
         rounded=rounded,
         decomposer=method,
-        errors=partial(_errors, method, losses),
-        error_at=partial(_error_at, method, losses),
+        errors=partial(losses.nested_errors, method),
+        error_at=partial(losses.error_at, method),
         by_outputs=losses.fits_to_data(method),
     )
 
@@ -81,12 +80,3 @@ def _spectra(name: str, method: Decomposer, losses: LayerLosses) -> tuple[Spectr
             f"layer {name!r} ({losses.spec}): its singular values cannot be computed ({error}); "
             f"give it a rank of its own, or leave it alone with exclude=[{name!r}]"
         ) from error
-
-
-def _errors(method: Decomposer, losses: LayerLosses) -> list[float] | None:
-    nested = losses.nested(method)
-    return None if nested is None else [losses.row_error(method, share) for _, share in nested]
-
-
-def _error_at(method: Decomposer, losses: LayerLosses, rank: Rank) -> float | None:
-    return losses.row_error(method, losses.fitted(method, rank, draft=False)[1])

@@ -189,7 +189,7 @@ class _Draft:
         return True
 
     def curve(self) -> LossCurve:
-        """The ranks from the first fit to the last, interpolated between them on a log-log scale."""
+        """The ranks from the first fit to the last, interpolated on a log-log scale."""
         places = sorted(i for i, (loss, _) in self.known.items() if math.isfinite(loss))
         if not places:
             return LossCurve(self.method, note=None if self.ranks else "no rank saves enough")

@@ -60,9 +60,7 @@ class LayerLosses:
         nested = self.nested(method)
         if nested is not None:
             return self.row_error(method, nested[only_rank(rank)][1])
-        if not isinstance(rank, tuple):
-            return None
-        if self.fits_to_data(method):
+        if isinstance(rank, tuple) and self.fits_to_data(method):
             return self.fitted(method, rank)[1]
         outside = self._outside(method, rank)
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
@@ -70,13 +68,13 @@ class LayerLosses:
 
     def least(self, method: Decomposer, rank: Rank) -> float | None:
         """A lower bound on the loss of any fit of these ranks, from singular values; or None."""
-        if self.fits_to_data(method) or not isinstance(rank, tuple):
-            return None
         outside = self._outside(method, rank)
         return None if outside is None else self.unit * max(outside)
 
-    def _outside(self, method: Decomposer, rank: tuple[int, ...]) -> list[float] | None:
-        """For each rank the share of the squared weights beyond it."""
+    def _outside(self, method: Decomposer, rank: Rank) -> list[float] | None:
+        """For each of several ranks the share of the squared weights beyond it; else None."""
+        if self.fits_to_data(method) or not isinstance(rank, tuple):
+            return None
         spectra = self.spectra(method)
         if spectra is None:
             return None
@@ -109,16 +107,31 @@ class LayerLosses:
         fit = self.fit(method, rank, draft=draft)
         if fit is None:
             return math.inf, math.inf
-        if self.fits_to_data(method):
-            assert fit.output_error is not None
-            return self._in_unit((fit.loss, fit.output_error))
-        return self._in_unit((None, fit.weight_error**2))
+        if not self.fits_to_data(method):
+            return self._in_unit((None, fit.weight_error**2))
+        assert fit.output_error is not None
+        return self._in_unit((fit.loss, fit.output_error))
+
+    def nested_errors(self, method: Decomposer) -> list[float] | None:
+        """The errors in rows at rank 0, 1, 2 …; None for a method whose fits are not nested."""
+        nested = self.nested(method)
+        return None if nested is None else [self.row_error(method, share) for _, share in nested]
+
+    def error_at(self, method: Decomposer, rank: Rank) -> float:
+        """The error in a row of a fit that is no draft; infinite if the fit fails."""
+        return self.row_error(method, self.fitted(method, rank, draft=False)[1])
 
     def fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit itself, or None if it fails; only methods that iterate have drafts."""
+
+        def compute() -> FittedLayer | None:
+            try:
+                return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
+            except (ValueError, torch.linalg.LinAlgError):
+                return None
+
         draft = draft and method.iterative
-        key = (self.key, _identity(method), rank, draft)
-        return self.cache.get(key, lambda: self._fit_now(method, rank, draft))
+        return self.cache.get((self.key, _identity(method), rank, draft), compute)
 
     def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit, or the draft, at this rank if one was made."""
@@ -129,12 +142,6 @@ class LayerLosses:
         # Not cached: the unit depends on which other layers are decomposed.
         loss, share = measured
         return self.unit * share if loss is None else loss, share
-
-    def _fit_now(self, method: Decomposer, rank: Rank, draft: bool) -> FittedLayer | None:
-        try:
-            return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
-        except (ValueError, torch.linalg.LinAlgError):
-            return None
 
     def _nested_now(self, method: Decomposer) -> list[Measured] | None:
         moments = self.moments if self.fits_to_data(method) else None
@@ -149,9 +156,11 @@ class LayerLosses:
                 return None
             variance = float(plain[0]) if moments is None else moments.output_variance(self.weight)
             shares = (plain / (variance or 1.0)).tolist()
-            weighted = blocks and _total(map(method.lost_at_every_rank, kernels, second, blocks))
-            losses = [None] * len(shares) if weighted is None else weighted.tolist()
-            return list(zip(losses, shares, strict=True))
+            if blocks is None:
+                return [(None, share) for share in shares]
+            weighted = _total(map(method.lost_at_every_rank, kernels, second, blocks))
+            assert weighted is not None
+            return list(zip(weighted.tolist(), shares, strict=True))
 
 
 def _total(groups: Iterable[Tensor | None]) -> Tensor | None:

@@ -167,9 +167,7 @@ def measure_sensitivity(
             layers.append(LayerSensitivity(site.name, site.spec, Cost(0), {}, reason=reason))
         else:
             before, of_outputs = offer.losses.before, offer.losses.moments is not None
-            layers.append(
-                LayerSensitivity(site.name, site.spec, before, offer.curves, of_outputs)
-            )
+            layers.append(LayerSensitivity(site.name, site.spec, before, offer.curves, of_outputs))
     return Sensitivity(layers)
 
 
