@@ -36,10 +36,10 @@ def small_multiples(
     for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
         for method, (shares, errors, computed) in panel.items():
             axis.plot(shares, errors, color=colours[method], linewidth=1.2, label=method)
-            marked = [i for i, known in enumerate(computed) if known]
-            if len(marked) < len(shares):
-                x, y = [shares[i] for i in marked], [errors[i] for i in marked]
-                axis.plot(x, y, "o", color=colours[method], markersize=3)
+            if not all(computed):
+                marked = [i for i, known in enumerate(computed) if known]
+                style = {"color": colours[method], "markersize": 3, "markevery": marked}
+                axis.plot(shares, errors, "o", **style)
         axis.set_title(title, fontsize=8)
         axis.set_xlim(0, 1)
         axis.set_ylim(bottom=0)
@@ -49,9 +49,10 @@ def small_multiples(
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     lines = {line.get_label(): line for a in axes.flat for line in a.get_lines()}
-    if lines:
-        handles = [lines[m] for m in methods if m in lines]
-        figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False)
+    named = [method for method in methods if method in lines]
+    if named:
+        handles = [lines[method] for method in named]
+        figure.legend(handles, named, loc="outside upper left", ncols=6, frameon=False)
     figure.supxlabel(x_label, fontsize=9)
     figure.supylabel(y_label, fontsize=9)
     return figure

@@ -73,20 +73,16 @@ def make_plan(
     if isinstance(selector, ByLayer):
         _check_entries(selector, sites, choices)
     wanted = {site.name for site, _ in able}
-    gradients = selector.weighs_layers
-    moments = site_moments(model, sites, wanted, data, gradients=gradients, variants=variants)
+    weighs = selector.weighs_layers
+    moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
     times = profile_for(
         request.profile, request.only_if_faster, selector, model, request.example, sites,
         request.methods, request.progress,
     )  # fmt: skip
     offers = offer_ranks(
-        able,
-        moments,
-        curves=selector.weighs_layers,
-        largest_share=selector.largest_share,
-        rounding=_rounding(selector, times),
-        progress=request.progress,
-    )
+        able, moments, curves=weighs, largest_share=selector.largest_share,
+        rounding=_rounding(selector, times), progress=request.progress,
+    )  # fmt: skip
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params, None if found.trace is None else found.trace.total_macs)
     chosen, timed = _choose(model, request, times, offers, whole)

@@ -54,9 +54,8 @@ class Plan(Table):
         ----------
         name : str
         method : str or Decomposer, optional
-            By default the one that is planned already.
         rank : int or tuple of int, optional
-            By default the one that is planned already.
+            By default those that are planned already.
 
         Raises
         ------
@@ -72,10 +71,8 @@ class Plan(Table):
         known = self.decomposers.get(chosen) if isinstance(chosen, str) else None
         decomposer = known or get_decomposer(chosen)
         others = {old.method for old in self.rows if old is not row}
-        if (
-            decomposer.name in others
-            and self.decomposers.get(decomposer.name, decomposer) != decomposer
-        ):
+        planned = self.decomposers.get(decomposer.name, decomposer)
+        if decomposer.name in others and planned != decomposer:
             raise ValueError(
                 f"layer {name!r}: other layers are planned with {decomposer.name!r} and other "
                 "options; register this one under a name of its own"

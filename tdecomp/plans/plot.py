@@ -7,7 +7,6 @@ from matplotlib.ticker import EngFormatter
 
 from tdecomp.loss_curves.plot import NotebookFigure
 
-
 # Of the costs before and after: the name, the height and the colour of the bars.
 _BARS = (("before", 0.8, "#c9d3df"), ("after", 0.4, "#1f5fa8"))
 

@@ -33,12 +33,10 @@ def read_json(what: str, text: str) -> Iterator[dict[str, Any]]:
 def check_format(what: str, found: Any, version: str | None = None) -> None:
     """Refuse data that another version of tdecomp wrote."""
     if found != FORMAT:
-        known, remedy = (
-            ("0.1", "make it anew") if found == 1 else ("(a later version)", "update tdecomp")
-        )
+        writer = version or ("0.1" if found == 1 else "(a later version)")
         raise ValueError(
-            f"{what} format {found!r}, written by tdecomp {version or known}: this version reads "
-            f"format {FORMAT}; {remedy}"
+            f"{what} format {found!r}, written by tdecomp {writer}: this version reads format "
+            f"{FORMAT}; {'make it anew' if found == 1 else 'update tdecomp'}"
         )
 
 
