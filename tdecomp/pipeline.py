@@ -18,8 +18,9 @@ from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import entries
 from tdecomp.model.example import Example
 from tdecomp.model.layout import in_layout
+from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.sites import Site
-from tdecomp.model.surgery import as_optimizers, copy_with, swap, tensors_in, unoptimized
+from tdecomp.model.surgery import copy_with, swap, tensors_in
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan
@@ -67,9 +68,7 @@ def carry_out(
     # The copy that was recovered goes; its values are the model's own now.
     report.recovery = tuple(replace(step, model=model) for step in recovered)
     result = Decomposition(model, report, plan)
-    if layout is not None:
-        in_layout(model, layout)
-    swap(model, chains, optimizers, None if changed is model else tensors_in(changed))
+    swap(model, chains, optimizers, None if changed is model else tensors_in(changed), layout)
     return result
 
 

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 
 import tdecomp
 from tdecomp.layers.chain import Chain
-from tdecomp.model import surgery
+from tdecomp.model import optimizers, surgery
 from tdecomp.torch_state import restoring
 from tests.models import METHODS, MODELS
 from tests.unchanged import same_state, state_of, unchanged
@@ -564,9 +564,10 @@ def test_a_failure_at_the_state_of_any_optimizer_changes_nothing(step, error, af
 
 
 def run_until(line, function):
-    """Run `function` until surgery.py is at its `line`-th line, raise there; lines that it ran."""
+    """Run `function` until the surgery is at its `line`-th line, raise there; lines that it ran."""
     # Undoing is not interrupted, and the search for slots changes nothing.
-    left_out, lines = ("_restore", "put", "<lambda>", "_search", "_search_tuple"), 0
+    files = (surgery.__file__, optimizers.__file__)
+    left_out, lines = ("restore", "put", "<lambda>", "_search", "_search_tuple"), 0
 
     def on_line(_frame, event, _argument):
         nonlocal lines
@@ -578,7 +579,7 @@ def run_until(line, function):
 
     def on_call(frame, _event, _argument):
         code = frame.f_code
-        inside = code.co_filename == surgery.__file__ and code.co_name not in left_out
+        inside = code.co_filename in files and code.co_name not in left_out
         return on_line if inside else None
 
     before = sys.gettrace()
@@ -673,6 +674,28 @@ def test_the_model_has_the_values_in_its_own_tensors():
     now = {name: id(t) for name, t in surgery.tensors_in(model).items() if name in kept}
     assert now == kept
     assert model[0] is changed[0]
+
+
+def last(model):
+    """The names of the kernels that are stored in channels_last."""
+    form = torch.channels_last
+    kernels = {name: p for name, p in model.named_parameters() if p.dim() == 4}
+    return {name for name, p in kernels.items() if p.is_contiguous(memory_format=form)}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_kernels_are_in_the_layout_or_none_is(fails):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    changed = decompose(model, include="0", inplace=False).model
+    optimizer = torch.optim.LBFGS(model.parameters())
+    if fails:
+        error = interrupt_at(1, RuntimeError("no"))
+        optimizer.state = State(optimizer.state, error, False, "clear")
+        with unchanged(model, changed), pytest.raises(RuntimeError, match="no"):
+            surgery.swap(model, {model[0]: changed[0]}, [optimizer], layout="channels_last")
+    else:
+        surgery.swap(model, {model[0]: changed[0]}, [optimizer], layout="channels_last")
+        assert last(model) == {n for n, p in model.named_parameters() if p.dim() == 4}
 
 
 def test_adopt_is_the_model_with_the_other_ones_values():
