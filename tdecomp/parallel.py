@@ -30,17 +30,12 @@ def parallel_map(
 ) -> list[Result]:
     """``[function(item) for item in items]``, on one single-threaded worker for each torch thread.
 
-    >>> parallel_map(torch.trace, [torch.eye(2), torch.eye(3)], size=on_cpu)
-    [tensor(2.), tensor(3.)]
-
-    The result of an item depends neither on the other items nor on the order in which they finish.
+    `function` sees torch's own defaults where settings belong to a thread (autocast, inference
+    mode, default device), and nothing is recorded for gradients. If one of the shared items fails,
+    those that have not begun never do, and those that have are waited for.
 
     Parameters
     ----------
-    function : callable
-        Sees torch's own defaults where settings belong to a thread (autocast, inference mode,
-        default device), except that nothing is recorded for gradients.
-    items : sequence
     size : callable
         The number of entries that the function works on for an item; see `on_cpu`. Items of size 0
         are left to the caller's own thread, in order.
@@ -53,32 +48,22 @@ def parallel_map(
         And so are larger ones: most of their time goes to matrix products, which use all threads
         well, and two of them at once would double the memory.
     executor : concurrent.futures.Executor, optional
-        Runs every item whose size is not 0, in place of threads of this process. It is not shut
-        down.
-
-    Raises
-    ------
-    Exception
-        The exception of the first of the shared items that fails. Items that have not begun by
-        then, or by an interrupt, never do, and those that have are waited for.
+        Runs every item whose size is not 0, in place of threads of this process; not shut down.
     """
     threads = thread_count()
-    if executor is None:
-        shared = [i for i, item in enumerate(items) if little <= size(item) <= alone]
-        if threads == 1 or len(shared) < 2:
-            shared = []
-    else:
+    if executor is not None:
         shared = [i for i, item in enumerate(items) if size(item)]
+    else:
+        shared = [i for i, item in enumerate(items) if little <= size(item) <= alone]
+        shared = [] if threads == 1 or len(shared) < 2 else shared
     results: dict[int, Result] = {}
 
     def finish(index: int, result: Result) -> None:
         results[index] = result
         done(items[index], result)
 
-    beside = set(shared)
-    for index, item in enumerate(items):
-        if index not in beside:
-            finish(index, function(item))
+    for index in sorted(set(range(len(items))) - set(shared)):
+        finish(index, function(items[index]))
     if shared:
         with _Submitted(executor, min(threads, len(shared))) as submitted:
             futures = [submitted.run(function, items[i]) for i in shared]

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.utils.hooks import RemovableHandle
 
 from tdecomp.scope import Scope, raise_pending_interrupt
@@ -21,7 +22,29 @@ from tdecomp.scope import Scope, raise_pending_interrupt
 Value = TypeVar("Value")
 
 
-class restoring(Scope):
+# The lock of each model, with the number in the order of which several are taken.
+_LOCKS: WeakKeyDictionary[nn.Module, tuple[int, threading.RLock]] = WeakKeyDictionary()
+_NUMBERS, _GUARD = count(), threading.Lock()
+
+
+class exclusive(Scope):
+    """Inside, the models are this thread's alone; others wait at the entrance of their scopes."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self._models = models
+
+    def change(self) -> None:
+        models = [m for m in self._models if isinstance(m, nn.Module)]  # others are refused later
+        with _GUARD:
+            locks = dict(_LOCKS.setdefault(m, (next(_NUMBERS), threading.RLock())) for m in models)
+        for _, lock in sorted(locks.items()):
+            while not lock.acquire(timeout=0.1):
+                raise_pending_interrupt()
+            self.undo.callback(lock.release)
+
+
+class restoring(exclusive):
     """The whole of a public function: grad mode is restored, `models` are this thread's alone.
 
     With a seed, global random numbers come from it inside, as the order of a DataLoader that
@@ -29,36 +52,30 @@ class restoring(Scope):
     """
 
     def __init__(self, *models: nn.Module, seed: int | None = None) -> None:
-        super().__init__()
-        self._models, self._seed = models, seed
+        super().__init__(*models)
+        self._seed = seed
 
     def change(self) -> None:
         thread_count()  # a new thread's is the process's from now on
-        _lock(self._models, self.undo)
+        super().change()
         self.undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         if self._seed is not None:
             _keep_random_state(self._models, self.undo)
             torch.manual_seed(self._seed)
 
 
-class untouched(Scope):
+class untouched(exclusive):
     """Eval mode inside; every module's mode, the buffers and the random state restored after."""
 
-    def __init__(self, *models: nn.Module) -> None:
-        super().__init__()
-        self._models = models
-
     def change(self) -> None:
-        _lock(self._models, self.undo)
-        modules = list({m: None for model in self._models for m in model.modules()})
-        for module in modules:
+        super().change()
+        for module in {m: None for model in self._models for m in model.modules()}:
+            self.undo.callback(setattr, module, "training", module.training)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     saved = buffer.detach().clone()
                     self.undo.callback(_restore, module, name, buffer, _version(buffer), saved)
         _keep_random_state(self._models, self.undo)
-        for module in modules:
-            self.undo.callback(setattr, module, "training", module.training)
         for model in self._models:
             model.eval()
 
@@ -75,32 +92,20 @@ def _version(buffer: Tensor) -> int:
     return 0 if buffer.is_inference() else buffer._version
 
 
-class frozen(Scope):
+class frozen(exclusive):
     """No parameter requires a gradient inside, so that only activations are kept for it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = model
-
     def change(self) -> None:
-        _lock((self._model,), self.undo)
-        # Inference tensors take no gradient anyway, and could not be told to again.
-        for parameter in self._model.parameters():
+        super().change()
+        for parameter in (p for model in self._models for p in model.parameters()):
+            # Inference tensors take no gradient anyway, and could not be told to again.
             if parameter.requires_grad and not parameter.is_inference():
                 self.undo.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
 
 
 class hooks(Scope):
-    """Hooks that are registered inside only.
-
-    >>> seen = []
-    >>> layer = nn.Linear(2, 3)
-    >>> with hooks([partial(layer.register_forward_hook, lambda _, __, y: seen.append(y.shape))]):
-    ...     _ = layer(torch.zeros(4, 2))
-    >>> seen, len(layer._forward_hooks)
-    ([torch.Size([4, 3])], 0)
-    """
+    """Hooks that are registered inside only."""
 
     def __init__(self, registrations: Iterable[Callable[[], RemovableHandle]]) -> None:
         super().__init__()
@@ -190,9 +195,7 @@ class Shared(Generic[Value]):
                 self._put(value)
 
 
-_FAST_PATH = Shared(
-    torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled
-)
+_FAST_PATH = Shared(mha.get_fastpath_enabled, mha.set_fastpath_enabled)
 
 
 def _keep_random_state(models: Iterable[nn.Module], undo: ExitStack) -> None:
@@ -206,9 +209,8 @@ def _keep_random_state(models: Iterable[nn.Module], undo: ExitStack) -> None:
 def _random_state(device: torch.device) -> Shared[Tensor]:
     if device.type == "cpu":
         return Shared(torch.get_rng_state, torch.set_rng_state)
-    return Shared(
-        partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
-    )
+    put = partial(torch.cuda.set_rng_state, device=device)
+    return Shared(partial(torch.cuda.get_rng_state, device), put)
 
 
 # The setting of all backends, and since torch 2.9 that of each; None where torch has or knows none.
@@ -241,7 +243,6 @@ _MATMUL_PRECISION = Shared(_matmul_precision, _set_matmul_precision)
 
 # Threads ----------------------------------------------------------------------------------------
 
-
 _THREADS = threading.Lock()
 
 
@@ -263,21 +264,3 @@ def give_one_thread() -> None:
         restore = threading.Thread(target=torch.set_num_threads, args=(before,))
         restore.start()
         restore.join()
-
-
-# Models -----------------------------------------------------------------------------------------
-
-# The lock of each model, with the number in the order of which several are taken.
-_LOCKS: WeakKeyDictionary[nn.Module, tuple[int, threading.RLock]] = WeakKeyDictionary()
-_NUMBERS, _GUARD = count(), threading.Lock()
-
-
-def _lock(models: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Wait until no other thread uses any of the models."""
-    models = [model for model in models if isinstance(model, nn.Module)]  # others are refused later
-    with _GUARD:
-        locks = dict(_LOCKS.setdefault(m, (next(_NUMBERS), threading.RLock())) for m in models)
-    for _, lock in sorted(locks.items()):
-        while not lock.acquire(timeout=0.1):
-            raise_pending_interrupt()
-        undo.callback(lock.release)

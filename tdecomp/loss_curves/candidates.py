@@ -11,12 +11,11 @@ from torch import nn
 from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.layers.chain import Rank
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
 from tdecomp.model.sites import Site
-from tdecomp.ranks.base import Candidate, Option
+from tdecomp.ranks.base import Candidate
 
 
 def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLosses]:
@@ -30,14 +29,14 @@ def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLo
         weight, spec = site.module.weight, site.spec
         assert isinstance(weight, nn.Parameter)
         assert spec is not None
-        mine = None if moments is None else moments.layers.get(site.name)
+        seen = None if moments is None else moments.layers.get(site.name)
         key = site.name if moments is None else (site.name, _digest(weight))
-        if mine is not None:
-            mine = mine.to(weight.device)
-            whole = whole_loss(weight, mine)
-            wholes += [] if whole is None else [whole]
-        found.append(LayerLosses(weight, spec, mine, site.calls, 1.0, cache, key))
-    unit = sum(wholes) / len(wholes) if wholes else 1.0
+        if seen is not None:
+            seen = seen.to(weight.device)
+            wholes.append(whole_loss(weight, seen))
+        found.append(LayerLosses(weight, spec, seen, site.calls, cache=cache, key=key))
+    known = [whole for whole in wholes if whole is not None]
+    unit = sum(known) / len(known) if known else 1.0
     return [replace(losses, unit=unit) for losses in found]
 
 
@@ -55,8 +54,7 @@ def candidate(
     *,
     rounded: bool = False,
 ) -> Candidate:
-    """The site and the method as a selector sees them; `curves` where the selector weighs layers."""
-    points: tuple[Option, ...] = curves[method.name].points if curves else ()
+    """The site and the method as selectors see them; `curves` where a selector weighs layers."""
     return Candidate(
         layer=site.name,
         method=method.name,
@@ -64,12 +62,12 @@ def candidate(
         before=losses.before,
         cost=partial(losses.cost, method),
         spectra=partial(_spectra, site.name, method, losses),
-        options=partial(tuple, points),
+        options=partial(tuple, curves[method.name].points if curves else ()),
         aliases=site.names[1:],
         rounded=rounded,
         decomposer=method,
-        errors=partial(_errors, method, losses),
-        error_at=partial(_error_at, method, losses),
+        errors=partial(losses.nested_errors, method),
+        error_at=partial(losses.error_at, method),
         by_outputs=losses.fits_to_data(method),
     )
 
@@ -82,12 +80,3 @@ def _spectra(name: str, method: Decomposer, losses: LayerLosses) -> tuple[Spectr
             f"layer {name!r} ({losses.spec}): its singular values cannot be computed ({error}); "
             f"give it a rank of its own, or leave it alone with exclude=[{name!r}]"
         ) from error
-
-
-def _errors(method: Decomposer, losses: LayerLosses) -> list[float] | None:
-    nested = losses.nested(method)
-    return None if nested is None else [losses.row_error(method, share) for _, share in nested]
-
-
-def _error_at(method: Decomposer, losses: LayerLosses, rank: Rank) -> float | None:
-    return losses.row_error(method, losses.fitted(method, rank, draft=False)[1])

@@ -1,8 +1,8 @@
 """What one layer loses along the ranks of each method: immutable curves."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,16 +12,16 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.loss_curves.losses import LayerLosses, Lost, only_rank
-from tdecomp.ranks.base import LARGEST_SHARE, Option
+from tdecomp.ranks.base import LARGEST_SHARE, Option, as_tuple, spread
 from tdecomp.ranks.grid import ANY_RANK, Rounding, rank_steps
 
-# An iterative method is fitted first at this share of the largest cost worth considering. Where
-# another method loses less than the second number times as much at about that cost, the method is
-# dominated, and is not fitted at the ends of its range of ranks.
+# An iterative method is fitted first at this share of the largest cost worth considering. If it
+# loses more than `_DOMINATED` times as much as another method that costs at most `_ABOUT` times as
+# much, it is dominated, and is not fitted at the ends of its range of ranks.
 _PROBE = 1 / 3
 _ABOUT = 1.15
 _DOMINATED = 1.05
-# How much more expensive a method may be that contains another one, for the other to be pointless.
+# A method is pointless beside another that contains it and costs at most this many times as much.
 _AS_CHEAP = 1.02
 # The smallest rank of an iterative method, as a share of the largest that pays.
 _SMALLEST = 0.06
@@ -61,85 +61,64 @@ def layer_curves(
     largest_share: float = LARGEST_SHARE,
     rounding: Rounding = ANY_RANK,
 ) -> dict[str, LossCurve]:
-    """The curve of each method, with as few fits as tell which methods are worth considering.
+    """The curve of each method, with no more fits than tell which methods are worth considering.
 
-    Parameters
-    ----------
-    losses : LayerLosses
-    methods : sequence of Decomposer
-        All that are to be chosen from.
-    largest_share : float
-        The share of the layer's cost that a rank may keep to be worth an iterative fit.
-    rounding : Rounding
-        The multiples that ranks are rounded to.
+    An iterative method is fitted up to `largest_share` of the layer's cost.
     """
     drafts: dict[str, _Draft] = {}
-    curves: dict[str, LossCurve] = {}
+    notes: dict[str, str] = {}
     for method in methods:
         container = _container(losses, method, methods)
         if container is None:
             drafts[method.name] = _Draft(losses, method, largest_share, rounding)
         else:
-            note = f"{container} loses no more at the same cost"
-            curves[method.name] = LossCurve(method, note=note)
+            notes[method.name] = f"{container} loses no more at the same cost"
     exact = [draft for draft in drafts.values() if draft.exact]
-    for draft in drafts.values():
-        draft.dominated_by = draft.probe(exact)
+    dominated = {name: draft.probe(exact) for name, draft in drafts.items()}
     for name, draft in drafts.items():
-        dominating = draft.dominated_by or draft.dominating(drafts.values())
-        if dominating is not None:
-            note = f"{dominating} loses less at about the same cost"
-            curves[name] = LossCurve(draft.method, note=note)
-        else:
+        dominating = dominated[name] or draft.dominating(drafts.values())
+        if dominating is None:
             draft.complete()
-            curves[name] = draft.curve()
-    return {method.name: curves[method.name] for method in methods}
+        else:
+            notes[name] = f"{dominating} loses less at about the same cost"
+    return {
+        m.name: LossCurve(m, note=notes[m.name]) if m.name in notes else drafts[m.name].curve()
+        for m in methods
+    }
 
 
 def _container(
     losses: LayerLosses, method: Decomposer, methods: Sequence[Decomposer]
 ) -> str | None:
     """Another of the methods that loses no more at about the same cost, rank by rank; or None."""
+
+    def cost_of_one(one: Decomposer) -> int:
+        return losses.cost(one, spread(1, one.max_rank(losses.spec))).deciding
+
     names = method.contained_in(losses.spec)
-    limit = _AS_CHEAP * _cost_of_one(losses, method) if names else 0.0
-    able = (other for other in methods if other.name in names)
-    return next((other.name for other in able if _cost_of_one(losses, other) <= limit), None)
+    for other in methods:
+        if other.name in names and cost_of_one(other) <= _AS_CHEAP * cost_of_one(method):
+            return other.name
+    return None
 
 
-def _cost_of_one(losses: LayerLosses, method: Decomposer) -> int:
-    largest = method.max_rank(losses.spec)
-    return losses.cost(method, (1,) * len(largest) if isinstance(largest, tuple) else 1).deciding
-
-
-@dataclass
 class _Draft:
     """A curve in the making."""
 
-    losses: LayerLosses
-    method: Decomposer
-    largest_share: float
-    rounding: Rounding
-    ranks: list[Rank] = field(init=False)
-    costs: list[Cost] = field(init=False)
-    known: dict[int, Lost] = field(default_factory=dict)
-    fits: set[int] = field(default_factory=set)
-    probed: int = 0
-    dominated_by: str | None = None
-
-    def __post_init__(self) -> None:
-        nested = self.losses.nested(self.method)
-        self.exact = nested is not None
-        share = LARGEST_SHARE if self.exact else self.largest_share
-        cost = partial(self.losses.cost, self.method)
-        self.ranks = rank_steps(
-            self.method.max_rank(self.losses.spec),
-            cost,
-            share * self.losses.before.deciding,
-            0.0 if self.exact else _SMALLEST,
-            _POINTS,
-            self.rounding,
-        )
+    def __init__(
+        self, losses: LayerLosses, method: Decomposer, largest_share: float, rounding: Rounding
+    ) -> None:
+        nested = losses.nested(method)
+        self.losses, self.method, self.exact = losses, method, nested is not None
+        self.limit = (LARGEST_SHARE if self.exact else largest_share) * losses.before.deciding
+        largest, cost = method.max_rank(losses.spec), partial(losses.cost, method)
+        smallest = 0.0 if self.exact else _SMALLEST
+        self.ranks = rank_steps(largest, cost, self.limit, smallest, _POINTS, rounding)
         self.costs = [cost(rank) for rank in self.ranks]
+        # By the index of the rank: what it loses as far as is known, and which of these are fits.
+        self.known: dict[int, Lost] = {}
+        self.fits: set[int] = set()
+        self.probed = 0
         if nested is not None:
             self.known = {i: nested[only_rank(rank)] for i, rank in enumerate(self.ranks)}
 
@@ -147,8 +126,7 @@ class _Draft:
         """Fit once, unless singular values already name a method that dominates this one."""
         if self.exact or not self.ranks:
             return None
-        wanted = _PROBE * self.largest_share * self.losses.before.deciding
-        gaps = [abs(cost.deciding - wanted) for cost in self.costs]
+        gaps = [abs(cost.deciding - _PROBE * self.limit) for cost in self.costs]
         self.probed = gaps.index(min(gaps))
         least = self.losses.least(self.method, self.ranks[self.probed]) if exact else None
         for other in exact:
@@ -162,7 +140,7 @@ class _Draft:
             self.known[i] = self.losses.fitted(self.method, self.ranks[i])
             self.fits.add(i)
 
-    def dominating(self, others: Sequence["_Draft"]) -> str | None:
+    def dominating(self, others: Iterable["_Draft"]) -> str | None:
         """Another method that loses far less wherever this one is known so far; or None."""
         for other in others:
             beaten = (
@@ -176,8 +154,10 @@ class _Draft:
     def least_at(self, cost: Cost) -> float:
         """The least known loss of the ranks that cost about as much or less."""
         limit = _ABOUT * cost.deciding
-        affordable = [i for i in self.known if self.costs[i].deciding <= limit]
-        return min((self.known[i][0] for i in affordable), default=math.inf)
+        affordable = (
+            loss for i, (loss, _) in self.known.items() if self.costs[i].deciding <= limit
+        )
+        return min(affordable, default=math.inf)
 
     def complete(self) -> None:
         """Fit at both ends, or extrapolate to the expensive one."""
@@ -209,11 +189,11 @@ class _Draft:
         return True
 
     def curve(self) -> LossCurve:
-        """The ranks from the first fit to the last, interpolated between fits on a log-log scale."""
+        """The ranks from the first fit to the last, interpolated on a log-log scale."""
         places = sorted(i for i, (loss, _) in self.known.items() if math.isfinite(loss))
         if not places:
             return LossCurve(self.method, note=None if self.ranks else "no rank saves enough")
-        sizes = np.log([math.prod(r) if isinstance(r, tuple) else r for r in self.ranks])
+        sizes = np.log([math.prod(as_tuple(rank)) for rank in self.ranks])
         lines = []
         for values in zip(*(self.known[i] for i in places), strict=True):
             # A larger rank never has to lose more.

@@ -1,7 +1,7 @@
 """What one rank of one method loses on one layer: by singular values, or by a draft."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,39 +28,24 @@ Lost = tuple[float, float]  # the loss, comparable from layer to layer, and the 
 
 @dataclass(frozen=True)
 class LayerLosses:
-    """What the ranks of one layer lose.
-
-    Attributes
-    ----------
-    weight : Parameter
-    spec : LayerSpec
-    moments : LayerMoments or None
-        Without them losses are those of the weights.
-    calls : sequence of Call or None
-        The calls that one pass of the example inputs makes.
-    unit : float
-        The loss of the whole output of a layer whose gradients are not known.
-    cache : FitCache
-    key : hashable
-        This layer's part of the cache.
-    """
+    """What the ranks of one layer lose."""
 
     weight: nn.Parameter
     spec: LayerSpec
-    moments: LayerMoments | None = None
-    calls: Sequence[Call] | None = None
-    unit: float = 1.0
+    moments: LayerMoments | None = None  # None: losses are those of the weights
+    calls: Sequence[Call] | None = None  # in one pass of the example inputs
+    unit: float = 1.0  # the loss of the whole output, for a layer whose gradients are not known
     cache: FitCache = field(default_factory=FitCache)
-    key: Hashable = None
+    key: Hashable = None  # this layer's part of the cache
 
     def cost(self, method: Decomposer, rank: Rank) -> Cost:
         """The cost of the chain on the observed calls."""
-        compute = lambda: chain_cost(method.stages(self.spec, rank), self.calls)  # noqa: E731
-        return self._costs.get((_identity(method), rank), compute)
+        key = _identity(method), rank
+        return self._costs.get(key, lambda: chain_cost(method.stages(self.spec, rank), self.calls))
 
     @cached_property
     def _costs(self) -> FitCache:
-        return FitCache()  # costs depend on the calls, which moments know nothing of
+        return FitCache()  # not `cache`: costs depend on the calls, moments do not
 
     @cached_property
     def before(self) -> Cost:
@@ -75,9 +60,7 @@ class LayerLosses:
         nested = self.nested(method)
         if nested is not None:
             return self.row_error(method, nested[only_rank(rank)][1])
-        if not isinstance(rank, tuple):
-            return None
-        if self.fits_to_data(method):
+        if isinstance(rank, tuple) and self.fits_to_data(method):
             return self.fitted(method, rank)[1]
         outside = self._outside(method, rank)
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
@@ -85,13 +68,13 @@ class LayerLosses:
 
     def least(self, method: Decomposer, rank: Rank) -> float | None:
         """A lower bound on the loss of any fit of these ranks, from singular values; or None."""
-        if self.fits_to_data(method) or not isinstance(rank, tuple):
-            return None
         outside = self._outside(method, rank)
         return None if outside is None else self.unit * max(outside)
 
-    def _outside(self, method: Decomposer, rank: tuple[int, ...]) -> list[float] | None:
-        """For each rank the share of the squared weights beyond it."""
+    def _outside(self, method: Decomposer, rank: Rank) -> list[float] | None:
+        """For each of several ranks the share of the squared weights beyond it; else None."""
+        if self.fits_to_data(method) or not isinstance(rank, tuple):
+            return None
         spectra = self.spectra(method)
         if spectra is None:
             return None
@@ -106,10 +89,7 @@ class LayerLosses:
         return self.cache.get(key, lambda: spectra_of(method, self.weight, self.spec))
 
     def row_error(self, method: Decomposer, share: float) -> float:
-        """A share as rows have it: of the output's variance as it is, of squared weights the root.
-
-        The one is a row's ``output_error``, the other its ``weight_error``.
-        """
+        """A row's `output_error` is the share itself; its `weight_error` is the square root."""
         return share if self.fits_to_data(method) else math.sqrt(share)
 
     def fits_to_data(self, method: Decomposer) -> bool:
@@ -127,61 +107,70 @@ class LayerLosses:
         fit = self.fit(method, rank, draft=draft)
         if fit is None:
             return math.inf, math.inf
-        if self.fits_to_data(method):
-            assert fit.output_error is not None
-            return self._in_unit((fit.loss, fit.output_error))
-        return self._in_unit((None, fit.weight_error**2))
+        if not self.fits_to_data(method):
+            return self._in_unit((None, fit.weight_error**2))
+        assert fit.output_error is not None
+        return self._in_unit((fit.loss, fit.output_error))
+
+    def nested_errors(self, method: Decomposer) -> list[float] | None:
+        """The errors in rows at rank 0, 1, 2 …; None for a method whose fits are not nested."""
+        nested = self.nested(method)
+        return None if nested is None else [self.row_error(method, share) for _, share in nested]
+
+    def error_at(self, method: Decomposer, rank: Rank) -> float:
+        """The error in a row of a fit that is no draft; infinite if the fit fails."""
+        return self.row_error(method, self.fitted(method, rank, draft=False)[1])
 
     def fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
-        """The fit itself, or None if it fails; that of a method that does not iterate is no draft."""
+        """The fit itself, or None if it fails; only methods that iterate have drafts."""
+
+        def compute() -> FittedLayer | None:
+            try:
+                return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
+            except (ValueError, torch.linalg.LinAlgError):
+                return None
+
         draft = draft and method.iterative
-        key = (self.key, _identity(method), rank, draft)
-        return self.cache.get(key, lambda: self._fit_now(method, rank, draft))
+        return self.cache.get((self.key, _identity(method), rank, draft), compute)
 
     def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit, or the draft, at this rank if one was made."""
-        return self.cache.known((self.key, _identity(method), rank, draft))
+        fit: FittedLayer | None = self.cache.known((self.key, _identity(method), rank, draft))
+        return fit
 
     def _in_unit(self, measured: Measured) -> Lost:
-        # Not kept: where other layers are left alone, the unit is another one.
+        # Not cached: the unit depends on which other layers are decomposed.
         loss, share = measured
         return self.unit * share if loss is None else loss, share
 
-    def _fit_now(self, method: Decomposer, rank: Rank, draft: bool) -> FittedLayer | None:
-        try:
-            return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
-        except (ValueError, torch.linalg.LinAlgError):
-            return None
-
     def _nested_now(self, method: Decomposer) -> list[Measured] | None:
+        moments = self.moments if self.fits_to_data(method) else None
         with undisturbed(self.weight.device):
             kernels = group_kernels(self.weight.detach().double(), self.spec)
-            moments = self.moments if self.fits_to_data(method) else None
             second: Sequence[SecondMoment | None] = [None] * len(kernels)
-            importance: Sequence[Tensor | None] | None = None
+            blocks = None
             if moments is not None:
-                second, importance = moments.second_moments(), moments.gradient_blocks()
-            plain: Tensor | float = 0.0
-            weighted: Tensor | float = 0.0
-            blocks = importance or [None] * len(kernels)
-            for kernel, moment, block in zip(kernels, second, blocks, strict=True):
-                lost = method.lost_at_every_rank(kernel, moment)
-                if lost is None:
-                    return None
-                plain = plain + lost
-                if block is not None:
-                    weighed = method.lost_at_every_rank(kernel, moment, block)
-                    assert weighed is not None
-                    weighted = weighted + weighed
-            assert isinstance(plain, Tensor)
-            variance = float(plain[0])
-            if moments is not None:
-                variance = moments.output_variance(self.weight)
+                second, blocks = moments.second_moments(), moments.gradient_blocks()
+            plain = _total(map(method.lost_at_every_rank, kernels, second))
+            if plain is None:
+                return None
+            variance = float(plain[0]) if moments is None else moments.output_variance(self.weight)
             shares = (plain / (variance or 1.0)).tolist()
-            if importance is None:
+            if blocks is None:
                 return [(None, share) for share in shares]
-            assert isinstance(weighted, Tensor)
+            weighted = _total(map(method.lost_at_every_rank, kernels, second, blocks))
+            assert weighted is not None
             return list(zip(weighted.tolist(), shares, strict=True))
+
+
+def _total(groups: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum over the groups, or None where a group has none."""
+    total: Tensor | None = None
+    for group in groups:
+        if group is None:
+            return None
+        total = group if total is None else total + group
+    return total
 
 
 def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
@@ -201,5 +190,5 @@ def only_rank(rank: Rank) -> int:
 
 
 def _identity(method: Decomposer) -> Hashable:
-    # With its options. Methods need not be hashable.
+    # The repr has its options; methods need not be hashable.
     return type(method), method.name, repr(method)

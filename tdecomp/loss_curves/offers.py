@@ -23,25 +23,13 @@ Able = tuple[Site, Sequence[Decomposer]]
 
 @dataclass(frozen=True)
 class Offer:
-    """A layer that may be decomposed, and the ranks that it is offered.
-
-    Attributes
-    ----------
-    site : Site
-    methods : sequence of Decomposer
-        Those that can take it.
-    losses : LayerLosses
-    candidates : sequence of Candidate
-        One for each method.
-    curves : dict of str to LossCurve
-        By the method's name; empty where nobody asked for them.
-    """
+    """A layer that may be decomposed, and the ranks that it is offered."""
 
     site: Site
-    methods: Sequence[Decomposer]
+    methods: Sequence[Decomposer]  # those that can take it
     losses: LayerLosses
-    candidates: Sequence[Candidate]
-    curves: dict[str, LossCurve]
+    candidates: Sequence[Candidate]  # one for each method
+    curves: dict[str, LossCurve]  # by the method's name; empty where nobody asked for them
 
 
 def able_sites(
@@ -81,33 +69,27 @@ def offer_ranks(
         (_, methods), mine = item
         return layer_curves(mine, methods, largest_share=largest_share, rounding=rounding)
 
-    found: list[dict[str, LossCurve]] = [{}] * len(work)
+    def size(item: tuple[Able, LayerLosses]) -> int:
+        return entries(item[0][0], moments)
+
+    drawn: list[dict[str, LossCurve]] = [{}] * len(work)
     if curves:
         with tqdm(total=len(work), desc="plan", unit="layer", disable=not progress) as bar:
-            found = parallel_map(
-                draw,
-                work,
-                size=lambda item: entries(item[0][0], moments),
-                done=lambda _item, _curves: bar.update(),
-            )
+            drawn = parallel_map(draw, work, size=size, done=lambda _item, _curves: bar.update())
     rounded = rounding != ANY_RANK
-    return [
-        Offer(
-            site,
-            methods,
-            mine,
-            [candidate(site, method, mine, drawn, rounded=rounded) for method in methods],
-            drawn,
-        )
-        for ((site, methods), mine), drawn in zip(work, found, strict=True)
-    ]
+    offers = []
+    for ((site, methods), mine), found in zip(work, drawn, strict=True):
+        candidates = [candidate(site, m, mine, found, rounded=rounded) for m in methods]
+        offers.append(Offer(site, methods, mine, candidates, found))
+    return offers
 
 
 def entries(site: Site, moments: Moments | None) -> int:
     """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
     weight, spec = site.module.weight, site.spec
     assert isinstance(weight, nn.Parameter)
-    if moments is None or spec is None or site.name not in moments:
-        return on_cpu(weight)
+    size = on_cpu(weight)
+    if not size or moments is None or spec is None or site.name not in moments:
+        return size
     # A fit to data makes many small steps on a moment where one to weights makes few large ones.
-    return max(on_cpu(weight), spec.fan_in**2 // 4) if on_cpu(weight) else 0
+    return max(size, spec.fan_in**2 // 4)

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from matplotlib.figure import Figure
 
@@ -31,14 +32,14 @@ def small_multiples(
     figure = NotebookFigure(figsize=(2.6 * columns, 1.9 * rows + 1.0), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
-    colours = {m: _COLOURS[i % len(_COLOURS)] for i, m in enumerate(methods)}
+    colours = dict(zip(methods, cycle(_COLOURS), strict=False))
     for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
         for method, (shares, errors, computed) in panel.items():
             axis.plot(shares, errors, color=colours[method], linewidth=1.2, label=method)
-            marked = [i for i, known in enumerate(computed) if known]
-            if len(marked) < len(shares):
-                x, y = [shares[i] for i in marked], [errors[i] for i in marked]
-                axis.plot(x, y, "o", color=colours[method], markersize=3)
+            if not all(computed):
+                marked = [i for i, known in enumerate(computed) if known]
+                style = {"color": colours[method], "markersize": 3, "markevery": marked}
+                axis.plot(shares, errors, "o", **style)
         axis.set_title(title, fontsize=8)
         axis.set_xlim(0, 1)
         axis.set_ylim(bottom=0)
@@ -48,11 +49,10 @@ def small_multiples(
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     lines = {line.get_label(): line for a in axes.flat for line in a.get_lines()}
-    named = [m for m in methods if m in lines]
+    named = [method for method in methods if method in lines]
     if named:
-        figure.legend(
-            [lines[m] for m in named], named, loc="outside upper left", ncols=6, frameon=False
-        )
+        handles = [lines[method] for method in named]
+        figure.legend(handles, named, loc="outside upper left", ncols=6, frameon=False)
     figure.supxlabel(x_label, fontsize=9)
     figure.supylabel(y_label, fontsize=9)
     return figure

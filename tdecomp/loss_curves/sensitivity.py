@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
 from torch import nn
 
 from tdecomp.calibration.data import Batches
@@ -14,6 +13,7 @@ from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.offers import able_sites, offer_ranks
 from tdecomp.model.example import Example
@@ -30,27 +30,14 @@ _SHOWN = (0.75, 0.5, 0.25, 0.1)
 
 @dataclass(frozen=True)
 class LayerSensitivity(Mapping[str, LossCurve]):
-    """What one layer loses: the curve of each method, by the method's name.
-
-    Attributes
-    ----------
-    name : str
-    layer : LayerSpec or None
-    before : Cost
-        Of the layer as it is.
-    curves : dict of str to LossCurve
-    of_outputs : bool
-        Whether errors are shares of the output's variance on data, or relative weight errors.
-    reason : str or None
-        Why there are no curves.
-    """
+    """What one layer loses: the curve of each method, by the method's name."""
 
     name: str
     layer: LayerSpec | None
     before: Cost
     curves: dict[str, LossCurve]
-    of_outputs: bool = False
-    reason: str | None = None
+    of_outputs: bool = False  # errors are shares of the output's variance, not of the weight
+    reason: str | None = None  # why there are no curves
 
     def __getitem__(self, method: str) -> LossCurve:
         return self.curves[method]
@@ -115,18 +102,9 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
 
     def _render(self, style: str) -> str:
         body = [line for layer in self.layers for line in _lines(layer)]
-        headers = ["layer", "", "method", *(f"at {share:.0%}" for share in _SHOWN), "notes"]
-        align = ["left", "left", "left", *["right"] * len(_SHOWN), "left"]
-        shown = [i for i, _ in enumerate(headers) if any(line[i] for line in body)]
-        return str(
-            tabulate(
-                [[line[i] for i in shown] for line in body],
-                [headers[i] for i in shown],
-                tablefmt=style,
-                disable_numparse=True,
-                colalign=[align[i] for i in shown],
-            )
-        )
+        shares = [f"at {share:.0%}" for share in _SHOWN]
+        headers = ["layer", "", "method", *shares, "notes"]
+        return filled_columns(headers, body, right=shares, style=style)
 
     def _legend(self) -> str:
         outputs = any(layer.of_outputs for layer in self.layers)
@@ -153,18 +131,17 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
                 "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
             ) from error
         drawn = [layer for layer in self.layers if any(c.points for c in layer.values())]
-        return small_multiples(
-            {
-                layer.name or "(model)": {
-                    name: _series(layer.before, curve)
-                    for name, curve in layer.items()
-                    if curve.points
-                }
-                for layer in drawn
-            },
-            x_label=f"share of the layer's {drawn[0].before.unit if drawn else 'cost'}",
-            y_label="output error" if any(layer.of_outputs for layer in drawn) else "weight error",
-        )
+        panels = {
+            layer.name or "(model)": {
+                method: _series(layer.before, curve)
+                for method, curve in layer.items()
+                if curve.points
+            }
+            for layer in drawn
+        }
+        unit = drawn[0].before.unit if drawn else "cost"
+        errors = "output error" if any(layer.of_outputs for layer in drawn) else "weight error"
+        return small_multiples(panels, x_label=f"share of the layer's {unit}", y_label=errors)
 
 
 def measure_sensitivity(
@@ -176,43 +153,28 @@ def measure_sensitivity(
     *,
     progress: bool,
 ) -> Sensitivity:
-    """Find the layers, look at them, and draw the curve of every method."""
+    """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())
     able, left_alone = able_sites(sites, methods)
     wanted = {site.name for site, _ in able}
     moments = site_moments(model, sites, wanted, data, gradients=True)
-    offers = offer_ranks(able, moments, curves=True, progress=progress)
-    offered = {
-        offer.site.name: LayerSensitivity(
-            offer.site.name,
-            offer.site.spec,
-            offer.losses.before,
-            offer.curves,
-            of_outputs=offer.losses.moments is not None,
-        )
-        for offer in offers
-    }
-    nothing = Cost(0)
-    return Sensitivity(
-        [
-            offered[site.name]
-            if site.name in offered
-            else LayerSensitivity(
-                site.name, site.spec, nothing, {}, reason=left_alone[site.name].reason
-            )
-            for site in sites
-        ]
-    )
+    offers = {o.site.name: o for o in offer_ranks(able, moments, curves=True, progress=progress)}
+    layers = []
+    for site in sites:
+        offer = offers.get(site.name)
+        if offer is None:
+            reason = left_alone[site.name].reason
+            layers.append(LayerSensitivity(site.name, site.spec, Cost(0), {}, reason=reason))
+        else:
+            before, of_outputs = offer.losses.before, offer.losses.moments is not None
+            layers.append(LayerSensitivity(site.name, site.spec, before, offer.curves, of_outputs))
+    return Sensitivity(layers)
 
 
 def _series(before: Cost, curve: LossCurve) -> tuple[list[float], list[float], list[bool]]:
-    """Shares of the cost, errors, and whether each was computed rather than interpolated."""
-    points = curve.points
-    return (
-        [p.cost.deciding / before.deciding for p in points],
-        [p.error for p in points],
-        [not curve.fitted or p.rank in curve.fitted for p in points],
-    )
+    shares = [point.cost.deciding / before.deciding for point in curve.points]
+    computed = [not curve.fitted or point.rank in curve.fitted for point in curve.points]
+    return shares, [point.error for point in curve.points], computed
 
 
 def _plain(curve: LossCurve, point: Option) -> dict[str, Any]:

@@ -30,20 +30,7 @@ from tdecomp.timing.profile import Profile
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is asked for.
-
-    Attributes
-    ----------
-    methods : sequence of Decomposer
-    selector : RankSelector
-    filters : Filters
-    example : Example or None
-    allow_expansion : bool
-    profile : Profile or None
-        With measured times.
-    only_if_faster : bool
-    progress : bool
-    """
+    """What a plan is asked for."""
 
     methods: Sequence[Decomposer]
     selector: RankSelector
@@ -57,21 +44,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and all that was found out on the way to it.
-
-    Attributes
-    ----------
-    plan : Plan
-    sites : mapping of str to Site
-    moments : Moments or None
-    fits, drafts : mapping of str to FittedLayer
-        Made to choose ranks, at the chosen method and rank, by the layer's name: a fit is the
-        result, a draft the start of it.
-    """
+    """A plan, and all that was found out on the way to it."""
 
     plan: Plan
     sites: Mapping[str, Site]
     moments: Moments | None
+    # Made to choose ranks, at the chosen method and rank, by the layer's name: a fit is the result,
+    # a draft the start of it.
     fits: Mapping[str, FittedLayer] = field(default_factory=dict)
     drafts: Mapping[str, FittedLayer] = field(default_factory=dict)
 
@@ -88,43 +67,34 @@ def make_plan(
 
     With `variants`, layers that see few patches see variants of the batches, too.
     """
-    found = find_sites(model, request.filters, request.example)
-    sites, trace = list(found.values()), found.trace
+    found, selector = find_sites(model, request.filters, request.example), request.selector
+    sites = list(found.values())
     able, choices = able_sites(sites, request.methods)
-    if isinstance(request.selector, ByLayer):
-        _check_entries(request.selector, sites, choices)
+    if isinstance(selector, ByLayer):
+        _check_entries(selector, sites, choices)
     wanted = {site.name for site, _ in able}
-    gradients = request.selector.weighs_layers
-    moments = site_moments(model, sites, wanted, data, gradients=gradients, variants=variants)
+    weighs = selector.weighs_layers
+    moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
     times = profile_for(
-        request.profile, request.only_if_faster, request.selector, model, request.example, sites,
+        request.profile, request.only_if_faster, selector, model, request.example, sites,
         request.methods, request.progress,
     )  # fmt: skip
     offers = offer_ranks(
-        able,
-        moments,
-        curves=request.selector.weighs_layers,
-        largest_share=request.selector.largest_share,
-        rounding=_rounding(request.selector, times),
-        progress=request.progress,
-    )
-    params = sum((p.numel() for p in model.parameters() if not is_lazy(p)), 0)
-    macs = None if trace is None else trace.total_macs
-    chosen, timed = _choose(model, request, times, offers, Cost(params, macs))
+        able, moments, curves=weighs, largest_share=selector.largest_share,
+        rounding=_rounding(selector, times), progress=request.progress,
+    )  # fmt: skip
+    params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
+    whole = Cost(params, None if found.trace is None else found.trace.total_macs)
+    chosen, timed = _choose(model, request, times, offers, whole)
     for offer, choice in zip(offers, chosen, strict=True):
         error = _expected_error(choice, offer.losses) if expect else None
         choices[offer.site.name] = replace(choice, error=error)
     counted: set[int] = set()
-    rows = [_row(site, choices[site.name], counted) for site in sites]
+    rows = [_row(site, choices[site.name], counted, timed) for site in sites]
+    rest, speed = whole - total(row.before for row in rows), None
     if timed is not None:
-        rows = [_with_times(row, timed) for row in rows]
-    rest = Cost(params, macs) - total(row.before for row in rows)
-    plan = Plan(
-        rows,
-        replace(rest, latency=None if timed is None else timed.rest),
-        {method.name: method for method in request.methods},
-        None if timed is None else timed.speed,
-    )
+        rest, speed = replace(rest, latency=timed.rest), timed.speed
+    plan = Plan(rows, rest, {method.name: method for method in request.methods}, speed)
     fits, drafts = (_known_fits(offers, chosen, draft=draft) for draft in (False, True))
     return Planned(plan, {site.name: site for site in sites}, moments, fits, drafts)
 
@@ -139,26 +109,15 @@ def _choose(
     """A guarded choice for each offer, and the measured times where there are any."""
     candidates = [offer.candidates for offer in offers]
     rest = whole - total(listed[0].before for listed in candidates)
-    guard: Callable[[Choice], Choice] = _unguarded if request.allow_expansion else guarded
+    guard: Callable[[Choice], Choice] = (lambda c: c) if request.allow_expansion else guarded
     if times is None:
         return [guard(choice) for choice in request.selector.select(candidates, rest)], None
     assert request.example is not None
     timed = choose_with_times(
-        [offer.site for offer in offers],
-        candidates,
-        request.selector,
-        rest,
-        times,
-        request.example,
-        model,
-        only_if_faster=request.only_if_faster,
-        guard=guard,
-    )
+        [offer.site for offer in offers], candidates, request.selector, rest, times,
+        request.example, model, only_if_faster=request.only_if_faster, guard=guard,
+    )  # fmt: skip
     return list(timed.choices), timed
-
-
-def _unguarded(choice: Choice) -> Choice:
-    return choice
 
 
 def _expected_error(choice: Choice, losses: LayerLosses) -> float | None:
@@ -172,14 +131,12 @@ def _expected_error(choice: Choice, losses: LayerLosses) -> float | None:
 def _known_fits(
     offers: Sequence[Offer], choices: Sequence[Choice], *, draft: bool
 ) -> dict[str, FittedLayer]:
-    found = {}
-    for offer, choice in zip(offers, choices, strict=True):
-        if choice.candidate is not None and choice.rank is not None:
-            method = choice.candidate.decomposer
-            fit = offer.losses.known_fit(method, choice.rank, draft=draft)
-            if fit is not None:
-                found[offer.site.name] = fit
-    return found
+    found = {
+        offer.site.name: offer.losses.known_fit(c.candidate.decomposer, c.rank, draft=draft)
+        for offer, c in zip(offers, choices, strict=True)
+        if c.candidate is not None and c.rank is not None
+    }
+    return {name: fit for name, fit in found.items() if fit is not None}
 
 
 def _check_entries(
@@ -203,30 +160,20 @@ def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
     return ANY_RANK if profile is None else profile.rounding
 
 
-def _row(site: Site, choice: Choice, counted: set[int]) -> Row:
+def _row(site: Site, choice: Choice, counted: set[int], timed: TimedChoices | None) -> Row:
     """The site's row; a parameter that it shares with an earlier row is counted there only."""
     own = {id(p): p.numel() for p in site.module.parameters(recurse=False) if not is_lazy(p)}
     params = sum(numel for key, numel in own.items() if key not in counted)
     counted.update(own)
     macs = None if site.spec is None else chain_cost([site.spec], site.calls).macs
     row = Row(
-        site.name,
-        site.names,
-        site.spec,
-        params_before=params,
-        params_after=params,
-        macs_before=macs,
-        macs_after=macs,
-        reason=choice.reason,
-        note=choice.note,
-        calls=site.calls,
-    )
+        site.name, site.names, site.spec, params_before=params, params_after=params,
+        macs_before=macs, macs_after=macs, reason=choice.reason, note=choice.note, calls=site.calls,
+    )  # fmt: skip
+    if timed is not None:
+        before, after = timed.seconds.get(site.name, (None, None))
+        row = replace(row, latency_before=before, latency_after=after)
     if choice.candidate is None or choice.rank is None:
         return row
     row = replace(row, expected_error=choice.error)
     return planned_row(row, choice.candidate.decomposer, choice.rank)
-
-
-def _with_times(row: Row, timed: TimedChoices) -> Row:
-    before, after = timed.seconds.get(row.name, (None, None))
-    return replace(row, latency_before=before, latency_after=after)

@@ -54,9 +54,8 @@ class Plan(Table):
         ----------
         name : str
         method : str or Decomposer, optional
-            By default the one that is planned already.
         rank : int or tuple of int, optional
-            By default the one that is planned already.
+            By default those that are planned already.
 
         Raises
         ------
@@ -69,22 +68,17 @@ class Plan(Table):
         chosen = method or row.method
         if chosen is None:
             raise ValueError(f"layer {name!r} is left alone ({row.reason}): name a method for it")
-        decomposer = (
-            self.decomposers[chosen]
-            if isinstance(chosen, str) and chosen in self.decomposers
-            else get_decomposer(chosen)
-        )
-        others = any(old.method == decomposer.name for old in self.rows if old is not row)
-        if others and self.decomposers.get(decomposer.name, decomposer) != decomposer:
+        known = self.decomposers.get(chosen) if isinstance(chosen, str) else None
+        decomposer = known or get_decomposer(chosen)
+        others = {old.method for old in self.rows if old is not row}
+        planned = self.decomposers.get(decomposer.name, decomposer)
+        if decomposer.name in others and planned != decomposer:
             raise ValueError(
                 f"layer {name!r}: other layers are planned with {decomposer.name!r} and other "
                 "options; register this one under a name of its own"
             )
-        edited = planned_row(
-            replace(row, note=None, expected_error=None, latency_after=None),
-            decomposer,
-            row.rank if rank is None else rank,
-        )
+        bare = replace(row, note=None, expected_error=None, latency_after=None)
+        edited = planned_row(bare, decomposer, row.rank if rank is None else rank)
         rows = [edited if old is row else old for old in self.rows]
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         named = {**self.decomposers, decomposer.name: decomposer}
@@ -121,70 +115,48 @@ class Plan(Table):
             return cls(rows, cost_from_dict(data["everything_else"]), methods, speed)
 
 
-def match_sites(sites: Mapping[str, Site], plan: Plan) -> dict[str, Site]:
-    """The model's sites by name, each checked to be the layer that the plan's row was made for.
+_EXPECTED = "expected a model of the architecture that was planned for"
 
-    Raises
-    ------
-    ValueError
-        If the model lacks a layer of the plan, has another in its place, or cannot spare it.
-    """
+
+def match_sites(sites: Mapping[str, Site], plan: Plan) -> dict[str, Site]:
+    """The model's sites by name, each checked to be the layer that the plan's row was made for."""
     found = dict(sites)
     for row in plan:
         site = found.get(row.name)
         if site is None:
             raise ValueError(
-                f"layer {row.name!r}: the plan has it, the model has no such layer; expected a "
-                "model of the architecture that was planned for"
+                f"layer {row.name!r}: the plan has it, the model has no such layer; {_EXPECTED}"
             )
-        if site.names != row.names:
-            raise ValueError(
-                f"layer {row.name!r}: got the names {site.names}, but the plan expects "
-                f"{row.names}; plan anew for this model"
-            )
-        if site.spec != row.layer:
-            raise ValueError(
-                f"layer {row.name!r}: got {site.spec}, but the plan expects {row.layer}; plan "
-                "anew for this model"
-            )
+        pairs = ((f"the names {site.names}", f"the names {row.names}"), (site.spec, row.layer))
+        for got, expected in pairs:
+            if got != expected:
+                raise ValueError(
+                    f"layer {row.name!r}: got {got}, but the plan expects {expected}; plan anew "
+                    "for this model"
+                )
         if row.method is not None and site.reason is not None:
             raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
     for name in found.keys() - {row.name for row in plan}:
-        raise ValueError(
-            f"layer {name!r}: the model has it, the plan does not; expected a model of the "
-            "architecture that was planned for"
-        )
+        raise ValueError(f"layer {name!r}: the model has it, the plan does not; {_EXPECTED}")
     return found
 
 
 def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
-    """The row with this method and rank, and their costs.
-
-    Raises
-    ------
-    ValueError
-        If the method cannot take the layer, or not at that rank.
-    """
+    """The row with this method and rank and their costs; a ValueError where they cannot be."""
     if row.layer is None:
         raise ValueError(f"layer {row.name!r} cannot be decomposed: {row.reason}")
     refusal = decomposer.refusal(row.layer)
     if refusal is not None:
         raise ValueError(f"layer {row.name!r} ({row.layer}): {refusal}")
-    listed = tuple(rank) if isinstance(rank, list) else rank
-    rank = spread(listed, decomposer.max_rank(row.layer))
+    rank = tuple(rank) if isinstance(rank, list) else rank
+    rank = spread(rank, decomposer.max_rank(row.layer))
     try:
         decomposer.check_rank(rank, row.layer)
     except ValueError as error:
         raise ValueError(f"layer {row.name!r}: {error}") from error
-    after = chain_cost(decomposer.stages(row.layer, rank), row.calls)
-    return replace(
-        row,
-        method=decomposer.name,
-        rank=rank,
-        reason=None,
-        params_after=after.params,
-        macs_after=after.macs,
-    )
+    cost = chain_cost(decomposer.stages(row.layer, rank), row.calls)
+    row = replace(row, method=decomposer.name, rank=rank, reason=None)
+    return replace(row, params_after=cost.params, macs_after=cost.macs)
 
 
 def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:
@@ -198,20 +170,15 @@ def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:
 
 
 def _options(decomposer: Decomposer) -> dict[str, Any]:
-    """The options that make the method again, as plain data.
-
-    Raises
-    ------
-    ValueError
-        If they do not, so that the plan could not be read again.
-    """
+    """The options that make the method again, as plain data; a ValueError if they do not."""
     name = decomposer.name
     if not is_dataclass(decomposer):
         if name in registered() and type(get_decomposer(name)) is type(decomposer):
             return {}
         raise ValueError(
-            f"method {name!r} cannot be rebuilt from a plan: {type(decomposer).__name__} is neither "
-            "a dataclass, whose fields are its options, nor registered; make it one of the two"
+            f"method {name!r} cannot be rebuilt from a plan: {type(decomposer).__name__} is "
+            "neither a dataclass, whose fields are its options, nor registered; make it one of the "
+            "two"
         )
     options = {f.name: getattr(decomposer, f.name) for f in fields(decomposer) if f.init}
     try:

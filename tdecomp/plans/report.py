@@ -34,8 +34,5 @@ class Report(Table):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, with the results of the recovery steps."""
-        return {
-            "format": FORMAT,
-            **super().to_dict(),
-            "recovery": [step.to_dict() for step in self.recovery],
-        }
+        recovery = [step.to_dict() for step in self.recovery]
+        return {"format": FORMAT, **super().to_dict(), "recovery": recovery}

@@ -22,7 +22,7 @@ class Row:
         None where the sizes are not known (lazy and quantized layers).
     params_before, params_after : int
     macs_before, macs_after : int or None
-        Of one forward pass of the example inputs; None without them.
+        Of one pass of the example inputs; None without them.
     method : str or None
         None where the layer is left alone.
     rank : int, tuple of int or None
@@ -31,8 +31,8 @@ class Row:
     note : str or None
         A remark, for example that a break-even counted parameters.
     expected_error : float or None
-        Before anything is fitted: of ``output_error`` with data, of ``weight_error`` without. Exact
-        for svd, lowrank and spatial, a bound for tucker2; None for CP unless a budget fitted it.
+        Before the fit: of ``output_error`` with data, of ``weight_error`` without. Exact for svd,
+        lowrank and spatial, a bound for tucker2; None for CP unless a budget fitted it.
     weight_error : float or None
         ‖W − W̃‖ / ‖W‖ in the Frobenius norm, of the weights as they are stored.
     output_error : float or None
@@ -94,8 +94,8 @@ class Row:
         KeyError, TypeError
             If an entry is missing, unknown or of a wrong kind.
         """
-        counts = [data[key] for key in ("params_before", "params_after")]
-        counts += [data[key] or 0 for key in ("macs_before", "macs_after")]
+        counts = [data["params_before"], data["params_after"]]
+        counts += [data["macs_before"] or 0, data["macs_after"] or 0]
         if not isinstance(data["name"], str) or not all(isinstance(n, int) for n in counts):
             raise TypeError(f"expected a name and whole counts, got {data['name']!r} and {counts}")
         layer, rank, calls = data["layer"], data["rank"], data["calls"]

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from tdecomp.layers.cost import Cost, total
+from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.plans.row import Row, cost_to_dict
 from tdecomp.timing.speed import Speed
 
@@ -34,12 +33,10 @@ def read_json(what: str, text: str) -> Iterator[dict[str, Any]]:
 def check_format(what: str, found: Any, version: str | None = None) -> None:
     """Refuse data that another version of tdecomp wrote."""
     if found != FORMAT:
-        older = found == 1
-        writer = f"tdecomp {version or ('0.1' if older else '(a later version)')}"
-        remedy = "make it anew" if older else "update tdecomp"
+        writer = version or ("0.1" if found == 1 else "(a later version)")
         raise ValueError(
-            f"{what} format {found!r}, written by {writer}: this version reads format {FORMAT}; "
-            f"{remedy}"
+            f"{what} format {found!r}, written by tdecomp {writer}: this version reads format "
+            f"{FORMAT}; {'make it anew' if found == 1 else 'update tdecomp'}"
         )
 
 
@@ -107,17 +104,18 @@ class Table:
         return f"{self._render('simple')}\n{self.summary()}"
 
     def __repr__(self) -> str:
-        changed = sum(row.method is not None for row in self.rows)
-        return f"<{type(self).__name__}: {changed} of {len(self.rows)} {self.title} decomposed>"
+        return f"<{type(self).__name__}: {self._changed()} of {len(self)} {self.title} decomposed>"
+
+    def _changed(self) -> int:
+        return sum(row.method is not None for row in self.rows)
 
     def _repr_html_(self) -> str:
         return f"{self._render('html')}<p>{escape(self.summary())}</p>"
 
     def summary(self) -> str:
         """One line: how many layers, parameters and MACs."""
-        changed = sum(row.method is not None for row in self.rows)
-        words = f"{changed} of {len(self.rows)} layers decomposed"
         before, after = self.before, self.after
+        words = f"{self._changed()} of {len(self)} layers decomposed"
         words += f"; parameters {_change(before.params, after.params)}"
         if before.macs is not None and after.macs is not None:
             words += f"; MACs {_change(before.macs, after.macs)}"
@@ -148,72 +146,51 @@ class Table:
             raise ImportError(
                 "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
             ) from error
-        by_macs = self.everything_else.macs is not None
-        return bars_and_errors(
-            labels=[row.name or "(model)" for row in self.rows],
-            before=[(row.macs_before if by_macs else row.params_before) or 0 for row in self.rows],
-            after=[(row.macs_after if by_macs else row.params_after) or 0 for row in self.rows],
-            errors=[row.weight_error for row in self.rows],
-            unit="MACs" if by_macs else "parameters",
-        )
+        unit, costs = "parameters", [(row.params_before, row.params_after) for row in self.rows]
+        if self.everything_else.macs is not None:
+            unit = "MACs"
+            costs = [(row.macs_before or 0, row.macs_after or 0) for row in self.rows]
+        labels = [row.name or "(model)" for row in self.rows]
+        return bars_and_errors(labels, costs, [row.weight_error for row in self.rows], unit)
 
     def _render(self, style: str) -> str:
         headers = ["layer", "", "method", "rank", "params", "MACs", "ms", *_ERRORS, "notes"]
-        body = [_cells(row) for row in self.rows]
-        other, before, after = self.everything_else, self.before, self.after
-        lines = (("everything else", other, other), ("total", before, after))
         blank = [""] * (len(_ERRORS) + 1)
-        body += [[title, "", "", "", *_costs(was, now), *blank] for title, was, now in lines]
-        shown = [i for i in range(len(headers)) if any(line[i] for line in body)]
-        return str(
-            tabulate(
-                [[line[i] for i in shown] for line in body],
-                headers=[headers[i] for i in shown],
-                tablefmt=style,
-                disable_numparse=True,
-                colalign=["right" if headers[i] in _RIGHT else "left" for i in shown],
-            )
-        )
+        rest, before, after = self.everything_else, self.before, self.after
+        body = [
+            *map(_cells, self.rows),
+            ["everything else", "", "", "", *_costs(rest, rest), *blank],
+            ["total", "", "", "", *_costs(before, after), *blank],
+        ]
+        return filled_columns(headers, body, right=("params", "MACs", "ms", *_ERRORS), style=style)
 
 
 _ERRORS = ("expected error", "weight error", "output error")
 
 
-_RIGHT = {"params", "MACs", "ms", *_ERRORS}
-
-
 def _cells(row: Row) -> list[str]:
-    rank = "" if row.rank is None else str(row.rank)
-    words = [row.reason or row.note or ""]
+    errors = (row.expected_error, row.weight_error, row.output_error)
+    notes = [row.reason or row.note or ""]
     if row.component_norms is not None:
-        words.append(f"component norms {row.component_norms:.1f} times the kernel's")
+        notes.append(f"component norms {row.component_norms:.1f} times the kernel's")
     if len(row.names) > 1:
-        words.append(f"also {', '.join(row.names[1:])}")
+        notes.append(f"also {', '.join(row.names[1:])}")
     return [
         row.name or "(model)",
         "" if row.layer is None else str(row.layer),
         row.method or "—",
-        rank,
+        "" if row.rank is None else str(row.rank),
         *_costs(row.before, row.after),
-        *(
-            "" if error is None else f"{error:.4f}"
-            for error in (row.expected_error, row.weight_error, row.output_error)
-        ),
-        "; ".join(word for word in words if word),
+        *("" if error is None else f"{error:.4f}" for error in errors),
+        "; ".join(note for note in notes if note),
     ]
 
 
 def _costs(before: Cost, after: Cost) -> tuple[str, str, str]:
-    return (
-        _arrow(before.params, after.params),
-        _arrow(before.macs, after.macs),
-        _milliseconds(before.latency, after.latency),
-    )
-
-
-def _milliseconds(before: float | None, after: float | None) -> str:
-    words = ["" if seconds is None else f"{1e3 * seconds:.3g}" for seconds in (before, after)]
-    return words[0] if before == after else " → ".join(word for word in words if word)
+    seconds = (before.latency, after.latency)
+    words = [f"{1e3 * value:.3g}" for value in dict.fromkeys(seconds) if value is not None]
+    macs = _arrow(before.macs, after.macs)
+    return _arrow(before.params, after.params), macs, " → ".join(words)
 
 
 def _arrow(before: int | None, after: int | None) -> str:
@@ -236,5 +213,5 @@ def count_in_words(value: int | None) -> str:
         if abs(amount) < 999.5:
             break
         amount, prefix = amount / 1000, larger
-    digits = 0 if not prefix else max(0, 2 - len(str(int(abs(amount)))) + 1)
+    digits = max(0, 3 - len(str(int(abs(amount))))) if prefix else 0
     return f"{amount:.{digits}f}{prefix}"
