@@ -151,7 +151,7 @@ def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spe
         per_group = [method.unfoldings(k) for k in group_kernels(weight.detach(), spec)]
         if per_group[0] is None:
             return None
-        return tuple(spectra(list(zip(*per_group, strict=True))))  # type: ignore[arg-type]
+        return tuple(spectra(list(zip(*per_group, strict=True))))
 
 
 def group_kernels(weight: Tensor, spec: LayerSpec) -> Sequence[Tensor]:
