@@ -31,21 +31,11 @@ _TRACE_RIDGE = 1e-10
 
 @dataclass(frozen=True)
 class Sweeps:
-    """The numbers of sweeps of each part of a fit, and the tolerance of the main part.
+    """The numbers of sweeps of each part of a fit, and the tolerance of the main part."""
 
-    Attributes
-    ----------
-    trial : int
-        To find out whether a kernel has exactly the rank asked for, where that is possible.
-    last : int
-        At the end, on the kernel itself and without the ridge, to recover what the ridge cost.
-    coarser : float
-        The factor on `tol` for the sweeps before.
-    """
-
-    trial: int
-    last: int
-    coarser: float
+    trial: int  # to find out whether the kernel has exactly the rank asked for
+    last: int  # at the end, on the kernel itself, to recover what the ridge cost
+    coarser: float  # the factor on `tol` for the sweeps before the last ones
 
 
 EFFORTS = {
@@ -56,23 +46,15 @@ EFFORTS = {
 
 @dataclass(frozen=True)
 class ALSOptions:
-    """How `parafac` is run; `CP` describes the first five.
-
-    Attributes
-    ----------
-    draft : bool
-        Whether the fit only estimates what a rank loses. It then has no last sweeps.
-    max_component_norms : float
-        A fit counts as degenerate if the sum of its component norms is above this, times √rank.
-    """
+    """How `parafac` is run; `CP` describes the first five fields."""
 
     n_iter_max: int
     tol: float
     l2_reg: float
     random_state: int
     sweeps: Sweeps
-    draft: bool = False
-    max_component_norms: float = 5.0
+    draft: bool = False  # only estimates what a rank loses
+    max_component_norms: float = 5.0  # times √rank: a fit with a larger sum counts as degenerate
 
     @property
     def last_sweeps(self) -> int:
@@ -88,20 +70,8 @@ def cp_factors(
     A ridge on the factors keeps components from growing while they cancel each other, except where
     the kernel turns out to have exactly the rank asked for. If the sum of the component norms still
     ends above ``max_component_norms √rank`` times the kernel's norm (for orthogonal components it
-    is ``√rank`` times), the fit is made again with a stronger ridge.
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, *modes)
-    rank : int
-    options : ALSOptions
-    start : sequence of Tensor, optional
-        Factors to start from, such as those of a draft.
-
-    Raises
-    ------
-    ValueError
-        If the fit degenerates at every strength of the ridge.
+    is ``√rank`` times), the fit is made again with a stronger ridge. Where no ridge is strong
+    enough, it raises a ValueError. `start` holds factors to start from, such as those of a draft.
     """
     norm = float(kernel.norm())
     if norm == 0.0:
@@ -111,16 +81,11 @@ def cp_factors(
     leading = [leading_vectors(unfold(kernel, mode), rank) for mode in range(2)]
     channels, outside = [vectors for vectors, _ in leading], max(share for _, share in leading)
     core, bases = _compressed(kernel, channels)
-    known = [] if bases else channels
     near = None
     if start is not None:
-        scaled = [start[0] / norm, *start[1:]]
-        inner = [base.T @ factor for base, factor in zip(bases, scaled, strict=False)]
-        near = [*inner, *scaled[len(bases) :]]
-    for factors, ridge in _starts(core, rank, known, outside, near, options):
-        swept = _sweep(core, rank, factors, ridge, options)
-        outer = [base @ factor for base, factor in zip(bases, swept, strict=False)]
-        found = [*outer, *swept[len(bases) :]]
+        near = _times([base.T for base in bases], [start[0] / norm, *start[1:]])
+    for factors, ridge in _starts(core, rank, [] if bases else channels, outside, near, options):
+        found = _times(bases, _sweep(core, rank, factors, ridge, options))
         if options.last_sweeps:
             found, _ = _parafac(kernel, rank, found, options.last_sweeps, tol=0.0, ridge=0.0)
         if component_norms(found) <= bound:
@@ -129,6 +94,12 @@ def cp_factors(
         f"CP degenerates: the component norms sum to {component_norms(found):.3g} times the "
         f"kernel's norm, expected at most {bound:.3g}; choose a lower rank or another method"
     )
+
+
+def _times(bases: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, each of the first ones multiplied by its basis; without bases, all as given."""
+    products = [base @ factor for base, factor in zip(bases, factors, strict=False)]
+    return [*products, *factors[len(bases) :]]
 
 
 def few_sweeps(kernel: Tensor, rank: int, sweeps: int, options: ALSOptions) -> list[Tensor]:
@@ -202,14 +173,10 @@ def _sweep(
 ) -> list[Tensor]:
     """The sweeps from `start` except the last ones; with a ridge single precision is enough."""
     dtype = torch.float32 if ridge else kernel.dtype
-    swept, _ = _parafac(
-        kernel.to(dtype),
-        rank,
-        [factor.to(dtype) for factor in start],
-        max(1, options.n_iter_max - options.last_sweeps),
-        options.tol * options.sweeps.coarser,
-        ridge,
-    )
+    start = [factor.to(dtype) for factor in start]
+    sweeps = max(1, options.n_iter_max - options.last_sweeps)
+    tol = options.tol * options.sweeps.coarser
+    swept, _ = _parafac(kernel.to(dtype), rank, start, sweeps, tol, ridge)
     return [factor.to(kernel.dtype) for factor in swept]
 
 
@@ -217,16 +184,15 @@ def _parafac(
     kernel: Tensor, rank: int, start: list[Tensor], sweeps: int, tol: float, ridge: float
 ) -> tuple[list[Tensor], list[float]]:
     """`sweeps` of TensorLy's parafac from `start`, and the relative errors on the way."""
+    options = {"n_iter_max": sweeps, "tol": tol, "l2_reg": max(ridge, _TRACE_RIDGE)}
     with torch_backend(), torch.no_grad():
         (weights, factors), errors = parafac(
             kernel,
             rank,
             init=CPTensor((None, start)),
-            n_iter_max=sweeps,
-            tol=tol,
-            l2_reg=max(ridge, _TRACE_RIDGE),
             linesearch=True,
             return_errors=True,
+            **options,
         )
     return [factors[0] * weights, *factors[1:]], [float(error) for error in errors]
 
@@ -236,18 +202,15 @@ def _singular_start(
 ) -> list[Tensor]:
     """The leading singular vectors of each unfolding, filled up with seeded Gaussian columns.
 
-    `channels` are the vectors of the first modes where they are known already.
-
     A little noise moves the start away from the saddle points of symmetric kernels, where sweeps
-    from the singular vectors themselves would lose components for good.
+    from the singular vectors themselves would lose components for good. `channels` are the vectors
+    of the first modes where they are known already.
     """
     generator = torch.Generator("cpu").manual_seed(random_state)
     factors = []
     for mode, size in enumerate(kernel.shape):
-        if mode < len(channels):
-            leading = channels[mode]  # (size, at most R)
-        else:
-            leading, _ = leading_vectors(unfold(kernel, mode), rank)
+        known = mode < len(channels)
+        leading = channels[mode] if known else leading_vectors(unfold(kernel, mode), rank)[0]
         noise = torch.randn(size, rank, generator=generator, device="cpu").to(leading) / size**0.5
         count = leading.shape[1]
         factors.append(torch.cat([leading + _JITTER * noise[:, :count], noise[:, count:]], dim=1))
@@ -277,9 +240,7 @@ def _diagonalisation_start(kernel: Tensor, rank: int) -> list[list[Tensor]]:
     except torch.linalg.LinAlgError:
         return []
     factors = [out, into, *modes]
-    if not all(torch.isfinite(factor).all() for factor in factors):
-        return []
-    return [factors]
+    return [factors] if all(torch.isfinite(factor).all() for factor in factors) else []
 
 
 def _split_modes(joint: Tensor, sizes: torch.Size) -> list[Tensor]:

@@ -52,8 +52,10 @@ def assemble(
         write_factors(chain, method, factors)
         if isinstance(bias, nn.Parameter):
             parameter(chain[-1].bias).copy_(bias if shift is None else bias + shift)
-    for memory_format in (torch.channels_last, torch.channels_last_3d):
-        if _has_format(weight, memory_format):
+    for dims, memory_format in {4: torch.channels_last, 5: torch.channels_last_3d}.items():
+        # A kernel of size 1 is contiguous in every format, which says nothing about the layer.
+        other = weight.dim() != dims or weight.is_contiguous()
+        if not other and weight.is_contiguous(memory_format=memory_format):
             chain.to(memory_format=memory_format)  # type: ignore[call-overload]
     return chain
 
@@ -73,11 +75,8 @@ def factors_of_chain(chain: Chain, method: Decomposer) -> Factorization | None:
     assert rank is not None
     stages = method.stages(spec, rank)
     weights = [stage.read(part) for stage, part in zip(stages, chain, strict=True)]
-    if spec.groups == 1:
-        groups = [method.factors_of(tuple(weights))]
-    else:
-        per_stage = [weight.chunk(spec.groups) for weight in weights]
-        groups = [method.factors_of(parts) for parts in zip(*per_stage, strict=True)]
+    per_stage = [weight.chunk(spec.groups) for weight in weights]
+    groups = [method.factors_of(parts) for parts in zip(*per_stage, strict=True)]
     known = tuple(factors for factors in groups if factors is not None)
     return Factorization(spec, known) if len(known) == spec.groups else None
 
@@ -86,11 +85,3 @@ def parameter(value: Any) -> nn.Parameter:
     """The value as the parameter that it has to be."""
     assert isinstance(value, nn.Parameter)
     return value
-
-
-def _has_format(weight: Tensor, memory_format: torch.memory_format) -> bool:
-    # A kernel of size 1 is contiguous in every format; only an unambiguous answer counts.
-    rank_of_format = {torch.channels_last: 4, torch.channels_last_3d: 5}
-    if weight.dim() != rank_of_format[memory_format] or weight.is_contiguous():
-        return False
-    return weight.is_contiguous(memory_format=memory_format)

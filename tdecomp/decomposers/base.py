@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002  the defaults of the contract use no arguments
 """The contract of a decomposer, and nothing else.
 
 A method's file holds its maths at the top, on one dense kernel (out, in, *kernel): tensors in, a
@@ -15,6 +16,9 @@ from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
+
+# A draft is only compared with other drafts: a few iterations are enough.
+DRAFT_ITERATIONS = 8
 
 
 class Decomposer(ABC):
@@ -61,7 +65,7 @@ class Decomposer(ABC):
         """Fit the factors to one group's kernel (out, in, *kernel), scaled to at most 1.
 
         Only methods that iterate are given the last two arguments. `start` holds factors of this
-        rank to begin with. A draft is only compared with other drafts: a few iterations do.
+        rank to begin with. A draft is only compared with other drafts: a few iterations are enough.
         """
 
     def fit_to(
@@ -79,18 +83,16 @@ class Decomposer(ABC):
         chain's own; by default those that `fit` finds. Except for a draft, the result is never
         worse than the start.
         """
-        del kernel, rank, moment, start, draft
         return None
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
     ) -> Tensor | None:
-        """The losses of the best fits of rank 0, 1, 2 …, for methods whose fits are nested; or None.
+        """The losses of the best fits of rank 0, 1, 2 … where the fits are nested, or else None.
 
         ``tr(H D G Dᵀ)`` of the difference D, with G the moment and H the importance (out, out) of
         the outputs; a missing one counts as the identity.
         """
-        del kernel, moment, importance
         return None
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
@@ -98,27 +100,22 @@ class Decomposer(ABC):
 
         No two methods may name each other.
         """
-        del spec
         return ()
 
     def exact_at_parity(self, spec: LayerSpec) -> bool:
         """Whether almost nothing is lost once the chain has as many weights as the layer."""
-        del spec
         return False
 
     def limited(self, iterations: int) -> "Decomposer":
         """The same method with at most this many iterations, for fits that start near their end."""
-        del iterations
         return self
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Factors | None:
         """The factors that have these `stage_weights`, or None for methods that cannot tell."""
-        del stage_weights
         return None
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...] | None:
         """One matrix per rank, whose singular values say how much the rank keeps; or None."""
-        del kernel
         return None
 
     def check_rank(self, rank: Rank, spec: LayerSpec) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.decomposers.als import EFFORTS, ALSOptions, component_norms, cp_factors, few_sweeps
-from tdecomp.decomposers.base import Decomposer, check_iteration
+from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
@@ -24,21 +24,13 @@ from tdecomp.linalg.tensorly_backend import torch_backend
 
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-4
-# Enough for fits that are only compared with one another.
-_DRAFT_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
 class CPFactors(Factors):
-    """A kernel as a sum over r of outer products of the factors' columns.
+    """A kernel as a sum over r of outer products of the factors' columns."""
 
-    Attributes
-    ----------
-    factors : tuple of Tensor
-        (out, R), (in, R), then one (k, R) per spatial mode, or a single one for all of them.
-    kernel_size : tuple of int
-    """
-
+    # (out, R), (in, R), then one (k, R) per spatial mode, or a single one for all of them.
     factors: tuple[Tensor, ...]
     kernel_size: tuple[int, ...]
 
@@ -54,25 +46,21 @@ class CPFactors(Factors):
             factor.T.reshape(-1, 1, *shape)  # (R, 1, *kernel)
             for factor, shape in zip(spatial, self._spatial_shapes(), strict=True)
         ]
-        return (
-            into.T.reshape(*into.T.shape, *ones),  # (R, in, 1, 1)
-            *depthwise,
-            out.reshape(*out.shape, *ones),  # (out, R, 1, 1)
-        )
+        first = into.T.reshape(*into.T.shape, *ones)  # (R, in, 1, 1)
+        return first, *depthwise, out.reshape(*out.shape, *ones)  # the last one is (out, R, 1, 1)
 
     def scaled(self, scale: float) -> "CPFactors":
         share = scale ** (1 / len(self.factors))
         return replace(self, factors=tuple(factor * share for factor in self.factors))
 
     def component_norms(self) -> float:
-        """The sum of the components' Frobenius norms."""
         return component_norms(self.factors)
 
     def balanced(self) -> "CPFactors":
         """The same kernel, each component's norm shared equally among its factors.
 
-        As ALS leaves them one factor holds nearly all of the norm, and its neighbours' gradients
-        grow with it when the chain is trained.
+        ALS leaves nearly all of the norm in one factor, which makes the gradients of the others
+        large when the chain is trained.
         """
         norms = torch.stack([factor.norm(dim=0) for factor in self.factors])  # (modes, R)
         share = norms.log().mean(dim=0).exp()
@@ -87,29 +75,6 @@ class CPFactors(Factors):
         return [tuple(size[d] if d == mode else 1 for d in range(ndim)) for mode in range(ndim)]
 
 
-def fit_cp(
-    kernel: Tensor,
-    rank: int,
-    kernel_size: tuple[int, ...],
-    options: ALSOptions,
-    start: Sequence[Tensor] | None = None,
-) -> CPFactors:
-    """The sum of `rank` outer products that alternating least squares finds; see `cp_factors`.
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, *modes)
-        With the spatial modes as they are, or joined into one.
-    rank : int
-    kernel_size : tuple of int
-        The spatial modes before they were joined.
-    options : ALSOptions
-    start : sequence of Tensor, optional
-        Factors to begin with.
-    """
-    return CPFactors(tuple(cp_factors(kernel, rank, options, start)), kernel_size).balanced()
-
-
 def fit_cp_to(
     kernel: Tensor, start: CPFactors, moment: SecondMoment, n_iter_max: int, tol: float
 ) -> CPFactors:
@@ -117,13 +82,6 @@ def fit_cp_to(
 
     Kalle et al. 2025, "Distribution-Aware Tensor Decomposition for Compression of Convolutional
     Neural Networks", fit in this norm by alternating least squares.
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, *kernel)
-    start : CPFactors
-        Of the rank that is wanted.
-    moment : SecondMoment
     """
     fit = SeparableFit(kernel.flatten(1), moment, cp_features())
     out, theta = fit.minimise(start.factors[1:], n_iter_max=n_iter_max, tol=tol)
@@ -184,7 +142,7 @@ class CP(Decomposer):
 
     def __post_init__(self) -> None:
         check_iteration(self.name, self.n_iter_max, self.tol)
-        if self.effort not in tuple(EFFORTS):
+        if self.effort not in tuple(EFFORTS):  # a tuple, as the effort need not be hashable
             known = " or ".join(map(repr, EFFORTS))
             raise ValueError(f"{self.name}: expected effort to be {known}, got {self.effort!r}")
         if not self.l2_reg >= 0:
@@ -200,19 +158,16 @@ class CP(Decomposer):
     def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         assert isinstance(rank, int)
         middle = rank * spec.groups
-        return (
-            spec.pointwise(spec.in_channels, middle),
-            *self._depthwise(spec, middle),
-            spec.pointwise(middle, spec.out_channels, bias=spec.bias),
-        )
+        last = spec.pointwise(middle, spec.out_channels, bias=spec.bias)
+        return spec.pointwise(spec.in_channels, middle), *self._depthwise(spec, middle), last
 
     def fit(
         self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
     ) -> CPFactors:
         assert isinstance(rank, int)
         begin = start.factors if isinstance(start, CPFactors) else None
-        options = self._options(draft)
-        return fit_cp(self._joined(kernel), rank, tuple(kernel.shape[2:]), options, begin)
+        factors = cp_factors(self._joined(kernel), rank, self._options(draft), begin)
+        return CPFactors(tuple(factors), tuple(kernel.shape[2:])).balanced()
 
     def fit_to(
         self,
@@ -261,17 +216,16 @@ class CP(Decomposer):
         return kernel.reshape(*kernel.shape[:2], *self._spatial_modes(tuple(kernel.shape[2:])))
 
     def _options(self, draft: bool = False) -> ALSOptions:
-        most = min(self.n_iter_max, _DRAFT_ITERATIONS) if draft else self.n_iter_max
-        effort = EFFORTS[self.effort]
-        return ALSOptions(most, self.tol, self.l2_reg, self.random_state, effort, draft)
+        most = min(self.n_iter_max, DRAFT_ITERATIONS) if draft else self.n_iter_max
+        sweeps = EFFORTS[self.effort]
+        return ALSOptions(most, self.tol, self.l2_reg, self.random_state, sweeps, draft)
 
     def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
         return (math.prod(kernel_size),)
 
     def _depthwise(self, spec: LayerSpec, channels: int) -> tuple[LayerSpec, ...]:
-        return (
-            spec.like(in_channels=channels, out_channels=channels, groups=channels, bias=False),
-        )
+        sizes = {"in_channels": channels, "out_channels": channels, "groups": channels}
+        return (spec.like(**sizes, bias=False),)
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,6 @@ class Factors(ABC):
         return replace(self, **{f.name: _cast(getattr(self, f.name), dtype) for f in fields(self)})
 
 
-AnyFactors = TypeVar("AnyFactors", bound=Factors)
-
-
 @dataclass(frozen=True)
 class Factorization:
     """The factors of a whole layer, group by group."""
@@ -53,8 +50,8 @@ class Factorization:
 
     def to_kernel(self) -> Tensor:
         """The kernel that the factors stand for, in the layer's own layout."""
-        kernel = _joined([factors.to_kernel() for factors in self.groups])
-        return self.spec.from_forward_layout(kernel)
+        kernels = [factors.to_kernel() for factors in self.groups]
+        return self.spec.from_forward_layout(_joined(kernels))
 
     def stage_weights(self) -> tuple[Tensor, ...]:
         """One weight (out, in / groups, *kernel) for each stage, all groups together."""
@@ -68,6 +65,9 @@ class Factorization:
 
     def to(self, dtype: torch.dtype) -> "Factorization":
         return replace(self, groups=tuple(factors.to(dtype) for factors in self.groups))
+
+
+AnyFactors = TypeVar("AnyFactors", bound=Factors)
 
 
 def better(

@@ -21,33 +21,14 @@ from tdecomp.torch_state import undisturbed
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """The factors of a layer, and what they lose.
+    """The factors of a layer, and what they lose."""
 
-    Attributes
-    ----------
-    factors : Factorization
-        In the dtype of the weight.
-    weight_error : float
-        ‖W − W̃‖ / ‖W‖ in the Frobenius norm.
-    output_error : float or None
-        The lost share of the output's variance, by the moments; None without.
-    loss : float or None
-        The output's squared error weighted by the output's gradients; None where these are not
-        known.
-    shift : Tensor, shape (out,), or None
-        What to add to the bias, so that the mean output stays.
-    component_norms : float or None
-        The sum of the norms of the terms that add up to the kernel, over the kernel's norm.
-    seconds : float
-    notes : tuple of str
-    """
-
-    factors: Factorization
-    weight_error: float
-    output_error: float | None
-    loss: float | None
-    shift: Tensor | None
-    component_norms: float | None
+    factors: Factorization  # in the dtype of the weight
+    weight_error: float  # ‖W − W̃‖ / ‖W‖ in the Frobenius norm
+    output_error: float | None  # the lost share of the output's variance; None without moments
+    loss: float | None  # the output's squared error weighted by its gradients; None without these
+    shift: Tensor | None  # (out,): to add to the bias, so that the mean output stays
+    component_norms: float | None  # over the kernel's norm; see `Factors.component_norms`
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -64,30 +45,10 @@ def fit_layer(
 ) -> FittedLayer:
     """Fit a layer's weight, by the moments of its inputs where there are any.
 
-    >>> weight = torch.eye(4)
-    >>> fit_layer(weight, LayerSpec(4, 4), SVD(), 4).weight_error < 1e-6
-    True
-
-    A pure function; its arguments and its result can be pickled.
-
-    Parameters
-    ----------
-    weight : Tensor
-        In the layer's own layout and dtype.
-    spec : LayerSpec
-    method : Decomposer
-    rank : int or tuple of int
-    moments : LayerMoments, optional
-        On the weight's device.
-    start : Factorization, optional
-        Factors of this rank to improve on, for methods that iterate.
-    draft : bool
-        Whether a few iterations are enough, since the result is only compared with other drafts.
-
-    Raises
-    ------
-    ValueError, torch.linalg.LinAlgError
-        If the fit fails, or the factors are not finite.
+    A pure function; its arguments and its result can be pickled. The weight is in the layer's own
+    layout, the moments on its device. Methods that iterate improve on `start`, factors of this
+    rank; a draft makes few iterations, as it is only compared with other drafts. A fit that fails
+    raises a ValueError or a LinAlgError, and so do factors that are not finite.
     """
     began = time.perf_counter()
     with undisturbed(weight.device):
@@ -106,16 +67,10 @@ def fit_layer(
     if not math.isfinite(weight_error):
         raise ValueError("the factors are not finite")
     norms = precise.component_norms()
-    return FittedLayer(
-        factors,
-        weight_error,
-        output_error,
-        loss,
-        shift,
-        None if norms is None else norms / (frobenius_norm(weight) or 1.0),
-        seconds,
-        _notes(method, spec, moments),
-    )
+    if norms is not None:
+        norms /= frobenius_norm(weight) or 1.0
+    errors = (weight_error, output_error, loss)
+    return FittedLayer(factors, *errors, shift, norms, seconds, _notes(method, spec, moments))
 
 
 def _notes(method: Decomposer, spec: LayerSpec, moments: LayerMoments | None) -> tuple[str, ...]:
@@ -148,59 +103,46 @@ def factorize(
     with undisturbed(weight.device):
         groups = None
         if moments is not None and method.uses_moments:
-            groups = _fitted_to(method, weight, spec, rank, moments, start, draft)
+            kernels = group_kernels(weight.detach().double(), spec)
+            groups = _fit_groups(method, kernels, rank, moments, start, draft)
         if groups is None:
             kernels = group_kernels(weight.detach().to(fit_dtype(method, weight)), spec)
-            scales = [_scale(kernel) for kernel in kernels]
-            starts = _starts(start, method, scales, kernels[0].dtype)
-            groups = [
-                _fit(method, kernel / scale, rank, near, draft).scaled(scale)
-                for kernel, scale, near in zip(kernels, scales, starts, strict=True)
-            ]
+            groups = _fit_groups(method, kernels, rank, [None] * len(kernels), start, draft)
+        assert groups is not None
         return Factorization(spec, tuple(groups)).to(weight.dtype)
 
 
-def _fitted_to(
+def _fit_groups(
     method: Decomposer,
-    weight: Tensor,
-    spec: LayerSpec,
+    kernels: Sequence[Tensor],
     rank: Rank,
-    moments: Sequence[SecondMoment],
+    moments: Sequence[SecondMoment | None],
     start: Factorization | None,
     draft: bool,
 ) -> list[Factors] | None:
-    """Each group's factors in the norm of its moment; None if the method cannot."""
-    groups = []
-    kernels = group_kernels(weight.detach().double(), spec)
-    scales = [_scale(kernel) for kernel in kernels]
-    starts = _starts(start, method, scales, torch.float64)
-    for kernel, scale, moment, near in zip(kernels, scales, moments, starts, strict=True):
-        if draft:
-            fitted = method.fit_to(kernel / scale, rank, moment, near, draft=True)
+    """Each group's factors, in the norm of its moment if it has one; None if the method cannot."""
+    groups: list[Factors] = []
+    starts: Sequence[Factors | None] = [None] * len(kernels)
+    if start is not None and method.iterative:
+        starts = start.groups
+    for kernel, moment, near in zip(kernels, moments, starts, strict=True):
+        # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
+        scale = float(kernel.abs().max()) or 1.0
+        if near is not None:
+            near = near.to(kernel.dtype).scaled(1 / scale)
+        # A method from outside that does not iterate need not know `start` and `draft`.
+        drafted = {"draft": True} if draft else {}
+        fitted: Factors | None
+        if moment is not None:
+            fitted = method.fit_to(kernel / scale, rank, moment, near, **drafted)
+        elif method.iterative:
+            fitted = method.fit(kernel / scale, rank, near, draft=draft)
         else:
-            fitted = method.fit_to(kernel / scale, rank, moment, near)
+            fitted = method.fit(kernel / scale, rank)
         if fitted is None:
             return None
         groups.append(fitted.scaled(scale))
     return groups
-
-
-def _fit(
-    method: Decomposer, kernel: Tensor, rank: Rank, start: Factors | None, draft: bool
-) -> Factors:
-    if not method.iterative:  # a method from outside need not know the other arguments
-        return method.fit(kernel, rank)
-    return method.fit(kernel, rank, start, draft=draft)
-
-
-def _starts(
-    start: Factorization | None, method: Decomposer, scales: Sequence[float], dtype: torch.dtype
-) -> list[Factors | None]:
-    """The factors to begin with, scaled as the kernels are."""
-    if start is None or not method.iterative:
-        return [None] * len(scales)
-    pairs = zip(start.groups, scales, strict=True)
-    return [factors.to(dtype).scaled(1 / scale) for factors, scale in pairs]
 
 
 def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
@@ -209,7 +151,7 @@ def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spe
         per_group = [method.unfoldings(k) for k in group_kernels(weight.detach(), spec)]
         if per_group[0] is None:
             return None
-        return tuple(spectra(list(zip(*per_group, strict=True))))  # type: ignore[arg-type]
+        return tuple(spectra(list(zip(*per_group, strict=True))))
 
 
 def group_kernels(weight: Tensor, spec: LayerSpec) -> Sequence[Tensor]:
@@ -230,8 +172,3 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
         # A difference of float32 numbers has as many correct digits as they have.
         weight, approximation = weight.float(), approximation.float()
     return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
-
-
-def _scale(kernel: Tensor) -> float:
-    # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
-    return float(kernel.abs().max()) or 1.0

@@ -4,7 +4,7 @@ A new method is a file of its own, its test, and a line of `_BUILT_IN`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.cp import CP, CPSeparable
@@ -14,8 +14,14 @@ from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
 
 _BUILT_IN = (SVD, LowRank, Spatial, Tucker2, CP, CPSeparable)
-
+# Names that stand for several methods; () stands for all of them.
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "auto": (),
+    "dense": ("svd", "lowrank", "spatial", "tucker2"),
+}
 _REGISTRY: dict[str, Decomposer] = {}
+
+Methods = str | Decomposer | Sequence[str | Decomposer]
 
 
 def register(decomposer: Any) -> Any:
@@ -46,7 +52,7 @@ def register(decomposer: Any) -> Any:
     if not name or not isinstance(name, str):
         raise ValueError(f"register: {type(instance).__name__} needs a name, got {name!r}")
     known = _REGISTRY.get(name)
-    # A class of the same place and name is the same one, defined again as in a notebook.
+    # A class of the same module and name is the same one, defined again as in a notebook.
     if known is not None and _place(known) != _place(instance):
         raise ValueError(
             f"register: {name!r} is the name of {type(known).__name__} already; choose another"
@@ -73,10 +79,8 @@ def get_decomposer(method: str | Decomposer) -> Decomposer:
     """The decomposer of this name; a decomposer is taken as it is."""
     if isinstance(method, Decomposer):
         return method
-    known = ", ".join(map(repr, registered()))
-    expected = (
-        f"expected one of {known}, or a Decomposer (tdecomp.register makes your own known by name)"
-    )
+    expected = f"expected one of {', '.join(map(repr, registered()))}, or a Decomposer"
+    expected += " (tdecomp.register makes your own known by name)"
     if not isinstance(method, str):
         hint = " (a class: make an instance of it)" if isinstance(method, type) else ""
         raise TypeError(f"method: got {method!r}{hint}; {expected}")
@@ -85,19 +89,12 @@ def get_decomposer(method: str | Decomposer) -> Decomposer:
     return _REGISTRY[method]
 
 
-# Names that stand for several methods; () stands for all of them.
-_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "auto": (),
-    "dense": ("svd", "lowrank", "spatial", "tucker2"),
-}
-Methods = str | Decomposer | Sequence[str | Decomposer]
-
-
 def listed_methods(methods: Methods) -> list[Decomposer]:
     """The decomposers behind a name, a group's name, a decomposer, or a sequence of these."""
     if isinstance(methods, str) and methods in _GROUPS:
         return [get_decomposer(name) for name in _GROUPS[methods] or registered()]
-    listed = [methods] if isinstance(methods, (str, Decomposer)) else _listed(methods)
+    # Anything that is no sequence is one method, which get_decomposer will refuse in words.
+    listed = methods if isinstance(methods, (list, tuple)) else [cast("str | Decomposer", methods)]
     if not listed:
         raise ValueError("methods: expected at least one method, got an empty sequence")
     found = [get_decomposer(method) for method in listed]
@@ -106,11 +103,6 @@ def listed_methods(methods: Methods) -> list[Decomposer]:
     if twice:
         raise ValueError(f"methods: each at most once, got {', '.join(map(repr, twice))} twice")
     return found
-
-
-def _listed(methods: Any) -> list[Any]:
-    # Anything that is no sequence is one method, which get_decomposer will refuse in words.
-    return list(methods) if isinstance(methods, (list, tuple)) else [methods]
 
 
 for _method in _BUILT_IN:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import Decomposer, check_iteration
+from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
@@ -20,22 +20,13 @@ from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import tails
 from tdecomp.linalg.svd import truncated_svd
 
-# Enough for fits that are only compared with one another.
-_DRAFT_ITERATIONS = 8
-
 
 @dataclass(frozen=True)
 class SpatialFactors(Factors):
-    """A kernel (out, in, kh, kw) as ``sum_r vertical[r, in, kh] · horizontal[out, r, kw]``.
+    """A kernel (out, in, kh, kw) as ``sum_r vertical[r, in, kh] · horizontal[out, r, kw]``."""
 
-    Attributes
-    ----------
-    vertical : Tensor, shape (rank, in, kh, 1)
-    horizontal : Tensor, shape (out, rank, 1, kw)
-    """
-
-    vertical: Tensor
-    horizontal: Tensor
+    vertical: Tensor  # (rank, in, kh, 1)
+    horizontal: Tensor  # (out, rank, 1, kw)
 
     def to_kernel(self) -> Tensor:
         rank, into, height, _ = self.vertical.shape
@@ -52,13 +43,7 @@ class SpatialFactors(Factors):
 
 
 def fit_spatial(kernel: Tensor, rank: int) -> SpatialFactors:
-    """The best approximation of a given rank of the matrix (out · kw, in · kh).
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, kh, kw)
-    rank : int
-    """
+    """The best approximation of a given rank of the matrix (out · kw, in · kh)."""
     out, into, height, width = kernel.shape
     u, s, vh = truncated_svd(_matrix(kernel), rank)
     root = s.sqrt()
@@ -75,15 +60,7 @@ def _matrix(kernel: Tensor) -> Tensor:
 def fit_spatial_to(
     kernel: Tensor, start: SpatialFactors, moment: SecondMoment, n_iter_max: int, tol: float
 ) -> SpatialFactors:
-    """The same form in the norm of a moment: the horizontal step follows from the vertical one.
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, kh, kw)
-    start : SpatialFactors
-        Of the rank that is wanted.
-    moment : SecondMoment
-    """
+    """The same form in the norm of a moment: the horizontal step follows from the vertical one."""
     out, into, height, width = kernel.shape
     fit = SeparableFit(kernel.flatten(1), moment, spatial_features(into, height, width))
     factor, (vertical,) = fit.minimise([start.vertical[..., 0]], n_iter_max=n_iter_max, tol=tol)
@@ -141,9 +118,7 @@ class Spatial(Decomposer):
         check_iteration(self.name, self.n_iter_max, self.tol)
 
     def refusal(self, spec: LayerSpec) -> str | None:
-        if spec.ndim != 2:
-            return "spatial takes two-dimensional convolutions"
-        return None
+        return None if spec.ndim == 2 else "spatial takes two-dimensional convolutions"
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
         return ("svd", "lowrank") if spec.kernel_volume == 1 else ()
@@ -178,7 +153,7 @@ class Spatial(Decomposer):
     ) -> SpatialFactors:
         before = self.fit(kernel, rank) if start is None else start
         assert isinstance(before, SpatialFactors)
-        most = min(self.n_iter_max, _DRAFT_ITERATIONS) if draft else self.n_iter_max
+        most = min(self.n_iter_max, DRAFT_ITERATIONS) if draft else self.n_iter_max
         fitted = fit_spatial_to(kernel, before, moment, most, self.tol)
         return fitted if draft else better(kernel, moment, fitted, before)
 
@@ -188,9 +163,8 @@ class Spatial(Decomposer):
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
     ) -> Tensor | None:
-        if moment is not None or importance is not None:
-            return None  # only in the norm of the weights are the best fits nested
-        return tails(_matrix(kernel))
+        # Only in the norm of the weights are the best fits nested.
+        return tails(_matrix(kernel)) if moment is None and importance is None else None
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> SpatialFactors:
         return SpatialFactors(*stage_weights)

@@ -20,20 +20,13 @@ from tdecomp.linalg.svd import truncated_svd
 
 @dataclass(frozen=True)
 class LowRankFactors(Factors):
-    """A kernel as ``second @ first``, seen as a matrix (out, in · kernel).
+    """A kernel as ``second @ first``, seen as a matrix (out, in · kernel)."""
 
-    Attributes
-    ----------
-    first : Tensor, shape (rank, in, *kernel)
-    second : Tensor, shape (out, rank)
-    """
-
-    first: Tensor
-    second: Tensor
+    first: Tensor  # (rank, in, *kernel)
+    second: Tensor  # (out, rank)
 
     def to_kernel(self) -> Tensor:
-        matrix = self.second @ self.first.flatten(1)
-        return matrix.reshape(len(self.second), *self.first.shape[1:])
+        return (self.second @ self.first.flatten(1)).reshape(-1, *self.first.shape[1:])
 
     def stage_weights(self) -> tuple[Tensor, ...]:
         pointwise = self.second.reshape(*self.second.shape, *[1] * (self.first.dim() - 2))
@@ -44,17 +37,7 @@ class LowRankFactors(Factors):
 
 
 def fit_low_rank(kernel: Tensor, rank: int) -> LowRankFactors:
-    """The best approximation of a given rank in the Frobenius norm (Eckart and Young 1936).
-
-    >>> factors = fit_low_rank(torch.eye(4), 4)
-    >>> torch.allclose(factors.to_kernel(), torch.eye(4), atol=1e-6)
-    True
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, *kernel)
-    rank : int
-    """
+    """The best approximation of a given rank in the Frobenius norm (Eckart and Young 1936)."""
     u, s, vh = truncated_svd(kernel.flatten(1), rank)
     # Both share the singular values, so that neither layer's gradients dwarf the other's.
     root = s.sqrt()
@@ -63,16 +46,7 @@ def fit_low_rank(kernel: Tensor, rank: int) -> LowRankFactors:
 
 
 def fit_low_rank_to(kernel: Tensor, rank: int, moment: SecondMoment) -> LowRankFactors:
-    """The best approximation of a given rank of the kernel's outputs.
-
-    Zhang et al. 2016, equations 4 to 6; see `leading_outputs`.
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, *kernel)
-    rank : int
-    moment : SecondMoment
-    """
+    """The outputs' best approximation of a given rank: Zhang et al. 2016, equations 4 to 6."""
     outputs = leading_outputs(kernel.flatten(1), moment, rank)  # (out, rank)
     first = outputs.T @ kernel.flatten(1)  # (rank, in · kernel)
     root = first.norm(dim=1).sqrt()
@@ -92,23 +66,20 @@ class SVD(Decomposer):
     source: ClassVar[str] = "Denton et al. 2014"
 
     def refusal(self, spec: LayerSpec) -> str | None:
-        if spec.kernel_volume > 1:
-            return "svd takes Linear layers and 1×1 convolutions"
-        return None
+        return "svd takes Linear layers and 1×1 convolutions" if spec.kernel_volume > 1 else None
 
     def max_rank(self, spec: LayerSpec) -> int:
         return min(spec.fan_in, spec.group_out)
 
     def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         assert isinstance(rank, int)
-        middle = rank * spec.groups
-        first = spec.like(out_channels=middle, bias=False)
-        return first, spec.pointwise(middle, spec.out_channels, bias=spec.bias)
+        first = spec.like(out_channels=rank * spec.groups, bias=False)
+        return first, spec.pointwise(first.out_channels, spec.out_channels, bias=spec.bias)
 
     def fit(
         self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
     ) -> LowRankFactors:
-        del start, draft
+        del start, draft  # the closed form needs neither
         assert isinstance(rank, int)
         return fit_low_rank(kernel, rank)
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import Decomposer, check_iteration
+from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
@@ -21,8 +21,7 @@ from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.svd import leading_vectors, truncated_svd
 from tdecomp.linalg.tensorly_backend import mode_products, unfold
 
-# Drafts are only compared with one another: a few iterations and a thousandth of the error do.
-_DRAFT_ITERATIONS = 8
+# For drafts, which are only compared with one another.
 _DRAFT_TOL = 1e-3
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-3
@@ -30,18 +29,11 @@ _FINER = 1e-3
 
 @dataclass(frozen=True)
 class Tucker2Factors(Factors):
-    """A kernel as a core multiplied by a factor on each channel mode.
+    """A kernel as a core multiplied by a factor on each channel mode."""
 
-    Attributes
-    ----------
-    core : Tensor, shape (R4, R3, *kernel)
-    into : Tensor, shape (in, R3)
-    out : Tensor, shape (out, R4)
-    """
-
-    core: Tensor
-    into: Tensor
-    out: Tensor
+    core: Tensor  # (R4, R3, *kernel)
+    into: Tensor  # (in, R3)
+    out: Tensor  # (out, R4)
 
     def to_kernel(self) -> Tensor:
         return mode_products(self.core, [self.out, self.into], modes=[0, 1])
@@ -60,28 +52,15 @@ class Tucker2Factors(Factors):
 def fit_tucker2(
     kernel: Tensor, ranks: tuple[int, int], n_iter_max: int, tol: float
 ) -> Tucker2Factors:
-    """Higher-order orthogonal iteration on the two channel modes.
+    """Higher-order orthogonal iteration on the two channel modes, with ranks (R3, R4).
 
-    >>> factors = fit_tucker2(torch.ones(4, 3, 2), (1, 1), n_iter_max=10, tol=1e-4)
-    >>> torch.allclose(factors.to_kernel(), torch.ones(4, 3, 2))
-    True
-
-    Each factor in turn is the best one beside the other: leading singular vectors of the kernel
-    that the other one has projected (De Lathauwer et al. 2000, "On the best rank-1 and
+    Each factor in turn is the best one for the other: the leading singular vectors of the kernel
+    projected by the other one (De Lathauwer et al. 2000, "On the best rank-1 and
     rank-(R1, …, RN) approximation of higher-order tensors", algorithm 4.2). No factors of these
-    ranks lose less than either unfolding does alone, so that where the start already loses little
-    more, no sweep is made.
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, *kernel)
-    ranks : tuple of int
-        (R3, R4): of the input and of the output channels, in the order of the chain.
-    n_iter_max, tol
-        See `Tucker2`.
+    ranks lose less than either unfolding does alone, so where the start already loses little more,
+    no sweep is made.
     """
     rank_in, rank_out = ranks
-    size_in = kernel.shape[1]
     by_out, by_in = unfold(kernel, 0), unfold(kernel, 1)  # (out, in · kernel), (in, out · kernel)
     out, lost_out = leading_vectors(by_out, rank_out)
     into, lost_in = leading_vectors(by_in, rank_in)
@@ -95,7 +74,7 @@ def fit_tucker2(
         if error - least <= tol:
             break
         out, _ = leading_vectors(reduced, rank_out)
-        into, _ = leading_vectors(_reduced(by_out, out, size_in), rank_in)
+        into, _ = leading_vectors(_reduced(by_out, out, kernel.shape[1]), rank_in)
         core, reduced = _core(by_in, into, out)
         before, error = error, _error(core, power)
         if abs(before - error) < tol:
@@ -130,21 +109,14 @@ def fit_tucker2_to(
 
     Given that factor, core and output factor together are a regression of limited rank, which is
     solved in closed form.
-
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, in, *kernel)
-    start : Tucker2Factors
-        Of the ranks that are wanted.
-    moment : SecondMoment
     """
-    kernel_size, rank_out = kernel.shape[2:], start.out.shape[1]
+    rank_out = start.out.shape[1]
     features = tucker2_features(kernel.shape[1])
     fit = SeparableFit(kernel.flatten(1), moment, features, rank=rank_out)
     factor, (channels,) = fit.minimise([start.into], n_iter_max=n_iter_max, tol=tol)
     basis = torch.linalg.qr(channels).Q
     out, s, core = truncated_svd(factor, rank_out)  # (out, R4), (R4,), (R4, R3 · kernel)
-    core = (s[:, None] * core).reshape(-1, basis.shape[1], *kernel_size)
+    core = (s[:, None] * core).reshape(-1, basis.shape[1], *kernel.shape[2:])
     missing = rank_out - len(core)
     if missing > 0:  # more ranks than the regression has: nothing is left for the others to do
         core = torch.cat([core, core.new_zeros(missing, *core.shape[1:])])
@@ -158,17 +130,14 @@ def tucker2_features(into: int) -> Features:
     def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
         # Only the span of the columns matters: orthonormal ones are the best conditioned.
         basis = torch.linalg.qr(theta[0]).Q  # (in, R3)
-        split = matrix.reshape(len(matrix), into, -1)
-        features: Tensor = basis.T @ split  # (m, R3, kernel)
+        features: Tensor = basis.T @ matrix.reshape(len(matrix), into, -1)  # (m, R3, kernel)
         return features.flatten(1)
 
     def inner(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
         basis = torch.linalg.qr(theta[0]).Q
         volume = len(weights) // into
         split = weights.reshape(into, volume, -1, volume)
-        along = split.diagonal(dim1=1, dim2=3).sum(dim=-1)  # (in, R3)
-        product: Tensor = (along * basis).sum()
-        return product
+        return torch.sum(split.diagonal(dim1=1, dim2=3).sum(dim=-1) * basis)  # both (in, R3)
 
     return Features(project, inner)
 
@@ -222,7 +191,8 @@ class Tucker2(Decomposer):
     ) -> Tucker2Factors:
         del start  # the higher-order SVD that sweeps begin with costs less than a sweep
         assert isinstance(rank, tuple)
-        return fit_tucker2(kernel, (rank[0], rank[1]), *self._stops(draft))
+        stops = self.limited(DRAFT_ITERATIONS) if draft else self
+        return fit_tucker2(kernel, (rank[0], rank[1]), stops.n_iter_max, stops.tol)
 
     def fit_to(
         self,
@@ -235,18 +205,13 @@ class Tucker2(Decomposer):
     ) -> Tucker2Factors:
         before = self.fit(kernel, rank, draft=draft) if start is None else start
         assert isinstance(before, Tucker2Factors)
-        n_iter_max, tol = self._stops(draft)
-        fitted = fit_tucker2_to(kernel, before, moment, n_iter_max, tol * _FINER)
+        stops = self.limited(DRAFT_ITERATIONS) if draft else self
+        fitted = fit_tucker2_to(kernel, before, moment, stops.n_iter_max, stops.tol * _FINER)
         return fitted if draft else better(kernel, moment, fitted, before)
 
     def limited(self, iterations: int) -> "Tucker2":
-        tol = max(self.tol, _DRAFT_TOL)
-        return replace(self, n_iter_max=min(self.n_iter_max, iterations), tol=tol)
-
-    def _stops(self, draft: bool) -> tuple[int, float]:
-        """The most iterations, and the tolerance."""
-        brief = self.limited(_DRAFT_ITERATIONS) if draft else self
-        return brief.n_iter_max, brief.tol
+        n_iter_max, tol = min(self.n_iter_max, iterations), max(self.tol, _DRAFT_TOL)
+        return replace(self, n_iter_max=n_iter_max, tol=tol)
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
         first, core, last = stage_weights
