@@ -2,9 +2,9 @@
 
 The model is V = B Aᵀ + noise, with Gaussian priors on the columns of A and B. Their variances are
 learnt, so that columns which do not pay are switched off, and so is the variance of the noise.
-Variational Bayes usually iterates; fully observed, its global minimum is known in closed form up to
-one number, the noise variance. Names follow the papers: V has L rows and M ≥ L columns (transpose
-it otherwise), α = L/M, and γ₁ ≥ γ₂ ≥ … are its singular values.
+Variational Bayes usually iterates; if all entries are observed, its global minimum is known in
+closed form up to one number, the noise variance. Names follow the papers: V has L rows and M ≥ L
+columns (transpose it otherwise), α = L/M, and γ₁ ≥ γ₂ ≥ … are its singular values.
 
 References
 ----------
@@ -16,8 +16,6 @@ References
    (threshold τ̲, shrinkage τ(x; α), objective Ω of the noise variance and the bounds on it).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,6 +23,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
+
+Values = NDArray[np.float64]
 
 # Squares computed in float64 are accurate to a few epsilons of the largest one (1 to 2 were seen in
 # eigenvalues of Gram matrices of exact low rank, 64 × 64 to 512 × 4608).
@@ -37,60 +37,30 @@ _MAX_STEPS = 60
 
 @dataclass(frozen=True)
 class EVBEstimate:
-    """The empirical variational Bayes estimate for a matrix.
+    """The empirical variational Bayes estimate for a matrix."""
 
-    Attributes
-    ----------
-    rank : int
-        Number of singular values above the threshold; may be 0.
-    noise_variance : float
-        Variance of the noise in one entry, in squared units of the matrix; 0.0 if only round-off
-        is left beside the `rank` components.
-    """
-
-    rank: int
+    rank: int  # number of singular values above the threshold; may be 0
+    # Of one entry, in squared units of the matrix; 0.0 if only round-off is left beside the
+    # `rank` components.
     noise_variance: float
 
 
 def evb_rank(squared_singular_values: np.ndarray, shape: tuple[int, int]) -> EVBEstimate:
-    """Estimate rank and noise variance of a matrix by empirical variational Bayes (EVBMF).
+    """Rank and noise variance of a matrix at the global minimum of the free energy [1, 2].
 
-    >>> rng = np.random.default_rng(0)
-    >>> matrix = rng.normal(size=(60, 5)) @ rng.normal(size=(5, 200)) + rng.normal(size=(60, 200))
-    >>> evb_rank(np.linalg.svd(matrix, compute_uv=False) ** 2, matrix.shape).rank
-    5
-
-    Parameters
-    ----------
-    squared_singular_values : (n,) array
-        γ², in any order, min(shape) of them. Eigenvalues of the Gram matrix can be given, with
-        their slightly negative ones, which show how large the round-off is. Values that are missing
-        count as zero, so a truncated spectrum is read as that of an exactly low-rank matrix.
-    shape : (int, int)
-        Rows and columns of the matrix, in either order.
-
-    Returns
-    -------
-    EVBEstimate
-        The global minimum of the free energy over the noise variance. A matrix of exact rank
-        r < L M / (L + M) gives (r, 0.0): the free energy falls without bound as the noise variance
-        goes to zero. Of a larger exact rank, part is explained as noise, as in any other matrix:
-        the rank found is always less than L M / (L + M).
-
-    Raises
-    ------
-    ValueError
-        If a value is not finite, or negative by more than round-off, or there are too many.
-
-    Notes
-    -----
-    Exact, not a search on a grid; O(L) memory, O(L²) operations at worst. From Nakajima et al.,
-    JMLR 14 (2013), in the form of their NIPS 25 (2012); see the head of this file.
+    Exact, not a search on a grid; O(L) memory, O(L²) operations at worst. A matrix of exact rank
+    r < L M / (L + M) gives (r, 0.0), as the free energy falls without bound when the noise variance
+    goes to zero. The rank found is always less than L M / (L + M); what exceeds it counts as noise.
 
     The noise is assumed to be equally strong everywhere. A few dead (nearly zero) rows contradict
     that: they are then taken for the noise, and all else for signal. Drop such rows first.
+
+    The values γ² and the two sizes are in any order; missing values count as zero. Eigenvalues of
+    the Gram matrix can be given; slightly negative ones show how large the round-off is.
     """
-    short, long = _checked_shape(shape)
+    short, long = sorted(shape)
+    if short < 1:
+        raise ValueError(f"shape: got {shape}, expected positive numbers of rows and columns")
     values = _checked_values(squared_singular_values, short)
     largest = float(values.max(initial=0.0))
     if largest == 0.0:
@@ -105,14 +75,7 @@ def evb_rank(squared_singular_values: np.ndarray, shape: tuple[int, int]) -> EVB
     return EVBEstimate(rank=rank, noise_variance=variance * (largest / long))
 
 
-def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    rows, columns = shape
-    if min(rows, columns) < 1:
-        raise ValueError(f"shape: got {shape}, expected positive numbers of rows and columns")
-    return min(rows, columns), max(rows, columns)
-
-
-def _checked_values(given: np.ndarray, short: int) -> NDArray[np.float64]:
+def _checked_values(given: np.ndarray, short: int) -> Values:
     values = np.asarray(given, dtype=np.float64)
     if values.ndim != 1 or len(values) > short:
         raise ValueError(
@@ -160,7 +123,7 @@ class _FreeEnergy:
     Ω is smooth; where a value crosses the threshold Ω is continuous and its slope jumps.
     """
 
-    values: NDArray[np.float64]  # (L,), descending
+    values: Values  # (L,), descending
     long: int
 
     @cached_property
@@ -168,13 +131,11 @@ class _FreeEnergy:
         return len(self.values) / self.long
 
     @cached_property
-    def tails(self) -> NDArray[np.float64]:
+    def tails(self) -> Values:
         # (L + 1,): sums of all but the first k, smallest added first so that none is lost.
         return np.append(np.cumsum(self.values[::-1])[::-1], 0.0)
 
-    def _x_and_tau(
-        self, variance: float, rank: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _x_and_tau(self, variance: float, rank: int) -> tuple[Values, Values]:
         x = self.values[:rank] / variance
         excess = x - (1.0 + self.alpha)
         return x, 0.5 * (excess + np.sqrt(excess * excess - 4.0 * self.alpha))
@@ -183,12 +144,8 @@ class _FreeEnergy:
         _, tau = self._x_and_tau(variance, rank)
         # x − τ written as 1 + α + α/τ: at small v both are huge and their difference is not.
         above = np.log1p(tau) + self.alpha * (np.log1p(tau / self.alpha) + 1.0 / tau)
-        return (
-            len(self.values) * math.log(variance)
-            + float(self.tails[rank]) / variance
-            + rank * (1.0 + self.alpha)
-            + float(above.sum())
-        )
+        terms = len(self.values) * math.log(variance) + float(self.tails[rank]) / variance
+        return terms + rank * (1.0 + self.alpha) + float(above.sum())
 
     def slope(self, variance: float, rank: int) -> float:
         """dΩ/d(log v): minus the sum of x ψ′(x), x − 1 below the threshold and α + α/τ above it.
@@ -218,12 +175,8 @@ def _minimise(energy: _FreeEnergy, round_off: float) -> tuple[int, float]:
     # A zero slope needs k + αk < L above the threshold: k ≤ ⌈L/(1 + α)⌉ − 1, in whole numbers.
     max_rank = (short * long - 1) // (short + long)
     highest = float(energy.tails[0]) / short
-    lowest = max(
-        float(values[max_rank]) / threshold,
-        float(energy.tails[max_rank]) / (short - max_rank),
-        round_off,
-    )
-
+    mean_of_rest = float(energy.tails[max_rank]) / (short - max_rank)
+    lowest = max(float(values[max_rank]) / threshold, mean_of_rest, round_off)
     rank = int(np.count_nonzero(values > threshold * lowest))
     if lowest == round_off and energy.slope(lowest, rank) > 0.0:
         # Still falling as v sinks into the round-off, where the other values cannot be told from
@@ -238,11 +191,10 @@ def _minimise(energy: _FreeEnergy, round_off: float) -> tuple[int, float]:
     for k, (low, high) in enumerate(zip(lows, highs, strict=True)):
         if low < high and (slope := energy.slope(low, k)) < 0.0:
             # The slope only grows on the way to a minimum: Ω cannot fall faster than from here.
-            bound = energy.objective(low, k) + slope * math.log(high / low)
-            candidates.append((bound, k))
+            candidates.append((energy.objective(low, k) + slope * math.log(high / low), k))
 
     best_rank, best_variance = int(np.count_nonzero(values > threshold * highest)), highest
-    best = energy.objective(best_variance, best_rank)
+    best = energy.objective(highest, best_rank)
     for bound, k in sorted(candidates):
         if bound > best:
             break

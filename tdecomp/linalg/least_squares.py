@@ -18,30 +18,18 @@ _RIDGE = 1e-9
 
 @dataclass(frozen=True)
 class Features:
-    """The features ``P(θ)`` (fan_in, features) as functions of parameters θ; P is never formed.
+    """The features ``P(θ)`` (fan_in, features) as functions of parameters θ; P is never formed."""
 
-    Attributes
-    ----------
-    project : callable ``(matrix, θ) -> matrix @ P(θ)``
-        For a matrix (m, fan_in).
-    inner : callable ``(weights, θ) -> (weights * P(θ)).sum()``
-        For weights (fan_in, features); differentiable by θ.
-    """
-
+    # ``(matrix, θ) -> matrix @ P(θ)``, for a matrix (m, fan_in).
     project: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    # ``(weights, θ) -> (weights * P(θ)).sum()``, for weights (fan_in, features); differentiable.
     inner: Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 class SeparableFit:
     """``K ≈ A P(θ)ᵀ`` in the norm of a moment, as a problem in θ alone: A is the best one for it.
 
-    Parameters
-    ----------
-    kernel : Tensor, shape (out, fan_in)
-    moment : SecondMoment
-    features : Features
-    rank : int, optional
-        The largest rank of A.
+    The kernel K is (out, fan_in), A is (out, features) and has at most the given rank.
     """
 
     def __init__(
@@ -69,20 +57,9 @@ class SeparableFit:
     def minimise(
         self, start: Sequence[Tensor], *, n_iter_max: int, tol: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """The best A and θ that L-BFGS finds from a start.
+        """The best A and θ that L-BFGS finds from a first θ.
 
-        Parameters
-        ----------
-        start : sequence of Tensor
-            The first θ.
-        n_iter_max : int
-        tol : float
-            Stops when the share of the output that is lost changes by less in an iteration.
-
-        Returns
-        -------
-        A : Tensor, shape (out, features)
-        θ : list of Tensor
+        It stops when the share of the output that is lost changes by less than `tol`.
         """
         theta = [part.detach().clone(memory_format=torch.contiguous_format) for part in start]
         if not self._power > 0:
@@ -109,9 +86,8 @@ class SeparableFit:
         normal = project(right.T, theta)  # Pᵀ G P
         ridge = _RIDGE * normal.diagonal().mean()
         triangle = torch.linalg.cholesky(normal + ridge * torch.eye(len(normal)).to(normal))
-        whitened = torch.linalg.solve_triangular(
-            triangle, project(target, theta).T, upper=False
-        )  # (features, out)
+        projected = project(target, theta).T  # (features, out)
+        whitened = torch.linalg.solve_triangular(triangle, projected, upper=False)
         if self._rank is not None and self._rank < min(whitened.shape):
             outputs = leading_eigenvectors(whitened.T @ whitened, self._rank)  # (out, rank)
             whitened = (whitened @ outputs) @ outputs.T

@@ -23,23 +23,13 @@ def randomized_vectors(
 ) -> Tensor | None:
     """The `rank` leading left singular vectors of a float32 matrix, or None where an SVD is better.
 
-    >>> matrix = torch.randn(1024, 1100, generator=torch.Generator().manual_seed(0))
-    >>> randomized_vectors(matrix, 8).shape
-    torch.Size([1024, 8])
-
     The error is known after each pass over the matrix, and falls by less from one pass to the
     next. Once further passes would hardly reduce it, the vectors are as good as those of an SVD, to
     about a thousandth of the error. None for matrices of less than `smallest_side`, high ranks,
     errors too small for float32 to check, and no convergence within `max_passes`.
-
-    Parameters
-    ----------
-    matrix : Tensor, shape (m, n)
-    rank, smallest_side, max_passes : int
     """
     shortest = min(matrix.shape)
-    too_small = shortest < smallest_side or rank > _LARGEST_SHARE * shortest
-    if matrix.dtype != torch.float32 or too_small:
+    if matrix.dtype != torch.float32 or shortest < max(smallest_side, rank / _LARGEST_SHARE):
         return None
     power = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     generator = torch.Generator().manual_seed(0)
@@ -49,8 +39,7 @@ def randomized_vectors(
     for done in range(1, max_passes + 1):
         basis = torch.linalg.qr(matrix @ test).Q  # (m, width)
         test = matrix.T @ basis  # (n, width)
-        gram = test.double().T @ test.double()
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(test.double().T @ test.double())
         before, lost = lost, power - float(values[-rank:].sum())
         # The gain of a pass falls at least with the square of its number.
         expected = (before - lost) * done

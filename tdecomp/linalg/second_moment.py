@@ -22,51 +22,39 @@ _RIDGE_GROWTH = 4.0
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """``E[x xᵀ]`` of a layer's inputs, as a matrix or, for few samples, as the samples themselves.
+    """``E[x xᵀ]`` of a layer's inputs: a matrix, or for few samples the samples themselves."""
 
-    >>> SecondMoment(torch.eye(3)).lost(torch.ones(2, 3))
-    6.0
-
-    Attributes
-    ----------
-    matrix : Tensor, shape (fan_in, fan_in), or None
-    rows : Tensor, shape (samples, fan_in), or None
-        With ``rows.T @ rows`` the second moment.
-    """
-
-    matrix: Tensor | None = None
-    rows: Tensor | None = None
+    matrix: Tensor | None = None  # (fan_in, fan_in)
+    rows: Tensor | None = None  # (samples, fan_in), with ``rows.T @ rows`` the second moment
 
     def __post_init__(self) -> None:
         assert (self.matrix is None) != (self.rows is None)
 
     @property
+    def _matrix(self) -> Tensor:
+        assert self.matrix is not None
+        return self.matrix
+
+    @property
     def ridge(self) -> float:
-        """What is added to the diagonal."""
+        """The number that is added to the diagonal."""
         return _RIDGE * (self.trace / self.fan_in or 1.0)
 
     @property
     def trace(self) -> float:
         """The power of all inputs together."""
-        if self.matrix is not None:
-            return float(self.matrix.diagonal().sum())
-        return float(self._rows.square().sum())
+        if self.rows is not None:
+            return float(self.rows.square().sum())
+        return float(self._matrix.diagonal().sum())
 
     @property
     def fan_in(self) -> int:
-        return (self.matrix if self.matrix is not None else self._rows).shape[1]
-
-    @property
-    def _rows(self) -> Tensor:
-        assert self.rows is not None
-        return self.rows
+        return (self._matrix if self.rows is None else self.rows).shape[1]
 
     def applied(self, kernel: Tensor) -> Tensor:
         """``K G``, for a kernel (out, fan_in)."""
-        if self.matrix is not None:
-            product = kernel @ self.matrix
-        else:
-            product = (kernel @ self._rows.T) @ self._rows
+        rows = self.rows
+        product = kernel @ self._matrix if rows is None else (kernel @ rows.T) @ rows
         return product + self.ridge * kernel
 
     def between(self, kernel: Tensor) -> Tensor:
@@ -75,25 +63,18 @@ class SecondMoment:
 
     def features(self, project: Callable[[Tensor], Tensor]) -> Tensor:
         """``G P`` (fan_in, features), for the callable `project` with ``project(M) = M P``."""
-        if self.matrix is not None:
-            return project(self.matrix)
-        return self._rows.T @ project(self._rows)
+        if self.rows is not None:
+            return self.rows.T @ project(self.rows)
+        return project(self._matrix)
 
     def solved(self, right: Tensor, ridge: float) -> Tensor:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
-        if self.matrix is not None:
-            matrix = self.definite().matrix
-            assert matrix is not None
-            shifted = _ridged(matrix, ridge)
-            solution: Tensor = torch.cholesky_solve(right.T, torch.linalg.cholesky(shifted)).T
-            return solution
+        if self.rows is None:
+            return _solution(_ridged(self.definite()._matrix, ridge), right.T).T
         # With fewer samples than inputs their Gram matrix is smaller (matrix inversion lemma).
         ridge += self.ridge
-        samples = self._rows @ self._rows.T
-        shifted = _ridged(samples, ridge)
-        inner = torch.cholesky_solve(self._rows @ right.T, torch.linalg.cholesky(shifted))
-        result: Tensor = (right - (self._rows.T @ inner).T) / ridge
-        return result
+        inner = _solution(_ridged(self.rows @ self.rows.T, ridge), self.rows @ right.T)
+        return (right - (self.rows.T @ inner).T) / ridge
 
     def definite(self) -> "SecondMoment":
         """The moment with a ridge that makes its matrix positive definite.
@@ -101,29 +82,24 @@ class SecondMoment:
         A matrix summed up in float32 may have slightly negative eigenvalues, for directions that
         the inputs hardly take.
         """
-        if self.matrix is None:
+        if self.rows is not None:
             return self
-        return SecondMoment(matrix=_ridged(self.matrix, self._definite_ridge))
+        return SecondMoment(matrix=_ridged(self._matrix, self._definite_ridge))
 
     @cached_property
     def _definite_ridge(self) -> float:
-        assert self.matrix is not None
         ridge = self.ridge
         # A matrix that is not finite never becomes definite; the fit then raises an error.
-        while ridge < self.trace and self._indefinite(ridge):
+        while ridge < self.trace and torch.linalg.cholesky_ex(_ridged(self._matrix, ridge)).info:
             ridge *= _RIDGE_GROWTH
         return ridge
 
-    def _indefinite(self, ridge: float) -> bool:
-        assert self.matrix is not None
-        return bool(torch.linalg.cholesky_ex(_ridged(self.matrix, ridge)).info)
-
     def lost(self, difference: Tensor) -> float:
         """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
-        if self.matrix is not None:
-            # Round-off can make the loss of an exact fit slightly negative.
-            return max(float(((difference @ self.matrix) * difference).sum()), 0.0)
-        return float((difference @ self._rows.T).square().sum())
+        if self.rows is not None:
+            return float((difference @ self.rows.T).square().sum())
+        # Round-off can make the loss of an exact fit slightly negative.
+        return max(float(((difference @ self._matrix) * difference).sum()), 0.0)
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:
@@ -132,11 +108,12 @@ def _ridged(matrix: Tensor, ridge: float) -> Tensor:
     return shifted
 
 
+def _solution(definite: Tensor, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right, torch.linalg.cholesky(definite))
+
+
 def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
     """The `rank` leading principal directions (out, rank) of the outputs ``K x``.
-
-    >>> leading_outputs(torch.eye(2).double(), SecondMoment(torch.eye(2).double() * 3), 2).shape
-    torch.Size([2, 2])
 
     ``U Uᵀ K`` is the best approximation of that rank in the norm of the moment (Zhang et al. 2016,
     equations 4 to 6). Whitening the inputs, truncating an SVD and undoing the whitening gives the
@@ -160,13 +137,8 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
 def nested_losses(outputs: Tensor, ranks: int, importance: Tensor | None = None) -> Tensor:
     """The losses when 0, 1, … `ranks` leading principal components of the outputs are kept.
 
-    Parameters
-    ----------
-    outputs : Tensor, shape (out, out)
-        The second moment of the outputs.
-    ranks : int
-    importance : Tensor, shape (out, out), optional
-        H: the loss of an error with second moment E is ``tr(H E)``, by default the trace of E.
+    `outputs` is the second moment (out, out) of the outputs. The loss of an error with second
+    moment E is its trace, or ``tr(H E)`` with an `importance` H (out, out).
     """
     values, vectors = torch.linalg.eigh(outputs)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)

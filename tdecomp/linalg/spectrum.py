@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,17 +17,11 @@ from tdecomp.parallel import on_cpu, parallel_map
 class Spectrum:
     """Squared singular values of an unfolding up to a common factor, descending.
 
-    Attributes
-    ----------
-    squares : ndarray, shape (groups, min(shape))
-        Those of the unfolding divided by the layer's largest entry. Round-off may make the zeros
-        of a rank-deficient unfolding slightly negative.
-    shape : tuple of int
-        Rows and columns of each group's unfolding.
+    Round-off may make the zeros of a rank-deficient unfolding slightly negative.
     """
 
-    squares: NDArray[np.float64]
-    shape: tuple[int, int]
+    squares: NDArray[np.float64]  # (groups, min(shape)), divided by the largest entry's square
+    shape: tuple[int, int]  # rows and columns of each group's unfolding
 
 
 def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
@@ -39,10 +34,8 @@ def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
     # the values of one layer, so a common factor does not matter.
     largest = max(float(matrix.detach().abs().max()) for matrix in unfoldings[0]) or 1.0
     matrices = [matrix.detach() for groups in unfoldings for matrix in groups]
-    squares = parallel_map(
-        lambda matrix: _squared_singular_values(matrix, largest), matrices, size=on_cpu
-    )
-    found = iter(squares)
+    squared = partial(_squared_singular_values, scale=largest)
+    found = iter(parallel_map(squared, matrices, size=on_cpu))
     return [
         Spectrum(np.stack([next(found) for _ in groups]), (groups[0].shape[0], groups[0].shape[1]))
         for groups in unfoldings
@@ -53,9 +46,6 @@ def tails(matrix: Tensor) -> Tensor:
     """The squared errors of the best approximations of rank 0, 1, 2 and so on.
 
     They are sums of the smallest squared singular values.
-
-    >>> tails(torch.diag(torch.tensor([1.0, 3.0])))
-    tensor([10.,  1.,  0.], dtype=torch.float64)
     """
     squares = torch.from_numpy(_squared_singular_values(matrix, 1.0)).clamp_min(0.0)
     sums = squares.flip(0).cumsum(0).flip(0)  # smallest first: no small one is rounded away

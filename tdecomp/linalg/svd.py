@@ -10,6 +10,9 @@ from torch import Tensor
 
 from tdecomp.linalg.randomized_svd import randomized_vectors
 
+# The leading left singular vectors of a matrix, or None where an SVD is better.
+Sketch = Callable[[Tensor, int], Tensor | None]
+
 # Columns that are converted to float64 at a time when a Gram matrix is summed up.
 _GRAM_CHUNK = 8192
 # Rows of its lower triangle that are computed at a time: with fewer, less of the upper one is.
@@ -26,11 +29,8 @@ def svd(matrix: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Te
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=full_matrices)
     except torch.linalg.LinAlgError:
-        arrays = scipy.linalg.svd(
-            matrix.detach().double().cpu().numpy(),
-            full_matrices=full_matrices,
-            lapack_driver="gesvd",
-        )
+        given = matrix.detach().double().cpu().numpy()
+        arrays = scipy.linalg.svd(given, full_matrices=full_matrices, lapack_driver="gesvd")
         u, s, vh = (torch.as_tensor(array).to(matrix) for array in arrays)
     return u, s, vh
 
@@ -53,22 +53,14 @@ def truncated_svd(
     matrix: Tensor,
     rank: int,
     *,
-    randomized: Callable[[Tensor, int], Tensor | None] = randomized_vectors,
+    randomized: Sketch = randomized_vectors,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` leading singular triplets of a matrix.
 
-    >>> u, s, vh = truncated_svd(torch.eye(4), 2)
-    >>> u.shape, s.shape, vh.shape
-    (torch.Size([4, 2]), torch.Size([2]), torch.Size([2, 4]))
-
     Those of a float32 matrix come from a random sketch if `randomized` gives one, else from the
     Gram matrix of its smaller side. That is in float64, so that squaring the singular values loses
-    nothing that float32 resolves.
-
-    Raises
-    ------
-    numpy.linalg.LinAlgError
-        If no driver converges, LAPACK's gesvd in float64 included.
+    nothing that float32 resolves. If even gesvd does not converge, `numpy.linalg.LinAlgError` is
+    raised.
     """
     if matrix.dtype == torch.float32:
         try:
@@ -79,9 +71,7 @@ def truncated_svd(
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def _gram_svd(
-    matrix: Tensor, rank: int, randomized: Callable[[Tensor, int], Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gram_svd(matrix: Tensor, rank: int, randomized: Sketch) -> tuple[Tensor, Tensor, Tensor]:
     """The leading triplets by projection, so that at full rank the product is the matrix."""
     if matrix.shape[0] > matrix.shape[1]:
         v, s, uh = _gram_svd(matrix.T, rank, randomized)
@@ -114,10 +104,6 @@ def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
 
 def leading_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
     """The `rank` leading left singular vectors, and the share of the squares outside their span.
-
-    >>> vectors, outside = leading_vectors(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), 1)
-    >>> vectors.shape, outside
-    (torch.Size([2, 1]), 0.2)
 
     They are orthonormal even where the matrix has a lower rank. They come from the Gram matrix of
     the smaller side, in float64, or from an SVD where a Gram matrix is not accurate enough.

@@ -84,15 +84,15 @@ def torch_backend() -> Iterator[None]:
         yield
 
 
+@torch_backend()
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """TensorLy's mode-`mode` unfolding: (shape[mode], everything else)."""
-    with torch_backend():
-        unfolded: Tensor = tensorly.unfold(tensor, mode)
+    unfolded: Tensor = tensorly.unfold(tensor, mode)
     return unfolded
 
 
+@torch_backend()
 def mode_products(tensor: Tensor, matrices: Sequence[Tensor], modes: Sequence[int]) -> Tensor:
     """TensorLy's `multi_mode_dot`: each of `modes` multiplied by its matrix."""
-    with torch_backend():
-        product: Tensor = tensorly.tenalg.multi_mode_dot(tensor, list(matrices), modes=list(modes))
+    product: Tensor = tensorly.tenalg.multi_mode_dot(tensor, list(matrices), modes=list(modes))
     return product

@@ -21,23 +21,12 @@ LARGEST_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Option:
-    """A rank of a candidate, its cost and its loss.
-
-    Attributes
-    ----------
-    rank : int or tuple of int
-    cost : Cost
-    loss : float
-        In a unit that is the same for all layers.
-    error : float
-        Relative to this layer: the share of its output's variance that is lost, or without data
-        ``‖W − W̃‖ / ‖W‖``.
-    """
+    """A rank of a candidate, its cost and its loss."""
 
     rank: Rank
     cost: Cost
-    loss: float
-    error: float
+    loss: float  # in a unit that is the same for all layers
+    error: float  # relative to this layer, see `Candidate.by_outputs`
 
 
 def _unknown(*_: Any) -> None:
@@ -46,52 +35,25 @@ def _unknown(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method that can take a layer.
+    """A method that can take a layer; what is expensive is a callable, computed when called."""
 
-    Attributes
-    ----------
-    layer : str
-        The layer's name, for messages.
-    method : str
-    max_rank : int or tuple of int
-        The largest useful rank, or ranks.
-    before : Cost
-        The layer's own cost.
-    cost : callable ``rank -> Cost``
-        The cost of the chain; it grows with each rank.
-    spectra : callable ``() -> tuple of Spectrum or None``
-        One spectrum for each rank, computed when called; None for methods whose rank has none.
-    options : callable ``() -> sequence of Option``
-        The ranks worth considering, computed when called.
-    aliases : tuple of str
-        The layer's other names.
-    rounded : bool
-        Whether the options are multiples that the hardware runs efficiently, so that the ranks
-        between them save no time.
-    decomposer : object
-        The method itself with its options.
-    errors : callable ``() -> sequence of float or None``
-        The exact errors at rank 0, 1, 2 …, computed when called, of a method whose best fits are
-        nested; None for all other methods.
-    error_at : callable ``rank -> float or None``
-        The error of a fit at this rank, made when called; None if the fit fails.
-    by_outputs : bool
-        Whether errors are shares of the variance of the layer's output on data, not
-        ``‖W − W̃‖ / ‖W‖``.
-    """
-
-    layer: str
+    layer: str  # the layer's name, for messages
     method: str
-    max_rank: Rank
-    before: Cost
-    cost: Callable[[Rank], Cost]
+    max_rank: Rank  # the largest useful rank, or ranks
+    before: Cost  # of the layer itself
+    cost: Callable[[Rank], Cost]  # of the chain; it grows with each rank
+    # One spectrum for each rank; None for methods whose rank has none.
     spectra: Callable[[], tuple[Spectrum, ...] | None]
-    options: Callable[[], Sequence[Option]] = tuple
-    aliases: tuple[str, ...] = ()
+    options: Callable[[], Sequence[Option]] = tuple  # the ranks worth considering
+    aliases: tuple[str, ...] = ()  # the layer's other names
+    # Whether the options are multiples that the hardware runs efficiently, so that the ranks
+    # between them save no time.
     rounded: bool = False
-    decomposer: Any = None
+    decomposer: Any = None  # the method itself with its options
+    # The exact errors at rank 0, 1, 2 … of a method whose best fits are nested, else None.
     errors: Callable[[], Sequence[float] | None] = _unknown
-    error_at: Callable[[Rank], float | None] = _unknown
+    error_at: Callable[[Rank], float | None] = _unknown  # of a fit at this rank; None if it fails
+    # Whether errors are shares of the variance of the layer's output on data, not ‖W − W̃‖ / ‖W‖.
     by_outputs: bool = False
 
 
@@ -112,7 +74,6 @@ class RankSelector(ABC):
 
     # Whether losses are compared between layers, which gradients make more accurate.
     weighs_layers: ClassVar[bool] = False
-
     # The share of the original's time that is asked for, and the multiple to round ranks to.
     latency: float | None = None
     round_to: int | None = None
@@ -147,6 +108,11 @@ def is_share(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
+def is_positive_int(value: object) -> bool:
+    """Whether this is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def as_tuple(rank: Rank) -> tuple[int, ...]:
     """The ranks as a tuple, a single one included."""
     return rank if isinstance(rank, tuple) else (rank,)
@@ -159,24 +125,14 @@ def in_form_of(max_rank: Rank, ranks: Iterable[int]) -> Rank:
 
 
 def spread(rank: Rank, max_rank: Rank) -> Rank:
-    """For a method of several ranks, an int stands for each of them; others are returned as given.
-
-    >>> spread(8, (64, 128)), spread(8, 64)
-    ((8, 8), 8)
-    """
+    """An int repeated for each rank of a method of several ranks; others as they are."""
     if isinstance(rank, int) and isinstance(max_rank, tuple):
         return (rank,) * len(max_rank)
     return rank
 
 
 def spectra_of(candidate: Candidate, selector: str) -> tuple[Spectrum, ...]:
-    """The candidate's spectra, one for each rank.
-
-    Raises
-    ------
-    ValueError
-        If the method's rank says nothing about singular values, as with CP.
-    """
+    """One spectrum for each rank; a ValueError if the method's rank has none, as with CP."""
     spectra = candidate.spectra()
     if spectra is None:
         raise ValueError(

@@ -13,12 +13,12 @@ class BreakEven(LocalSelector):
     >>> BreakEven()
     BreakEven()
 
-    Each stage is counted at its own output size as the example inputs showed it; without them
-    parameters are counted, and the row says so. At stride 1 this is, with F = fan_in and T
-    outputs: for svd and lowrank ceil(F · T / (F + T)) − 1; for cp, with S inputs and k kernel
-    entries, ceil(S · T · k / (S + k + T)) − 1, k being kh + kw in its separable form. For Tucker-2
-    it is the largest common fraction of both ranks. A search over the ranks finds the same number
-    for any method whose cost grows with its rank, a user's own included.
+    Each stage is counted at its own output size on the example inputs; without them parameters are
+    counted, and the row says so. At stride 1 this is, with F = fan_in and T outputs: for svd and
+    lowrank ceil(F · T / (F + T)) − 1; for cp, with S inputs and k kernel entries,
+    ceil(S · T · k / (S + k + T)) − 1, k being kh + kw in its separable form. For Tucker-2 it is the
+    largest common fraction of both ranks. It is found by a search, which works for any method whose
+    cost grows with its rank.
     """
 
     def choose(self, candidate: Candidate) -> Choice:
@@ -34,5 +34,5 @@ class BreakEven(LocalSelector):
 
 
 def by_parameters(candidate: Candidate) -> str | None:
-    """What a row says whose break-even had no MACs to go by."""
+    """The note of a row whose break-even rank compares parameters, as no MACs are known."""
     return None if candidate.before.macs else "break-even by parameters: no MACs observed"

@@ -10,18 +10,13 @@ from tdecomp.ranks.base import Candidate, Choice, LocalSelector, in_form_of, is_
 
 @dataclass(frozen=True)
 class Energy(LocalSelector):
-    """Keep this share of the squared singular values.
+    """Keep this share of the squared singular values, above 0 and at most 1.
 
     >>> Energy(0.9)
     Energy(share=0.9)
 
     For Tucker-2 each rank keeps this share of its own channel unfolding; in grouped layers the
     singular values of all groups are summed.
-
-    Parameters
-    ----------
-    share : float
-        Above 0 and at most 1.
     """
 
     share: float

@@ -13,6 +13,7 @@ from tdecomp.ranks.base import (
     LocalSelector,
     RankSelector,
     as_tuple,
+    is_positive_int,
     spread,
 )
 
@@ -21,9 +22,6 @@ from tdecomp.ranks.base import (
 class Fixed(LocalSelector):
     """This rank for every layer that it is not too large for.
 
-    >>> Fixed(16), Fixed((16, 32))
-    (Fixed(rank=16), Fixed(rank=(16, 32)))
-
     For Tucker-2 an int means the same rank twice; a pair is (R3, R4), in the order of the chain.
     """
 
@@ -31,40 +29,30 @@ class Fixed(LocalSelector):
 
     def __post_init__(self) -> None:
         ranks = as_tuple(self.rank)
-        if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+        if not ranks or not all(map(is_positive_int, ranks)):
             raise ValueError(
                 f"rank: expected a positive int, or a tuple of them for Tucker-2, got {self.rank!r}"
             )
 
     def for_candidate(self, candidate: Candidate) -> Rank:
-        """The rank in the form that the candidate's method takes.
-
-        Raises
-        ------
-        ValueError
-            If the method takes another number of ranks.
-        """
-        wanted, rank = candidate.max_rank, spread(self.rank, candidate.max_rank)
-        if not isinstance(rank, tuple):
-            return rank
-        if not isinstance(wanted, tuple):
+        """The rank as the candidate's method takes it; a ValueError if it takes another number."""
+        limit, rank = candidate.max_rank, spread(self.rank, candidate.max_rank)
+        taken = f"layer {candidate.layer!r}: {candidate.method} takes"
+        if isinstance(rank, tuple) and not isinstance(limit, tuple):
             raise ValueError(
-                f"layer {candidate.layer!r}: {candidate.method} takes one rank, got "
-                f"{self.rank!r}; a dict of layer names (or globs) to ranks gives each its own"
+                f"{taken} one rank, got {self.rank!r}; a dict of layer names (or globs) to ranks "
+                "gives each its own"
             )
-        if len(rank) != len(wanted):
+        if len(as_tuple(rank)) != len(as_tuple(limit)):
             raise ValueError(
-                f"layer {candidate.layer!r}: {candidate.method} takes {len(wanted)} ranks (or "
-                f"one int for all), got {self.rank!r}"
+                f"{taken} {len(as_tuple(limit))} ranks (or one int for all), got {self.rank!r}"
             )
         return rank
 
     def choose(self, candidate: Candidate) -> Choice:
-        rank = self.for_candidate(candidate)
-        if exceeds(rank, candidate.max_rank):
-            return Choice(
-                reason=f"rank {rank} is above its largest useful one, {candidate.max_rank}"
-            )
+        rank, limit = self.for_candidate(candidate), candidate.max_rank
+        if exceeds(rank, limit):
+            return Choice(reason=f"rank {rank} is above its largest useful one, {limit}")
         return Choice(candidate, rank)
 
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
@@ -88,9 +76,6 @@ def exceeds(rank: Rank, max_rank: Rank) -> bool:
 class ByLayer(RankSelector):
     """A selector for each layer: exact names first, then globs and containers in their order.
 
-    >>> ByLayer({"features.0": Fixed(8), "features.*": Fixed(16)}).selectors["features.0"]
-    Fixed(rank=8)
-
     Layers that no entry names are left alone. A rank above the largest useful one of a layer
     named exactly is an error.
     """
@@ -107,10 +92,10 @@ class ByLayer(RankSelector):
                 )
 
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
-        names = [(c[0].layer, *c[0].aliases) for c in sites]
+        patterns = [self._pattern_of((c[0].layer, *c[0].aliases)) for c in sites]
         choices = [Choice(reason="no rank was given for it")] * len(sites)
         for pattern, selector in self.selectors.items():
-            mine = [i for i, n in enumerate(names) if self._pattern_of(n) == pattern]
+            mine = [i for i, found in enumerate(patterns) if found == pattern]
             chosen = selector.select([sites[i] for i in mine], rest) if mine else []
             for i, choice in zip(mine, chosen, strict=True):
                 choices[i] = choice

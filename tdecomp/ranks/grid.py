@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,27 +18,18 @@ _CHOICES = 4
 
 @dataclass(frozen=True)
 class Rounding:
-    """Which multiples ranks are rounded to.
-
-    >>> Rounding(16).of(256), Rounding(16).of(24), Rounding(16, forced=True).of(24)
-    (16, 4, 16)
-
-    Attributes
-    ----------
-    multiple : int
-    forced : bool
-        Keep the multiple even where it leaves few ranks; a method whose largest rank is below the
-        multiple then has that rank only. Otherwise the multiple is halved for it.
-    """
+    """Which multiples ranks are rounded to."""
 
     multiple: int = 1
+    # Keep the multiple even where it leaves few ranks; a method whose largest rank is below the
+    # multiple then has that rank only. Otherwise the multiple is halved for it.
     forced: bool = False
 
     def of(self, largest: int) -> int:
         """The multiple for ranks up to the largest."""
-        multiple = self.multiple
         if self.forced:
-            return min(multiple, largest)
+            return min(self.multiple, largest)
+        multiple = self.multiple
         while multiple > 1 and _CHOICES * multiple > largest:
             multiple //= 2
         return multiple
@@ -66,41 +57,35 @@ def rank_steps(
 ) -> list[Rank]:
     """About `count` ranks at most, ascending on a log scale, whose cost is within the limit.
 
-    Several ranks are a common fraction of their largest ones.
-
-    Parameters
-    ----------
-    smallest : float
-        Where to begin, as a share: of the largest rank within the limit, or of the limit itself
-        where there are several ranks; 0 is rank 1.
+    `smallest` is where to begin, as a share: of the largest rank within the limit, or of the limit
+    itself where there are several ranks; 0 is rank 1. Several ranks are a common fraction of their
+    largest ones.
     """
+
+    def size(rank: Rank) -> int:
+        return cost(rank).deciding
+
     if isinstance(largest, int):
-        most = last(0, largest, lambda rank: cost(rank).deciding <= limit)
+        most = last(0, largest, lambda rank: size(rank) <= limit)
         ranks: list[Rank] = list(_spaced(math.ceil(smallest * most), most, count))
     else:
-        fractions = _common_fractions(largest, cost, 2 * count)
-        within = [r for r in fractions if smallest * limit <= cost(r).deciding <= limit]
+        fractions = np.geomspace(1 / max(largest), 1.0, 2 * count).tolist()
+        scaled: Iterable[Rank] = dict.fromkeys(
+            tuple(max(1, round(fraction * most)) for most in largest) for fraction in fractions
+        )
+        within = [r for r in sorted(scaled, key=size) if smallest * limit <= size(r) <= limit]
         ranks = [within[i - 1] for i in _spaced(1, len(within), count)]
     rounded = dict.fromkeys(rounding.nearest(rank, largest) for rank in ranks)
-    affordable = (rank for rank in rounded if cost(rank).deciding <= limit)
-    return sorted(affordable, key=lambda rank: cost(rank).deciding)
+    return sorted((rank for rank in rounded if size(rank) <= limit), key=size)
 
 
 def rank_at(max_rank: Rank, fraction: float | Fraction) -> Rank:
-    """That fraction of the largest useful rank, or of each one: rounded down, at least 1.
-
-    >>> rank_at(100, 0.25), rank_at((64, 128), 0.1)
-    (25, (6, 12))
-    """
+    """That fraction of the largest useful rank, or of each one: rounded down, at least 1."""
     return in_form_of(max_rank, (max(1, int(fraction * limit)) for limit in as_tuple(max_rank)))
 
 
 def rank_ladder(max_rank: Rank) -> Sequence[Rank]:
-    """Every rank that a common fraction of the largest ones gives, ascending.
-
-    >>> rank_ladder((2, 4))
-    [(1, 1), (1, 2), (1, 3), (2, 4)]
-    """
+    """Every rank that a common fraction of the largest ones gives, ascending."""
     if isinstance(max_rank, int):
         return range(1, max_rank + 1)
     fractions = {Fraction(r, limit) for limit in max_rank for r in range(1, limit + 1)}
@@ -115,10 +100,7 @@ def largest_rank(candidate: Candidate, fits: Callable[[Cost], bool]) -> Rank | N
 
 
 def last(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from `low` to `high` that fits; `low` if none above it does.
-
-    All numbers up to the largest one must fit.
-    """
+    """The largest number from `low` to `high` that fits, as all below it must; else `low`."""
     return low + bisect_left(range(low + 1, high + 1), True, key=lambda number: not fits(number))
 
 
@@ -128,14 +110,3 @@ def _spaced(low: int, high: int, count: int) -> list[int]:
         return []
     low = max(1, min(low, high))
     return sorted({round(x) for x in np.geomspace(low, high, count).tolist()})
-
-
-def _common_fractions(
-    largest: tuple[int, ...], cost: Callable[[Rank], Cost], count: int
-) -> list[Rank]:
-    """Ranks from the smallest to the largest, along a common fraction."""
-    fractions = np.geomspace(1 / max(largest), 1.0, count).tolist()
-    ranks: list[Rank] = [
-        tuple(max(1, round(fraction * limit)) for limit in largest) for fraction in fractions
-    ]
-    return sorted(dict.fromkeys(ranks), key=lambda rank: cost(rank).deciding)

@@ -14,45 +14,29 @@ _LEVELS = 8192
 _MULTIPLIERS = (-9.0, 6.0)
 _BISECTIONS = 24
 
-# The loss of each choice of each layer.
-Losses = Sequence[NDArray[Any]]
+Losses = Sequence[NDArray[Any]]  # of each layer's choices
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What one layer may become.
+    """What one layer may become."""
 
-    Attributes
-    ----------
-    costs : ndarray of int, shape (choices, budgets)
-    losses : ndarray, shape (choices,)
-    """
-
-    costs: NDArray[np.int64]
-    losses: NDArray[np.float64]
+    costs: NDArray[np.int64]  # (choices, budgets)
+    losses: NDArray[np.float64]  # (choices,)
 
 
 def least_loss(
     layers: Sequence[Choices], limits: NDArray[np.int64], losses: Losses | None = None
 ) -> list[int] | None:
-    """The index of one choice for each layer, of least loss within the limits.
+    """The index of one choice for each layer, of least loss within the limits; None if none fits.
+
+    Limits are for all layers together; costs of budgets beyond them are ignored. `losses` are
+    minimised instead of the layers' own if they are given.
 
     The first limit is met by dynamic programming, exact up to its levels. Each further one is met
     by adding its cost, times a Lagrange multiplier, to the losses: the smallest multiplier at
     which the sum fits, found by bisection (Shoham and Gersho 1988, "Efficient bit allocation for
     an arbitrary set of quantizers").
-
-    Parameters
-    ----------
-    layers : sequence of Choices
-    limits : ndarray of int, shape (budgets,)
-        For all layers together. Costs beyond these columns are ignored.
-    losses : sequence of ndarray, optional
-        Minimised instead of the layers' own losses.
-
-    Returns
-    -------
-    list of int, or None if none was found
     """
     losses = [layer.losses for layer in layers] if losses is None else losses
     last = len(limits) - 1
@@ -89,7 +73,7 @@ def least_loss(
 def least_cost(
     layers: Sequence[Choices], budget: int, limits: NDArray[np.int64]
 ) -> list[int] | None:
-    """The picks of the least sum of one cost, within the limits of the budgets before it."""
+    """The picks of the least sum of one cost within the limits of the budgets before it."""
     return least_loss(layers, limits[:budget], [layer.costs[:, budget] for layer in layers])
 
 
@@ -131,9 +115,8 @@ def _dynamic_programming(layers: Sequence[Choices], losses: Losses, limit: int) 
     """The picks of least loss whose first costs stay within a limit that the least costs meet."""
     least = [layer.costs[:, 0].min() for layer in layers]
     spare = limit - sum(least)
-    levels = [
-        _levels(layer.costs[:, 0] - base, spare) for layer, base in zip(layers, least, strict=True)
-    ]
+    pairs = zip(layers, least, strict=True)
+    levels = [_levels(layer.costs[:, 0] - base, spare) for layer, base in pairs]
     reached = np.zeros(_LEVELS + 1)  # the least loss of the layers so far, by levels spent at most
     taken = np.zeros((len(layers), _LEVELS + 1), dtype=np.int32)
     for needed, loss, row in zip(levels, losses, taken, strict=True):

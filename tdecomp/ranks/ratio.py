@@ -22,9 +22,9 @@ class Ratio(LocalSelector):
     ratio : float
         Above 0 and at most 1.
     of : {"rank", "params", "macs"}
-        "rank": the fraction of the largest useful rank, floored, at least 1 (both ranks of
-        Tucker-2 by the same factor). "params", "macs": the largest rank whose chain stays at or
-        under that share of the layer (for Tucker-2 along a common fraction of both ranks).
+        "rank": of the largest useful rank, rounded down, at least 1 (for Tucker-2 of both ranks).
+        "params", "macs": the largest rank whose chain has at most that share of the layer's (for
+        Tucker-2 a common fraction of both ranks).
 
     Raises
     ------

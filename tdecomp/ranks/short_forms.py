@@ -11,24 +11,12 @@ from tdecomp.ranks.fixed import ByLayer, Fixed
 from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
 
-# The selectors that can be given by name: one line each.
-_NAMED: dict[str, type[RankSelector]] = {
-    "vbmf": VBMF,
-    "breakeven": BreakEven,
-}
+# The selectors that can be given by name.
+_NAMED: dict[str, type[RankSelector]] = {"vbmf": VBMF, "breakeven": BreakEven}
 
 
 def get_selector(rank: Any) -> RankSelector:
-    """The selector that a short form stands for; a selector is taken as it is.
-
-    >>> get_selector("vbmf"), get_selector(0.25), get_selector((8, 16))
-    (VBMF(weaken=0.0), Ratio(ratio=0.25, of='rank'), Fixed(rank=(8, 16)))
-
-    Raises
-    ------
-    ValueError
-        If it stands for no rank; the message lists what does.
-    """
+    """The selector that a short form stands for; a selector is returned as it is."""
     if isinstance(rank, RankSelector):
         return rank
     if isinstance(rank, str):

@@ -23,8 +23,8 @@ class VBMF(LocalSelector):
     (VBMF(weaken=0.0), VBMF(weaken=0.5))
 
     For Tucker-2 each rank is the estimate of its own channel unfolding (Kim et al. 2016); for
-    grouped layers it is the largest estimate of any group. A rank is never 0: where the estimate
-    was, the row says so.
+    grouped layers it is the largest estimate of any group. An estimate of 0 gives rank 1, and the
+    row says so.
 
     Parameters
     ----------
@@ -41,11 +41,10 @@ class VBMF(LocalSelector):
 
     def choose(self, candidate: Candidate) -> Choice:
         limits = candidate.max_rank
-        estimates = tuple(_estimate(spectrum) for spectrum in spectra_of(candidate, "VBMF"))
+        estimates = [_estimate(spectrum) for spectrum in spectra_of(candidate, "VBMF")]
         pairs = zip(estimates, as_tuple(limits), strict=True)
         rank = in_form_of(limits, (self._weakened(estimate, limit) for estimate, limit in pairs))
-        shown = in_form_of(limits, estimates)
-        note = f"the VBMF estimate was {shown}" if 0 in estimates else None
+        note = f"the VBMF estimate was {in_form_of(limits, estimates)}" if 0 in estimates else None
         return Choice(candidate, rank, note=note)
 
     def _weakened(self, estimate: int, limit: int) -> int:
