@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-models test-wheel test-all lint format demo clean
+.PHONY: help install test test-notebooks test-models test-wheel test-all lint format demo clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test-models: $(STAMP) ## The whole list of torchvision models
 
 test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 	$(PY) -m pytest -q -m slow tests/test_wheel.py
+
+test-notebooks: $(STAMP) ## The notebooks that take more than a few seconds
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/notebooks
 
 test-all: $(STAMP) ## Every test, the slow ones too
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --cov --cov-report=term $(PYTEST_ARGS)

@@ -48,9 +48,9 @@ def swap(
 
     On an error, model and optimizers are as they were; an interrupt (Ctrl-C) is raised afterwards.
     `values` are copied into the changed model's parameters and buffers of these names, see
-    `tensors_in`; those that are equal already are left out.
-    `layout` is the memory layout in which the changed model stores its kernels. A ValueError is raised if the model
-    lacks one of these names and shapes, or is itself to be replaced.
+    `tensors_in`; those that are equal already are left out. `layout` is the memory
+    layout that the changed model gets. A ValueError is raised if the model lacks one of these
+    names and shapes, or is itself to be replaced.
     """
     if model in chains:
         raise ValueError(

@@ -130,6 +130,7 @@ def test_it_runs_on_torchvisions_resnet18():
     assert "not measured: no labelled images" in printed
 
 
+@pytest.mark.slow
 def test_the_second_notebook_runs_and_its_story_holds():
     notebook, values = execute(SECOND, SECOND_PROBE)
     assert_clean(notebook)

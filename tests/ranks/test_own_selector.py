@@ -28,7 +28,7 @@ class LeastError(LocalSelector):
 class OnlyTheLargest(tdecomp.RankSelector):
     """Looks at all layers at once: half of the ranks for the one with most parameters."""
 
-    def select(self, sites, rest=None):
+    def select(self, sites, rest=None):  # noqa: ARG002
         largest = max(sites, key=lambda candidates: candidates[0].before.params)
         return [
             Choice(offered[0], offered[0].max_rank // 2)
