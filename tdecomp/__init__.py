@@ -35,6 +35,7 @@ from tdecomp.ranks.base import RankSelector
 from tdecomp.ranks.breakeven import BreakEven
 from tdecomp.ranks.budget import Budget
 from tdecomp.ranks.energy import Energy
+from tdecomp.ranks.output_variance import OutputVariance
 from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
 from tdecomp.recovery.batchnorm import RecalibrateBatchnorm, recalibrate_batchnorm
@@ -67,6 +68,7 @@ __all__ = [
     "LossCurve",
     "LowRank",
     "Moments",
+    "OutputVariance",
     "Plan",
     "Profile",
     "RankSelector",
