@@ -1,5 +1,6 @@
 """The kinds of layers that can be decomposed; a new one is a file beside this and a line here."""
 
+from tdecomp.layers.conv1d import Conv1D
 from tdecomp.layers.spec import KINDS, LayerKind
 from tdecomp.layers.stock import STOCK_KINDS
 
@@ -55,3 +56,4 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
 for _kind in STOCK_KINDS:
     register_layer_kind(_kind)
+register_layer_kind(Conv1D())
