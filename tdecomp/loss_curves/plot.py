@@ -33,7 +33,7 @@ def small_multiples(
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
     colours = dict(zip(methods, cycle(_COLOURS), strict=False))
-    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+    for i, (axis, (title, panel)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
         for method, (shares, errors, computed) in panel.items():
             axis.plot(shares, errors, color=colours[method], linewidth=1.2, label=method)
             if not all(computed):
@@ -44,7 +44,7 @@ def small_multiples(
         axis.set_xlim(0, 1)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, labelbottom=i + columns >= len(panels))
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)

@@ -94,7 +94,7 @@ def test_the_first_notebook_runs_as_it_is_and_its_story_holds():
     assert {method for method, _, _ in changed} == {"tucker2", "svd"}
     assert all(after < before for _, before, after in changed)
     assert len(values["reasons"]) == len(values["layers"]) - len(changed) == 2
-    assert all("min_" in reason for reason in values["reasons"])
+    assert all("narrower than where=at_least" in reason for reason in values["reasons"])
 
     original, decomposed, finetuned = values["accuracies"]
     assert original > 0.97
