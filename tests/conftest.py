@@ -13,3 +13,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
 )
 settings.load_profile("tdecomp")
+
+
+@pytest.fixture
+def own_methods():
+    """Forget afterwards the methods that a test registers."""
+    from tdecomp.decomposers.registry import registered, unregister
+
+    before = registered()
+    yield
+    for name in set(registered()) - set(before):
+        unregister(name)

@@ -18,7 +18,6 @@ from torch.nn.functional import relu
 
 import tdecomp
 from tdecomp import checkpoint
-from tdecomp.decomposers import registry
 from tests.unchanged import unchanged
 
 METHODS = {
@@ -432,8 +431,8 @@ class Mine(tdecomp.SVD):
     sharpness: float = 1.0
 
 
-def test_custom_method(file, monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+@pytest.mark.usefixtures("own_methods")
+def test_custom_method(file):
     tdecomp.register(Mine)
     result = tdecomp.decompose(
         net(), Mine(sharpness=2.5), rank=3, allow_expansion=True, progress=False

@@ -48,23 +48,17 @@ def test_it_needs_a_python_that_it_runs_on():
     assert metadata.metadata("tdecomp-torch")["Requires-Python"] == ">=3.11"
 
 
+@pytest.mark.usefixtures("own_methods")
 @pytest.mark.parametrize("name", ["tdecomp", *MODULES])
 def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     # What an example may take for granted: it stands in the file that defines it.
     names = {**vars(torch), **vars(module), "torch": torch, "nn": torch.nn, "tdecomp": tdecomp}
     names |= {n: getattr(tdecomp, n) for n in tdecomp.__all__}
-    from tdecomp.decomposers import registry
-
-    before = dict(registry._REGISTRY)
-    try:
-        with torch.random.fork_rng():
-            results = doctest.testmod(
-                module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False
-            )
-    finally:
-        registry._REGISTRY.clear()
-        registry._REGISTRY.update(before)
+    with torch.random.fork_rng():
+        results = doctest.testmod(
+            module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False
+        )
     assert results.failed == 0
 
 
@@ -116,6 +110,13 @@ def test_every_room_has_its_place():
     found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert found - {"__init__", "__pycache__"} == {name for line in ROOMS for name in line}
     assert len(list(ROOT.iterdir())) <= 22 + 1  # with __pycache__
+
+
+def test_the_readme_lists_every_room():
+    rooms = (ROOT.parent / "README.md").read_text().partition("## Rooms")[2]
+    for name in (name for line in ROOMS for name in line):
+        file = f"{name}.py" if (ROOT / f"{name}.py").exists() else f"{name}/"
+        assert f"`{file}`" in rooms, file
 
 
 def test_no_imports_go_round_in_circles():

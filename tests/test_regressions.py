@@ -130,9 +130,8 @@ def test_spectra_do_not_depend_on_the_scale(scale, selector):
     assert tdecomp.plan(layer, "svd", rank=selector)[""].rank == expected > 1
 
 
-def test_a_class_may_be_registered_again_as_in_a_notebook(monkeypatch):
-    monkeypatch.setattr("tdecomp.decomposers.registry._REGISTRY", {})
-
+@pytest.mark.usefixtures("own_methods")
+def test_a_class_may_be_registered_again_as_in_a_notebook():
     def define():
         class Mine(tdecomp.SVD):
             name = "registered-again"

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers import registry
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stage import id_of
@@ -138,14 +137,10 @@ class Readable(Kronecker):
 
 
 @pytest.fixture(autouse=True)
-def registered():
+def registered(own_methods):  # noqa: ARG001
     """Both methods are known during a test and forgotten after it."""
-    before = dict(registry._REGISTRY)
     tdecomp.register(Kronecker)
     tdecomp.register(Readable)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 def model(seed=0, dtype=torch.float32):
