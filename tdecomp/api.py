@@ -98,10 +98,11 @@ def decompose(
         Only with `inplace`: the new parameters take the old ones' places in their groups; the
         state of all others is kept. A warning names replaced parameters that no optimizer has.
     seed : int, optional
-        Of everything random: gradients of random mixtures, varied batches, training, and what
-        a DataLoader shuffles by torch's global generator, which is put back afterwards. With the
-        same seed, data, machine and number of threads the result is the same bit for bit, except
-        where ranks depend on measured times. Without one, everything but the loader's own order
+        Of everything random: gradients of random mixtures, varied batches, training, and the
+        order of a DataLoader that shuffles by torch's global generator, which is put back
+        afterwards. With the same seed, data, machine and number of threads the result is the
+        same bit for bit, except where ranks depend on measured times, or where other threads
+        draw from that generator meanwhile. Without a seed everything but the loader's own order
         is drawn from fixed seeds.
     progress : bool
         Show bars.

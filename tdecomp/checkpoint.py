@@ -167,7 +167,7 @@ def _read(path: Path) -> _Saved:
         )
     try:
         header = json.loads(metadata[_KEY])
-        check_format(f"{path}: file", header["format"], header.get("version"))
+        check_format("file", header["format"], header.get("version"))
         shared, strides = dict(header["shared"].items()), dict(header["strides"].items())
         return _Saved(Plan.from_json(json.dumps(header["plan"])), shared, strides, tensors)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -23,7 +23,7 @@ from tdecomp.pipeline import check_optimizers, fit_row
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.ranks.base import Candidate, RankSelector
+from tdecomp.ranks.base import Candidate, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer, Fixed, exceeds
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.result import Decomposition
@@ -85,7 +85,7 @@ def reduce_ranks(
         moments = _moments(model, chains, batches, gradients=selector.weighs_layers)
         candidates = _candidates(plan, chains, sites, moments, selector)
         rest = plan.after - total(mine.before for mine in candidates)
-        choices = selector.select([[mine] for mine in candidates], rest)
+        choices = checked_choices(selector, [[mine] for mine in candidates], rest)
         replacements: dict[nn.Module, Chain] = {}
         rows = {row.name: row for row in plan}
         bar = tqdm(candidates, desc="reduce", unit="layer", disable=not progress)

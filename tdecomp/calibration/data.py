@@ -206,6 +206,10 @@ def batches_or_moments(
     data: Any, *, forward: Forward | None = None, seed: int | None = None, progress: bool = True
 ) -> Batches | Moments | None:
     """What a user gave as ``data=``: None, `Moments`, or a `Data` or batches as `Batches`."""
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            f"expected forward to be callable as forward(model, batch), got {forward!r}"
+        )
     if data is None or isinstance(data, Moments):
         check_seed(seed)
         return data

@@ -45,7 +45,8 @@ def register(decomposer: Any) -> Any:
     ValueError
         If its name is empty or another decomposer's.
     """
-    instance = decomposer() if isinstance(decomposer, type) else decomposer
+    methods = isinstance(decomposer, type) and issubclass(decomposer, Decomposer)
+    instance = decomposer() if methods else decomposer
     if not isinstance(instance, Decomposer):
         raise TypeError(f"register: expected a Decomposer, got {type(instance).__name__}")
     name = getattr(instance, "name", "")

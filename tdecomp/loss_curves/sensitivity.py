@@ -40,6 +40,9 @@ class LayerSensitivity(Mapping[str, LossCurve]):
     reason: str | None = None  # why there are no curves
 
     def __getitem__(self, method: str) -> LossCurve:
+        if method not in self.curves:
+            known = ", ".join(map(repr, self.curves)) or "none"
+            raise KeyError(f"layer {self.name!r} has no curve of {method!r}; it has {known}")
         return self.curves[method]
 
     def __iter__(self) -> Iterator[str]:
@@ -75,6 +78,8 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
         self._by_name = {layer.name: layer for layer in layers}
 
     def __getitem__(self, name: str) -> LayerSensitivity:
+        if name not in self._by_name:
+            raise KeyError(f"no layer is named {name!r}")
         return self._by_name[name]
 
     def __iter__(self) -> Iterator[str]:

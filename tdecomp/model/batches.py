@@ -106,9 +106,9 @@ def moved(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor on `device`."""
 
     def move(tensor: Tensor) -> Tensor:
-        there = tensor.to(device, non_blocking=True)
-        return (
-            there.clone() if there.is_inference() else there
-        )  # autograd refuses inference tensors
+        # Detached, since no gradient shall reach the user's tensors.
+        there = tensor.detach().to(device, non_blocking=True)
+        # Autograd refuses inference tensors.
+        return there.clone() if there.is_inference() else there
 
     return each_tensor(batch, move)

@@ -20,7 +20,7 @@ from tdecomp.model.weights import is_lazy
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
-from tdecomp.ranks.base import Choice, RankSelector
+from tdecomp.ranks.base import Choice, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 from tdecomp.timing.choose import TimedChoices, choose_with_times
@@ -111,7 +111,8 @@ def _choose(
     rest = whole - total(listed[0].before for listed in candidates)
     guard: Callable[[Choice], Choice] = (lambda c: c) if request.allow_expansion else guarded
     if times is None:
-        return [guard(choice) for choice in request.selector.select(candidates, rest)], None
+        chosen = checked_choices(request.selector, candidates, rest)
+        return [guard(choice) for choice in chosen], None
     assert request.example is not None
     timed = choose_with_times(
         [offer.site for offer in offers], candidates, request.selector, rest, times,

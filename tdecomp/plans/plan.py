@@ -172,13 +172,19 @@ def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:
 def _options(decomposer: Decomposer) -> dict[str, Any]:
     """The options that make the method again, as plain data; a ValueError if they do not."""
     name = decomposer.name
+    kind = type(decomposer).__name__
+    known = get_decomposer(name) if name in registered() else None
+    if known is not None and type(known).__qualname__ != type(decomposer).__qualname__:
+        raise ValueError(
+            f"method {name!r} cannot be rebuilt from a plan: {type(known).__name__} is registered "
+            f"under this name, not {kind}; give {kind} a name of its own"
+        )
     if not is_dataclass(decomposer):
-        if name in registered() and type(get_decomposer(name)) is type(decomposer):
+        if known is not None and vars(known) == vars(decomposer):
             return {}
         raise ValueError(
-            f"method {name!r} cannot be rebuilt from a plan: {type(decomposer).__name__} is "
-            "neither a dataclass, whose fields are its options, nor registered; make it one of the "
-            "two"
+            f"method {name!r} cannot be rebuilt from a plan: {kind} is no dataclass, whose fields "
+            "are its options, and not registered as it is; make it a frozen dataclass"
         )
     options = {f.name: getattr(decomposer, f.name) for f in fields(decomposer) if f.init}
     try:
@@ -189,8 +195,8 @@ def _options(decomposer: Decomposer) -> dict[str, Any]:
     except (TypeError, ValueError, RuntimeError) as error:
         found = str(error)
     raise ValueError(
-        f"method {name!r} cannot be rebuilt from its options {options}: {found}; expected fields "
-        "that hold numbers, strings or tuples of them"
+        f"method {name!r} cannot be rebuilt from its options {options}: {found}; expected a frozen "
+        "dataclass whose fields hold numbers, strings or tuples of them"
     )
 
 

@@ -32,11 +32,14 @@ def read_json(what: str, text: str) -> Iterator[dict[str, Any]]:
 
 def check_format(what: str, found: Any, version: str | None = None) -> None:
     """Refuse data that another version of tdecomp wrote."""
+    if type(found) is not int:
+        raise TypeError(f"expected format {FORMAT}, got {found!r}")
     if found != FORMAT:
-        writer = version or ("0.1" if found == 1 else "(a later version)")
+        older = found < FORMAT
+        writer = version or ("0.1" if older else "(a later version)")
         raise ValueError(
             f"{what} format {found!r}, written by tdecomp {writer}: this version reads format "
-            f"{FORMAT}; {'make it anew' if found == 1 else 'update tdecomp'}"
+            f"{FORMAT}; {'make it anew' if older else 'update tdecomp'}"
         )
 
 

@@ -91,6 +91,31 @@ class RankSelector(ABC):
         """
 
 
+def checked_choices(
+    selector: RankSelector, sites: Sequence[Sequence[Candidate]], rest: Cost
+) -> list[Choice]:
+    """What a selector, the user's own included, chooses; an error if its answer cannot be used."""
+    choices = selector.select(sites, rest)
+    wanted = f"{type(selector).__name__}.select: expected a list of {len(sites)} Choice objects"
+    listed = isinstance(choices, (list, tuple)) and all(isinstance(c, Choice) for c in choices)
+    if not listed or len(choices) != len(sites):
+        raise TypeError(f"{wanted}, one for each layer, got {choices!r}")
+    for (first, *_), choice in zip(sites, choices, strict=True):
+        candidate, rank = choice.candidate, choice.rank
+        if candidate is None or rank is None:
+            continue
+        ranks, limits = as_tuple(rank), as_tuple(candidate.max_rank)
+        whole = all(isinstance(r, int) and not isinstance(r, bool) for r in ranks)
+        alike = isinstance(rank, tuple) == isinstance(candidate.max_rank, tuple)
+        fits = whole and alike and len(ranks) == len(limits)
+        if not fits or not all(1 <= r <= most for r, most in zip(ranks, limits, strict=True)):
+            raise ValueError(
+                f"layer {first.layer!r}: {type(selector).__name__} chose rank {rank!r} of "
+                f"{candidate.method}; expected at least 1 and at most {candidate.max_rank}"
+            )
+    return list(choices)
+
+
 class LocalSelector(RankSelector):
     """A selector that decides for each layer alone, with the first method that can take it."""
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdecomp.calibration.data import Batches
-from tdecomp.model.batches import Forward, device_of
+from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.torch_state import untouched
@@ -107,7 +107,7 @@ def _statistics(
             norm.momentum = None  # the plain average over the batches
             norm.train()
         for batch in batches.bar(device_of(model), "batch norm"):
-            batches.run(model, batch)
+            _run(model, batch, batches)
         statistics = {
             name: [value.clone() for value in _buffers(norm)]
             for name, norm in norms.items()
@@ -122,6 +122,19 @@ def _statistics(
                 "expected finite activations. Look at the batches and at the layers before it"
             )
     return statistics
+
+
+def _run(model: nn.Module, batch: Any, batches: Batches) -> None:
+    try:
+        batches.run(model, batch)
+    except BatchError as error:
+        if count_samples(batch) != 1:
+            raise
+        raise BatchError(
+            "recalibrate_batchnorm: a batch of one sample may have no variance to estimate, got "
+            f"one ({error.__cause__}); expected larger batches: drop_last=True in the DataLoader, "
+            "or max_batches"
+        ) from error
 
 
 def _buffers(norm: _BatchNorm) -> list[Tensor]:

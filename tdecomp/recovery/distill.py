@@ -5,7 +5,6 @@ network as in Romero et al. 2015, "FitNets", and images pasted together as in Yu
 "CutMix".
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +59,8 @@ class Distill(RecoveryStep):
             vary = partial(variant, batches, generator=batches.generator(1))
             held_out = HeldOut(original, batches, vary)
         before = held_out.error(model)
-        best, best_error = copy.deepcopy(model.state_dict()), before
+        # Only these: a forward pass may change buffers, which `untouched` restores.
+        best, best_error = [p.detach().clone() for p in trained], before
         notes: tuple[str, ...] = ()
         try:
             with (
@@ -74,10 +74,12 @@ class Distill(RecoveryStep):
                 for _ in training.stretches(self.steps, self.lr):
                     error = held_out.error(model)
                     if error < best_error:
-                        best, best_error = copy.deepcopy(model.state_dict()), error
+                        best, best_error = [p.detach().clone() for p in trained], error
         except KeyboardInterrupt:
             notes = ("interrupted: the best model so far",)
-        model.load_state_dict(best)
+        with torch.no_grad():
+            for parameter, value in zip(trained, best, strict=True):
+                parameter.copy_(value)
         model.zero_grad(set_to_none=True)
         return Recovery(model, self.name, before, best_error, {}, notes)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tdecomp
+from tdecomp import SVD
 from tdecomp.plans.row import Row
 from tests.recovery.networks import QUIET, mlp, vectors
 
@@ -69,3 +70,30 @@ def test_a_note_appears_once():
     for row in plan:
         assert row.note.count("break-even by parameters") == 1
     assert replace(plan["0"]) == plan["0"]
+
+
+@pytest.mark.usefixtures("own_methods")
+def test_a_plan_never_comes_back_as_another_method():
+    class Plain(tdecomp.Decomposer):
+        name, source = "plain", "here"
+        refusal, max_rank, stages = SVD.refusal, SVD.max_rank, SVD.stages
+
+        def __init__(self, k=1):
+            self.k = k
+
+        def fit(self, kernel, rank):
+            return SVD().fit(kernel, rank)
+
+    @dataclass(frozen=True)
+    class Half(SVD):
+        pass
+
+    tdecomp.register(Plain)
+    model = nn.Linear(32, 32)
+    assert tdecomp.plan(model, Plain(), rank=4, **QUIET).to_json()
+    for method, words in (
+        (Plain(7), "'plain'.*not registered as it is"),
+        (Half(), "name of its own"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tdecomp.plan(model, method, rank=4, **QUIET).to_json()

@@ -58,3 +58,36 @@ def test_it_may_weigh_layers_and_be_used_everywhere():
     named = tdecomp.plan(model, "svd", rank={"2": LeastError(0.9)}, **QUIET)
     assert named["2"].method == "svd"
     assert torch.is_tensor(result.model(torch.zeros(1, 32)))
+
+
+@pytest.mark.parametrize(
+    "answer, error, words",
+    [
+        (None, TypeError, "expected a list of 3 Choice objects"),
+        ([], TypeError, "expected a list of 3 Choice objects"),
+        ([1, 2, 3], TypeError, "expected a list of 3 Choice objects"),
+        ("x", ValueError, "layer '0': Answers chose rank 'x' of svd"),
+        ((2, 2), ValueError, r"layer '0': Answers chose rank \(2, 2\) of svd"),
+        (2.5, ValueError, "layer '0': Answers chose rank 2.5 of svd"),
+        (0, ValueError, "layer '0': Answers chose rank 0 of svd; expected at least 1 and at most"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_refused_in_words(answer, error, words):
+    class Answers(tdecomp.RankSelector):
+        def select(self, sites, rest=None):  # noqa: ARG002
+            if answer is None or isinstance(answer, list):
+                return answer
+            return [Choice(offered[0], answer) for offered in sites]
+
+    with pytest.raises(error, match=words):
+        tdecomp.plan(mlp(), "svd", rank=Answers(), **QUIET)
+
+
+def test_reducing_never_raises_a_rank():
+    class Larger(tdecomp.RankSelector):
+        def select(self, sites, rest=None):  # noqa: ARG002
+            return [Choice(offered[0], 12) for offered in sites]
+
+    result = tdecomp.decompose(mlp(), "svd", rank=4, **QUIET)
+    with pytest.raises(ValueError, match="chose rank 12 of svd; expected at least 1 and at most 4"):
+        tdecomp.reduce_ranks(result, rank=Larger(), **QUIET)

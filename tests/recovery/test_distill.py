@@ -296,3 +296,40 @@ def test_one_step_without_gradients_around_it():
             recovery = distill(model, original, batches, steps=1, **QUIET)
         assert recovery.error_after <= recovery.error_before
         assert all(p.requires_grad for p in recovery.model.parameters())
+
+
+class Counting(nn.Module):
+    """Writes its own state in every forward pass, of a size that batches have."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.ones(1))
+
+    def forward(self, x):
+        self.calls += 1
+        self.register_buffer("last", torch.ones(len(x)))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_buffers_that_a_forward_pass_writes_stay(inplace):
+    model, batches = Counting(), [*vectors(), vectors()[0][:5]]
+    result = tdecomp.decompose(
+        model,
+        "svd",
+        rank=4,
+        data=batches,
+        recover=tdecomp.Distill(steps=10),
+        inplace=inplace,
+        **QUIET,
+    )
+    assert int(result.model.calls) == 0
+    assert len(result.model.last) == 1
+
+
+def test_batches_get_no_gradient():
+    batches = [batch.clone().requires_grad_() for batch in vectors()]
+    tdecomp.decompose(mlp(), "svd", rank=4, data=batches, recover=tdecomp.Distill(steps=2), **QUIET)
+    assert all(batch.grad is None for batch in batches)
