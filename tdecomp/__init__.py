@@ -31,7 +31,7 @@ from tdecomp.model.filters import at_least
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.ranks.base import RankSelector
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
 from tdecomp.ranks.breakeven import BreakEven
 from tdecomp.ranks.budget import Budget
 from tdecomp.ranks.energy import Energy
@@ -40,7 +40,7 @@ from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
 from tdecomp.recovery.batchnorm import RecalibrateBatchnorm, recalibrate_batchnorm
 from tdecomp.recovery.distill import Distill, distill
-from tdecomp.recovery.recovery import Recovery
+from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.refit import Refit, refit
 from tdecomp.reduce import reduce_ranks
 from tdecomp.result import Decomposition
@@ -56,7 +56,9 @@ __all__ = [
     "BreakEven",
     "Budget",
     "CPSeparable",
+    "Candidate",
     "Chain",
+    "Choice",
     "Data",
     "Decomposer",
     "Decomposition",
@@ -65,6 +67,7 @@ __all__ = [
     "Factors",
     "LayerKind",
     "LayerSpec",
+    "LocalSelector",
     "LossCurve",
     "LowRank",
     "Moments",
@@ -75,6 +78,7 @@ __all__ = [
     "Ratio",
     "RecalibrateBatchnorm",
     "Recovery",
+    "RecoveryStep",
     "Refit",
     "Report",
     "Row",

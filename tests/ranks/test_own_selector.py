@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.ranks.base import Choice, LocalSelector
+from tdecomp import Choice, LocalSelector
 from tests.recovery.networks import QUIET, mlp, vectors
 
 
