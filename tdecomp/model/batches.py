@@ -106,8 +106,9 @@ def moved(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor on `device`."""
 
     def move(tensor: Tensor) -> Tensor:
-        # Detached, since no gradient shall reach the user's tensors.
-        there = tensor.detach().to(device, non_blocking=True)
+        # No gradient shall reach the user's own tensors.
+        there = tensor.detach() if tensor.requires_grad else tensor
+        there = there.to(device, non_blocking=True)
         # Autograd refuses inference tensors.
         return there.clone() if there.is_inference() else there
 
