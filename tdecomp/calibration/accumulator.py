@@ -26,7 +26,6 @@ class Accumulator:
     """
 
     spec: LayerSpec
-    with_outputs: bool = False
     count: int = 0
     sizes: set[tuple[int, ...]] = field(default_factory=set)
     origin: Tensor | None = None  # (groups, 1, fan_in), subtracted from all patches in the sums

@@ -27,6 +27,6 @@ def check_weight(site: Site) -> None:
             )
 
 
-def is_lazy(parameter: nn.Parameter) -> bool:
+def is_uninitialized(parameter: nn.Parameter) -> bool:
     """Whether its size is not known yet."""
     return isinstance(parameter, nn.parameter.UninitializedParameter)

@@ -180,7 +180,7 @@ def _options(decomposer: Decomposer) -> dict[str, Any]:
             f"under this name, not {kind}; give {kind} a name of its own"
         )
     if not is_dataclass(decomposer):
-        if known is not None and vars(known) == vars(decomposer):
+        if known is not None and _same_state(known, decomposer):
             return {}
         raise ValueError(
             f"method {name!r} cannot be rebuilt from a plan: {kind} is no dataclass, whose fields "
@@ -189,15 +189,22 @@ def _options(decomposer: Decomposer) -> dict[str, Any]:
     options = {f.name: getattr(decomposer, f.name) for f in fields(decomposer) if f.init}
     try:
         rebuilt = type(decomposer)(**_read(json.loads(json.dumps(options))))
-        if vars(rebuilt) == vars(decomposer):
+        if _same_state(rebuilt, decomposer):
             return options
         found = "the method that comes back holds something else"
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError) as error:
         found = str(error)
     raise ValueError(
         f"method {name!r} cannot be rebuilt from its options {options}: {found}; expected a frozen "
         "dataclass whose fields hold numbers, strings or tuples of them"
     )
+
+
+def _same_state(one: Decomposer, other: Decomposer) -> bool:
+    try:
+        return vars(one) == vars(other)
+    except (ValueError, RuntimeError):  # arrays and tensors have no single answer
+        return False
 
 
 def _read(options: dict[str, Any]) -> dict[str, Any]:

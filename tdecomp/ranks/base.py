@@ -105,10 +105,9 @@ def checked_choices(
         if candidate is None or rank is None:
             continue
         ranks, limits = as_tuple(rank), as_tuple(candidate.max_rank)
-        whole = all(isinstance(r, int) and not isinstance(r, bool) for r in ranks)
         alike = isinstance(rank, tuple) == isinstance(candidate.max_rank, tuple)
-        fits = whole and alike and len(ranks) == len(limits)
-        if not fits or not all(1 <= r <= most for r, most in zip(ranks, limits, strict=True)):
+        whole = alike and len(ranks) == len(limits) and all(map(is_positive_int, ranks))
+        if not whole or any(r > most for r, most in zip(ranks, limits, strict=True)):
             raise ValueError(
                 f"layer {first.layer!r}: {type(selector).__name__} chose rank {rank!r} of "
                 f"{candidate.method}; expected at least 1 and at most {candidate.max_rank}"

@@ -68,7 +68,7 @@ def layer_sums(
     rows: CountedRows,
 ) -> Accumulator:
     """The moments of the chain's inputs together with the original layer's outputs."""
-    sums = Accumulator(layer.spec, with_outputs=True)
+    sums = Accumulator(layer.spec)
     samples = 0
     device = device_of(model)
     # First the batches as they are, then variants of them if there are too few.

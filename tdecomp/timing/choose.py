@@ -13,7 +13,7 @@ from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.model.example import Example
 from tdecomp.model.sites import Site
-from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector
+from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector, checked_choices
 from tdecomp.timing.latency_predictor import LatencyPredictor
 from tdecomp.timing.layout_times import LayerComparison, LayoutTimes
 from tdecomp.timing.profile import Profile
@@ -122,7 +122,7 @@ def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoice
     ]
     rest = replace(times.rest, latency=predictor.rest)
     penalize = times.only_if_faster and selector.weighs_layers and selector.latency is None
-    select = partial(choose_with_time_penalty, selector) if penalize else selector.select
+    select = partial(choose_with_time_penalty if penalize else checked_choices, selector)
     while True:
         try:
             choices = [times.guard(choice) for choice in select(candidates, rest)]

@@ -91,7 +91,7 @@ def test_inputs_of_many_slices_with_their_outputs(layer, x):
     assert len(list(patches(x, spec))) > 2
     with torch.no_grad():
         y = layer(x)
-    sums = Accumulator(spec, with_outputs=True)
+    sums = Accumulator(spec)
     sums.add(x, y)
     rows = x if spec.ndim == 0 else nn.functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
     moments = sums.finish()
@@ -251,7 +251,7 @@ def check_cross_moments(geometry):
     layer, spec, x = geometry.layer(), geometry.spec, skewed(geometry.input(MANY))
     with torch.no_grad():
         y = layer(x) + 1.0
-    sums = Accumulator(spec, with_outputs=True)
+    sums = Accumulator(spec)
     for part, outputs in zip(x.split(5), y.split(5), strict=True):
         sums.add(part, outputs)
     cross, mean, power = sums.mean_cross()

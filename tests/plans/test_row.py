@@ -93,6 +93,7 @@ def test_a_plan_never_comes_back_as_another_method():
     assert tdecomp.plan(model, Plain(), rank=4, **QUIET).to_json()
     for method, words in (
         (Plain(7), "'plain'.*not registered as it is"),
+        (Plain(torch.ones(2)), "'plain'.*not registered as it is"),
         (Half(), "name of its own"),
     ):
         with pytest.raises(ValueError, match=words):

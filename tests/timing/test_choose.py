@@ -238,3 +238,12 @@ def test_a_real_machine():
         if row.method is not None:
             assert row.latency_after < row.latency_before
     assert result.report.speed.measured.median > 0
+
+
+def test_what_a_selector_answers_is_checked_with_times_too(planned, model, x):
+    class Nothing(tdecomp.RankSelector):
+        def select(self, sites, rest=None):  # noqa: ARG002
+            return []
+
+    with pytest.raises(TypeError, match=r"Nothing\.select: expected a list of \d+ Choice objects"):
+        planned(model, x, Nothing())
