@@ -22,8 +22,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 # One thread for each worker: two OpenMP pools on the same cores mostly wait for each other.
-test: $(STAMP) ## Quick tests, with coverage
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not slow' --cov --cov-report=term $(PYTEST_ARGS)
+test: $(STAMP) ## Quick tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not slow' $(PYTEST_ARGS)
 
 test-models: $(STAMP) ## The whole list of torchvision models
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/test_torchvision.py
@@ -34,7 +34,7 @@ test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 test-notebooks: $(STAMP) ## The notebooks that take more than a few seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/notebooks
 
-test-all: $(STAMP) ## Every test, the slow ones too
+test-all: $(STAMP) ## Every test, the slow ones too, with coverage
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy

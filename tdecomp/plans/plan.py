@@ -9,7 +9,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.model.sites import Site
-from tdecomp.plans.row import Row, cost_from_dict
+from tdecomp.plans.row import Row
 from tdecomp.plans.table import FORMAT, Table, read_json
 from tdecomp.ranks.base import spread
 from tdecomp.timing.speed import Speed
@@ -112,7 +112,7 @@ class Plan(Table):
             if len({row.name for row in rows}) < len(rows):
                 raise TypeError("a layer has two rows")
             speed = None if data["speed"] is None else Speed.from_dict(data["speed"])
-            return cls(rows, cost_from_dict(data["everything_else"]), methods, speed)
+            return cls(rows, Cost(**data["everything_else"]), methods, speed)
 
 
 _EXPECTED = "expected a model of the architecture that was planned for"

@@ -1,14 +1,15 @@
 """Rows as the table that people look at."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.columns import filled_columns
-from tdecomp.plans.row import Row, cost_to_dict
+from tdecomp.plans.row import Row
 from tdecomp.timing.speed import Speed
 
 if TYPE_CHECKING:
@@ -93,9 +94,9 @@ class Table:
         """The table as plain data."""
         return {
             "rows": [row.to_dict() for row in self.rows],
-            "everything_else": cost_to_dict(self.everything_else),
-            "before": cost_to_dict(self.before),
-            "after": cost_to_dict(self.after),
+            "everything_else": asdict(self.everything_else),
+            "before": asdict(self.before),
+            "after": asdict(self.after),
             "speed": None if self.speed is None else self.speed.to_dict(),
         }
 
@@ -118,16 +119,15 @@ class Table:
     def summary(self) -> str:
         """One line: how many layers, parameters and MACs."""
         before, after = self.before, self.after
-        words = f"{self._changed()} of {len(self)} layers decomposed"
-        words += f"; parameters {_change(before.params, after.params)}"
+        macs = (
+            "without example_inputs: costs are parameters, and only attention layers of known "
+            "classes were checked for weights that are read from outside"
+        )
         if before.macs is not None and after.macs is not None:
-            words += f"; MACs {_change(before.macs, after.macs)}"
-        else:
-            words += (
-                "; without example_inputs: costs are parameters, and only attention layers of "
-                "known classes were checked for weights that are read from outside"
-            )
-        return words if self.speed is None else f"{words}; {self.speed}"
+            macs = f"MACs {_change(before.macs, after.macs)}"
+        changed = f"{self._changed()} of {len(self)} layers decomposed"
+        words = [changed, f"parameters {_change(before.params, after.params)}", macs]
+        return "; ".join(words if self.speed is None else [*words, str(self.speed)])
 
     def plot(self) -> "Figure":
         """Each layer's MACs (parameters where none were observed) before and after, and its error.
@@ -157,15 +157,12 @@ class Table:
         return bars_and_errors(labels, costs, [row.weight_error for row in self.rows], unit)
 
     def _render(self, style: str) -> str:
-        headers = ["layer", "", "method", "rank", "params", "MACs", "ms", *_ERRORS, "notes"]
+        numbers, rest = ("params", "MACs", "ms", *_ERRORS), self.everything_else
+        headers = ["layer", "", "method", "rank", *numbers, "notes"]
         blank = [""] * (len(_ERRORS) + 1)
-        rest, before, after = self.everything_else, self.before, self.after
-        body = [
-            *map(_cells, self.rows),
-            ["everything else", "", "", "", *_costs(rest, rest), *blank],
-            ["total", "", "", "", *_costs(before, after), *blank],
-        ]
-        return filled_columns(headers, body, right=("params", "MACs", "ms", *_ERRORS), style=style)
+        sums = {"everything else": _costs(rest, rest), "total": _costs(self.before, self.after)}
+        body = [[title, "", "", "", *costs, *blank] for title, costs in sums.items()]
+        return filled_columns(headers, [*map(_cells, self.rows), *body], right=numbers, style=style)
 
 
 _ERRORS = ("expected error", "weight error", "output error")
@@ -189,17 +186,15 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _costs(before: Cost, after: Cost) -> tuple[str, str, str]:
-    seconds = (before.latency, after.latency)
-    words = [f"{1e3 * value:.3g}" for value in dict.fromkeys(seconds) if value is not None]
-    macs = _arrow(before.macs, after.macs)
-    return _arrow(before.params, after.params), macs, " → ".join(words)
+def _costs(before: Cost, after: Cost) -> list[str]:
+    """Parameters, MACs and milliseconds before and after; once where they are equal."""
 
+    def cell(name: str, in_words: Callable[[float], str]) -> str:
+        both = dict.fromkeys((getattr(before, name), getattr(after, name)))
+        return " → ".join(in_words(value) for value in both if value is not None)
 
-def _arrow(before: int | None, after: int | None) -> str:
-    if before is None or after is None or before == after:
-        return count_in_words(before)
-    return f"{count_in_words(before)} → {count_in_words(after)}"
+    milliseconds = cell("latency", lambda seconds: f"{1e3 * seconds:.3g}")
+    return [cell("params", count_in_words), cell("macs", count_in_words), milliseconds]
 
 
 def _change(before: int, after: int) -> str:
@@ -207,10 +202,8 @@ def _change(before: int, after: int) -> str:
     return f"{count_in_words(before)} → {count_in_words(after)}{share}"
 
 
-def count_in_words(value: int | None) -> str:
+def count_in_words(value: float) -> str:
     """Three significant digits and a metric prefix."""
-    if value is None:
-        return ""
     amount, prefix = float(value), ""
     for larger in ("k", "M", "G", "T"):
         if abs(amount) < 999.5:

@@ -147,7 +147,6 @@ def test_aliases():
 @pytest.mark.parametrize(
     "value, text",
     [
-        (None, ""),
         (0, "0"),
         (999, "999"),
         (1000, "1.00k"),
