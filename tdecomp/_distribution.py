@@ -14,11 +14,7 @@ _NAME = "tdecomp-torch"
 def installed_version(folder: Path) -> str:
     """The version of the distribution whose package is in `folder`.
 
-    Raises
-    ------
-    ImportError
-        If the other project's files are in that package, too, or if nothing is installed under
-        the name ``tdecomp-torch``.
+    An ImportError is raised if the other project's files are in it, too, or nothing is installed.
     """
     if _is_mixed(folder):
         raise ImportError(

@@ -5,11 +5,10 @@ what safetensors does not: the strides of tensors that are not contiguous, and w
 one tensor. Nothing is unpickled and no code from the file is run.
 """
 
-import itertools
 import json
 import os
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from tdecomp._distribution import VERSION
 from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.layers.chain import Chain
 from tdecomp.model.sites import find_sites
-from tdecomp.model.surgery import copy_with
+from tdecomp.model.surgery import copy_with, tensors_in
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.table import FORMAT, check_format
 
@@ -97,15 +96,13 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         if row.method is not None and row.rank is not None and row.layer is not None:
             layer, method = sites[row.name].module, saved.plan.decomposers[row.method]
             chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
-    rebuilt = copy_with(model, chains)
-    shared = saved.shared.items()
+    rebuilt, shared = copy_with(model, chains), saved.shared.items()
     lost = [f"{key} (shares {other})" for key, other in shared if other not in saved.tensors]
     if lost:
         raise ValueError(f"{file} is damaged. Tensors missing: {', '.join(lost)}")
     _check(saved.tensors | {key: saved.tensors[other] for key, other in shared}, rebuilt, file)
     rebuilt.load_state_dict(_state(saved, rebuilt), assign=True)
-    tensors = itertools.chain(rebuilt.named_parameters(), rebuilt.named_buffers())
-    empty = [name for name, value in tensors if value.is_meta]
+    empty = [name for name, value in tensors_in(rebuilt).items() if value.is_meta]
     if empty:
         raise ValueError(
             f"{file} has no values for {', '.join(empty)}, which the model has on the meta device "
@@ -178,24 +175,18 @@ def _read(path: Path) -> _Saved:
 
 def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.PathLike[str]) -> None:
     """Raise a ValueError unless the tensors have the model's names, shapes and kinds of number."""
-    expected = rebuilt.state_dict()
-    both = [(key, value, expected[key]) for key, value in tensors.items() if key in expected]
-    wrong = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - expected.keys()),
-        "of another shape": [
-            f"{key} (got {tuple(got.shape)}, expected {tuple(want.shape)})"
-            for key, got, want in both
-            if got.shape != want.shape
-        ],
-        "of another kind": [
-            f"{key} (got {got.dtype}, expected {want.dtype})"
-            for key, got, want in both
-            if got.is_floating_point() != want.is_floating_point()
-        ],
-    }
-    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
-    if found:
+    expected, wrong = rebuilt.state_dict(), defaultdict[str, list[str]](list)
+    for key in sorted({*expected, *tensors}):
+        got, want = tensors.get(key), expected.get(key)
+        if got is None or want is None:
+            wrong["missing" if got is None else "unexpected"].append(key)
+        elif got.shape != want.shape:
+            shapes = f"got {tuple(got.shape)}, expected {tuple(want.shape)}"
+            wrong["of another shape"].append(f"{key} ({shapes})")
+        elif got.is_floating_point() != want.is_floating_point():
+            wrong["of another kind"].append(f"{key} (got {got.dtype}, expected {want.dtype})")
+    if wrong:
+        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items())
         raise ValueError(
             f"{file} does not fit the model, expected one of the architecture it was saved from. "
             f"Tensors {found}"

@@ -55,21 +55,19 @@ def carry_out(
     speed = None
     if example is not None:
         speed = _speed(model, changed, chains, plan, example, stopwatch)
-    rows = {row.name: row for row, _ in fitted}
-    report = Report(
-        [rows.get(row.name, row) for row in plan], plan.everything_else, recovered, speed
-    )
+    finished = {row.name: row for row, _ in fitted}
+    rows = [finished.get(row.name, row) for row in plan]
+    report = Report(rows, plan.everything_else, recovered, speed)
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:
-        return Decomposition(
-            changed if layout is None else in_layout(changed, layout), report, plan
-        )
+        result = changed if layout is None else in_layout(changed, layout)
+        return Decomposition(result, report, plan)
     _warn_of_unoptimized(model, chains, optimizers)
     # The copy that was recovered goes; its values are the model's own now.
     report.recovery = tuple(replace(step, model=model) for step in recovered)
-    result = Decomposition(model, report, plan)
+    decomposition = Decomposition(model, report, plan)
     swap(model, chains, optimizers, None if changed is model else tensors_in(changed), layout)
-    return result
+    return decomposition
 
 
 def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
@@ -81,17 +79,15 @@ def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
         known, draft = planned.fits.get(row.name), planned.drafts.get(row.name)
         return fit_row(planned.sites[row.name], row, method, planned.moments, known, draft)
 
+    def size(row: Row) -> int:
+        return entries(planned.sites[row.name], planned.moments)
+
     def show(row: Row, _: tuple[Row, Chain]) -> None:
         bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)
         bar.update()
 
     with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not progress) as bar:
-        return parallel_map(
-            fit,
-            todo,
-            size=lambda row: entries(planned.sites[row.name], planned.moments),
-            done=show,
-        )
+        return parallel_map(fit, todo, size=size, done=show)
 
 
 def fit_row(
@@ -102,13 +98,7 @@ def fit_row(
     known: FittedLayer | None = None,
     draft: FittedLayer | None = None,
 ) -> tuple[Row, Chain]:
-    """The row with its errors and the time the fit took, and the chain for the layer.
-
-    Raises
-    ------
-    ValueError
-        If the fit fails; names the layer.
-    """
+    """The row with its errors and the time the fit took, and the chain for the layer."""
     weight, spec, rank = site.module.weight, site.spec, row.rank
     assert isinstance(weight, nn.Parameter)
     assert spec is not None
@@ -128,7 +118,10 @@ def fit_row(
             ) from error
     notes = [row.note, *fitted.notes]
     if moments is not None and seen is None:
-        notes.append(f"fitted by its weights: {_why_no_moments(site)}")
+        none = (
+            "no batch reached it" if watchable(spec) else "transposed convolutions have no moments"
+        )
+        notes.append(f"fitted by its weights: {none}")
     row = replace(
         row,
         weight_error=fitted.weight_error,
@@ -138,12 +131,6 @@ def fit_row(
         component_norms=fitted.component_norms,
     )
     return row, assemble(site.module, method, rank, fitted.factors, fitted.shift)
-
-
-def _why_no_moments(site: Site) -> str:
-    if watchable(site.spec):
-        return "no batch reached it"
-    return "transposed convolutions have no moments"
 
 
 def _speed(

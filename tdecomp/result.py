@@ -31,12 +31,7 @@ class Decomposition:
 
         >>> result.save("small.safetensors")  # doctest: +SKIP
 
-        Raises
-        ------
-        ValueError
-            If the model was decomposed in several steps, or its state dict holds something that
-            is not a tensor.
-        FileNotFoundError
-            If the file's folder does not exist.
+        A ValueError is raised if the model was decomposed in several steps or its state dict holds
+        something that is not a tensor, a FileNotFoundError if the file's folder does not exist.
         """
         checkpoint.save(file, self.model, self.plan)

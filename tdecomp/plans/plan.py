@@ -10,7 +10,7 @@ from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.model.sites import Site
 from tdecomp.plans.row import Row
-from tdecomp.plans.table import FORMAT, Table, read_json
+from tdecomp.plans.table import Table, read_json
 from tdecomp.ranks.base import spread
 from tdecomp.timing.speed import Speed
 
@@ -87,22 +87,17 @@ class Plan(Table):
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with the options of its methods.
 
-        Raises
-        ------
-        ValueError
-            If a method cannot be rebuilt from its options.
+        A ValueError names a method that cannot be rebuilt from its options.
         """
         options = {name: _options(d) for name, d in self.decomposers.items()}
-        return {"format": FORMAT, "methods": options, **super().to_dict()}
+        return {"methods": options, **super().to_dict()}
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Bring back a plan from `to_json`, edited or not; costs are counted anew.
 
-        Raises
-        ------
-        ValueError
-            If it is no plan, of another format, or has a method or a rank that cannot be.
+        A ValueError refuses a text that is no plan or one of another format, and a method or a
+        rank that cannot be.
         """
         with read_json("plan", text) as data:
             methods = {name: _with_options(name, known) for name, known in data["methods"].items()}
@@ -171,40 +166,25 @@ def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:
 
 def _options(decomposer: Decomposer) -> dict[str, Any]:
     """The options that make the method again, as plain data; a ValueError if they do not."""
-    name = decomposer.name
-    kind = type(decomposer).__name__
-    known = get_decomposer(name) if name in registered() else None
-    if known is not None and type(known).__qualname__ != type(decomposer).__qualname__:
-        raise ValueError(
-            f"method {name!r} cannot be rebuilt from a plan: {type(known).__name__} is registered "
-            f"under this name, not {kind}; give {kind} a name of its own"
-        )
-    if not is_dataclass(decomposer):
-        if known is not None and _same_state(known, decomposer):
-            return {}
-        raise ValueError(
-            f"method {name!r} cannot be rebuilt from a plan: {kind} is no dataclass, whose fields "
-            "are its options, and not registered as it is; make it a frozen dataclass"
-        )
-    options = {f.name: getattr(decomposer, f.name) for f in fields(decomposer) if f.init}
+    name, kind, options = decomposer.name, type(decomposer), {}
+    rebuilt = get_decomposer(name) if name in registered() else None
+    problem = f"{kind.__name__} is no dataclass and not registered as it is"
     try:
-        rebuilt = type(decomposer)(**_read(json.loads(json.dumps(options))))
-        if _same_state(rebuilt, decomposer):
+        if rebuilt is not None and type(rebuilt).__qualname__ != kind.__qualname__:
+            problem = f"{type(rebuilt).__name__} is registered under it; use a name of its own"
+            rebuilt = None
+        elif is_dataclass(decomposer):
+            options = {f.name: getattr(decomposer, f.name) for f in fields(decomposer) if f.init}
+            problem = "the method that comes back holds something else"
+            rebuilt = kind(**_read(json.loads(json.dumps(options))))
+        if rebuilt is not None and vars(rebuilt) == vars(decomposer):
             return options
-        found = "the method that comes back holds something else"
-    except (TypeError, ValueError) as error:
-        found = str(error)
+    except (TypeError, ValueError, RuntimeError) as error:  # arrays do not compare to one answer
+        problem += f" ({error})"
     raise ValueError(
-        f"method {name!r} cannot be rebuilt from its options {options}: {found}; expected a frozen "
-        "dataclass whose fields hold numbers, strings or tuples of them"
+        f"method {name!r} cannot be rebuilt from its options {options}: {problem}; expected a "
+        "frozen dataclass whose fields hold numbers, strings or tuples of them"
     )
-
-
-def _same_state(one: Decomposer, other: Decomposer) -> bool:
-    try:
-        return vars(one) == vars(other)
-    except (ValueError, RuntimeError):  # arrays and tensors have no single answer
-        return False
 
 
 def _read(options: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tdecomp.layers.cost import Cost
 from tdecomp.plans.row import Row
-from tdecomp.plans.table import FORMAT, Table
+from tdecomp.plans.table import Table
 from tdecomp.timing.speed import Speed
 
 
@@ -34,5 +34,4 @@ class Report(Table):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, with the results of the recovery steps."""
-        recovery = [step.to_dict() for step in self.recovery]
-        return {"format": FORMAT, **super().to_dict(), "recovery": recovery}
+        return {**super().to_dict(), "recovery": [step.to_dict() for step in self.recovery]}

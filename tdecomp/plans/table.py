@@ -93,6 +93,7 @@ class Table:
     def to_dict(self) -> dict[str, Any]:
         """The table as plain data."""
         return {
+            "format": FORMAT,
             "rows": [row.to_dict() for row in self.rows],
             "everything_else": asdict(self.everything_else),
             "before": asdict(self.before),
@@ -134,14 +135,7 @@ class Table:
 
         >>> result.report.plot().savefig("report.png")  # doctest: +SKIP
 
-        Returns
-        -------
-        matplotlib.figure.Figure
-
-        Raises
-        ------
-        ImportError
-            Without matplotlib, which the extra ``plot`` installs.
+        An ImportError is raised without matplotlib, which the extra ``plot`` installs.
         """
         try:
             from tdecomp.plans.plot import bars_and_errors  # matplotlib is an extra
