@@ -13,8 +13,7 @@ from tdecomp.loss_curves.sensitivity import Sensitivity, measure_sensitivity
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
-from tdecomp.model.sites import find_sites
-from tdecomp.model.weights import check_weight
+from tdecomp.model.sites import check_weight, find_sites
 from tdecomp.pipeline import carry_out, check_optimizers
 from tdecomp.plans.make import Planned, Request, make_plan
 from tdecomp.plans.plan import Plan, match_sites

@@ -16,8 +16,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import entries
-from tdecomp.model.example import Example
-from tdecomp.model.layout import in_layout
+from tdecomp.model.example import Example, in_layout
 from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in

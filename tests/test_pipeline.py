@@ -11,7 +11,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.layers.chain import Chain
-from tdecomp.model.example import as_call
+from tdecomp.model.batches import call_with
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
 
@@ -26,14 +26,13 @@ def decompose(model, methods=METHODS, rank=2, **options):
 def test_the_given_model_is_untouched_and_the_copy_runs(name):
     case = MODELS[name]
     model, x = case.build(), case.inputs()
-    args, kwargs = as_call(x)
     with unchanged(model):
         result = decompose(model, example_inputs=x)
     assert result.model is not model
     assert any(row.method for row in result.report)
     assert isinstance(result.model, nn.Module)
     with torch.no_grad():
-        before, after = model.eval()(*args, **kwargs), result.model.eval()(*args, **kwargs)
+        before, after = (call_with(m.eval(), x) for m in (model, result.model))
     assert after.shape == before.shape
     assert torch.isfinite(after).all()
     assert not torch.equal(before, after)
@@ -43,13 +42,10 @@ def test_the_given_model_is_untouched_and_the_copy_runs(name):
 def test_in_place_and_on_a_copy_are_the_same(name):
     case = MODELS[name]
     x = case.inputs()
-    args, kwargs = as_call(x)
     first, second = decompose(case.build()), decompose(model := case.build(), inplace=True)
     assert second.model is model
     with torch.no_grad():
-        assert torch.equal(
-            first.model.eval()(*args, **kwargs), second.model.eval()(*args, **kwargs)
-        )
+        assert torch.equal(*(call_with(r.model.eval(), x) for r in (first, second)))
 
 
 @pytest.mark.parametrize("methods", [("svd", method) for method in CONV_METHODS])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tdecomp.model.example import each_tensor
+from tdecomp.model.batches import each_tensor
 
 # Varies a batch at random.
 Augment = Callable[[Any, torch.Generator], Any]

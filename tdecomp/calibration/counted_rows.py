@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.model.example import describe
+from tdecomp.model.batches import describe
 
 
 class CountedRows:

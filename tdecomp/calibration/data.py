@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.moments import Moments
-from tdecomp.model.batches import Forward, call_model, moved, tensors_of
-from tdecomp.model.example import describe
+from tdecomp.model.batches import Forward, call_model, describe, moved, tensors_of
 
 # Says which rows of a batch count.
 Mask = Callable[[Any], Tensor]

@@ -11,9 +11,8 @@ from tdecomp.composer.factorized import Factorized
 from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
 from tdecomp.model.filters import Filters, at_least
 from tdecomp.model.optimizers import as_optimizers, unoptimized
-from tdecomp.model.sites import Site, find_sites
+from tdecomp.model.sites import Site, check_weight, find_sites
 from tdecomp.model.surgery import swap
-from tdecomp.model.weights import check_weight
 
 
 def apply_factorization(

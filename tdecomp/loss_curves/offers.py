@@ -11,8 +11,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.loss_curves.candidates import candidate, layer_losses
 from tdecomp.loss_curves.curve import LossCurve, layer_curves
 from tdecomp.loss_curves.losses import LayerLosses
-from tdecomp.model.sites import Site
-from tdecomp.model.weights import check_weight
+from tdecomp.model.sites import Site, check_weight
 from tdecomp.parallel import on_cpu, parallel_map
 from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Choice
 from tdecomp.ranks.grid import ANY_RANK, Rounding

@@ -1,15 +1,12 @@
 """A batch of inputs: how a model is called with it, its samples, its tensors, its device."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from tdecomp.model.example import as_call, each_tensor
-from tdecomp.model.layout import image_in_layout
 
 # How a model is called with one batch.
 Forward = Callable[[nn.Module, Any], Any]
@@ -18,13 +15,19 @@ Forward = Callable[[nn.Module, Any], Any]
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model with a batch as a loader yields it.
 
-    A tensor is the input, a dict holds keyword arguments. A tuple or list usually holds inputs and
-    labels: its first items are the arguments that the model's `forward` has no defaults for.
+    A tuple or list usually holds inputs and labels: its first items are the arguments that the
+    model's `forward` has no defaults for.
     """
     if isinstance(batch, (tuple, list)):
-        return model(*batch[: _required(model, len(batch))])
-    args, kwargs = as_call(batch)
-    return model(*args, **kwargs)
+        batch = tuple(batch[: _required(model, len(batch))])
+    return call_with(model, batch)
+
+
+def call_with(model: nn.Module, inputs: Any) -> Any:
+    """The output for a tuple of positional arguments, a mapping of named ones, or the only one."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _required(model: nn.Module, available: int) -> int:
@@ -45,32 +48,23 @@ def device_of(model: nn.Module) -> torch.device:
 
 def count_samples(batch: Any) -> int:
     """The length of the first tensor in a batch; 1 for a batch without tensors."""
-    tensor = next(_tensors_in(batch, ()), None)
+    tensor = next(_tensors_in(batch), None)
     return len(tensor) if tensor is not None and tensor.dim() else 1
 
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Every floating-point tensor in a model's output, in the order of the output."""
-    return [tensor for tensor in _tensors_in(output, ()) if tensor.is_floating_point()]
+    return [tensor for tensor in _tensors_in(output) if tensor.is_floating_point()]
 
 
-def _tensors_in(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
-    """All tensors in containers and in attributes of objects, each object entered only once.
-
-    `within` holds the ids of the containers and objects around `value`.
-    """
-    parts: Iterable[Any] = ()
+def _tensors_in(value: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """All tensors in containers and in attributes of objects; `within` holds the ids around."""
     if isinstance(value, Tensor):
         yield value
     elif id(value) not in within:
-        if isinstance(value, Mapping):
-            parts = value.values()
-        elif isinstance(value, (tuple, list)):
-            parts = value
-        elif hasattr(value, "__dict__"):
-            parts = vars(value).values()
-    for part in parts:
-        yield from _tensors_in(part, (*within, id(value)))
+        named = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+        for part in value if isinstance(value, (tuple, list)) else named.values():
+            yield from _tensors_in(part, (*within, id(value)))
 
 
 def in_parts(batch: Any, size: int, most: int) -> list[Any]:
@@ -81,25 +75,13 @@ def in_parts(batch: Any, size: int, most: int) -> list[Any]:
     """
     samples = count_samples(batch)
 
-    def part(start: int) -> Any:
-        def cut(tensor: Tensor) -> Tensor:
-            long = tensor.dim() > 0 and len(tensor) == samples
-            return tensor[start : min(start + size, most)] if long else tensor
+    def cut(start: int, tensor: Tensor) -> Tensor:
+        long = tensor.dim() > 0 and len(tensor) == samples
+        return tensor[start : min(start + size, most)] if long else tensor
 
-        return each_tensor(batch, cut)
-
-    if samples <= size or count_samples(part(0)) == samples:
-        return [batch]
-    return [part(start) for start in range(0, min(samples, most), size)]
-
-
-def channels_last(batch: Any) -> Any:
-    """The batch with its images in the channels-last memory format.
-
-    Convolutions keep this format, in which chains run and train much faster on CPUs. A model that
-    calls `view` may reject it.
-    """
-    return each_tensor(batch, partial(image_in_layout, layout="channels_last"))
+    starts = range(0, min(samples, most), size)
+    parts = [each_tensor(batch, partial(cut, start)) for start in starts]
+    return [batch] if samples <= size or count_samples(parts[0]) == samples else parts
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -113,3 +95,30 @@ def moved(batch: Any, device: torch.device) -> Any:
         return there.clone() if there.is_inference() else there
 
     return each_tensor(batch, move)
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers with every tensor in them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: each_tensor(item, change) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple_like(value, [each_tensor(item, change) for item in value])
+    return [each_tensor(item, change) for item in value] if isinstance(value, list) else value
+
+
+def tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
+    """A tuple of the same type; a namedtuple takes its items one by one."""
+    return getattr(type(value), "_make", type(value))(items)
+
+
+def describe(value: Any) -> str:
+    """A short description of inputs, for messages."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(map(describe, value)) + ")"
+    return type(value).__name__

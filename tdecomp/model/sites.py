@@ -1,8 +1,9 @@
-"""The layers of a model: found once, then looked at with filters and with example inputs."""
+"""The layers of a model, with the reasons to leave some of them alone."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,58 +30,18 @@ class Site:
         return self.names[0]
 
 
-@dataclass(frozen=True, eq=False)
-class Sites(Mapping[str, Site]):
+class Sites(dict[str, Site]):
     """Every layer of a model by its first name, in the order of the model; made by `find_sites`."""
 
-    model: nn.Module
-    _sites: dict[str, Site]
     trace: Trace | None = None  # of the example inputs
-
-    def __getitem__(self, name: str) -> Site:
-        return self._sites[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def with_filters(self, filters: Filters) -> "Sites":
-        """The same sites, with a reason where the filters leave one out.
-
-        A pattern that matches no layer is a ValueError.
-        """
-        filters.check(name for site in self.values() for name in site.names)
-
-        def filtered(site: Site) -> Site:
-            if site.reason is not None or site.spec is None:
-                return site
-            return replace(site, reason=filters.reason(site.module, site.names, site.spec))
-
-        return replace(self, _sites={name: filtered(site) for name, site in self.items()})
-
-    def with_example(self, example: Any) -> "Sites":
-        """The same sites, with their calls in one pass of the example inputs.
-
-        Some reasons to leave a layer alone show only in this pass. A ValueError is raised if the
-        model rejects the inputs or has parameters on the meta device.
-        """
-        seen = _traced(self.model, {s.module: s.spec for s in self.values() if s.spec}, example)
-
-        def watched(site: Site) -> Site:
-            calls = tuple(seen.calls[site.module]) if site.spec else None
-            reason = site.reason or seen.oddities.get(site.module)
-            return replace(site, calls=calls, reason=reason)
-
-        sites = {name: watched(site) for name, site in self.items()}
-        return replace(self, _sites=sites, trace=seen)
 
 
 def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = None) -> Sites:
-    """Every layer of a known kind in `model`; a ValueError if it has none or is wrapped.
+    """Every layer of a known kind in `model`, with the reason if it is left alone.
 
-    For `filters` and `example` see `Sites.with_filters` and `Sites.with_example`.
+    The filters leave out some layers; a ValueError for one of their patterns that matches none.
+    With an example, sites have their calls in one pass of it, in which further reasons may show. A
+    ValueError for a model without layers, wrapped, or that rejects the example.
     """
     _refuse_wrapped(model)
     names: dict[nn.Module, list[str]] = {}
@@ -93,33 +54,53 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
             f"layer of another known kind; the known ones are {', '.join(KINDS)} "
             "(tdecomp.register_layer_kind adds one)"
         )
-    reasons, found = Reasons(model), {}
-    for module, listed in names.items():
-        spec = spec_of(module)
-        found[listed[0]] = Site(tuple(listed), module, spec, reasons.of(module, spec))
-    sites = Sites(model, found)
+    specs = {listed[0]: spec_of(module) for module, listed in names.items()}
     if filters is not None:
-        sites = sites.with_filters(filters)
-    return sites if example is None else sites.with_example(example)
+        filters.check(name for listed in names.values() for name in listed)
+    sites, reasons = Sites(), Reasons(model)
+    if example is not None:
+        sites.trace = _traced(model, {n: spec for n, spec in specs.items() if spec}, example)
+    for module, (name, *others) in names.items():
+        spec, calls = specs[name], None
+        reason = reasons.of(module, spec)
+        if spec is not None:
+            if filters is not None:
+                reason = reason or filters.reason(module, (name, *others), spec)
+            if sites.trace is not None:
+                reason = reason or sites.trace.oddities.get(name)
+                calls = tuple(sites.trace.calls[name])
+        sites[name] = Site((name, *others), module, spec, reason, calls)
+    return sites
 
 
-def _traced(model: nn.Module, specs: Mapping[nn.Module, LayerSpec], example: Any) -> Trace:
+def _traced(model: nn.Module, specs: Mapping[str, LayerSpec], example: Any) -> Trace:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
                 f"{name!r} is on the meta device, so example_inputs cannot be run: load the "
                 "weights first (model.to_empty(device=...), load_state_dict)"
             )
-    if not any(is_lazy(module) for module in model.modules()):
-        return trace(model, specs, example)
     # A forward pass would give the user's lazy layers their sizes: run a copy.
-    twin = copy.deepcopy(model)
-    originals = dict(zip(twin.modules(), model.modules(), strict=True))
-    twins = {new: specs[old] for new, old in originals.items() if old in specs}
-    seen = trace(twin, twins, example)
-    calls = {originals[new]: calls for new, calls in seen.calls.items()}
-    oddities = {originals[new]: words for new, words in seen.oddities.items()}
-    return Trace(calls, seen.total_macs, oddities)
+    lazy = any(is_lazy(module) for module in model.modules())
+    return trace(copy.deepcopy(model) if lazy else model, specs, example)
+
+
+def check_weight(site: Site) -> None:
+    """Refuse weights that cannot be factorized."""
+    layer = f"layer {site.name!r} ({site.spec})"
+    for name, parameter in site.module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            raise ValueError(
+                f"{layer}: its {name} is on the meta device and has no values; load the weights "
+                "first (model.to_empty(device=...), load_state_dict)"
+            )
+        finite = math.isfinite(float(parameter.detach().sum()))  # a sum is fast
+        if not finite and (bad := int((~torch.isfinite(parameter)).sum())):
+            raise ValueError(
+                f"{layer}: {bad} of {parameter.numel()} entries of its {name} are NaN or infinite; "
+                "expected finite values. Mend the weights or leave the layer alone with "
+                f"exclude=[{site.name!r}]"
+            )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

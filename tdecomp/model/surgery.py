@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tdecomp.model.layout import image_in_layout
+from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restore, snapshot
 from tdecomp.scope import interrupts_deferred
 
@@ -68,7 +68,7 @@ def swap(
         if layout is not None:
             for kernel in tensors_in(model).values():
                 undo.callback(setattr, kernel, "data", kernel.data)
-                kernel.data = image_in_layout(kernel.data, layout)
+                kernel.data = images_in_layout(kernel.data, layout)
         for optimizer in optimizers:
             undo.callback(restore, optimizer, snapshot(optimizer))
             follow(optimizer, chains)

@@ -17,35 +17,35 @@ from tdecomp.torch_state import hooks, no_fast_path, untouched
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass of the example inputs showed."""
+    """What one forward pass of the example inputs showed, by the names of the layers."""
 
-    calls: Mapping[nn.Module, list[Call]]  # of each watched layer; empty if it never ran
+    calls: Mapping[str, list[Call]]  # of each watched layer; empty if it never ran
     total_macs: int  # of the whole pass, by torch's flop counter
     # How a layer is used, if in another way than by calling it with its input.
-    oddities: Mapping[nn.Module, str]
+    oddities: Mapping[str, str]
 
 
-def trace(
-    model: nn.Module, layers: Mapping[nn.Module, LayerSpec], example_inputs: Example | Any
-) -> Trace:
-    """Run `model` once on an example, in eval mode without gradients, and watch `layers`.
+def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any) -> Trace:
+    """Run `model` once on an example, in eval mode without gradients, and watch some layers.
 
     Training modes, buffers and the random state are restored. A model that rejects the inputs
     raises a ValueError.
     """
     example = Example.of(example_inputs)
-    calls: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
-    oddities: dict[nn.Module, str] = {}
+    layers = {m: name for name, m in model.named_modules() if name in specs}
+    calls: dict[str, list[Call]] = {name: [] for name in specs}
+    oddities: dict[str, str] = {}
     reads = _WeightReads(layers)
     counter = FlopCounterMode(display=False)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reads.running.append(layer)
+        name = layers[layer]
+        reads.running.append(name)
         value, *extra = (*args, *kwargs.values()) or (None,)
         if extra:
-            oddities[layer] = "it is called with more than its input"
+            oddities[name] = "it is called with more than its input"
         if isinstance(value, Tensor):  # if not, the layer itself is about to complain
-            calls[layer].append(layers[layer].call(value.shape))
+            calls[name].append(specs[name].call(value.shape))
 
     def after(*_: Any) -> None:
         reads.running.pop()
@@ -67,19 +67,20 @@ def trace(
                 f"the model rejected example_inputs ({example.describe()}): "
                 f"{type(error).__name__}: {error}. Expected {expected}"
             ) from error
-    for layer in reads.elsewhere:
-        oddities.setdefault(layer, "its weight is read outside its own forward")
+    for name in reads.elsewhere:
+        oddities.setdefault(name, "its weight is read outside its own forward")
     return Trace(calls, counter.get_total_flops() // 2, oddities)
 
 
 class _WeightReads(TorchFunctionMode):
     """Finds weights that a torch function is given while their own layer is not running."""
 
-    def __init__(self, layers: Mapping[nn.Module, LayerSpec]) -> None:
+    def __init__(self, layers: Mapping[nn.Module, str]) -> None:
         super().__init__()
-        self.running: list[nn.Module] = []
-        self.elsewhere: set[nn.Module] = set()
-        self._owners = {id(p): layer for layer in layers for p in layer.parameters(recurse=False)}
+        self.running: list[str] = []
+        self.elsewhere: set[str] = set()
+        parameters = ((p, name) for m, name in layers.items() for p in m.parameters(recurse=False))
+        self._owners = {id(p): name for p, name in parameters}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in _flat((args, kwargs or {})):

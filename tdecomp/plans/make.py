@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
@@ -16,7 +17,6 @@ from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.model.weights import is_uninitialized
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
@@ -83,7 +83,7 @@ def make_plan(
         able, moments, curves=weighs, largest_share=selector.largest_share,
         rounding=_rounding(selector, times), progress=request.progress,
     )  # fmt: skip
-    params = sum(p.numel() for p in model.parameters() if not is_uninitialized(p))
+    params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params, None if found.trace is None else found.trace.total_macs)
     chosen, timed = _choose(model, request, times, offers, whole)
     for offer, choice in zip(offers, chosen, strict=True):
@@ -163,9 +163,7 @@ def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
 
 def _row(site: Site, choice: Choice, counted: set[int], timed: TimedChoices | None) -> Row:
     """The site's row; a parameter that it shares with an earlier row is counted there only."""
-    own = {
-        id(p): p.numel() for p in site.module.parameters(recurse=False) if not is_uninitialized(p)
-    }
+    own = {id(p): p.numel() for p in site.module.parameters(recurse=False) if not is_lazy(p)}
     params = sum(numel for key, numel in own.items() if key not in counted)
     counted.update(own)
     macs = None if site.spec is None else chain_cost([site.spec], site.calls).macs

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.data import BatchError, Batches
-from tdecomp.model.batches import channels_last, device_of, tensors_of
+from tdecomp.model.batches import device_of, tensors_of
+from tdecomp.model.example import images_in_layout
 from tdecomp.recovery.held_out import squared_distance
 from tdecomp.recovery.hints import Outputs
 
@@ -74,7 +75,7 @@ class Training:
             bar = tqdm(range(1, steps + 1), "distill", unit="step", disable=not batches.progress)
             for step in bar:
                 batch = variant(batches, next(endless), generator)
-                batch = channels_last(batch) if quick else batch
+                batch = images_in_layout(batch, "channels_last") if quick else batch
                 with torch.no_grad():
                     targets = wanted.of(original, batches, batch)
                 loss = _distance(mine.of(model, batches, batch), targets)
@@ -105,7 +106,7 @@ class Training:
 
     def _take_channels_last(self) -> bool:
         """Whether both models run on channels-last images."""
-        batch = channels_last(self._first)
+        batch = images_in_layout(self._first, "channels_last")
         try:
             for model in (self.model, self.original):
                 with torch.no_grad():

@@ -15,8 +15,7 @@ from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.batches import Forward
-from tdecomp.model.example import Example
-from tdecomp.model.layout import LAYOUTS, layout_of
+from tdecomp.model.example import LAYOUTS, Example, layout_of
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.ranks.base import RankSelector
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks

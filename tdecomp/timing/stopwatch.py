@@ -14,8 +14,7 @@ from tqdm import trange
 
 from tdecomp.layers.spec import Call
 from tdecomp.layers.stage import Stage
-from tdecomp.model.example import Example
-from tdecomp.model.layout import image_in_layout, in_layout, layout_of
+from tdecomp.model.example import Example, images_in_layout, in_layout, layout_of
 from tdecomp.model.surgery import copy_with
 from tdecomp.timing.speed import Quartiles
 from tdecomp.torch_state import untouched
@@ -58,7 +57,7 @@ class Stopwatch:
     ) -> NDArray[np.float64]:
         """Seconds (rounds, chains) of one call of a layer and of chains that may replace it."""
         x = torch.ones(call.batch, chains[0][0].in_channels, *call.size, device=device, dtype=dtype)
-        x = image_in_layout(x, layout)
+        x = images_in_layout(x, layout)
         calls = [partial(_built(stages, layout, device, dtype), x) for stages in chains]
         with torch.inference_mode():
             return interleaved(calls, rounds=effort.rounds, min_block=effort.min_block)

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from tdecomp.model.example import Example
-from tdecomp.model.layout import layout_of
+from tdecomp.model.example import Example, layout_of
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.stopwatch import MODEL_ROUNDS, THIS_MACHINE, Stopwatch, ratio
 

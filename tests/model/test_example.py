@@ -7,17 +7,21 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.model.example import Example, as_call, describe
+from tdecomp.model.batches import call_with, describe
+from tdecomp.model.example import Example
 
 IMAGE = torch.zeros(1, 4, 3, 3)
 VECTOR = torch.zeros(1, 4)
 
 
 def test_inputs_are_a_tensor_a_tuple_or_a_mapping():
-    assert as_call(IMAGE) == ((IMAGE,), {})
-    assert as_call((IMAGE, 2)) == ((IMAGE, 2), {})
-    assert as_call({"a": IMAGE}) == ((), {"a": IMAGE})
-    assert as_call(UserDict(a=IMAGE)) == ((), {"a": IMAGE})  # as tokenizers give them
+    def given(*args, **kwargs):
+        return args, kwargs
+
+    assert call_with(given, IMAGE) == ((IMAGE,), {})
+    assert call_with(given, (IMAGE, 2)) == ((IMAGE, 2), {})
+    assert call_with(given, {"a": IMAGE}) == ((), {"a": IMAGE})
+    assert call_with(given, UserDict(a=IMAGE)) == ((), {"a": IMAGE})  # as tokenizers give them
 
 
 def test_words():

@@ -1,6 +1,6 @@
 from torch import nn
 
-from tdecomp.model.layout import in_layout, layout_of
+from tdecomp.model.example import in_layout, layout_of
 
 
 def test_layouts():
