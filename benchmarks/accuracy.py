@@ -25,7 +25,7 @@ from benchmarks.support.data import Dataset, image_folder
 from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.models import input_format, load_model
 from benchmarks.support.training import accuracy
-from tdecomp.calibration.fit_cache import FitCache
+from tdecomp.calibration.moments import FitCache
 
 BATCH_SIZE = 128
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from tdecomp.calibration.calibrate import site_moments
 from tdecomp.calibration.data import batches_or_moments
-from tdecomp.calibration.site_moments import site_moments
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.loss_curves.sensitivity import Sensitivity, measure_sensitivity
 from tdecomp.model.batches import Forward

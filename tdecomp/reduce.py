@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from tdecomp.calibration.calibrate import GRADIENT_SAMPLES, calibrate_layers, watchable
+from tdecomp.calibration.calibrate import calibrate_layers, watchable
 from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.assemble import factors_of_chain, parameter
@@ -151,8 +151,7 @@ def _moments(
         )
     watched = {name: chain for name, chain in chains.items() if watchable(chain.replaced)}
     batches = data.called_by("reduce_ranks")
-    samples = GRADIENT_SAMPLES if gradients else 0
-    return calibrate_layers(model, watched, batches, gradient_samples=samples)
+    return calibrate_layers(model, watched, batches, gradients=gradients)
 
 
 def _candidates(

@@ -3,9 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,18 +13,17 @@ from tqdm import tqdm
 
 from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.augment import Augment
-from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import PASSES, Batches, batches_for
+from tdecomp.calibration.data import PASSES, Batches, CountedRows, batches_for
 from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
-from tdecomp.model.sites import find_sites
+from tdecomp.model.sites import Site, find_sites
 from tdecomp.torch_state import hooks, no_fast_path, no_inference_mode, restoring, untouched
 
 # The number of samples that output gradients are taken of: weighing layers needs no more.
-GRADIENT_SAMPLES = 128
+_GRADIENT_SAMPLES = 128
 # A layer with this many patches for each entry of a patch needs no variants of the batches.
 _ENOUGH = 16
 
@@ -92,12 +89,29 @@ def calibrate(
         "calibrate", batches, forward=forward, seed=seed, progress=progress,
         max_batches=max_batches, max_memory=max_memory,
     )  # fmt: skip
-    given = replace(given, data=replace(given.data, augment=augment))
     sites = find_sites(model).values()
     layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
-    samples = GRADIENT_SAMPLES if gradients else 0
+    given = given.varied_by(augment)
     with restoring(model, seed=seed):
-        return calibrate_layers(model, layers, given, gradient_samples=samples, variants=True)
+        return calibrate_layers(model, layers, given, gradients=gradients, variants=True)
+
+
+def site_moments(
+    model: nn.Module,
+    sites: Sequence[Site],
+    wanted: Collection[str],
+    data: Batches | Moments | None,
+    *,
+    gradients: bool,
+    variants: bool = False,
+) -> Moments | None:
+    """The moments of the wanted sites, taken now unless `data` are moments; None without data."""
+    if isinstance(data, Moments):
+        data.check_fit(sites)
+    if data is None or isinstance(data, Moments):
+        return data
+    layers = {s.name: s.module for s in sites if s.name in wanted and watchable(s.spec)}
+    return calibrate_layers(model, layers, data, gradients=gradients, variants=variants)
 
 
 def watchable(spec: LayerSpec | None) -> bool:
@@ -110,29 +124,25 @@ def calibrate_layers(
     layers: Mapping[str, nn.Module],
     batches: Batches,
     *,
-    gradient_samples: int = 0,
+    gradients: bool = False,
     variants: bool = False,
 ) -> Moments:
-    """`calibrate` for some layers, by name."""
-    found: dict[str, LayerMoments] = {}
-    samples = peak = 0
-    groups, varied = [dict(layers)], variants and batches.data.augment is not None
-    if batches.data.max_memory is not None:
-        groups = _grouped(model, layers, batches, batches.data.max_memory, PASSES if varied else 1)
-    if varied:
+    """`calibrate` for some layers, by name; with `variants`, few patches are varied."""
+    if not variants:
+        batches = batches.varied_by(None)
+    groups = _grouped(model, layers, batches)
+    if batches.data.augment is not None:
         batches.require_several_passes("augment")
-    rows = CountedRows(batches)
+    moments, rows = Moments({}), CountedRows(batches)
     for number, group in enumerate(groups, 1):
         title = "calibrate" if len(groups) == 1 else f"calibrate {number}/{len(groups)}"
-        taken, samples, held = _in_one_pass(
-            model, group, batches, title, rows, gradient_samples, varied
-        )
-        peak = max(peak, held)
-        found |= taken
+        part = _in_one_pass(model, group, batches, rows, title, gradients=gradients)
+        moments.layers |= part.layers
+        moments.samples = part.samples
+        moments.peak_bytes = max(moments.peak_bytes, part.peak_bytes)
     if layers:
         rows.check_used()
-    unreached = tuple(name for name in layers if name not in found)
-    moments = Moments(found, unreached, samples, peak)
+    moments.unreached = tuple(name for name in layers if name not in moments)
     if batches.progress:
         tqdm.write(f"calibrate: {moments!r}", file=sys.stderr)
     return moments
@@ -142,37 +152,32 @@ def _in_one_pass(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Batches,
-    title: str,
     rows: CountedRows,
-    gradient_samples: int,
-    varied: bool,
-) -> tuple[dict[str, LayerMoments], int, int]:
-    """The moments of the reached layers, the number of samples, and the peak bytes of the sums."""
+    title: str,
+    *,
+    gradients: bool,
+) -> Moments:
     specs = {name: (layer, _spec(layer)) for name, layer in layers.items()}
     sums = {name: Accumulator(spec) for name, (_, spec) in specs.items()}
-    slopes = OutputGradients(specs, batches) if gradient_samples else None
+    slopes = OutputGradients(specs, batches) if gradients else None
     samples = peak = 0
-    watched: set[str] = set()
 
-    def watch(name: str, x: Tensor) -> None:
-        if name in watched:
-            sums[name].add(rows.of_layer(x, sums[name].spec))
+    def add(name: str, x: Tensor) -> None:
+        sums[name].add(rows.of_layer(x, sums[name].spec))
 
     def run(batch: Any, names: Iterable[str]) -> int:
         rows.begin(batch)
-        watched.update(names)
-        with torch.no_grad():
+        with _shown(add, {name: layers[name] for name in names}), torch.no_grad():
             batches.run(model, batch)
-        watched.clear()  # the passes for the gradients are not summed up
         return max(peak, sum(s.nbytes for s in sums.values()))
 
     device = device_of(model)
-    with _inputs_shown(model, layers, watch), no_inference_mode():
+    with untouched(model), no_fast_path(), no_inference_mode():
         for batch in batches.bar(device, title):
             peak = run(batch, layers)
-            if slopes is not None and samples < gradient_samples:
+            if slopes is not None and samples < _GRADIENT_SAMPLES:
                 try:
-                    slopes.add(model, batch, gradient_samples - samples)
+                    slopes.add(model, batch, _GRADIENT_SAMPLES - samples)
                 except Exception as error:  # the model runs forwards, as has just been seen
                     slopes = None
                     warnings.warn(
@@ -181,86 +186,79 @@ def _in_one_pass(
                         stacklevel=4,
                     )
             samples += count_samples(batch)
-        for batch in batches.variants(device) if varied else ():
+        for batch in batches.variants(device):
             few = [name for name, s in sums.items() if s.count < _ENOUGH * s.spec.fan_in]
             if not few:
                 break
             peak = run(batch, few)
-    gradients = {} if slopes is None else slopes.finish()
-    finished = {name: sums.pop(name).finish(gradients.get(name)) for name in layers}
+    importance = {} if slopes is None else slopes.finish()
+    finished = {name: sums.pop(name).finish(importance.get(name)) for name in layers}
     found = {name: moments for name, moments in finished.items() if moments is not None}
     for name, moments in found.items():
         _check_finite(name, moments)
-    return found, samples, peak
+    return Moments(found, samples=samples, peak_bytes=peak)
 
 
-@contextmanager
-def _inputs_shown(
-    model: nn.Module, layers: Mapping[str, nn.Module], show: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call `show` with the name and the input of each layer that is about to run."""
+def _shown(show: Callable[[str, Tensor], None], layers: Mapping[str, nn.Module]) -> hooks:
+    """Inside, `show` gets the name and the input of each layer that is about to run."""
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         show(name, next(iter((*args, *kwargs.values()))))
 
-    shown = [
+    return hooks(
         partial(layer.register_forward_pre_hook, partial(before, name), with_kwargs=True)
         for name, layer in layers.items()
-    ]
-    with untouched(model), no_fast_path(), hooks(shown):
-        yield
+    )
 
 
 def _grouped(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Batches,
-    max_memory: int,
-    passes: int,
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches
 ) -> list[dict[str, nn.Module]]:
-    """Layers in groups whose sums stay under the limit, as far as the first batch tells."""
+    """Layers in groups whose sums stay under max_memory, as far as the first batch tells."""
+    limit = batches.data.max_memory
+    if limit is None:
+        return [dict(layers)]
     batches.require_several_passes("a max_memory")
-    first = next(batches.on(device_of(model)))
-    rows = dict.fromkeys(layers, 0)
+    passes = len(batches) * (1 if batches.data.augment is None else PASSES)
+    patches = dict.fromkeys(layers, 0)
 
     def count(name: str, x: Tensor) -> None:
         spec = _spec(layers[name])
         call = spec.call(x.shape)
-        rows[name] += call.batch * math.prod(spec.output_size(call.size))
+        patches[name] += passes * call.batch * math.prod(spec.output_size(call.size))
 
-    with _inputs_shown(model, layers, count), torch.no_grad():
-        batches.run(model, first)
+    with untouched(model), no_fast_path(), _shown(count, layers), torch.no_grad():
+        batches.run(model, next(batches.on(device_of(model))))
     groups: list[dict[str, nn.Module]] = []
     free = 0
     for name, layer in layers.items():
-        spec = _spec(layer)
-        wide, known = spec.groups * spec.fan_in, rows[name] * len(batches) * passes
+        spec, known = _spec(layer), patches[name]
+        wide = spec.groups * spec.fan_in
         each = 8 if next(layer.parameters()).dtype == torch.float64 else 4
         need = 8 * wide * spec.fan_in if not 0 < known < spec.fan_in else each * wide * known
-        if need > max_memory:
+        if need > limit:
             raise ValueError(
                 f"calibrate: layer {name!r} ({spec}) alone needs {need:,} bytes; expected "
-                f"max_memory of at least that, got {max_memory:,}; fewer batches (max_batches) "
+                f"max_memory of at least that, got {limit:,}; fewer batches (max_batches) "
                 f"need less, as does a plan or decompose with exclude=[{name!r}]"
             )
         if not groups or need > free:
             groups.append({})
-            free = max_memory
+            free = limit
         groups[-1][name] = layer
         free -= need
     return groups
 
 
 def _check_finite(name: str, moments: LayerMoments) -> None:
-    matrix = moments.matrix
-    # A non-finite entry off the diagonal always shows on the diagonal too.
-    diagonal = None if matrix is None else matrix.diagonal(dim1=1, dim2=2)
-    for part in (diagonal, moments.rows, moments.mean):
-        if part is not None and not bool(torch.isfinite(part).all()):
-            raise ValueError(
-                f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities; "
-                "expected finite activations. Look at the batches and at the layers before it"
-            )
+    mean, matrix = moments.mean, moments.matrix
+    # A non-finite entry off the diagonal always shows on the diagonal too, one of rows in the mean.
+    squares = mean if matrix is None else matrix.diagonal(dim1=1, dim2=2)
+    if not bool((mean.isfinite() & squares.isfinite()).all()):
+        raise ValueError(
+            f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities; "
+            "expected finite activations. Look at the batches and at the layers before it"
+        )
 
 
 def _spec(layer: nn.Module) -> LayerSpec:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import output_rows
-from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.data import Batches, CountedRows
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.torch_state import frozen, hooks, undisturbed

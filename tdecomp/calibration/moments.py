@@ -2,17 +2,38 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.layer_moments import TENSORS, LayerMoments
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.model.sites import Site
 
 _FORMAT = 1
+
+
+Value = TypeVar("Value")
+
+
+class FitCache:
+    """Values by key, each computed at most once (twice if two threads ask at the same time)."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """The value of a key, computed if it is not known yet."""
+        if key not in self._known:
+            self._known[key] = compute()
+        value: Value = self._known[key]
+        return value
+
+    def known(self, key: Hashable) -> Any:
+        """The value of a key if it was computed, else None."""
+        return self._known.get(key)
 
 
 class Moments(Mapping[str, LayerMoments]):
@@ -80,6 +101,27 @@ class Moments(Mapping[str, LayerMoments]):
         peak = max(self.peak_bytes, other.peak_bytes)
         return Moments(both, unreached, self.samples + other.samples, peak)
 
+    def check_fit(self, sites: Sequence[Site]) -> None:
+        """Refuse moments of other layers than these, or of inputs of other sizes."""
+        known = {name: site for site in sites for name in site.names}
+        for name, layer in self.items():
+            site = known.get(name)
+            if site is None or site.spec != layer.spec:
+                found = "no such layer" if site is None else str(site.spec)
+                raise ValueError(
+                    f"layer {name!r}: the moments are of {layer.spec}, the model has {found}; "
+                    "expected moments of this very model: calibrate(model, batches) takes them"
+                )
+            for call in site.calls or ():
+                if layer.sizes and call.size not in layer.sizes:
+                    seen = ", ".join("×".join(map(str, size)) for size in layer.sizes[:3])
+                    asked = "×".join(map(str, call.size))
+                    raise ValueError(
+                        f"layer {name!r}: the moments are of inputs of size {seen}, the example "
+                        f"inputs give it {asked}; expected both to be of one size: calibrate with "
+                        "images as large as example_inputs"
+                    )
+
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the moments to a safetensors file; `Moments.load` reads it."""
         tensors = {
@@ -115,28 +157,20 @@ class Moments(Mapping[str, LayerMoments]):
                 raise ValueError(
                     f"{file}: moments format {header['format']!r}; this version reads {_FORMAT}"
                 )
-            _check_tensors(file, header["layers"], tensors)
-            layers = {
-                name: LayerMoments(
-                    spec=LayerSpec.from_dict(entry["spec"]),
-                    count=entry["count"],
-                    sizes=tuple(tuple(size) for size in entry["sizes"]),
-                    **{part: tensors.get(f"{name}/{part}") for part in TENSORS},  # type: ignore[arg-type]
-                )
-                for name, entry in header["layers"].items()
-            }
+            layers = {}
+            for name, entry in header["layers"].items():
+                keys = {part: f"{name}/{part}" for part in TENSORS}
+                held = {part: tensors[key] for part, key in keys.items() if key in tensors}
+                for part in ("mean", "rows" if "rows" in held else "matrix"):
+                    if part not in held:
+                        raise ValueError(
+                            f"{file}: lacks the moments {keys[part]!r}; the file is damaged"
+                        )
+                spec, sizes = LayerSpec.from_dict(entry["spec"]), map(tuple, entry["sizes"])
+                layers[name] = LayerMoments(spec, entry["count"], sizes=tuple(sizes), **held)
             return cls(layers, tuple(header["unreached"]), header["samples"], header["peak_bytes"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file}: its header is not that of moments ({type(error).__name__}: {error}); "
                 "expected a file that Moments.save wrote"
             ) from error
-
-
-def _check_tensors(file: Any, names: Collection[str], tensors: Collection[str]) -> None:
-    lacking = [f"{name}/mean" for name in names if f"{name}/mean" not in tensors]
-    matrices = [f"{n}/matrix" for n in names if f"{n}/rows" not in tensors]
-    lacking += [matrix for matrix in matrices if matrix not in tensors]
-    if lacking:
-        listed = ", ".join(map(repr, lacking))
-        raise ValueError(f"{file}: lacks the moments {listed}; the file is damaged")

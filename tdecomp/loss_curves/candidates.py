@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from tdecomp.calibration.fit_cache import FitCache
-from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.moments import FitCache, Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve

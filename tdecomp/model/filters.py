@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,9 +30,8 @@ class Filters:
                 f"tdecomp.at_least(channels=16), or None for all layers; got {self.where!r}"
             )
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Sequence[str]) -> None:
         """Refuse patterns that match none of `names`."""
-        names = list(names)
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in names):
@@ -107,9 +106,8 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
-def no_match(option: str, pattern: str, names: Iterable[str]) -> ValueError:
+def no_match(option: str, pattern: str, names: Sequence[str]) -> ValueError:
     """The error for a pattern that matches no layer."""
-    names = list(names)
     near = difflib.get_close_matches(pattern, names, n=3) or names[:3]
     return ValueError(
         f"{option}: {pattern!r} matches no Linear or convolution of the model. Expected a layer's "

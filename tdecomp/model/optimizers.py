@@ -1,7 +1,6 @@
 """Optimizers go on with the parameters of the chains in place of those of the layers."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -27,76 +26,60 @@ def unoptimized(
     model: nn.Module, replacements: Replacements, optimizers: Sequence[Optimizer]
 ) -> list[str]:
     """The names of trained parameters to be replaced that none of the optimizers has."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    held = {id(p) for group in groups for p in group["params"]}
     names = {id(p): name for name, p in model.named_parameters()}
-    return sorted(
-        names[id(old)]
-        for old in _old_parameters(replacements)
-        if optimizers and old.requires_grad and not any(_holds(o, old) for o in optimizers)
-    )
-
-
-def _old_parameters(replacements: Replacements) -> list[nn.Parameter]:
-    return [p for old in replacements for p in old.parameters()]
-
-
-def _successors(replacements: Replacements) -> dict[int, dict[str, nn.Parameter]]:
-    """What takes each old parameter's place: all weights for the weight, the bias for the bias."""
-    after: dict[int, dict[str, nn.Parameter]] = {}
-    for old, chain in replacements.items():
-        left = dict(chain.named_parameters())
-        for name, parameter in old.named_parameters():
-            # Of the weights of an earlier chain the first stands for all the new ones.
-            kind = name.rpartition(".")[2]
-            mine = [key for key in left if key.endswith(f".{kind}")]
-            after[id(parameter)] = {key: left.pop(key) for key in mine}
-    return after
-
-
-def _holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
+    old = (p for module in replacements for p in module.parameters() if p.requires_grad)
+    return sorted(names[id(p)] for p in old if optimizers and id(p) not in held)
 
 
 def follow(optimizer: Optimizer, replacements: Replacements) -> None:
     """New parameters take the old ones' places in their groups; the old ones' state goes."""
     after = _successors(replacements)
-    local = {id(p): name for old in replacements for name, p in old.named_parameters()}
     for group in optimizer.param_groups:
-        if "param_names" in group:  # by position
-            group["param_names"] = [
-                new
-                for name, p in zip(group["param_names"], group["params"], strict=True)
-                for new in _renamed(name, local.get(id(p), ""), after.get(id(p)))
-            ]
-        # In place: LBFGS holds on to the very list.
-        group["params"][:] = [
-            new for p in group["params"] for new in after.get(id(p), {"": p}).values()
-        ]
-    for old in _old_parameters(replacements):
-        optimizer.state.pop(old, None)
+        params = group["params"]
+        names = group.get("param_names", [""] * len(params))  # by position
+        new: list[tuple[str, nn.Parameter]] = []
+        for name, p in zip(names, params, strict=True):
+            old, successors = after.get(id(p), ("", {"": p}))  # most stay as they are
+            new += [(name.removesuffix(old) + key, q) for key, q in successors.items()]
+        if "param_names" in group:
+            group["param_names"] = [name for name, _ in new]
+        params[:] = [p for _, p in new]  # in place: LBFGS holds on to the very list
+    for module in replacements:
+        for p in module.parameters():
+            optimizer.state.pop(p, None)
     if isinstance(optimizer, LBFGS):
         # Its one state is a history of all parameters laid end to end, which no longer fits.
         optimizer.state.clear()
         optimizer._numel_cache = None
 
 
-def _renamed(name: str, local: str, after: Mapping[str, nn.Parameter] | None) -> list[str]:
-    layer = name.removesuffix(local)
-    return [name] if after is None else [f"{layer}{key}" for key in after]
+def _successors(replacements: Replacements) -> dict[int, tuple[str, dict[str, nn.Parameter]]]:
+    """Each old parameter's name in its layer, and what takes its place: weights or the bias."""
+    after = {}
+    for old, chain in replacements.items():
+        left = dict(chain.named_parameters())
+        for name, parameter in old.named_parameters():
+            # Of the weights of an earlier chain the first stands for all the new ones.
+            kind = name.rpartition(".")[2]
+            mine = [key for key in left if key.endswith(f".{kind}")]
+            after[id(parameter)] = name, {key: left.pop(key) for key in mine}
+    return after
 
 
-def snapshot(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """The groups, their lists of parameters and the state, for `restore`."""
+def restorer(optimizer: Optimizer) -> Callable[[], None]:
+    """A function that puts the groups, their lists and the state back as they are now."""
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    return groups, dict(optimizer.state)
+    state = dict(optimizer.state)
 
+    def restore() -> None:
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            params = group["params"]
+            params[:] = before["params"]
+            group.clear()
+            group.update({**before, "params": params})
+        optimizer.state.clear()
+        optimizer.state.update(state)
 
-def restore(optimizer: Optimizer, snapshot: tuple[list[dict[str, Any]], dict[Any, Any]]) -> None:
-    """Put back, in the same objects, what `snapshot` found."""
-    groups, state = snapshot
-    for group, before in zip(optimizer.param_groups, groups, strict=True):
-        params = group["params"]
-        params[:] = before["params"]
-        group.clear()
-        group.update({**before, "params": params})
-    optimizer.state.clear()
-    optimizer.state.update(state)
+    return restore

@@ -30,12 +30,12 @@ class Reasons:
 
     def __init__(self, model: nn.Module) -> None:
         self._readers = _readers(model)
-        # By the address of their storage: the parameters that use it, and their modules' names.
-        self._users: dict[int, list[tuple[nn.Parameter, str]]] = {}
+        # By the address of a storage: the ranges of it that parameters use, with their modules.
+        self._users: dict[int, list[tuple[range, str]]] = {}
         for name, module in model.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and _storage(parameter):
-                    self._users.setdefault(_storage(parameter), []).append((parameter, name))
+            for parameter in module.parameters(recurse=False):
+                storage, used = _memory(parameter)
+                self._users.setdefault(storage, []).append((used, name))
 
     def of(self, module: nn.Module, spec: LayerSpec | None) -> str | None:
         """The reason; None if the layer may be replaced."""
@@ -47,8 +47,9 @@ class Reasons:
     def _tie(self, module: nn.Module) -> str | None:
         """Whether it shares memory with another module's parameter."""
         for name, parameter in module.named_parameters(recurse=False):
-            users = self._users.get(_storage(parameter), [])
-            owners = {owner for other, owner in users if _overlap(parameter, other)}
+            storage, mine = _memory(parameter)
+            users = self._users[storage]
+            owners = {name for r, name in users if r.start < mine.stop and mine.start < r.stop}
             if len(owners) > 1:
                 return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
         return None
@@ -107,24 +108,14 @@ def _own_hooks(holder: nn.Module | nn.Parameter) -> bool:
     return any(not str(place).startswith("torch.nn.utils.") for place in places)
 
 
-def _storage(parameter: nn.Parameter) -> int:
-    """The address of its memory, 0 if it has none."""
-    if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
-        return 0
-    return parameter.untyped_storage().data_ptr()
-
-
-def _overlap(a: nn.Parameter, b: nn.Parameter) -> bool:
-    """Whether two parameters in one storage use a common range of it."""
-    (first, last), (low, high) = _extent(a), _extent(b)
-    return low < last and first < high
-
-
-def _extent(parameter: nn.Parameter) -> tuple[int, int]:
-    """The elements of its storage that it uses: the first, and the one after the last."""
-    strided = zip(parameter.shape, parameter.stride(), strict=True)
+def _memory(parameter: nn.Parameter) -> tuple[int, range]:
+    """The address of its storage, and the range of elements there from its first to its last."""
+    if parameter.is_meta or nn.parameter.is_lazy(parameter) or not parameter.numel():
+        return 0, range(0)
     first = int(parameter.storage_offset())
-    return first, first + 1 + sum((int(size) - 1) * int(stride) for size, stride in strided)
+    strided = zip(parameter.shape, parameter.stride(), strict=True)
+    last = first + sum((int(size) - 1) * int(stride) for size, stride in strided)
+    return parameter.untyped_storage().data_ptr(), range(first, last + 1)
 
 
 def _readers(model: nn.Module) -> dict[nn.Module, str]:
@@ -138,8 +129,8 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
             reasons[parent.linear1] = reasons[parent.linear2] = reason
         elif type(parent).__name__ in ("ShiftedWindowAttention", "ShiftedWindowAttentionV2"):
             # torchvision's Swin, which need not be installed here
-            for child in (getattr(parent, "qkv", None), getattr(parent, "proj", None)):
-                if isinstance(child, nn.Module):
+            for name, child in parent.named_children():
+                if name in ("qkv", "proj"):
                     reasons[child] = "shifted-window attention reads its weight itself"
         elif isinstance(parent, Chain):
             reason = f"part of a chain that {parent.method!r} made before"

@@ -56,7 +56,7 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
         )
     specs = {listed[0]: spec_of(module) for module, listed in names.items()}
     if filters is not None:
-        filters.check(name for listed in names.values() for name in listed)
+        filters.check([name for listed in names.values() for name in listed])
     sites, reasons = Sites(), Reasons(model)
     if example is not None:
         sites.trace = _traced(model, {n: spec for n, spec in specs.items() if spec}, example)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tdecomp.model.batches import tuple_like
 from tdecomp.model.example import images_in_layout
-from tdecomp.model.optimizers import Replacements, follow, restore, snapshot
+from tdecomp.model.optimizers import Replacements, follow, restorer
 from tdecomp.scope import interrupts_deferred
 
 # A module, and the way to put another one in its place.
@@ -70,7 +71,7 @@ def swap(
                 undo.callback(setattr, kernel, "data", kernel.data)
                 kernel.data = images_in_layout(kernel.data, layout)
         for optimizer in optimizers:
-            undo.callback(restore, optimizer, snapshot(optimizer))
+            undo.callback(restorer(optimizer))
             follow(optimizer, chains)
         undo.pop_all()
 
@@ -123,7 +124,7 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[Slot]:
             # Its items cannot be replaced one by one: each put makes a new tuple of current ones.
             current = list(value)
             for index, item in enumerate(value):
-                queue.append((item, _tuple_setter(type(value), current, index, put)))
+                queue.append((item, partial(_put_in_tuple, value, current, index, put)))
         elif id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, nn.Module) or _plain_object(value):
@@ -134,7 +135,7 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[Slot]:
                     queue.append((item, partial(value.__setitem__, key)))
             elif isinstance(value, set):
                 for item in value:
-                    queue.append((item, _set_setter(value, item)))
+                    queue.append((item, partial(_put_in_set, value, [item])))
     return found
 
 
@@ -144,24 +145,14 @@ def _plain_object(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, foreign)
 
 
-def _tuple_setter(
-    kind: type[tuple[Any, ...]], current: list[Any], index: int, put: Callable[[Any], None]
-) -> Callable[[Any], None]:
-    make = getattr(kind, "_make", kind)  # a namedtuple takes its items one by one
-
-    def set_item(new: Any) -> None:
-        current[index] = new
-        put(make(current))
-
-    return set_item
+def _put_in_tuple(
+    old: tuple[Any, ...], current: list[Any], index: int, put: Callable[[Any], None], new: Any
+) -> None:
+    current[index] = new
+    put(tuple_like(old, current))
 
 
-def _set_setter(holder: set[Any], item: Any) -> Callable[[Any], None]:
-    current = [item]
-
-    def set_item(new: Any) -> None:
-        holder.discard(current[0])
-        holder.add(new)
-        current[0] = new
-
-    return set_item
+def _put_in_set(holder: set[Any], current: list[Any], new: Any) -> None:
+    holder.discard(current[0])
+    holder.add(new)
+    current[0] = new

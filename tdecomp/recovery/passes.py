@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import Accumulator
-from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.data import Batches, CountedRows
 from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.model.batches import count_samples, device_of
 from tdecomp.recovery.replaced import ReplacedLayer

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.data import Batches, CountedRows
 from tdecomp.decomposers.assemble import factors_of_chain, parameter, write_factors
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization

@@ -12,11 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tdecomp
 from tdecomp.calibration.accumulator import Accumulator
-from tdecomp.calibration.calibrate import calibrate, calibrate_layers
+from tdecomp.calibration.calibrate import calibrate
 from tdecomp.calibration.data import batches_for
+from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.calibration.moments import Moments
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import call_model
 from tdecomp.model.sites import find_sites
+from tdecomp.torch_state import no_inference_mode
 from tests.decomposers.oracle import distance
 from tests.models import MODELS, TwoInputs
 from tests.unchanged import unchanged
@@ -482,13 +485,15 @@ def test_gradients_are_those_of_the_jacobians(frozen, mode):
     x = torch.randn(24, 2, 3, 3, generator=torch.Generator().manual_seed(1))
     with mode(), unchanged(model):
         # Many draws of the mixture on the same images.
-        layers = {"0": model[0], "3": model[3]}
-        batches = batches_for("test", [x.repeat(60, 1, 1, 1)], progress=False)
-        moments = calibrate_layers(model, layers, batches, gradient_samples=1440)
+        layers = {name: (model[int(name)], LayerSpec.of(model[int(name)])) for name in "03"}
+        slopes = OutputGradients(layers, batches_for("test", [x], progress=False))
+        with no_inference_mode():
+            slopes.add(model, x.repeat(60, 1, 1, 1), 1440)
+        found = slopes.finish()
     expected = jacobian_moments(model, x)
     for name, gradient in expected.items():
-        assert distance(moments[name].gradient, gradient) < 0.1, name
-    assert torch.equal(moments["3"].gradient, moments["3"].gradient.T)
+        assert distance(found[name], gradient) < 0.1, name
+    assert torch.equal(found["3"], found["3"].T)
 
 
 def test_gradients_are_of_the_first_samples_only():

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from tdecomp import Data, calibrate, decompose, refit
-from tdecomp.calibration.calibrate import calibrate_layers
 from tdecomp.calibration.data import batches_for
+from tdecomp.calibration.gradients import OutputGradients
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import distance
 
 QUIET = {"progress": False}
@@ -64,8 +65,11 @@ def gradient(name, data):
     """Of many random mixtures of the model's outputs."""
     model = tokens()
     batches = batches_for("test", data, forward=forward, progress=False)
-    layers = {name: model.get_submodule(name)}
-    return calibrate_layers(model, layers, batches, gradient_samples=10**4)[name].gradient
+    layer = model.get_submodule(name)
+    slopes = OutputGradients({name: (layer, LayerSpec.of(layer))}, batches)
+    for batch in batches.on(torch.device("cpu")):
+        slopes.add(model, batch, 10**4)
+    return slopes.finish()[name]
 
 
 def test_only_rows_that_count_are_in_the_gradients():
