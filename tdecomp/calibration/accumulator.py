@@ -10,8 +10,8 @@ from tdecomp.layers.patches import patches, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.torch_state import undisturbed
 
-# A symmetric product is computed in at most _BLOCKS blocks of at least _BLOCK columns each, from
-# the diagonal downwards: the rest above the diagonal is not needed.
+# A symmetric product is computed from the diagonal downwards only, in at most _BLOCKS blocks of at
+# least _BLOCK columns each.
 _BLOCK = 96
 _BLOCKS = 4
 
@@ -32,33 +32,28 @@ class Accumulator:
     total: Tensor | None = None  # (groups, fan_in)
     matrix: Tensor | None = None  # (groups, fan_in, fan_in), lower triangle
     rows: list[Tensor] = field(default_factory=list)
-    # The sums of y xᵀ (groups, out / groups, fan_in), y and y yᵀ.
-    output_sums: tuple[Tensor, Tensor, Tensor] | None = None
+    # The sums of y xᵀ (groups, out / groups, fan_in), y and y yᵀ; empty without outputs.
+    output_sums: tuple[Tensor, ...] = ()
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
         with undisturbed(x.device):  # this runs inside the model's forward pass, in any mode
-            spec, x = self.spec, _wide(x.detach())
+            spec, start = self.spec, self.count
             self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
-            if self.total is None:
-                self.total = x.new_zeros(spec.groups, spec.fan_in, dtype=torch.float64)
-            targets = None
-            if outputs is not None:
-                targets = output_rows(_wide(outputs.detach()), spec)
-                targets = targets.unflatten(1, (spec.groups, spec.group_out)).transpose(0, 1)
-            start = 0
-            for rows in patches(x, spec):
+            targets = None if outputs is None else output_rows(_wide(outputs), spec)
+            for rows in patches(_wide(x), spec):
                 if not rows.shape[1]:
                     continue
-                if self.origin is None:
+                if self.origin is None or self.total is None:
                     self.origin = rows.mean(dim=1, keepdim=True)
+                    self.total = torch.zeros_like(self.origin[:, 0], dtype=torch.float64)
                 centred = rows - self.origin
                 self.total += centred.sum(dim=1)
                 if targets is not None:
-                    self._add_outputs(centred, targets[:, start : start + rows.shape[1]])
-                start += rows.shape[1]
+                    first = self.count - start
+                    self._add_outputs(centred, targets[first : first + rows.shape[1]])
+                self.count += rows.shape[1]
                 self._add_rows(rows, centred, self.origin)
-            self.count += start
 
     def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor) -> None:
         if self.matrix is None:
@@ -73,8 +68,9 @@ class Accumulator:
         _add_product(self.matrix, centred)
 
     def _add_outputs(self, rows: Tensor, targets: Tensor) -> None:
-        if self.output_sums is None:
-            groups, out = self.spec.groups, self.spec.group_out
+        groups, out = self.spec.groups, self.spec.group_out
+        targets = targets.unflatten(1, (groups, out)).transpose(0, 1)
+        if not self.output_sums:
             cross = rows.new_zeros(groups, out, self.spec.fan_in, dtype=torch.float64)
             square = cross.new_zeros(groups, out, out)
             self.output_sums = cross, cross.new_zeros(groups, out), square
@@ -85,7 +81,7 @@ class Accumulator:
 
     @property
     def nbytes(self) -> int:
-        held = (self.total, self.matrix, *self.rows, *(self.output_sums or ()))
+        held = (self.total, self.matrix, *self.rows, *self.output_sums)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def finish(self, gradient: Tensor | None = None) -> LayerMoments | None:
@@ -112,7 +108,6 @@ class Accumulator:
 
     def mean_cross(self) -> tuple[Tensor, Tensor, Tensor]:
         """``E[y xᵀ]`` (groups, out / groups, fan_in), ``E[y]`` and ``E[y yᵀ]``, by groups."""
-        assert self.output_sums is not None
         assert self.origin is not None
         cross, mean, square = (total / self.count for total in self.output_sums)
         cross += mean[:, :, None] * self.origin.double()
@@ -130,7 +125,7 @@ def _add_product(matrix: Tensor, rows: Tensor) -> None:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:

@@ -9,13 +9,10 @@ from torch.nn import functional
 
 from tdecomp.model.batches import each_tensor
 
-# Varies a batch at random.
-Augment = Callable[[Any, torch.Generator], Any]
+Augment = Callable[[Any, torch.Generator], Any]  # varies a batch at random
 
-# Tensors with a shorter side than this are not taken for images.
-_LEAST_SIDE = 8
-# The largest shift, as a share of the shorter side.
-_SHIFT = 1 / 8
+_LEAST_SIDE = 8  # tensors with a shorter side than this are not taken for images
+_SHIFT = 1 / 8  # the largest one, as a share of the shorter side
 # The share of images that get a part of another image, and the largest share of its area.
 _PASTED = 0.5
 _LARGEST_PART = 0.5
@@ -44,10 +41,9 @@ def paste(batch: Any, generator: torch.Generator) -> Any:
 
 
 def _each_image_tensor(batch: Any, vary: Augment, generator: torch.Generator) -> Any:
-    def change(tensor: Tensor) -> Any:
-        floating = tensor.dim() == 4 and tensor.is_floating_point()
-        images = floating and min(tensor.shape[2:]) >= _LEAST_SIDE
-        return vary(tensor, generator) if images else tensor
+    def change(x: Tensor) -> Any:
+        images = x.dim() == 4 and x.is_floating_point() and min(x.shape[2:]) >= _LEAST_SIDE
+        return vary(x, generator) if images else x
 
     return each_tensor(batch, change)
 

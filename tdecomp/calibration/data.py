@@ -66,20 +66,17 @@ class Data:
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Moments):
-            raise TypeError(
-                "Data holds batches, got Moments; expected data=moments without Data around them"
-            )
+            raise TypeError("Data: got Moments; expected data=moments without Data around them")
         if not isinstance(self.batches, Iterable) or isinstance(self.batches, (str, bytes)):
             raise TypeError(
                 "data: expected batches (a DataLoader, or an iterable of tensors, tuples or "
                 f"dicts), got {type(self.batches).__name__}"
             )
-        for name, unit in (("max_batches", ""), ("max_memory", " (bytes)")):
+        for name in ("max_batches", "max_memory"):
             limit = getattr(self, name)
-            if limit is not None and not (_whole(limit) and limit >= 1):
-                raise ValueError(
-                    f"data: expected {name} to be a whole number of at least 1{unit}, got {limit!r}"
-                )
+            if limit is not None and not (type(limit) is int and limit >= 1):
+                expected = f"{name} to be a whole number of at least 1"
+                raise ValueError(f"data: expected {expected}, got {limit!r}")
         for name, call in (("mask", "mask(batch)"), ("augment", "augment(batch, generator)")):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -112,9 +109,8 @@ class Batches:
         batches = self.data.batches
         if iter(batches) is batches:
             raise ValueError(
-                f"{self.caller}: {reason} goes through the batches more than once, got "
-                f"{type(batches).__name__}, which yields them only once; expected a DataLoader or "
-                "a list"
+                f"{self.caller}: {reason} goes through the batches more than once, got a "
+                f"{type(batches).__name__} that yields them once; expected a DataLoader or a list"
             )
 
     def __len__(self) -> int:
@@ -180,10 +176,7 @@ class BatchError(ValueError):
 
 
 class CountedRows:
-    """Selects the rows that count, batch by batch.
-
-    All rows count in a layer whose input does not begin with the shape of the mask.
-    """
+    """Selects the rows that count by the mask of the data, batch by batch."""
 
     def __init__(self, batches: Batches) -> None:
         self._caller, self._mask_of = batches.caller, batches.data.mask
@@ -229,10 +222,7 @@ class CountedRows:
             )
 
     def _select(self, x: Tensor, leading: int) -> Tensor:
-        """The rows that count; all if the mask is not the shape of the first dimensions of x.
-
-        The first `leading` dimensions of x are those that a mask may have.
-        """
+        """All rows, unless the mask has the shape of some of the first `leading` dimensions."""
         mask = self._mask
         if mask is None or mask.dim() > leading or x.shape[: mask.dim()] != mask.shape:
             return x
@@ -256,11 +246,10 @@ def batches_for(
             "batches, such as those that the moments were taken from"
         )
     if isinstance(data, Data):
-        given = [name for name, value in options.items() if value is not getattr(Data, name)]
-        if given:
-            expected = ", ".join(f"{name}=..." for name in given)
+        named = [name for name, value in options.items() if value is not getattr(Data, name)]
+        if given := ", ".join(f"{name}=..." for name in named):
             raise ValueError(
-                f"{caller}: got {expected} beside a Data; expected Data(batches, {expected})"
+                f"{caller}: got {given} beside a Data; expected Data(batches, {given})"
             )
     else:
         data = Data(data, **options)
@@ -272,9 +261,7 @@ def batches_or_moments(
 ) -> Batches | Moments | None:
     """What a user gave as ``data=``: None, `Moments`, or a `Data` or batches as `Batches`."""
     if forward is not None and not callable(forward):
-        raise TypeError(
-            f"expected forward to be callable as forward(model, batch), got {forward!r}"
-        )
+        raise TypeError(f"expected forward to be a callable (model, batch), got {forward!r}")
     if data is None or isinstance(data, Moments):
         check_seed(seed)
         return data
@@ -283,10 +270,6 @@ def batches_or_moments(
 
 def check_seed(seed: Any) -> None:
     """Raise a ValueError unless it is None or a seed that torch and NumPy take."""
-    if seed is not None and not (_whole(seed) and 0 <= seed < 2**32):
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**32):
         expected = "None or a whole number from 0 to 2³² - 1"
         raise ValueError(f"expected seed to be {expected}, got {seed!r}")
-
-
-def _whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)

@@ -39,21 +39,13 @@ class LayerMoments:
         held = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
     def second_moments(self, dtype: torch.dtype = torch.float64) -> list[SecondMoment]:
         """One for each group; about the mean where the layer has a bias, which can correct it."""
-        if self.matrix is not None:
-            matrix = self.matrix
-            if self.spec.bias:
-                matrix = matrix - self.mean[:, :, None] * self.mean[:, None, :]
+        mean, bias = self.mean[:, None], self.spec.bias
+        if self.rows is None:
+            matrix = self._as_matrix() - mean.mT * mean if bias else self._as_matrix()
             return [SecondMoment(matrix=group.to(dtype)) for group in matrix]
-        assert self.rows is not None
-        rows = self.rows.to(dtype)
-        if self.spec.bias:
-            rows = rows - self.mean[:, None, :].to(dtype)
+        rows = self.rows.to(dtype) - mean.to(dtype) if bias else self.rows.to(dtype)
         return [SecondMoment(rows=group) for group in rows / max(self.count, 1) ** 0.5]
 
     def output_variance(
@@ -67,11 +59,10 @@ class LayerMoments:
     def lost(
         self, weight: Tensor, difference: Tensor, second: Sequence[SecondMoment]
     ) -> tuple[float, float | None]:
-        """The share of the outputs' variance that is lost, and the loss weighted by gradients.
+        """The share ``E‖D x‖² / E‖W x − E[W x]‖²`` of the outputs' variance that is lost.
 
-        ``E‖D x‖² / E‖W x − E[W x]‖²`` of a difference D of weights, with the bias corrected for
-        the mean; and ``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment, None without.
-        The weights are in the layer's own layout, `second` is what `second_moments` returns.
+        D is a difference of weights in the layer's own layout, with the bias corrected for the
+        mean. Also ``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment, None without.
         """
         kernels, blocks = self.kernels(difference), self.gradient_blocks()
         lost = sum(m.lost(d) for m, d in zip(second, kernels, strict=True))
@@ -122,11 +113,11 @@ class LayerMoments:
         return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient)
 
     def _as_matrix(self) -> Tensor:
-        if self.matrix is not None:
-            return self.matrix
-        assert self.rows is not None
-        rows = self.rows.double()
-        return rows.transpose(1, 2) @ rows / self.count
+        if self.rows is not None:
+            rows = self.rows.double()
+            return rows.mT @ rows / self.count
+        assert self.matrix is not None
+        return self.matrix
 
     def to(self, device: torch.device) -> "LayerMoments":
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}

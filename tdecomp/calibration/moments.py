@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,6 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.sites import Site
 
 _FORMAT = 1
-
-
 Value = TypeVar("Value")
 
 
@@ -36,6 +35,7 @@ class FitCache:
         return self._known.get(key)
 
 
+@dataclass(eq=False, repr=False)
 class Moments(Mapping[str, LayerMoments]):
     """The moments of every layer's inputs, by the layer's name.
 
@@ -54,17 +54,12 @@ class Moments(Mapping[str, LayerMoments]):
         The largest memory that the sums took at a time.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, LayerMoments],
-        unreached: tuple[str, ...] = (),
-        samples: int = 0,
-        peak_bytes: int = 0,
-    ) -> None:
-        self.layers, self.unreached = dict(layers), unreached
-        self.samples, self.peak_bytes = samples, peak_bytes
-        # Losses and drafts already computed, so that the next plan finds them.
-        self.fits = FitCache()
+    layers: dict[str, LayerMoments]
+    unreached: tuple[str, ...] = ()
+    samples: int = 0
+    peak_bytes: int = 0
+    # Losses and drafts already computed, so that the next plan finds them.
+    fits: FitCache = field(default_factory=FitCache, init=False)
 
     def __getitem__(self, name: str) -> LayerMoments:
         return self.layers[name]
@@ -107,42 +102,39 @@ class Moments(Mapping[str, LayerMoments]):
         for name, layer in self.items():
             site = known.get(name)
             if site is None or site.spec != layer.spec:
-                found = "no such layer" if site is None else str(site.spec)
                 raise ValueError(
-                    f"layer {name!r}: the moments are of {layer.spec}, the model has {found}; "
-                    "expected moments of this very model: calibrate(model, batches) takes them"
+                    f"layer {name!r}: the moments are of {layer.spec}, the model has "
+                    f"{site.spec if site else 'no such layer'}; expected moments of this very "
+                    "model: calibrate(model, batches) takes them"
                 )
             for call in site.calls or ():
                 if layer.sizes and call.size not in layer.sizes:
-                    seen = ", ".join("×".join(map(str, size)) for size in layer.sizes[:3])
-                    asked = "×".join(map(str, call.size))
+                    seen = ["×".join(map(str, size)) for size in (*layer.sizes[:3], call.size)]
                     raise ValueError(
-                        f"layer {name!r}: the moments are of inputs of size {seen}, the example "
-                        f"inputs give it {asked}; expected both to be of one size: calibrate with "
-                        "images as large as example_inputs"
+                        f"layer {name!r}: the moments are of inputs of size "
+                        f"{', '.join(seen[:-1])}, the example inputs give it {seen[-1]}; expected "
+                        "one size: calibrate with images as large as example_inputs"
                     )
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the moments to a safetensors file; `Moments.load` reads it."""
-        tensors = {
-            f"{name}/{part}": tensor.contiguous()
-            for name, layer in self.layers.items()
-            for part, tensor in layer.tensors().items()
-        }
-        layers = {
-            name: {"spec": layer.spec.to_dict(), "count": layer.count, "sizes": layer.sizes}
-            for name, layer in self.layers.items()
-        }
+        tensors, layers = {}, {}
+        for name, layer in self.layers.items():
+            tensors.update(
+                {f"{name}/{part}": t.contiguous() for part, t in layer.tensors().items()}
+            )
+            layers[name] = {
+                "spec": layer.spec.to_dict(),
+                "count": layer.count,
+                "sizes": layer.sizes,
+            }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
         header |= {"samples": self.samples, "peak_bytes": self.peak_bytes}
         save_file(tensors, file, {"tdecomp_moments": json.dumps(header)})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Moments":
-        """Read what `save` wrote.
-
-        A ValueError says if the file holds no moments or those of another format, or is damaged.
-        """
+        """Read what `save` wrote; a ValueError for a file that is damaged or another's."""
         try:
             with safe_open(file, "pt") as opened:
                 text = (opened.metadata() or {}).get("tdecomp_moments")
@@ -153,24 +145,19 @@ class Moments(Mapping[str, LayerMoments]):
             raise ValueError(f"{file}: holds no moments; expected a file that Moments.save wrote")
         try:
             header = json.loads(text)
-            if header["format"] != _FORMAT:
-                raise ValueError(
-                    f"{file}: moments format {header['format']!r}; this version reads {_FORMAT}"
-                )
+            if (found := header["format"]) != _FORMAT:
+                raise ValueError(f"{file}: moments format {found!r}; this version reads {_FORMAT}")
             layers = {}
             for name, entry in header["layers"].items():
                 keys = {part: f"{name}/{part}" for part in TENSORS}
                 held = {part: tensors[key] for part, key in keys.items() if key in tensors}
-                for part in ("mean", "rows" if "rows" in held else "matrix"):
-                    if part not in held:
-                        raise ValueError(
-                            f"{file}: lacks the moments {keys[part]!r}; the file is damaged"
-                        )
+                needed = ("mean", "rows" if "rows" in held else "matrix")
+                if lacking := [keys[part] for part in needed if part not in held]:
+                    raise ValueError(f"{file}: damaged: it lacks the moments {lacking}")
                 spec, sizes = LayerSpec.from_dict(entry["spec"]), map(tuple, entry["sizes"])
                 layers[name] = LayerMoments(spec, entry["count"], sizes=tuple(sizes), **held)
             return cls(layers, tuple(header["unreached"]), header["samples"], header["peak_bytes"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{file}: its header is not that of moments ({type(error).__name__}: {error}); "
-                "expected a file that Moments.save wrote"
+                f"{file}: not the header that Moments.save writes for moments: {error!r}"
             ) from error
