@@ -18,11 +18,10 @@ _BLOCKS = 4
 
 @dataclass
 class Accumulator:
-    """Sums up a layer's input patches x, and optionally the outputs y for these patches.
+    """Sums up, in float64, a layer's input patches x, and optionally its outputs y for them.
 
-    The sums are float64, the products of a slice of patches float32 (float64 for a float64 layer).
-    The mean of the first slice is subtracted from all patches: otherwise rounding would hide the
-    variance of inputs with a large mean.
+    Products of a slice of patches are float32 (float64 for a float64 layer). The mean of the first
+    slice is subtracted first: else rounding would hide the variance of inputs with a large mean.
     """
 
     spec: LayerSpec

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.augment import Augment
 from tdecomp.calibration.data import PASSES, Batches, CountedRows, batches_for
-from tdecomp.calibration.gradients import OutputGradients
+from tdecomp.calibration.gradients import Layers, OutputGradients
 from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
@@ -22,10 +22,8 @@ from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.torch_state import hooks, no_fast_path, no_inference_mode, restoring, untouched
 
-# The number of samples that output gradients are taken of: weighing layers needs no more.
-_GRADIENT_SAMPLES = 128
-# A layer with this many patches for each entry of a patch needs no variants of the batches.
-_ENOUGH = 16
+_GRADIENT_SAMPLES = 128  # weighing layers needs output gradients of no more samples
+_ENOUGH = 16  # patches for each entry of a patch, with which no variants are needed
 
 
 def calibrate(
@@ -47,17 +45,16 @@ def calibrate(
     >>> moments["2"].matrix.shape
     torch.Size([1, 72, 72])
 
-    Each layer needs memory for fan_in · min(fan_in, patches) numbers, whatever the number of
-    batches. The model runs in eval mode and is left as it was.
+    A layer needs memory for fan_in · min(fan_in, patches) numbers, however many batches there are.
+    The model runs in eval mode and is left as it was.
 
     Parameters
     ----------
     model : nn.Module
-    batches : iterable of batches, or Data
-        As for `tdecomp.Data`, which may also hold a mask.
+    batches, max_batches
+        As for `tdecomp.Data`; a Data, which may also hold a mask, is taken for both.
     forward : callable ``(model, batch) -> output``, optional
         How the model is called, if not with the batch as its arguments.
-    max_batches : int, optional
     max_memory : int, optional
         Bytes that the sums may hold at a time: layers are done in groups, one pass over the
         batches each, which must then be a list or a DataLoader.
@@ -68,8 +65,8 @@ def calibrate(
         Varies batches, in further passes for layers that see few patches, whose errors would
         otherwise come out too low: `tdecomp.flip_and_shift` for images. A `Data`'s is ignored.
     seed : int, optional
-        For the random numbers of the gradients, of `augment`, and of a DataLoader that shuffles.
-        None: always the same ones, except for the DataLoader.
+        Of gradients, `augment`, and a DataLoader that shuffles; without it, the same each time
+        except for the DataLoader.
     progress : bool
         Show a bar over the batches.
 
@@ -130,13 +127,15 @@ def calibrate_layers(
     """`calibrate` for some layers, by name; with `variants`, few patches are varied."""
     if not variants:
         batches = batches.varied_by(None)
-    groups = _grouped(model, layers, batches)
+    # With the spec of a layer, or of the layer that a chain replaced.
+    known = {n: (m, getattr(m, "replaced", None) or LayerSpec.of(m)) for n, m in layers.items()}
+    groups = _grouped(model, known, batches)
     if batches.data.augment is not None:
         batches.require_several_passes("augment")
     moments, rows = Moments({}), CountedRows(batches)
     for number, group in enumerate(groups, 1):
         title = "calibrate" if len(groups) == 1 else f"calibrate {number}/{len(groups)}"
-        part = _in_one_pass(model, group, batches, rows, title, gradients=gradients)
+        part = _in_one_pass(model, group, batches, rows, title, gradients)
         moments.layers |= part.layers
         moments.samples = part.samples
         moments.peak_bytes = max(moments.peak_bytes, part.peak_bytes)
@@ -150,16 +149,14 @@ def calibrate_layers(
 
 def _in_one_pass(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Layers,
     batches: Batches,
     rows: CountedRows,
     title: str,
-    *,
     gradients: bool,
 ) -> Moments:
-    specs = {name: (layer, _spec(layer)) for name, layer in layers.items()}
-    sums = {name: Accumulator(spec) for name, (_, spec) in specs.items()}
-    slopes = OutputGradients(specs, batches) if gradients else None
+    sums = {name: Accumulator(spec) for name, (_, spec) in layers.items()}
+    slopes = OutputGradients(layers, batches) if gradients else None
     samples = peak = 0
 
     def add(name: str, x: Tensor) -> None:
@@ -180,11 +177,8 @@ def _in_one_pass(
                     slopes.add(model, batch, _GRADIENT_SAMPLES - samples)
                 except Exception as error:  # the model runs forwards, as has just been seen
                     slopes = None
-                    warnings.warn(
-                        "calibrate: no gradients can be taken through this model, so that a budget "
-                        f"will weigh its layers alike ({type(error).__name__}: {error})",
-                        stacklevel=4,
-                    )
+                    words = f"no gradients can be taken through this model ({error!r})"
+                    warnings.warn(f"calibrate: {words}: budgets weigh layers alike", stacklevel=4)
             samples += count_samples(batch)
         for batch in batches.variants(device):
             few = [name for name, s in sums.items() if s.count < _ENOUGH * s.spec.fan_in]
@@ -192,14 +186,16 @@ def _in_one_pass(
                 break
             peak = run(batch, few)
     importance = {} if slopes is None else slopes.finish()
-    finished = {name: sums.pop(name).finish(importance.get(name)) for name in layers}
-    found = {name: moments for name, moments in finished.items() if moments is not None}
-    for name, moments in found.items():
-        _check_finite(name, moments)
-    return Moments(found, samples=samples, peak_bytes=peak)
+    moments = Moments({}, samples=samples, peak_bytes=peak)
+    for name in layers:
+        found = sums.pop(name).finish(importance.get(name))
+        if found is not None:
+            _check_finite(name, found)
+            moments.layers[name] = found
+    return moments
 
 
-def _shown(show: Callable[[str, Tensor], None], layers: Mapping[str, nn.Module]) -> hooks:
+def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:
     """Inside, `show` gets the name and the input of each layer that is about to run."""
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,33 +203,30 @@ def _shown(show: Callable[[str, Tensor], None], layers: Mapping[str, nn.Module])
 
     return hooks(
         partial(layer.register_forward_pre_hook, partial(before, name), with_kwargs=True)
-        for name, layer in layers.items()
+        for name, (layer, _) in layers.items()
     )
 
 
-def _grouped(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches
-) -> list[dict[str, nn.Module]]:
+def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Layers]:
     """Layers in groups whose sums stay under max_memory, as far as the first batch tells."""
     limit = batches.data.max_memory
     if limit is None:
-        return [dict(layers)]
+        return [layers]
     batches.require_several_passes("a max_memory")
     passes = len(batches) * (1 if batches.data.augment is None else PASSES)
     patches = dict.fromkeys(layers, 0)
 
     def count(name: str, x: Tensor) -> None:
-        spec = _spec(layers[name])
+        spec = layers[name][1]
         call = spec.call(x.shape)
         patches[name] += passes * call.batch * math.prod(spec.output_size(call.size))
 
     with untouched(model), no_fast_path(), _shown(count, layers), torch.no_grad():
         batches.run(model, next(batches.on(device_of(model))))
-    groups: list[dict[str, nn.Module]] = []
+    groups: list[dict[str, tuple[nn.Module, LayerSpec]]] = []
     free = 0
-    for name, layer in layers.items():
-        spec, known = _spec(layer), patches[name]
-        wide = spec.groups * spec.fan_in
+    for name, (layer, spec) in layers.items():
+        wide, known = spec.groups * spec.fan_in, patches[name]
         each = 8 if next(layer.parameters()).dtype == torch.float64 else 4
         need = 8 * wide * spec.fan_in if not 0 < known < spec.fan_in else each * wide * known
         if need > limit:
@@ -245,7 +238,7 @@ def _grouped(
         if not groups or need > free:
             groups.append({})
             free = limit
-        groups[-1][name] = layer
+        groups[-1][name] = layer, spec
         free -= need
     return groups
 
@@ -259,8 +252,3 @@ def _check_finite(name: str, moments: LayerMoments) -> None:
             f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities; "
             "expected finite activations. Look at the batches and at the layers before it"
         )
-
-
-def _spec(layer: nn.Module) -> LayerSpec:
-    """The spec of a layer, or of the layer that a chain replaced."""
-    return getattr(layer, "replaced", None) or LayerSpec.of(layer)

@@ -14,13 +14,10 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, call_model, describe, moved, tensors_of
 
-# Says which rows of a batch count.
-Mask = Callable[[Any], Tensor]
+Mask = Callable[[Any], Tensor]  # says which rows of a batch count
 
-# How often the batches are gone through: once as they are, then in variants.
-PASSES = 4
-# Each seed has this many random generators of its own.
-_GENERATORS = 64
+PASSES = 4  # through the batches: one as they are, then in variants
+_GENERATORS = 64  # of its own for each seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +89,6 @@ class Batches:
     forward: Forward = call_model
     seed: int | None = None  # all random numbers derive from it; None for those of seed 0
     progress: bool = True  # whether to show bars
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
 
     def called_by(self, caller: str) -> "Batches":
         """The same batches, used by another function."""
@@ -191,10 +185,8 @@ class CountedRows:
         try:
             mask = self._mask_of(batch)
         except Exception as error:
-            raise BatchError(
-                f"{self._caller}: the mask failed on a batch ({describe(batch)}): "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            words = f"the mask failed on a batch ({describe(batch)})"
+            raise BatchError(f"{self._caller}: {words}: {error!r}") from error
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() == 0:
             raise BatchError(
                 f"{self._caller}: the mask returned {describe(mask)}; expected a bool tensor of "
@@ -253,6 +245,7 @@ def batches_for(
             )
     else:
         data = Data(data, **options)
+    _check_seed(seed)
     return Batches(data, caller, forward or call_model, seed, progress)
 
 
@@ -263,12 +256,12 @@ def batches_or_moments(
     if forward is not None and not callable(forward):
         raise TypeError(f"expected forward to be a callable (model, batch), got {forward!r}")
     if data is None or isinstance(data, Moments):
-        check_seed(seed)
+        _check_seed(seed)
         return data
     return batches_for("data", data, forward=forward, seed=seed, progress=progress)
 
 
-def check_seed(seed: Any) -> None:
+def _check_seed(seed: Any) -> None:
     """Raise a ValueError unless it is None or a seed that torch and NumPy take."""
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**32):
         expected = "None or a whole number from 0 to 2³² - 1"

@@ -13,8 +13,8 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.torch_state import frozen, hooks, undisturbed
 
-# The number of samples whose activations are kept at a time, for the backward pass.
-_SAMPLES_AT_A_TIME = 16
+_SAMPLES_AT_A_TIME = 16  # whose activations are kept for the backward pass
+Layers = Mapping[str, tuple[nn.Module, LayerSpec]]  # by name
 
 
 class OutputGradients:
@@ -26,17 +26,14 @@ class OutputGradients:
     Curvature", section 2). It needs no labels, and z may mean anything.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[nn.Module, LayerSpec]], batches: Batches) -> None:
+    def __init__(self, layers: Layers, batches: Batches) -> None:
         self._layers, self._batches = layers, batches
         self._rows, self._generator = CountedRows(batches), batches.generator(0)
         self._sums: dict[str, Tensor] = {}
         self.samples = 0
 
     def add(self, model: nn.Module, batch: Any, most: int) -> None:
-        """Run the first samples of a batch forwards and backwards, a few at a time.
-
-        If the model rejects a part of the batch, such as a single sequence, it gets all of it.
-        """
+        """Run the first samples forwards and backwards, a few at a time or, if that fails, all."""
         parts = in_parts(batch, _SAMPLES_AT_A_TIME, most)
         try:
             for few in parts:

@@ -109,11 +109,12 @@ class Moments(Mapping[str, LayerMoments]):
                 )
             for call in site.calls or ():
                 if layer.sizes and call.size not in layer.sizes:
-                    seen = ["×".join(map(str, size)) for size in (*layer.sizes[:3], call.size)]
+                    sizes = (*layer.sizes[:3], call.size)
+                    *seen, asked = ("×".join(map(str, size)) for size in sizes)
                     raise ValueError(
-                        f"layer {name!r}: the moments are of inputs of size "
-                        f"{', '.join(seen[:-1])}, the example inputs give it {seen[-1]}; expected "
-                        "one size: calibrate with images as large as example_inputs"
+                        f"layer {name!r}: the moments are of inputs of size {', '.join(seen)}, the "
+                        f"example inputs give it {asked}; expected one size: calibrate with images "
+                        "as large as example_inputs"
                     )
 
     def save(self, file: str | os.PathLike[str]) -> None:

@@ -68,10 +68,9 @@ def _tensors_in(value: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:
 
 
 def in_parts(batch: Any, size: int, most: int) -> list[Any]:
-    """The first `most` samples of a batch, `size` at a time.
+    """The first `most` samples of a batch, `size` at a time; all of it if it cannot be cut.
 
-    Every tensor that is as long as the first one is cut. A batch whose tensors are not in plain
-    containers cannot be cut and is returned whole, as the only part.
+    Cut is every tensor in plain containers that is as long as the first one.
     """
     samples = count_samples(batch)
 

@@ -32,8 +32,8 @@ class Filters:
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse patterns that match none of `names`."""
-        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns:
+        for option in ("include", "exclude"):
+            for pattern in getattr(self, option):
                 if not any(matches(name, pattern) for name in names):
                     raise no_match(option, pattern, names)
 
@@ -94,10 +94,9 @@ def at_least(channels: int = 0, features: int = 0) -> AtLeast:
         For a width that is not a whole number of 0 or more.
     """
     for name, value in (("channels", channels), ("features", features)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(
-                f"at_least: expected {name} to be a whole number of 0 or more, got {value!r}"
-            )
+        if type(value) is not int or value < 0:
+            expected = f"{name} to be a whole number of 0 or more"
+            raise ValueError(f"at_least: expected {expected}, got {value!r}")
     return AtLeast(channels, features)
 
 

@@ -15,10 +15,8 @@ def as_optimizers(optimizers: Optimizer | Sequence[Optimizer] | None) -> tuple[O
     listed = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                "optimizers: expected a torch.optim.Optimizer or a sequence of them, got "
-                f"{type(optimizer).__name__}"
-            )
+            expected = "a torch.optim.Optimizer or a sequence of them"
+            raise TypeError(f"optimizers: expected {expected}, got {type(optimizer).__name__}")
     return listed
 
 

@@ -49,7 +49,7 @@ class Reasons:
         for name, parameter in module.named_parameters(recurse=False):
             storage, mine = _memory(parameter)
             users = self._users[storage]
-            owners = {name for r, name in users if r.start < mine.stop and mine.start < r.stop}
+            owners = {user for r, user in users if r.start < mine.stop and mine.start < r.stop}
             if len(owners) > 1:
                 return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
         return None
@@ -112,10 +112,9 @@ def _memory(parameter: nn.Parameter) -> tuple[int, range]:
     """The address of its storage, and the range of elements there from its first to its last."""
     if parameter.is_meta or nn.parameter.is_lazy(parameter) or not parameter.numel():
         return 0, range(0)
-    first = int(parameter.storage_offset())
     strided = zip(parameter.shape, parameter.stride(), strict=True)
-    last = first + sum((int(size) - 1) * int(stride) for size, stride in strided)
-    return parameter.untyped_storage().data_ptr(), range(first, last + 1)
+    first, length = parameter.storage_offset(), 1 + sum((n - 1) * step for n, step in strided)
+    return parameter.untyped_storage().data_ptr(), range(first, first + length)
 
 
 def _readers(model: nn.Module) -> dict[nn.Module, str]:

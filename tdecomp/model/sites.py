@@ -1,18 +1,22 @@
-"""The layers of a model, with the reasons to leave some of them alone."""
+"""The layers of a model, why some are left alone, and how one watched forward pass uses them."""
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tdecomp.layers.spec import KINDS, Call, LayerSpec
+from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.reasons import Reasons, is_layer, is_lazy, spec_of
-from tdecomp.model.trace import Trace, trace
+from tdecomp.torch_state import hooks, no_fast_path, untouched
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class Site:
     @property
     def name(self) -> str:
         return self.names[0]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass of the example inputs showed, by the names of the layers."""
+
+    calls: Mapping[str, list[Call]]  # of each watched layer; empty if it never ran
+    total_macs: int  # of the whole pass, by torch's flop counter
+    # How a layer is used, if in another way than by calling it with its input.
+    oddities: Mapping[str, str]
 
 
 class Sites(dict[str, Site]):
@@ -50,9 +64,8 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
             names.setdefault(module, []).append(name)
     if not names:
         raise ValueError(
-            f"the model ({type(model).__name__}) has no Linear or convolution to decompose, nor a "
-            f"layer of another known kind; the known ones are {', '.join(KINDS)} "
-            "(tdecomp.register_layer_kind adds one)"
+            f"the model ({type(model).__name__}) has no Linear or convolution, nor a layer of "
+            f"another known kind: {', '.join(KINDS)} (tdecomp.register_layer_kind adds one)"
         )
     specs = {listed[0]: spec_of(module) for module, listed in names.items()}
     if filters is not None:
@@ -107,12 +120,73 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     parallel = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    inner = {"OptimizedModule": "model._orig_mod"} | dict.fromkeys(parallel, "model.module")
     for name in (kind.__name__ for kind in type(model).__mro__):
-        if name in ("OptimizedModule", *parallel):
-            inner = "model.module" if name in parallel else "model._orig_mod"
-            raise ValueError(
-                f"the model is wrapped in {name}: decompose the inner module ({inner}) first, then "
-                "wrap the result"
-            )
+        if name in inner:
+            remedy = f"decompose the inner module ({inner[name]}), then wrap the result"
+            raise ValueError(f"the model is wrapped in {name}: {remedy}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the model is a ScriptModule: decompose the eager model, then script it")
+
+
+def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any) -> Trace:
+    """Run `model` once in eval mode, its state restored; ValueError if it rejects the inputs."""
+    example = Example.of(example_inputs)
+    layers = {m: name for name, m in model.named_modules() if name in specs}
+    calls: dict[str, list[Call]] = {name: [] for name in specs}
+    oddities: dict[str, str] = {}
+    reads = _WeightReads(layers, oddities)
+    counter = FlopCounterMode(display=False)
+
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = layers[layer]
+        reads.running.append(name)
+        value, *extra = (*args, *kwargs.values()) or (None,)
+        if extra:
+            oddities[name] = "it is called with more than its input"
+        if isinstance(value, Tensor):  # if not, the layer itself is about to complain
+            calls[name].append(specs[name].call(value.shape))
+
+    def after(*_: Any) -> None:
+        reads.running.pop()
+
+    starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
+    ends = [partial(m.register_forward_hook, after, always_call=True) for m in layers]
+    with untouched(model), hooks(starts), hooks(ends):
+        try:
+            with torch.no_grad(), no_fast_path(), reads, counter:
+                example.run(model)
+        except Exception as error:
+            raise ValueError(
+                f"the model rejected example_inputs ({example.describe()}): "
+                f"{type(error).__name__}: {error}. Expected a tensor, a tuple of positional or a "
+                "dict of keyword arguments with which model(...) runs, or inputs of a call of your "
+                "own, forward(model, inputs): forward=lambda model, inputs: ..."
+            ) from error
+    return Trace(calls, counter.get_total_flops() // 2, oddities)
+
+
+class _WeightReads(TorchFunctionMode):
+    """Notes layers whose weight a torch function is given while they are not running."""
+
+    def __init__(self, layers: Mapping[nn.Module, str], oddities: dict[str, str]) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self._oddities = oddities
+        parameters = ((p, name) for m, name in layers.items() for p in m.parameters(recurse=False))
+        self._owners = {id(p): name for p, name in parameters}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in _flat((args, kwargs or {})):
+            owner = self._owners.get(id(value))
+            if owner is not None and owner not in self.running:
+                self._oddities.setdefault(owner, "its weight is read outside its own forward")
+        return func(*args, **(kwargs or {}))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _flat(item)
+    else:
+        yield value

@@ -1,7 +1,7 @@
 """A module into every slot where the old one stood; optimizers follow; all of it or nothing."""
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -16,8 +16,7 @@ from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
 from tdecomp.scope import interrupts_deferred
 
-# A module, and the way to put another one in its place.
-Slot = tuple[nn.Module, Callable[[Any], None]]
+Put = Callable[[Any], None]  # puts a module or another object into a certain place
 
 
 def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
@@ -47,17 +46,13 @@ def swap(
 ) -> None:
     """Replace modules in `model` itself, and their parameters in `optimizers`.
 
-    On an error, model and optimizers are as they were; an interrupt (Ctrl-C) is raised afterwards.
-    `values` are copied into the changed model's parameters and buffers of these names, see
-    `tensors_in`; those that are equal already are left out. `layout` is the memory
-    layout that the changed model gets. A ValueError is raised if the model lacks one of these
-    names and shapes, or is itself to be replaced.
+    `values` are copied into the changed model's parameters and buffers of these names, except where
+    they are equal; a `layout` is given to its kernels. On an error, such as a ValueError for a name
+    that it lacks, all is as it was; an interrupt (Ctrl-C) is raised afterwards.
     """
     if model in chains:
-        raise ValueError(
-            "the model is itself the layer to be replaced, which cannot be done in place: leave "
-            "inplace=False and use result.model"
-        )
+        remedy = "leave inplace=False and use result.model"
+        raise ValueError(f"the model itself cannot be replaced in place: {remedy}")
     slots = _slots(model, chains)
     with interrupts_deferred(), ExitStack() as undo:
         for old, put in slots:
@@ -88,21 +83,17 @@ def tensors_in(model: nn.Module) -> dict[str, Tensor]:
     return dict([*parameters, *model.named_buffers(remove_duplicate=False)])
 
 
-def _changed(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _changed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each tensor of the model that is to have another value, with that value."""
     held = tensors_in(model)
-    changed = []
     for name, value in values.items():
         mine = held.get(name)
         if mine is None or mine.shape != value.shape:
             found = "no such tensor" if mine is None else f"one of shape {tuple(mine.shape)}"
-            raise ValueError(
-                f"the model has {found} where {name!r} of shape {tuple(value.shape)} is to be "
-                "copied; expected a model of the same structure"
-            )
+            wanted = f"{name!r} of shape {tuple(value.shape)} is to be copied"
+            raise ValueError(f"the model has {found} where {wanted}; expected the same structure")
         if mine is not value and not torch.equal(mine, value.to(mine)):
-            changed.append((mine, value))
-    return changed
+            yield mine, value
 
 
 def _copy(tensor: Tensor, value: Tensor) -> None:
@@ -111,12 +102,12 @@ def _copy(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(value)
 
 
-def _slots(model: nn.Module, replacements: Replacements) -> list[Slot]:
+def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module, Put]]:
     """Every place that holds a module to be replaced, with the way to put another one there."""
-    found: list[Slot] = []
+    found: list[tuple[nn.Module, Put]] = []
     seen: set[int] = set()
     # Modules, containers, namespaces and what they hold; each `put` replaces its `value`.
-    queue: list[tuple[Any, Callable[[Any], None]]] = [(m, lambda _: None) for m in model.modules()]
+    queue: list[tuple[Any, Put]] = [(m, lambda _: None) for m in model.modules()]
     for value, put in queue:  # which grows meanwhile
         if isinstance(value, nn.Module) and value in replacements:
             found.append((value, put))
@@ -145,11 +136,9 @@ def _plain_object(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, foreign)
 
 
-def _put_in_tuple(
-    old: tuple[Any, ...], current: list[Any], index: int, put: Callable[[Any], None], new: Any
-) -> None:
-    current[index] = new
-    put(tuple_like(old, current))
+def _put_in_tuple(old: tuple[Any, ...], items: list[Any], at: int, put: Put, new: Any) -> None:
+    items[at] = new
+    put(tuple_like(old, items))
 
 
 def _put_in_set(holder: set[Any], current: list[Any], new: Any) -> None:

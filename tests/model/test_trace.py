@@ -12,7 +12,7 @@ import tdecomp
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stock import STOCK_LAYERS
 from tdecomp.model.example import Example
-from tdecomp.model.trace import trace
+from tdecomp.model.sites import trace
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
 
