@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.calibration.accumulator import Accumulator
+from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients
 from tdecomp.calibration.augment import Augment
 from tdecomp.calibration.data import PASSES, Batches, CountedRows, batches_for
-from tdecomp.calibration.gradients import Layers, OutputGradients
-from tdecomp.calibration.layer_moments import LayerMoments
-from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites

@@ -38,11 +38,10 @@ class Data:
         The bytes that sums over layers' inputs may take at a time; see `calibrate`.
     mask : callable ``(batch) -> Tensor``, optional
         Which rows count, e.g. tokens that are not padding: a bool tensor (batch,) or
-        (batch, length). It holds for the moments, for the gradients and for the sums of `refit`, in
-        layers whose input begins with the shape of the mask: a Linear on (batch, ..., features) or
-        (batch, length, ..., features), and, for a mask (batch,), a convolution on
-        (batch, channels, ...). All rows count in every other layer, in `recalibrate_batchnorm`, in
-        `distill` and in the errors of the whole model.
+        (batch, length). It holds for moments, gradients and the sums of `refit`, in layers whose
+        input begins with the shape of the mask: a Linear on (batch, ..., features) or
+        (batch, length, ..., features), and, for a mask (batch,), a convolution. All rows count in
+        other layers, in `recalibrate_batchnorm`, `distill` and the errors of the whole model.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches at random, for `refit`, `distill` and the fits before them; everything else
         uses the batches as they are. None for batches that must not be varied.
@@ -65,10 +64,8 @@ class Data:
         if isinstance(self.batches, Moments):
             raise TypeError("Data: got Moments; expected data=moments without Data around them")
         if not isinstance(self.batches, Iterable) or isinstance(self.batches, (str, bytes)):
-            raise TypeError(
-                "data: expected batches (a DataLoader, or an iterable of tensors, tuples or "
-                f"dicts), got {type(self.batches).__name__}"
-            )
+            expected = "batches (a DataLoader, or an iterable of tensors, tuples or dicts)"
+            raise TypeError(f"data: expected {expected}, got {type(self.batches).__name__}")
         for name in ("max_batches", "max_memory"):
             limit = getattr(self, name)
             if limit is not None and not (type(limit) is int and limit >= 1):
@@ -120,10 +117,8 @@ class Batches:
             empty = False
             yield moved(batch, device)
         if empty:
-            raise ValueError(
-                f"{self.caller}: got no batches; expected at least one (an exhausted generator "
-                "looks like this too: pass a DataLoader or a list)"
-            )
+            remedy = "an exhausted generator has none left: pass a DataLoader or a list"
+            raise ValueError(f"{self.caller}: got no batches; expected at least one ({remedy})")
 
     def bar(self, device: torch.device, title: str) -> Iterator[Any]:
         """`on`, with a progress bar."""
@@ -233,10 +228,8 @@ def batches_for(
 ) -> Batches:
     """The batches for `caller`, from a `Data`, or from batches and `options`, the fields of one."""
     if isinstance(data, Moments):
-        raise ValueError(
-            f"{caller} runs the model on batches, got moments; expected a DataLoader or a list of "
-            "batches, such as those that the moments were taken from"
-        )
+        expected = "a DataLoader or a list of batches"
+        raise ValueError(f"{caller} runs the model on batches, got moments; expected {expected}")
     if isinstance(data, Data):
         named = [name for name, value in options.items() if value is not getattr(Data, name)]
         if given := ", ".join(f"{name}=..." for name in named):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdecomp.calibration.layer_moments import LayerMoments
+from tdecomp.calibration.moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization, Factors
 from tdecomp.layers.chain import Rank

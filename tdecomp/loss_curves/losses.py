@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdecomp.calibration.layer_moments import LayerMoments
-from tdecomp.calibration.moments import FitCache
+from tdecomp.calibration.moments import FitCache, LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
 from tdecomp.layers.chain import Rank

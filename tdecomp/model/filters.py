@@ -25,10 +25,8 @@ class Filters:
             patterns = (given,) if isinstance(given, str) else tuple(given or ())
             object.__setattr__(self, option, patterns)
         if self.where is not None and not callable(self.where):
-            raise TypeError(
-                "where: expected a callable (module, name) -> bool, such as "
-                f"tdecomp.at_least(channels=16), or None for all layers; got {self.where!r}"
-            )
+            expected = "a callable (module, name) -> bool, such as tdecomp.at_least(channels=16)"
+            raise TypeError(f"where: expected {expected}, or None for all; got {self.where!r}")
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse patterns that match none of `names`."""

@@ -67,10 +67,9 @@ def _own_reason(module: nn.Module) -> str | None:
     others = (name for name in ("weight", "bias") if name not in module._parameters)
     computed = [name for name in others if getattr(module, name, None) is not None]
     if computed or "weight" not in module._parameters:
-        return (
-            f"its {' and '.join(computed) or 'weight'} is computed from other parameters: bake it "
-            "in (remove_weight_norm, remove_spectral_norm, prune.remove)"
-        )
+        words = " and ".join(computed) or "weight"
+        remedy = "bake it in (remove_weight_norm, remove_spectral_norm, prune.remove)"
+        return f"its {words} is computed from other parameters: {remedy}"
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is no stock layer of torch"

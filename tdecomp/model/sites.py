@@ -18,6 +18,8 @@ from tdecomp.model.filters import Filters
 from tdecomp.model.reasons import Reasons, is_layer, is_lazy, spec_of
 from tdecomp.torch_state import hooks, no_fast_path, untouched
 
+_LOAD = "load the weights first (model.to_empty(device=...), load_state_dict)"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -40,8 +42,7 @@ class Trace:
 
     calls: Mapping[str, list[Call]]  # of each watched layer; empty if it never ran
     total_macs: int  # of the whole pass, by torch's flop counter
-    # How a layer is used, if in another way than by calling it with its input.
-    oddities: Mapping[str, str]
+    oddities: Mapping[str, str]  # how a layer is used, if not by a call with its input alone
 
 
 class Sites(dict[str, Site]):
@@ -89,10 +90,7 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
 def _traced(model: nn.Module, specs: Mapping[str, LayerSpec], example: Any) -> Trace:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(
-                f"{name!r} is on the meta device, so example_inputs cannot be run: load the "
-                "weights first (model.to_empty(device=...), load_state_dict)"
-            )
+            raise ValueError(f"{name!r} is on the meta device, example_inputs cannot run: {_LOAD}")
     # A forward pass would give the user's lazy layers their sizes: run a copy.
     lazy = any(is_lazy(module) for module in model.modules())
     return trace(copy.deepcopy(model) if lazy else model, specs, example)
@@ -103,10 +101,7 @@ def check_weight(site: Site) -> None:
     layer = f"layer {site.name!r} ({site.spec})"
     for name, parameter in site.module.named_parameters(recurse=False):
         if parameter.is_meta:
-            raise ValueError(
-                f"{layer}: its {name} is on the meta device and has no values; load the weights "
-                "first (model.to_empty(device=...), load_state_dict)"
-            )
+            raise ValueError(f"{layer}: its {name} is on the meta device, without values: {_LOAD}")
         finite = math.isfinite(float(parameter.detach().sum()))  # a sum is fast
         if not finite and (bad := int((~torch.isfinite(parameter)).sum())):
             raise ValueError(

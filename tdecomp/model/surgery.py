@@ -31,10 +31,8 @@ def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise ValueError(
-            f"the model cannot be deep-copied ({type(error).__name__}: {error}): use inplace=True "
-            "on a model that you no longer need as it is"
-        ) from error
+        remedy = "use inplace=True on a model that you no longer need as it is"
+        raise ValueError(f"the model cannot be deep-copied ({error!r}): {remedy}") from error
 
 
 def swap(
@@ -114,19 +112,17 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module
         elif isinstance(value, tuple):
             # Its items cannot be replaced one by one: each put makes a new tuple of current ones.
             current = list(value)
-            for index, item in enumerate(value):
-                queue.append((item, partial(_put_in_tuple, value, current, index, put)))
+            puts = (partial(_put_in_tuple, value, current, at, put) for at in range(len(value)))
+            queue += zip(value, puts, strict=True)
         elif id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, nn.Module) or _plain_object(value):
                 queue.append((vars(value), put))
             elif isinstance(value, (MutableMapping, MutableSequence)):
                 pairs = value.items() if isinstance(value, MutableMapping) else enumerate(value)
-                for key, item in pairs:
-                    queue.append((item, partial(value.__setitem__, key)))
+                queue += [(item, partial(value.__setitem__, key)) for key, item in pairs]
             elif isinstance(value, set):
-                for item in value:
-                    queue.append((item, partial(_put_in_set, value, [item])))
+                queue += [(item, partial(_put_in_set, value, [item])) for item in value]
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.accumulator import Accumulator
-from tdecomp.calibration.layer_moments import LayerMoments
+from tdecomp.calibration.moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdecomp.calibration.accumulator import Accumulator
+from tdecomp.calibration.accumulator import Accumulator, OutputGradients
 from tdecomp.calibration.data import Batches, CountedRows
-from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.model.batches import count_samples, device_of
 from tdecomp.recovery.replaced import ReplacedLayer
 from tdecomp.torch_state import hooks, no_inference_mode

@@ -11,10 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdecomp
-from tdecomp.calibration.accumulator import Accumulator
+from tdecomp.calibration.accumulator import Accumulator, OutputGradients
 from tdecomp.calibration.calibrate import calibrate
 from tdecomp.calibration.data import batches_for
-from tdecomp.calibration.gradients import OutputGradients
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import call_model
