@@ -122,7 +122,7 @@ def calibrate_layers(
     gradients: bool = False,
     variants: bool = False,
 ) -> Moments:
-    """`calibrate` for some layers, by name; with `variants`, few patches are varied."""
+    """`calibrate` for some layers, by name; `variants` are for those that see few patches."""
     if not variants:
         batches = batches.varied_by(None)
     # With the spec of a layer, or of the layer that a chain replaced.
@@ -133,10 +133,7 @@ def calibrate_layers(
     moments, rows = Moments({}), CountedRows(batches)
     for number, group in enumerate(groups, 1):
         title = "calibrate" if len(groups) == 1 else f"calibrate {number}/{len(groups)}"
-        part = _in_one_pass(model, group, batches, rows, title, gradients)
-        moments.layers |= part.layers
-        moments.samples = part.samples
-        moments.peak_bytes = max(moments.peak_bytes, part.peak_bytes)
+        _add_pass(moments, model, group, batches, rows, title, gradients)
     if layers:
         rows.check_used()
     moments.unreached = tuple(name for name in layers if name not in moments)
@@ -145,52 +142,52 @@ def calibrate_layers(
     return moments
 
 
-def _in_one_pass(
+def _add_pass(
+    moments: Moments,
     model: nn.Module,
     layers: Layers,
     batches: Batches,
     rows: CountedRows,
     title: str,
     gradients: bool,
-) -> Moments:
+) -> None:
+    """Add what one pass over the batches, and further ones over variants, show of these layers."""
     sums = {name: Accumulator(spec) for name, (_, spec) in layers.items()}
     slopes = OutputGradients(layers, batches) if gradients else None
-    samples = peak = 0
+    moments.samples = 0
 
     def add(name: str, x: Tensor) -> None:
         sums[name].add(rows.of_layer(x, sums[name].spec))
 
-    def run(batch: Any, names: Iterable[str]) -> int:
+    def run(batch: Any, names: Iterable[str]) -> None:
         rows.begin(batch)
         with _shown(add, {name: layers[name] for name in names}), torch.no_grad():
             batches.run(model, batch)
-        return max(peak, sum(s.nbytes for s in sums.values()))
+        moments.peak_bytes = max(moments.peak_bytes, sum(s.nbytes for s in sums.values()))
 
     device = device_of(model)
     with untouched(model), no_fast_path(), no_inference_mode():
         for batch in batches.bar(device, title):
-            peak = run(batch, layers)
-            if slopes is not None and samples < _GRADIENT_SAMPLES:
+            run(batch, layers)
+            if slopes is not None and moments.samples < _GRADIENT_SAMPLES:
                 try:
-                    slopes.add(model, batch, _GRADIENT_SAMPLES - samples)
+                    slopes.add(model, batch, _GRADIENT_SAMPLES - moments.samples)
                 except Exception as error:  # the model runs forwards, as has just been seen
                     slopes = None
                     words = f"no gradients can be taken through this model ({error!r})"
                     warnings.warn(f"calibrate: {words}: budgets weigh layers alike", stacklevel=4)
-            samples += count_samples(batch)
+            moments.samples += count_samples(batch)
         for batch in batches.variants(device):
             few = [name for name, s in sums.items() if s.count < _ENOUGH * s.spec.fan_in]
             if not few:
                 break
-            peak = run(batch, few)
+            run(batch, few)
     importance = {} if slopes is None else slopes.finish()
-    moments = Moments({}, samples=samples, peak_bytes=peak)
     for name in layers:
         found = sums.pop(name).finish(importance.get(name))
         if found is not None:
             _check_finite(name, found)
             moments.layers[name] = found
-    return moments
 
 
 def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:

@@ -100,8 +100,8 @@ class Batches:
         batches = self.data.batches
         if iter(batches) is batches:
             raise ValueError(
-                f"{self.caller}: {reason} goes through the batches more than once, got a "
-                f"{type(batches).__name__} that yields them once; expected a DataLoader or a list"
+                f"{self.caller}: {reason} goes through the batches more than once, got "
+                f"{type(batches).__name__}, which yields them only once; pass a DataLoader or list"
             )
 
     def __len__(self) -> int:
