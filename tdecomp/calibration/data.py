@@ -101,7 +101,8 @@ class Batches:
         if iter(batches) is batches:
             raise ValueError(
                 f"{self.caller}: {reason} goes through the batches more than once, got "
-                f"{type(batches).__name__}, which yields them only once; pass a DataLoader or list"
+                f"{type(batches).__name__}, which yields them only once; expected a DataLoader or "
+                "a list"
             )
 
     def __len__(self) -> int:

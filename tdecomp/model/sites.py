@@ -65,8 +65,8 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
             names.setdefault(module, []).append(name)
     if not names:
         raise ValueError(
-            f"the model ({type(model).__name__}) has no Linear or convolution, nor a layer of "
-            f"another known kind: {', '.join(KINDS)} (tdecomp.register_layer_kind adds one)"
+            f"the model ({type(model).__name__}) has no Linear or convolution to decompose, nor a "
+            f"layer of another known kind ({', '.join(KINDS)}; tdecomp.register_layer_kind adds one)"
         )
     specs = {listed[0]: spec_of(module) for module, listed in names.items()}
     if filters is not None:
@@ -155,8 +155,8 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
             raise ValueError(
                 f"the model rejected example_inputs ({example.describe()}): "
                 f"{type(error).__name__}: {error}. Expected a tensor, a tuple of positional or a "
-                "dict of keyword arguments with which model(...) runs, or inputs of a call of your "
-                "own, forward(model, inputs): forward=lambda model, inputs: ..."
+                "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
+                "forward=lambda model, inputs: ... says how else to call it"
             ) from error
     return Trace(calls, counter.get_total_flops() // 2, oddities)
 
