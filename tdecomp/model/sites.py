@@ -65,8 +65,8 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
             names.setdefault(module, []).append(name)
     if not names:
         raise ValueError(
-            f"the model ({type(model).__name__}) has no Linear or convolution to decompose, nor a "
-            f"layer of another known kind ({', '.join(KINDS)}; tdecomp.register_layer_kind adds one)"
+            f"the model ({type(model).__name__}) has no Linear or convolution to decompose, nor "
+            f"another known layer ({', '.join(KINDS)}; tdecomp.register_layer_kind adds a kind)"
         )
     specs = {listed[0]: spec_of(module) for module, listed in names.items()}
     if filters is not None:
