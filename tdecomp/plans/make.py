@@ -24,6 +24,7 @@ from tdecomp.ranks.base import Choice, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 from tdecomp.timing.choose import TimedChoices, choose_with_times
+from tdecomp.timing.layout_times import LayoutTimes
 from tdecomp.timing.measure import check_timing, profile_for
 from tdecomp.timing.profile import Profile
 
@@ -116,10 +117,11 @@ def _choose(
         chosen = checked_choices(request.selector, candidates, rest)
         return [guard(choice) for choice in chosen], None
     assert request.example is not None
-    timed = choose_with_times(
-        [offer.site for offer in offers], candidates, request.selector, rest, times,
-        request.example, model, only_if_faster=request.only_if_faster, guard=guard,
-    )  # fmt: skip
+    sites = [offer.site for offer in offers]
+    timed = choose_with_times(LayoutTimes(
+        sites, candidates, request.selector, rest, times, request.example, model,
+        request.only_if_faster, guard,
+    ))  # fmt: skip
     return list(timed.choices), timed
 
 
