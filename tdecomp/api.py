@@ -20,7 +20,6 @@ from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
-from tdecomp.timing.measure import check_timing
 from tdecomp.timing.profile import Profile
 from tdecomp.timing.stopwatch import THIS_MACHINE
 from tdecomp.torch_state import restoring
@@ -124,9 +123,9 @@ def decompose(
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     check_data(steps, batches)
     with restoring(model, seed=seed):
-        request = _request(
-            methods, rank, example, include, exclude, where,
-            allow_expansion, profile, only_if_faster, progress,
+        request = Request(
+            listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
+            example, allow_expansion, profile, only_if_faster, progress,
         )  # fmt: skip
         planned = make_plan(model, request, batches, use_variants(steps), expect=False)
         timed = planned.plan.speed is not None or request.selector.weighs_layers
@@ -176,9 +175,9 @@ def plan(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     with restoring(model, seed=seed):
-        request = _request(
-            methods, rank, example, include, exclude, where,
-            allow_expansion, profile, only_if_faster, progress,
+        request = Request(
+            listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
+            example, allow_expansion, profile, only_if_faster, progress,
         )  # fmt: skip
         return make_plan(model, request, batches, expect=True).plan
 
@@ -300,23 +299,3 @@ def sensitivity(
     with restoring(model, seed=seed):
         listed = listed_methods(methods)
         return measure_sensitivity(model, listed, filters, example, batches, progress=progress)
-
-
-def _request(
-    methods: Methods,
-    rank: Any,
-    example: Example | None,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-    where: Callable[[nn.Module, str], bool] | None,
-    allow_expansion: bool,
-    profile: Profile | None,
-    only_if_faster: bool,
-    progress: bool,
-) -> Request:
-    selector, listed = get_selector(rank), listed_methods(methods)
-    check_timing(profile, only_if_faster, selector, example)
-    filters = Filters(include, exclude, where)
-    return Request(
-        listed, selector, filters, example, allow_expansion, profile, only_if_faster, progress
-    )

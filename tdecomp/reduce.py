@@ -90,18 +90,19 @@ def reduce_ranks(
         rows = {row.name: row for row in plan}
         bar = tqdm(candidates, desc="reduce", unit="layer", disable=not progress)
         for mine, choice in zip(bar, choices, strict=True):
-            old, row = chains[mine.layer], rows[mine.layer]
-            if choice.rank is None or choice.rank == row.rank:
-                continue
-            planned = planned_row(row, mine.decomposer, choice.rank)
-            planned = replace(planned, note=f"from rank {row.rank}", expected_error=choice.error)
-            rows[mine.layer], new = fit_row(sites[mine.layer], planned, mine.decomposer, moments)
-            replacements[old] = new.train(old.training)
+            name, rank, row = mine.layer, choice.rank, rows[mine.layer]
+            if rank is not None and rank != row.rank:
+                planned = planned_row(row, mine.decomposer, rank)
+                note = f"from rank {row.rank}"
+                planned = replace(planned, note=note, expected_error=choice.error)
+                rows[name], new = fit_row(sites[name], planned, mine.decomposer, moments)
+                replacements[chains[name]] = new.train(chains[name].training)
         unfitted = [replace(row, weight_error=None, output_error=None) for row in rows.values()]
-        changed = model if inplace else copy_with(model, replacements)
-        report = Report(list(rows.values()), plan.everything_else)
-        new_plan = Plan(unfitted, plan.everything_else, plan.decomposers)
-        result = Decomposition(changed, report, new_plan)
+        result = Decomposition(
+            model if inplace else copy_with(model, replacements),
+            Report(list(rows.values()), plan.everything_else),
+            Plan(unfitted, plan.everything_else, plan.decomposers),
+        )
         if inplace:
             swap(model, replacements, listed)
         return result
@@ -163,9 +164,8 @@ def _candidates(
 ) -> list[Candidate]:
     """For each chain its own method, at no more than the ranks it has now."""
     able = [(site, [chains[name].decomposer]) for name, site in sites.items()]
-    offers = offer_ranks(
-        able, moments, curves=selector.weighs_layers, largest_share=selector.largest_share
-    )
+    curves, share = selector.weighs_layers, selector.largest_share
+    offers = offer_ranks(able, moments, curves=curves, largest_share=share)
     candidates = [_limited(offer.candidates[0], plan[offer.site.name]) for offer in offers]
     for mine in candidates:
         named: RankSelector | None = selector

@@ -24,7 +24,8 @@ from tdecomp.ranks.base import Choice, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 from tdecomp.timing.choose import TimedChoices, choose_with_times
-from tdecomp.timing.measure import profile_for
+from tdecomp.timing.layout_times import LayoutTimes
+from tdecomp.timing.measure import check_timing, profile_for
 from tdecomp.timing.profile import Profile
 
 
@@ -67,7 +68,9 @@ def make_plan(
 
     With `variants`, layers that see few patches see variants of the batches, too.
     """
-    found, selector = find_sites(model, request.filters, request.example), request.selector
+    selector = request.selector
+    check_timing(request.profile, request.only_if_faster, selector, request.example)
+    found = find_sites(model, request.filters, request.example)
     sites = list(found.values())
     able, choices = able_sites(sites, request.methods)
     if isinstance(selector, ByLayer):
@@ -114,10 +117,11 @@ def _choose(
         chosen = checked_choices(request.selector, candidates, rest)
         return [guard(choice) for choice in chosen], None
     assert request.example is not None
-    timed = choose_with_times(
-        [offer.site for offer in offers], candidates, request.selector, rest, times,
-        request.example, model, only_if_faster=request.only_if_faster, guard=guard,
-    )  # fmt: skip
+    sites = [offer.site for offer in offers]
+    timed = choose_with_times(LayoutTimes(
+        sites, candidates, request.selector, rest, times, request.example, model,
+        request.only_if_faster, guard,
+    ))  # fmt: skip
     return list(timed.choices), timed
 
 

@@ -166,7 +166,8 @@ def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:
 
 def _options(decomposer: Decomposer) -> dict[str, Any]:
     """The options that make the method again, as plain data; a ValueError if they do not."""
-    name, kind, options = decomposer.name, type(decomposer), {}
+    name, kind = decomposer.name, type(decomposer)
+    options: dict[str, Any] = {}
     rebuilt = get_decomposer(name) if name in registered() else None
     problem = f"{kind.__name__} is no dataclass and not registered as it is"
     try:

@@ -17,9 +17,8 @@ from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.recovery.hints import hinted
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
-from tdecomp.recovery.training import Training, variant
+from tdecomp.recovery.training import Training, hinted, variant
 from tdecomp.torch_state import no_fast_path, no_inference_mode, untouched
 
 

@@ -1,10 +1,13 @@
-"""The training of a model to give the outputs of another one."""
+"""The training of a model to give the outputs of another one, and of a few modules inside it.
+
+Romero et al. 2015, "FitNets: Hints for Thin Deep Nets".
+"""
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,16 +18,19 @@ from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import device_of, tensors_of
 from tdecomp.model.example import images_in_layout
 from tdecomp.recovery.held_out import squared_distance
-from tdecomp.recovery.hints import Outputs
+from tdecomp.torch_state import hooks
 
 # The stretches of a training, after each of which the model may become the result.
 _STRETCHES = 8
 # The default number of steps: at least this many, and as many as take the arithmetic of this many
 # training steps of the original, each with a backward pass that costs twice a forward pass.
 _STEPS = 150
+# The largest number of hinted modules.
+_HINTS = 4
 _HINT_WEIGHT = 3.0
 # The share of the steps over which the rate rises.
 _WARM_UP = 0.1
@@ -154,3 +160,47 @@ def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) ->
         if name in mine and mine[name].shape == target.shape
     ]
     return torch.stack(terms).sum()
+
+
+def hinted(model: nn.Module) -> list[str]:
+    """The names of a few blocks that hold chains, evenly spread, whose outputs are compared.
+
+    A chain itself is not compared: norm and activation come between its output and the input of
+    the next layer.
+    """
+
+    def blocks(name: str) -> list[str]:
+        return [
+            f"{name}.{child}" if name else child
+            for child, module in model.get_submodule(name).named_children()
+            if not isinstance(module, Chain) and any(isinstance(m, Chain) for m in module.modules())
+        ]
+
+    names = blocks("")
+    while len(names) == 1 and blocks(names[0]):
+        names = blocks(names[0])
+    if len(names) <= _HINTS:
+        return names
+    return [names[round(i * (len(names) - 1) / (_HINTS - 1))] for i in range(_HINTS)]
+
+
+class Outputs(hooks):
+    """Inside: the outputs of a model and, as hints, of some modules in it."""
+
+    def __init__(self, model: nn.Module, hints: Sequence[str]) -> None:
+        self._found: dict[str | int, Tensor] = {}
+        super().__init__(
+            partial(module.register_forward_hook, partial(self._take, name))
+            for name, module in model.named_modules()
+            if name in hints
+        )
+
+    def of(self, model: nn.Module, batches: Batches, batch: Any) -> dict[str | int, Tensor]:
+        """The outputs of one call by position, and those of the hinted modules by name."""
+        self._found = {}
+        outputs = tensors_of(batches.run(model, batch))
+        return {**self._found, **dict(enumerate(outputs))}
+
+    def _take(self, name: str, _: Any, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._found[name] = output.clone()  # the next module may change it in place

@@ -1,22 +1,16 @@
 """A choice of ranks with measured times: chosen by predictions, then timed as a whole model."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any
-
-from torch import nn
 
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
-from tdecomp.model.example import Example
 from tdecomp.model.sites import Site
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector, checked_choices
-from tdecomp.timing.latency_predictor import LatencyPredictor
-from tdecomp.timing.layout_times import LayerComparison, LayoutTimes
-from tdecomp.timing.profile import Profile
+from tdecomp.timing.layout_times import LatencyPredictor, LayerComparison, LayoutTimes
 from tdecomp.timing.rehearsal import rehearse
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.time_penalty import choose_with_time_penalty
@@ -43,44 +37,21 @@ class TimedChoices:
         return self.speed.predicted or 1.0
 
 
-def choose_with_times(
-    sites: Sequence[Site],
-    candidates: Sequence[Sequence[Candidate]],
-    selector: RankSelector,
-    rest: Cost,
-    profile: Profile,
-    example: Example,
-    model: nn.Module,
-    *,
-    only_if_faster: bool,
-    guard: Callable[[Choice], Choice],
-) -> TimedChoices:
+def choose_with_times(times: LayoutTimes) -> TimedChoices:
     """Choose for all sites in each layout of the profile, and return the best result.
 
-    `candidates` are listed for each site; `rest` is the cost of the model outside these sites.
-    `only_if_faster` leaves alone each layer whose chain is not measurably faster. `guard` replaces
-    a choice that must not be made by one that says why.
-
-    Raises
-    ------
-    ValueError
-        If the budget cannot be met, or the times scatter by more than the budget saves.
+    A ValueError is raised if the budget cannot be met, or the times scatter by more than it saves.
     """
-    comparisons: dict[Any, LayerComparison] = {}
     found: list[TimedChoices] = []
     refused: dict[str, ValueError] = {}
-    for layout in profile.layouts:
-        times = LayoutTimes(
-            sites, candidates, selector, rest, profile, example, model, only_if_faster, guard,
-            comparisons, layout,
-        )  # fmt: skip
+    for layout in times.profile.layouts:
         try:
-            found.append(_choose_in_layout(times))
+            found.append(_choose_in_layout(replace(times, layout=layout)))
         except ValueError as error:
             refused[layout] = error
     if not found:
-        raise refused[profile.best_layout]
-    return min(found, key=partial(_demerit, selector.latency))
+        raise refused[times.profile.best_layout]
+    return min(found, key=partial(_demerit, times.selector.latency))
 
 
 def _demerit(budget: float | None, timed: TimedChoices) -> tuple[float, float]:

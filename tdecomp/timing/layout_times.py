@@ -1,7 +1,7 @@
-"""Times of one model in one memory layout: of its layers, and of the chains in their place."""
+"""Times of one model in one memory layout: of its layers, of chains, and of the whole predicted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from tdecomp.timing.setting import device_and_dtype
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, ratio
 
+# The summed seconds of all layers measured one by one, and the seconds of the model with them.
+Point = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class LayerComparison:
@@ -30,22 +33,24 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class LayoutTimes:
-    """The arguments of `choose_with_times`, and times in one layout.
+    """What is to be chosen, and times in one layout.
 
     Times are read from the profile; only `compare` measures.
     """
 
     sites: Sequence[Site]
-    candidates: Sequence[Sequence[Candidate]]
+    candidates: Sequence[Sequence[Candidate]]  # of each site
     selector: RankSelector
-    rest: Cost
+    rest: Cost  # of the model outside these sites
     profile: Profile
     example: Example
     model: nn.Module
-    only_if_faster: bool
+    only_if_faster: bool  # leaves alone each layer whose chain is not measurably faster
+    # Replaces a choice that must not be made by one that says why.
     guard: Callable[[Choice], Choice]
-    comparisons: dict[Any, LayerComparison]  # those measured so far, in any layout
-    layout: str
+    layout: str = ""
+    # Those measured so far, in any layout.
+    comparisons: dict[Any, LayerComparison] = field(default_factory=dict)
 
     @property
     def original(self) -> float:
@@ -97,3 +102,30 @@ def spec_of(site: Site) -> LayerSpec:
     """The spec of a site with candidates, which always has one."""
     assert site.spec is not None
     return site.spec
+
+
+@dataclass(frozen=True)
+class LatencyPredictor:
+    """A line: ``factor`` times the seconds of the layers, plus the ``rest`` of the model.
+
+    The factor need not be 1: when a model comes back to a layer, its weights are no longer in the
+    cache, so that the layer takes longer than it does when it is timed by itself.
+    """
+
+    factor: float
+    rest: float
+
+    @classmethod
+    def from_original(cls, layers: float, model: float) -> "LatencyPredictor":
+        """The predictor while the original is the only model that was timed."""
+        return cls(min(1.0, model / layers) if layers > 0 else 1.0, max(0.0, model - layers))
+
+    @classmethod
+    def through(cls, points: Sequence[Point], near: float) -> "LatencyPredictor | None":
+        """The line through the two points nearest in model time; None if it does not rise."""
+        first, second = sorted(points, key=lambda point: abs(point[1] - near))[:2]
+        run, rise = first[0] - second[0], first[1] - second[1]
+        if run * rise <= 0:
+            return None
+        factor = rise / run
+        return cls(factor, first[1] - factor * first[0])

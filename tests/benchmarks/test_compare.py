@@ -25,6 +25,7 @@ def digits_run(tmp_path_factory):
     return out, screen.getvalue()
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_network(digits_run):
     _, text = digits_run
     assert "digits_vgg on handwritten digits" in text
@@ -38,6 +39,7 @@ def test_the_table_has_a_line_for_each_network(digits_run):
     assert "left out" not in text
 
 
+@pytest.mark.slow
 def test_the_json_holds_what_the_table_says(digits_run):
     out, _ = digits_run
     content = json.loads((out / "compare-digits_vgg.json").read_text(encoding="utf-8"))
@@ -75,6 +77,7 @@ def test_the_json_holds_what_the_table_says(digits_run):
         assert by_data["macs"] == by_weights["macs"]
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_picture(digits_run):
     out, _ = digits_run
     assert (out / "compare-digits_vgg.png").read_bytes().startswith(b"\x89PNG")
@@ -97,6 +100,7 @@ def test_a_users_own_weights_and_images(folder, tmp_path, capsys):
     assert content["protocol"]["data_images"] == 8
 
 
+@pytest.mark.slow
 def test_data_fits_lose_less_of_the_outputs_and_a_budget_is_refitted(tmp_path, capsys):
     options = ["--methods", "lowrank", "dense", "--rank", "budget:0.1", "0.1", "--rounds", "1"]
     options += ["--finetune", "0", "--batch-size", "64", "--data-images", "128"]

@@ -604,24 +604,25 @@ def chains_for(model):
 
 
 def test_an_error_at_any_line_of_the_surgery_changes_nothing_or_all():
-    def surgeon(model, optimizers):
-        chains, changed = chains_for(model)
-        with torch.no_grad():
-            for tensor in surgery.tensors_in(changed).values():
-                tensor.add_(1)
+    model, *optimizers = trained()
+    chains, changed = chains_for(model)
+    with torch.no_grad():
+        for tensor in surgery.tensors_in(changed).values():
+            tensor.add_(1)
+    before_all = (model, optimizers, chains, changed)
 
+    def surgeon(model, optimizers, chains, changed):
         def operate():
             with restoring(model):
                 surgery.swap(model, chains, optimizers, surgery.tensors_in(changed))
 
         return operate
 
-    model, *optimizers = trained()
-    total = run_until(0, surgeon(model, optimizers))
+    total = run_until(0, surgeon(*copy.deepcopy(before_all)))
     done = []
     for line in range(1, total + 1):
-        model, *optimizers = trained()
-        operate, old = surgeon(model, optimizers), model.stem[0]
+        model, optimizers, chains, changed = copy.deepcopy(before_all)
+        operate, old = surgeon(model, optimizers, chains, changed), model.stem[0]
         before = [state_of(thing) for thing in (model, *optimizers)]
         assert run_until(line, operate) == line
         done.append(model.stem[0] is not old)

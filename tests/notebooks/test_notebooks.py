@@ -85,6 +85,7 @@ def test_no_notebook_is_missing_here():
     assert [FIRST, SECOND] == NOTEBOOKS
 
 
+@pytest.mark.slow
 def test_the_first_notebook_runs_as_it_is_and_its_story_holds():
     notebook, values = execute(FIRST, TDECOMP_NOTEBOOK_MODEL="digits_vgg")
     assert_clean(notebook)
@@ -113,6 +114,7 @@ def test_the_first_notebook_runs_as_it_is_and_its_story_holds():
     assert values["bit_equal"] is True
 
 
+@pytest.mark.slow
 def test_it_runs_on_torchvisions_resnet18():
     notebook, values = execute(
         FIRST,

@@ -9,7 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import distill
-from tdecomp.recovery.hints import hinted
+from tdecomp.recovery.training import hinted
 from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors
 from tests.unchanged import unchanged
 

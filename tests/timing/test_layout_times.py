@@ -1,6 +1,6 @@
 import pytest
 
-from tdecomp.timing.latency_predictor import LatencyPredictor
+from tdecomp.timing.layout_times import LatencyPredictor
 
 
 def test_from_the_original_alone():
