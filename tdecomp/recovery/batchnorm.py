@@ -44,9 +44,9 @@ class RecalibrateBatchnorm(RecoveryStep):
         notes = [f"{len(statistics)} batch norms"]
         if not norms:
             notes = ["the model has no batch norm that keeps statistics"]
-        if len(statistics) < len(norms):
-            notes.append(f"no batch reached {', '.join(n for n in norms if n not in statistics)}")
-        return Recovery(model, self.name, before, held_out.error(model), {}, tuple(notes))
+        if missed := [name for name in norms if name not in statistics]:
+            notes.append(f"no batch reached {', '.join(missed)}")
+        return Recovery(model, self.name, before, held_out.error(model), notes=tuple(notes))
 
 
 def recalibrate_batchnorm(
@@ -72,10 +72,8 @@ def recalibrate_batchnorm(
 
     Parameters
     ----------
-    model : nn.Module
-    batches : iterable of batches, or Data
-    forward, max_batches, seed, progress
-        As for `tdecomp.calibrate`.
+    model, batches, forward, max_batches, seed, progress
+        As for `tdecomp.calibrate`, and so are the errors raised.
     original : nn.Module, optional
         Needed for the errors before and after; without it both are NaN.
     inplace : bool
@@ -84,11 +82,6 @@ def recalibrate_batchnorm(
     Returns
     -------
     Recovery
-
-    Raises
-    ------
-    ValueError
-        For NaN or infinities in a batch norm's inputs, and as `tdecomp.calibrate`.
     """
     return run_on_copy(
         RecalibrateBatchnorm(), model, original, batches, inplace, forward=forward,

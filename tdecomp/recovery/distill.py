@@ -41,11 +41,10 @@ class Distill(RecoveryStep):
 
     def __post_init__(self) -> None:
         steps, lr = self.steps, self.lr
-        counted = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
-        if steps is not None and not counted:
+        if steps is not None and not (type(steps) is int and steps >= 1):
             raise ValueError(f"distill: expected steps of at least 1, got {steps!r}")
-        known = isinstance(lr, (int, float)) and not isinstance(lr, bool)
-        if lr is not None and not (known and 0 < lr < math.inf):
+        number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
+        if lr is not None and not (number and 0 < lr < math.inf):
             raise ValueError(f"distill: expected a finite rate above 0, got lr={lr!r}")
 
     def run(
@@ -62,12 +61,8 @@ class Distill(RecoveryStep):
         best, best_error = [p.detach().clone() for p in trained], before
         notes: tuple[str, ...] = ()
         try:
-            with (
-                untouched(model, original),
-                no_fast_path(),
-                no_inference_mode(),
-                torch.enable_grad(),
-            ):
+            both = untouched(model, original)
+            with both, no_fast_path(), no_inference_mode(), torch.enable_grad():
                 hints = hinted(model) if self.hints else []
                 training = Training(model, original, trained, batches, hints)
                 for _ in training.stretches(self.steps, self.lr):
@@ -80,7 +75,7 @@ class Distill(RecoveryStep):
             for parameter, value in zip(trained, best, strict=True):
                 parameter.copy_(value)
         model.zero_grad(set_to_none=True)
-        return Recovery(model, self.name, before, best_error, {}, notes)
+        return Recovery(model, self.name, before, best_error, notes=notes)
 
 
 def distill(
@@ -118,8 +113,8 @@ def distill(
     model : nn.Module
         What `decompose` or `apply` made of `original`, or any model with outputs of its shape.
     original : nn.Module
-    batches : iterable of batches, or Data
-        As for `tdecomp.calibrate`; a list or a DataLoader, gone through as often as needed.
+    batches : list of batches, DataLoader or Data
+        As for `tdecomp.calibrate`; gone through as often as needed.
     steps : int, optional
         Steps of one batch each. By default as many as take about the arithmetic of 150 training
         steps of the original, and at least 150: the smaller the model, the more.
@@ -135,7 +130,7 @@ def distill(
     inplace : bool
         Change `model` itself; on an error it is as it was.
     forward, max_batches, seed, progress
-        As for `tdecomp.calibrate`.
+        As for `tdecomp.calibrate`, and so are the errors raised.
 
     Returns
     -------
@@ -144,8 +139,7 @@ def distill(
     Raises
     ------
     ValueError
-        If the outputs of the two models differ in shape, if nothing requires gradients, if the
-        loss becomes NaN, and as `tdecomp.calibrate`.
+        If the models' outputs differ in shape, nothing requires gradients, or the loss is NaN.
     """
     return run_on_copy(
         Distill(steps, lr, hints), model, original, batches, inplace, forward=forward, seed=seed,

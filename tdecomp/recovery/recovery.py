@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,25 +17,17 @@ from tdecomp.torch_state import no_inference_mode, restoring
 class Recovery:
     """The result of one step.
 
-    Attributes
-    ----------
-    model : nn.Module
-        A copy, or the model that was given if it was changed in place.
-    step : str
-    error_before, error_after : float
-        The share of the variance of the original model's outputs that is lost, on the first few
-        hundred samples; NaN without an original.
-    layers : dict of str to tuple of float
-        For steps that go layer by layer, the share of each original output's variance that was
-        lost before and after, weighted by how much the model's outputs depend on it.
-    notes : tuple of str
+    Errors are the share of the variance of the original model's outputs that is lost, on the first
+    few hundred samples; NaN without an original.
     """
 
-    model: nn.Module
+    model: nn.Module  # a copy, or the model that was given if it was changed in place
     step: str
     error_before: float
     error_after: float
-    layers: dict[str, tuple[float, float]]
+    # For steps that go layer by layer, the share of each original output's variance that was lost
+    # before and after, weighted by how much the model's outputs depend on it.
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -45,14 +37,10 @@ class Recovery:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model as plain data for JSON; errors that are not known are None."""
-        known = not math.isnan(self.error_before)
-        return {
-            "step": self.step,
-            "error_before": self.error_before if known else None,
-            "error_after": self.error_after if known else None,
-            "layers": {name: list(errors) for name, errors in self.layers.items()},
-            "notes": list(self.notes),
-        }
+        errors = {"error_before": self.error_before, "error_after": self.error_after}
+        known = {name: None if math.isnan(error) else error for name, error in errors.items()}
+        layers = {name: list(errors) for name, errors in self.layers.items()}
+        return {"step": self.step, **known, "layers": layers, "notes": list(self.notes)}
 
 
 class RecoveryStep(ABC):

@@ -122,8 +122,8 @@ def refit(
     model : nn.Module
         What `decompose` or `apply` made of `original`.
     original : nn.Module
-    batches : iterable of batches, or Data
-        As for `tdecomp.calibrate`; a list or a DataLoader, as there is a pass for each chain.
+    batches : list of batches, DataLoader or Data
+        As for `tdecomp.calibrate`; there is a pass for each chain.
     gradients : bool
         Weight errors in a layer's outputs by how much the original model's outputs depend on
         them, by the gradients of random mixtures of these; else all errors count alike.
@@ -133,7 +133,7 @@ def refit(
     inplace : bool
         Change `model` itself, wholly or, on an error, not at all.
     forward, max_batches, seed, progress
-        As for `tdecomp.calibrate`.
+        As for `tdecomp.calibrate`, and so are the errors raised.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def refit(
     Raises
     ------
     ValueError
-        If the model was not decomposed from this original, and as `tdecomp.calibrate`.
+        If the model was not decomposed from this original.
     """
     return run_on_copy(
         Refit(gradients), model, original, batches, inplace, forward=forward, seed=seed,
