@@ -19,25 +19,15 @@ class LowRankSolution:
 
     >>> factorize_matrix(torch.eye(8), torch.eye(8), torch.eye(8), rank=2).rank
     2
-
-    Attributes
-    ----------
-    Wa : Tensor, optional
-        A matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw).
-    Wb : Tensor, optional
-        (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no larger than two.
-    bias : Tensor, shape (out,), optional
-    rank : int
-        The size between the two, −1 where nothing was factorized.
-    nmse : float
-        The mean squared error of the outputs over the variance of all entries of the target (over
-        their mean square, if they do not vary): 0 for no error, 1 for no better than a constant.
     """
 
-    Wa: Tensor | None = None
+    Wa: Tensor | None = None  # a matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw)
+    # (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no larger than two.
     Wb: Tensor | None = None
-    bias: Tensor | None = None
-    rank: int = -1
+    bias: Tensor | None = None  # (out,)
+    rank: int = -1  # the size between the two, -1 where nothing was factorized
+    # The mean squared error of the outputs over the variance of all entries of the target (over
+    # their mean square, if they do not vary): 0 for no error, 1 for no better than a constant.
     nmse: float = 0.0
 
 
@@ -59,10 +49,8 @@ def factorize_matrix(
 
     Parameters
     ----------
-    X : Tensor, shape (N, D)
-        The inputs on which the approximation is fitted.
-    Y : Tensor, shape (N, M)
-        The wanted outputs for these inputs, usually ``X @ Wa + bias`` or ``X @ Wa @ Wb + bias``.
+    X, Y : Tensor, shapes (N, D) and (N, M)
+        Inputs, and the wanted outputs: usually ``X @ Wa + bias`` or ``X @ Wa @ Wb + bias``.
     Wa : Tensor, shape (D, M), or (D, d) with `Wb`
     Wb : Tensor, shape (d, M), optional
         If given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
@@ -131,7 +119,7 @@ def factorize_conv2d(
     Parameters
     ----------
     X : Tensor, shape (N, in_channels, H, W) or (in_channels, H, W)
-        The inputs on which the approximation is fitted; the outputs follow from the weights.
+        Inputs; the outputs follow from the weights.
     Wa : Tensor, shape (out_channels, in_channels, kh, kw), or (latent, …) with `Wb`
     Wb : Tensor, shape (out_channels, latent, 1, 1), optional
         If given, the convolution is `Wa` and then `Wb`, whose latent size is to be reduced.
