@@ -145,9 +145,10 @@ class LayerSpec:
         keep, usual = set(dims), self.pointwise(in_channels, out_channels)
         picked: dict[str, Any] = {}
         for name in ("kernel_size", "stride", "padding", "dilation", "output_padding"):
-            mine, other = getattr(self, name), getattr(usual, name)
-            if not isinstance(mine, str):  # padding "same" or "valid" stays
-                picked[name] = tuple(mine[d] if d in keep else other[d] for d in range(self.ndim))
+            given = getattr(self, name)
+            if not isinstance(given, str):  # padding "same" or "valid" stays
+                pairs = enumerate(zip(given, getattr(usual, name), strict=True))
+                picked[name] = tuple(mine if d in keep else other for d, (mine, other) in pairs)
         return self.like(in_channels=in_channels, out_channels=out_channels, bias=False, **picked)
 
     # -- its module: the `Stage` protocol ---------------------------------------------------
