@@ -32,23 +32,14 @@ def parallel_map(
 
     `function` sees torch's own defaults where settings belong to a thread (autocast, inference
     mode, default device), and nothing is recorded for gradients. If one of the shared items fails,
-    those that have not begun never do, and those that have are waited for.
+    those that have not begun never do, and those that have are waited for. `done` is called in the
+    caller's thread with each item and its result, as soon as both are there.
 
-    Parameters
-    ----------
-    size : callable
-        The number of entries that the function works on for an item; see `on_cpu`. Items of size 0
-        are left to the caller's own thread, in order.
-    done : callable, optional
-        Called in the caller's thread with each item and its result, as soon as both are there.
-    little : int
-        Smaller items are left to the caller's thread, too: most of their time goes to Python
-        itself, which only one thread runs at a time.
-    alone : int
-        And so are larger ones: most of their time goes to matrix products, which use all threads
-        well, and two of them at once would double the memory.
-    executor : concurrent.futures.Executor, optional
-        Runs every item whose size is not 0, in place of threads of this process; not shut down.
+    `size` is the number of entries that the function works on for an item; see `on_cpu`. In order,
+    the caller's own thread runs the items of size 0, those below `little` (most of their time goes
+    to Python itself, which only one thread runs at a time) and those above `alone` (their matrix
+    products use all threads well, and two of them at once would double the memory). With an
+    `executor`, it runs every item whose size is not 0, and is not shut down.
     """
     threads = thread_count()
     if executor is not None:
@@ -65,8 +56,15 @@ def parallel_map(
     for index in sorted(set(range(len(items))) - set(shared)):
         finish(index, function(items[index]))
     if shared:
-        with _Submitted(executor, min(threads, len(shared))) as submitted:
-            futures = [submitted.run(function, items[i]) for i in shared]
+        futures: list[Future[Result]] = []
+        workers = min(threads, len(shared))
+        with Scope() as submitted:
+            runner = executor or ThreadPoolExecutor(workers, initializer=give_one_thread)
+            if executor is None:
+                submitted.undo.callback(runner.shutdown)
+            submitted.undo.callback(_finish, futures)
+            for i in shared:
+                futures.append(runner.submit(_without_gradients, function, items[i]))
             for index, future in zip(shared, futures, strict=True):
                 finish(index, future.result())
     return [results[i] for i in range(len(items))]
@@ -77,26 +75,11 @@ def on_cpu(tensor: Tensor) -> int:
     return tensor.numel() if tensor.device.type == "cpu" else 0
 
 
-class _Submitted(Scope):
-    """Items given to an executor, or to a pool of threads; afterwards none waits or runs."""
-
-    def __init__(self, executor: Executor | None, workers: int) -> None:
-        super().__init__()
-        self._executor = executor or ThreadPoolExecutor(workers, initializer=give_one_thread)
-        self._futures: list[Future[Any]] = []
-        if executor is None:
-            self.undo.callback(self._executor.shutdown)
-        self.undo.callback(self._finish)
-
-    def run(self, function: Callable[[Item], Result], item: Item) -> Future[Result]:
-        future = self._executor.submit(_without_gradients, function, item)
-        self._futures.append(future)
-        return future
-
-    def _finish(self) -> None:
-        for future in self._futures:
-            future.cancel()
-        wait(self._futures)
+def _finish(futures: Sequence[Future[Any]]) -> None:
+    """None of them waits or runs afterwards."""
+    for future in futures:
+        future.cancel()
+    wait(futures)
 
 
 def _without_gradients(function: Callable[[Item], Result], item: Item) -> Result:

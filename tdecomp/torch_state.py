@@ -47,8 +47,7 @@ class exclusive(Scope):
 class restoring(exclusive):
     """The whole of a public function: grad mode is restored, `models` are this thread's alone.
 
-    With a seed, global random numbers come from it inside, as the order of a DataLoader that
-    shuffles; the random state is restored afterwards.
+    With a seed, global random numbers come from it inside; their state is restored afterwards.
     """
 
     def __init__(self, *models: nn.Module, seed: int | None = None) -> None:

@@ -46,10 +46,8 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
     known = KINDS.get(name)
     # A class of the same module and name is the same one, defined again as in a notebook.
     if known is not None and repr(type(known)) != repr(type(kind)):
-        raise ValueError(
-            f"register_layer_kind: {name!r} is the name of {type(known).__name__} already; choose "
-            "another"
-        )
+        taken = f"{name!r} is the name of {type(known).__name__} already"
+        raise ValueError(f"register_layer_kind: {taken}; choose another")
     KINDS[name] = kind
     return kind
 

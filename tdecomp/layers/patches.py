@@ -19,9 +19,8 @@ def patches(
 ) -> Iterator[Tensor]:
     """Yield slices (groups, positions, fan_in) of a layer's unfolded input.
 
-    `x` is (..., in) for a Linear, (batch, in, *size) or (in, *size) for a convolution, which may
-    not be transposed. Slices are small enough for a cache, and have enough rows for an efficient
-    matrix product.
+    `x` is (..., in) for a Linear, (batch, in, *size) or (in, *size) for a plain convolution. Slices
+    fit a cache and have enough rows for an efficient matrix product.
     """
     rows = max(least_rows, chunk_bytes // (x.element_size() * spec.fan_in * spec.groups))
     if spec.ndim == 0:

@@ -1,8 +1,4 @@
-"""What a layer is, apart from its weights, and what a kind of layers is.
-
-A `LayerSpec` has a layer's sizes and the name of its kind. A `LayerKind` recognises, reads, builds
-and lays out the modules of one kind. The two need each other and share a file; `kinds` lists them.
-"""
+"""What a layer is, apart from its weights, and what a kind of layers is; `kinds` lists them."""
 
 import math
 import operator
@@ -147,15 +143,12 @@ class LayerSpec:
     def along(self, dims: Iterable[int], in_channels: int, out_channels: int) -> "LayerSpec":
         """This layer's geometry in the spatial dimensions `dims` and size 1 in the others."""
         keep, usual = set(dims), self.pointwise(in_channels, out_channels)
-
-        def pick(name: str) -> tuple[int, ...]:
-            pairs = zip(getattr(self, name), getattr(usual, name), strict=True)
-            return tuple(mine if d in keep else other for d, (mine, other) in enumerate(pairs))
-
-        names = ["kernel_size", "stride", "dilation", "output_padding"]
-        if not isinstance(self.padding, str):
-            names.append("padding")
-        picked = {name: pick(name) for name in names}
+        picked: dict[str, Any] = {}
+        for name in ("kernel_size", "stride", "padding", "dilation", "output_padding"):
+            given = getattr(self, name)
+            if not isinstance(given, str):  # padding "same" or "valid" stays
+                pairs = enumerate(zip(given, getattr(usual, name), strict=True))
+                picked[name] = tuple(mine if d in keep else other for d, (mine, other) in pairs)
         return self.like(in_channels=in_channels, out_channels=out_channels, bias=False, **picked)
 
     # -- its module: the `Stage` protocol ---------------------------------------------------
@@ -183,10 +176,10 @@ class LayerSpec:
 
     @property
     def _kind(self) -> "LayerKind":
-        if self.kind in KINDS:
-            return KINDS[self.kind]
-        remedy = "register it (tdecomp.register_layer_kind)"
-        raise ValueError(f"{self}: no layer kind has this name; {remedy}")
+        if self.kind not in KINDS:
+            register = "register it (tdecomp.register_layer_kind)"
+            raise ValueError(f"{self}: no layer kind has this name; {register}")
+        return KINDS[self.kind]
 
     def __str__(self) -> str:
         words = [f"{self.in_channels}→{self.out_channels}"]

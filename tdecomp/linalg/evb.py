@@ -1,24 +1,20 @@
 """The rank that empirical variational Bayes gives a matrix, from its singular values alone.
 
-The model is V = B Aᵀ + noise, with Gaussian priors on the columns of A and B. Their variances are
-learnt, so that columns which do not pay are switched off, and so is the variance of the noise.
-Variational Bayes usually iterates; if all entries are observed, its global minimum is known in
-closed form up to one number, the noise variance. Names follow the papers: V has L rows and M ≥ L
-columns (transpose it otherwise), α = L/M, and γ₁ ≥ γ₂ ≥ … are its singular values.
+The model is V = B Aᵀ + noise. The variances of the noise and of the columns' Gaussian priors are
+learnt, so that columns which do not pay are switched off. The global minimum is known in closed
+form up to the noise variance. Names follow the papers: V has L rows and M ≥ L columns, α = L/M, and
+γ₁ ≥ γ₂ ≥ … are its singular values.
 
-References
-----------
 .. [1] S. Nakajima, M. Sugiyama, S. D. Babacan, R. Tomioka, "Global analytic solution of
-   fully-observed variational Bayesian matrix factorization", JMLR 14 (2013): the global solution.
+   fully-observed variational Bayesian matrix factorization", JMLR 14 (2013).
 .. [2] S. Nakajima, R. Tomioka, M. Sugiyama, S. D. Babacan, "Perfect dimensionality recovery by
-   variational Bayesian PCA", NIPS 25 (2012), and its long version "Condition for perfect
-   dimensionality recovery by variational Bayesian PCA", JMLR 16 (2015): the simple form used here
-   (threshold τ̲, shrinkage τ(x; α), objective Ω of the noise variance and the bounds on it).
+   variational Bayesian PCA", NIPS 25 (2012), and "Condition for perfect dimensionality recovery by
+   variational Bayesian PCA", JMLR 16 (2015): threshold τ̲, shrinkage τ(x; α), objective Ω, bounds.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,20 +36,15 @@ class EVBEstimate:
     """The empirical variational Bayes estimate for a matrix."""
 
     rank: int  # number of singular values above the threshold; may be 0
-    # Of one entry, in squared units of the matrix; 0.0 if only round-off is left beside the
-    # `rank` components.
-    noise_variance: float
+    noise_variance: float  # of one entry; 0.0 if only round-off is left beside the components
 
 
 def evb_rank(squared_singular_values: np.ndarray, shape: tuple[int, int]) -> EVBEstimate:
     """Rank and noise variance of a matrix at the global minimum of the free energy [1, 2].
 
-    Exact, not a search on a grid; O(L) memory, O(L²) operations at worst. A matrix of exact rank
-    r < L M / (L + M) gives (r, 0.0), as the free energy falls without bound when the noise variance
-    goes to zero. The rank found is always less than L M / (L + M); what exceeds it counts as noise.
-
-    The noise is assumed to be equally strong everywhere. A few dead (nearly zero) rows contradict
-    that: they are then taken for the noise, and all else for signal. Drop such rows first.
+    Exact; O(L) memory, O(L²) operations at worst. The rank is less than L M / (L + M). A matrix of
+    such an exact rank r gives (r, 0.0): without noise its free energy falls without bound. Drop
+    dead (nearly zero) rows first: they would be taken for the noise, and all else for signal.
 
     The values γ² and the two sizes are in any order; missing values count as zero. Eigenvalues of
     the Gram matrix can be given; slightly negative ones show how large the round-off is.
@@ -109,7 +100,6 @@ def _threshold(alpha: float) -> float:
     return (1.0 + tau) * (1.0 + alpha / tau)
 
 
-@dataclass(frozen=True)
 class _FreeEnergy:
     """Ω of [2], the free energy minimised over all but the noise variance v, as a function of v.
 
@@ -118,49 +108,29 @@ class _FreeEnergy:
 
     Here u = γ² in units of the largest and v = Mσ² in the same units. ``− log u`` is left out of
     each term: it is constant in v, and infinite for the zeros of a rank-deficient matrix.
-
-    Each method takes the number `rank` of values that are above the threshold at v. With it fixed,
-    Ω is smooth; where a value crosses the threshold Ω is continuous and its slope jumps.
     """
 
-    values: Values  # (L,), descending
-    long: int
-
-    @cached_property
-    def alpha(self) -> float:
-        return len(self.values) / self.long
-
-    @cached_property
-    def tails(self) -> Values:
+    def __init__(self, values: Values, long: int) -> None:
+        self.values, self.long, self.alpha = values, long, len(values) / long  # (L,), descending
         # (L + 1,): sums of all but the first k, smallest added first so that none is lost.
-        return np.append(np.cumsum(self.values[::-1])[::-1], 0.0)
+        self.tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
 
-    def _x_and_tau(self, variance: float, rank: int) -> tuple[Values, Values]:
-        x = self.values[:rank] / variance
-        excess = x - (1.0 + self.alpha)
-        return x, 0.5 * (excess + np.sqrt(excess * excess - 4.0 * self.alpha))
+    def at(self, variance: float, rank: int) -> tuple[float, float, float]:
+        """Ω, dΩ/d(log v) and d²Ω/d(log v)² at v, with `rank` values above the threshold there.
 
-    def objective(self, variance: float, rank: int) -> float:
-        _, tau = self._x_and_tau(variance, rank)
-        # x − τ written as 1 + α + α/τ: at small v both are huge and their difference is not.
-        above = np.log1p(tau) + self.alpha * (np.log1p(tau / self.alpha) + 1.0 / tau)
-        terms = len(self.values) * math.log(variance) + float(self.tails[rank]) / variance
-        return terms + rank * (1.0 + self.alpha) + float(above.sum())
-
-    def slope(self, variance: float, rank: int) -> float:
-        """dΩ/d(log v): minus the sum of x ψ′(x), x − 1 below the threshold and α + α/τ above it.
-
-        The latter because ψ₁′ = −τ/x, and x − 1 − τ = α + α/τ.
+        The slope is minus the sum of x ψ′(x): x − 1 below the threshold, and above it x − 1 − τ =
+        α + α/τ, because ψ₁′ = −τ/x. The curvature uses dτ/dx = τ²/(τ² − α). Where a value crosses
+        the threshold Ω is continuous and its slope jumps.
         """
-        _, tau = self._x_and_tau(variance, rank)
-        below = len(self.values) - rank - float(self.tails[rank]) / variance
-        return below - self.alpha * (rank + float((1.0 / tau).sum()))
-
-    def curvature(self, variance: float, rank: int) -> float:
-        """d²Ω/d(log v)², with dτ/dx = τ²/(τ² − α)."""
-        x, tau = self._x_and_tau(variance, rank)
-        above = self.alpha * float((x / (tau * tau - self.alpha)).sum())
-        return float(self.tails[rank]) / variance - above
+        alpha, short = self.alpha, len(self.values)
+        x, rest = self.values[:rank] / variance, float(self.tails[rank]) / variance
+        excess = x - (1.0 + alpha)
+        tau = 0.5 * (excess + np.sqrt(excess * excess - 4.0 * alpha))
+        # x − τ written as 1 + α + α/τ: at small v both are huge and their difference is not.
+        above = np.log1p(tau) + alpha * (np.log1p(tau / alpha) + 1.0 / tau)
+        objective = short * math.log(variance) + rest + rank * (1.0 + alpha) + float(above.sum())
+        slope = short - rank - rest - alpha * (rank + float((1.0 / tau).sum()))
+        return objective, slope, rest - alpha * float((x / (tau * tau - alpha)).sum())
 
 
 def _minimise(energy: _FreeEnergy, round_off: float) -> tuple[int, float]:
@@ -178,7 +148,7 @@ def _minimise(energy: _FreeEnergy, round_off: float) -> tuple[int, float]:
     mean_of_rest = float(energy.tails[max_rank]) / (short - max_rank)
     lowest = max(float(values[max_rank]) / threshold, mean_of_rest, round_off)
     rank = int(np.count_nonzero(values > threshold * lowest))
-    if lowest == round_off and energy.slope(lowest, rank) > 0.0:
+    if lowest == round_off and energy.at(lowest, rank)[1] > 0.0:
         # Still falling as v sinks into the round-off, where the other values cannot be told from
         # zeros; with zeros it falls as (L − k − αk) log v does, without bound.
         return rank, 0.0
@@ -189,17 +159,19 @@ def _minimise(energy: _FreeEnergy, round_off: float) -> tuple[int, float]:
     highs = np.minimum(np.append(math.inf, joins[:-1]), highest).tolist()
     candidates: list[tuple[float, int]] = []
     for k, (low, high) in enumerate(zip(lows, highs, strict=True)):
-        if low < high and (slope := energy.slope(low, k)) < 0.0:
-            # The slope only grows on the way to a minimum: Ω cannot fall faster than from here.
-            candidates.append((energy.objective(low, k) + slope * math.log(high / low), k))
+        if low < high:
+            objective, slope, _ = energy.at(low, k)
+            if slope < 0.0:
+                # The slope only grows on the way to a minimum: Ω cannot fall faster than from here.
+                candidates.append((objective + slope * math.log(high / low), k))
 
     best_rank, best_variance = int(np.count_nonzero(values > threshold * highest)), highest
-    best = energy.objective(highest, best_rank)
+    best = energy.at(highest, best_rank)[0]
     for bound, k in sorted(candidates):
         if bound > best:
             break
         variance = _descend(energy, k, lows[k], highs[k])
-        if variance is not None and (objective := energy.objective(variance, k)) < best:
+        if variance is not None and (objective := energy.at(variance, k)[0]) < best:
             best, best_rank, best_variance = objective, k, variance
     return best_rank, best_variance
 
@@ -207,12 +179,12 @@ def _minimise(energy: _FreeEnergy, round_off: float) -> tuple[int, float]:
 def _descend(energy: _FreeEnergy, rank: int, low: float, high: float) -> float | None:
     """Variance of the local minimum of Ω between low and high, or None if there is none.
 
-    The curvature falls as v grows (both its terms do), so the slope is concave in log v. From a
-    negative slope, Newton's method then climbs to the first zero and never jumps over it.
+    Both terms of the curvature fall as v grows, so the slope is concave in log v: from a negative
+    one, Newton's method climbs to the first zero and never jumps over it.
     """
     variance = low
     for _ in range(_MAX_STEPS):
-        slope, curvature = energy.slope(variance, rank), energy.curvature(variance, rank)
+        _, slope, curvature = energy.at(variance, rank)
         if slope >= 0.0:
             return variance
         # Turned down or out of the interval before the first zero: there is none inside.

@@ -23,10 +23,9 @@ def randomized_vectors(
 ) -> Tensor | None:
     """The `rank` leading left singular vectors of a float32 matrix, or None where an SVD is better.
 
-    The error is known after each pass over the matrix, and falls by less from one pass to the
-    next. Once further passes would hardly reduce it, the vectors are as good as those of an SVD, to
-    about a thousandth of the error. None for matrices of less than `smallest_side`, high ranks,
-    errors too small for float32 to check, and no convergence within `max_passes`.
+    Passes over the matrix end when more of them would hardly reduce the error: it is then that of
+    an SVD to about a thousandth. None for matrices of less than `smallest_side`, high ranks, errors
+    too small for float32 to check, and no convergence within `max_passes`.
     """
     shortest = min(matrix.shape)
     if matrix.dtype != torch.float32 or shortest < max(smallest_side, rank / _LARGEST_SHARE):

@@ -77,11 +77,7 @@ class SecondMoment:
         return (right - (self.rows.T @ inner).T) / ridge
 
     def definite(self) -> "SecondMoment":
-        """The moment with a ridge that makes its matrix positive definite.
-
-        A matrix summed up in float32 may have slightly negative eigenvalues, for directions that
-        the inputs hardly take.
-        """
+        """With a ridge against the slightly negative eigenvalues of a matrix summed in float32."""
         if self.rows is not None:
             return self
         return SecondMoment(matrix=_ridged(self._matrix, self._definite_ridge))

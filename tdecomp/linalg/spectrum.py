@@ -27,8 +27,7 @@ class Spectrum:
 def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
     """The spectrum of each unfolding, given as one matrix for each group, all of one shape.
 
-    Only the squares are used, so the Gram matrix of the smaller side in float64 is as accurate as
-    a float32 kernel, at a fraction of an SVD's cost.
+    The Gram matrix in float64 gives squares as accurate as a float32 kernel, and costs less.
     """
     # Squares of very small or large kernels leave even the range of float64. Selectors only compare
     # the values of one layer, so a common factor does not matter.
@@ -36,17 +35,13 @@ def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
     matrices = [matrix.detach() for groups in unfoldings for matrix in groups]
     squared = partial(_squared_singular_values, scale=largest)
     found = iter(parallel_map(squared, matrices, size=on_cpu))
-    return [
-        Spectrum(np.stack([next(found) for _ in groups]), (groups[0].shape[0], groups[0].shape[1]))
-        for groups in unfoldings
-    ]
+    stacks = [np.stack([next(found) for _ in groups]) for groups in unfoldings]
+    shapes = [(len(groups[0]), groups[0].shape[1]) for groups in unfoldings]
+    return list(map(Spectrum, stacks, shapes))
 
 
 def tails(matrix: Tensor) -> Tensor:
-    """The squared errors of the best approximations of rank 0, 1, 2 and so on.
-
-    They are sums of the smallest squared singular values.
-    """
+    """The squared errors of the best approximations of rank 0, 1, 2 and so on."""
     squares = torch.from_numpy(_squared_singular_values(matrix, 1.0)).clamp_min(0.0)
     sums = squares.flip(0).cumsum(0).flip(0)  # smallest first: no small one is rounded away
     return torch.cat([sums, sums.new_zeros(1)])

@@ -50,17 +50,13 @@ def frobenius_norm(tensor: Tensor) -> float:
 
 
 def truncated_svd(
-    matrix: Tensor,
-    rank: int,
-    *,
-    randomized: Sketch = randomized_vectors,
+    matrix: Tensor, rank: int, *, randomized: Sketch = randomized_vectors
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` leading singular triplets of a matrix.
 
     Those of a float32 matrix come from a random sketch if `randomized` gives one, else from the
-    Gram matrix of its smaller side. That is in float64, so that squaring the singular values loses
-    nothing that float32 resolves. If even gesvd does not converge, `numpy.linalg.LinAlgError` is
-    raised.
+    Gram matrix of its smaller side in float64, which loses nothing that float32 resolves. If even
+    gesvd does not converge, `numpy.linalg.LinAlgError` is raised.
     """
     if matrix.dtype == torch.float32:
         try:
@@ -93,11 +89,9 @@ def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
     rows = matrix.shape[0]
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
     for chunk in matrix.split(_GRAM_CHUNK, dim=1):
-        block = chunk.double()
-        if scale != 1.0:
-            block = block / scale
+        block = chunk.double() if scale == 1.0 else chunk.double() / scale
         for start in range(0, rows, _GRAM_ROWS):
-            stop = min(start + _GRAM_ROWS, rows)
+            stop = start + _GRAM_ROWS
             gram[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)
     return gram
 
@@ -105,8 +99,8 @@ def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
 def leading_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
     """The `rank` leading left singular vectors, and the share of the squares outside their span.
 
-    They are orthonormal even where the matrix has a lower rank. They come from the Gram matrix of
-    the smaller side, in float64, or from an SVD where a Gram matrix is not accurate enough.
+    Orthonormal even where the matrix has a lower rank. They come from the Gram matrix of the
+    smaller side in float64, or from an SVD where that is not accurate enough.
     """
     rows, columns = matrix.shape
     by_columns = rank <= columns < rows

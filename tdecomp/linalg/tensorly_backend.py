@@ -18,9 +18,9 @@ class _Mttkrp:
 
     TensorLy's own version forms that product: 6 GB for the spatial modes of a 512×512×3×3 kernel at
     rank 1,000. Contracting the largest mode first never needs more than the kernel's entries,
-    divided by that mode's size and multiplied by the rank. This first contraction is nearly all of
-    the work. It is kept, since the following modes of a sweep can use it again (Phan, Tichavský
-    and Cichocki 2013, "Fast Alternating LS Algorithms for High Order CANDECOMP/PARAFAC").
+    divided by that mode's size and multiplied by the rank. This is nearly all of the work, and is
+    kept for the following modes of a sweep (Phan, Tichavský and Cichocki 2013, "Fast Alternating LS
+    Algorithms for High Order CANDECOMP/PARAFAC").
     """
 
     def __init__(self) -> None:
