@@ -127,9 +127,10 @@ class LocalSelector(RankSelector):
         return [self.choose(candidates[0]) for candidates in sites]
 
 
-def is_share(value: object) -> bool:
-    """Whether this is a number above 0 and at most 1."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
+def check_share(expected: str, value: object, allowed: str = "above 0 and at most 1") -> None:
+    """Refuse what is no number above 0 and at most 1."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
+        raise ValueError(f"{expected} {allowed}, got {value!r}")
 
 
 def is_positive_int(value: object) -> bool:

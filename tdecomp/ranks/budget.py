@@ -19,9 +19,9 @@ from tdecomp.ranks.base import (
     Option,
     RankSelector,
     as_tuple,
+    check_share,
     in_form_of,
     is_positive_int,
-    is_share,
 )
 from tdecomp.ranks.grid import last
 from tdecomp.ranks.knapsack import Choices, least_cost, least_costs, least_loss, spend_rest, spent
@@ -80,11 +80,8 @@ class Budget(RankSelector):
                 f"{self.round_to!r}"
             )
         for name, share in self._named():
-            if not is_share(share):
-                raise ValueError(
-                    f"Budget: expected {name} above 0 and at most 1, a share of the whole model's, "
-                    f"got {share!r}"
-                )
+            allowed = "above 0 and at most 1, a share of the whole model's"
+            check_share(f"Budget: expected {name}", share, allowed)
 
     @property
     def largest_share(self) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tdecomp.linalg.spectrum import Spectrum
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, in_form_of, is_share, spectra_of
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, check_share, in_form_of, spectra_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Energy(LocalSelector):
     share: float
 
     def __post_init__(self) -> None:
-        if not is_share(self.share):
-            raise ValueError(f"Energy: expected a share above 0 and at most 1, got {self.share!r}")
+        check_share("Energy: expected a share", self.share)
 
     def choose(self, candidate: Candidate) -> Choice:
         ranks = (self._rank(spectrum) for spectrum in spectra_of(candidate, "Energy"))

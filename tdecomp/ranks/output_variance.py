@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
-from tdecomp.ranks.base import NOTHING, Candidate, Choice, LocalSelector, is_share
+from tdecomp.ranks.base import NOTHING, Candidate, Choice, LocalSelector, check_share
 from tdecomp.ranks.grid import rank_ladder
 
 # Of the output's variance: what an exact fit may lose by round-off.
@@ -44,10 +44,7 @@ class OutputVariance(LocalSelector):
     share: float
 
     def __post_init__(self) -> None:
-        if not is_share(self.share):
-            raise ValueError(
-                f"OutputVariance: expected a share above 0 and at most 1, got {self.share!r}"
-            )
+        check_share("OutputVariance: expected a share", self.share)
 
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         if sites and not any(candidates[0].by_outputs for candidates in sites):
@@ -66,35 +63,24 @@ class OutputVariance(LocalSelector):
                 reason=f"the output error of {candidate.method} is not known: no batch reached the "
                 "layer, it is transposed, or the method cannot be fitted to data"
             )
-        errors = candidate.errors()
-        return self._by_fits(candidate) if errors is None else self._exact(candidate, errors)
-
-    def _exact(self, candidate: Candidate, errors: Sequence[float]) -> Choice:
-        """By the errors at rank 0, 1, 2 …; of a chain that is reduced only up to its own rank."""
-        assert isinstance(candidate.max_rank, int)
-        for rank in range(1, candidate.max_rank + 1):
-            if self._keeps(errors[rank]):
-                return Choice(candidate, rank, error=errors[rank])
-        return self._none(candidate, errors[candidate.max_rank])
-
-    def _by_fits(self, candidate: Candidate) -> Choice:
-        ladder = rank_ladder(candidate.max_rank)
-        found: dict[Rank, float | None] = {}
+        ladder, exact = rank_ladder(candidate.max_rank), candidate.errors()
+        # Exact errors are those at rank 0, 1, 2 …; of a reduced chain only up to its own rank.
+        errors: dict[Rank, float | None] = {} if exact is None else dict(enumerate(exact))
 
         def keeps(rank: Rank) -> bool:
-            found[rank] = candidate.error_at(rank)
-            return self._keeps(found[rank])
+            if exact is None:
+                errors[rank] = candidate.error_at(rank)
+            error = errors[rank]
+            return error is not None and error <= 1 - self.share + _ROUND_OFF
 
-        place = bisect_left(ladder, True, key=keeps)
-        if place == len(ladder):
-            # The last fit of a search that always goes up is the one at the largest rank.
-            return self._none(candidate, found.get(ladder[-1]))
-        return Choice(candidate, ladder[place], error=found[ladder[place]])
-
-    def _keeps(self, error: float | None) -> bool:
-        return error is not None and error <= 1 - self.share + _ROUND_OFF
-
-    def _none(self, candidate: Candidate, error: float | None) -> Choice:
+        if exact is None:
+            place = bisect_left(ladder, True, key=keeps)
+        else:
+            place = next((i for i, rank in enumerate(ladder) if keeps(rank)), len(ladder))
+        if place < len(ladder):
+            return Choice(candidate, ladder[place], error=errors[ladder[place]])
+        # A search that always goes up ends at the largest rank.
+        error = errors.get(ladder[-1])
         failed = error is None or not math.isfinite(error)
         kept = "could not be fitted" if failed else f"keeps {1 - (error or 0.0):.1%}"
         return Choice(

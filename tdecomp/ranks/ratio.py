@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tdecomp.layers.cost import Cost
-from tdecomp.ranks.base import Candidate, Choice, LocalSelector, is_share
+from tdecomp.ranks.base import Candidate, Choice, LocalSelector, check_share
 from tdecomp.ranks.grid import largest_rank, rank_at
 
 Of = Literal["rank", "params", "macs"]
@@ -36,8 +36,7 @@ class Ratio(LocalSelector):
     of: Of
 
     def __post_init__(self) -> None:
-        if not is_share(self.ratio):
-            raise ValueError(f"Ratio: expected a ratio above 0 and at most 1, got {self.ratio!r}")
+        check_share("Ratio: expected a ratio", self.ratio)
         if self.of not in get_args(Of):
             known = ", ".join(map(repr, get_args(Of)))
             raise ValueError(f"Ratio: expected of to be one of {known}, got {self.of!r}")

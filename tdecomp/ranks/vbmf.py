@@ -9,8 +9,8 @@ from tdecomp.ranks.base import (
     Choice,
     LocalSelector,
     as_tuple,
+    check_share,
     in_form_of,
-    is_share,
     spectra_of,
 )
 
@@ -36,8 +36,8 @@ class VBMF(LocalSelector):
     weaken: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.weaken != 0 and not is_share(self.weaken):
-            raise ValueError(f"VBMF: expected weaken from 0 to 1, got {self.weaken!r}")
+        if self.weaken != 0:
+            check_share("VBMF: expected weaken", self.weaken, "from 0 to 1")
 
     def choose(self, candidate: Candidate) -> Choice:
         limits = candidate.max_rank

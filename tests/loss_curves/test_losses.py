@@ -10,9 +10,9 @@ from torch import nn
 import tdecomp
 from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
-from tdecomp.loss_curves.candidates import candidate, layer_losses
 from tdecomp.loss_curves.curve import layer_curves
 from tdecomp.loss_curves.losses import LayerLosses
+from tdecomp.loss_curves.offers import candidate, layer_losses
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
