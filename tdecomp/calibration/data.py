@@ -1,6 +1,6 @@
 """Unlabelled data: as the user describes it, and as the functions inside run a model on it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -158,7 +158,7 @@ class Batches:
 
     def _iterable(self) -> Iterable[Any]:
         batches: Iterable[Any] = self.data.batches
-        return [batches] if isinstance(batches, (Tensor, dict)) else batches
+        return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
 
 
 class BatchError(ValueError):

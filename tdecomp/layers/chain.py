@@ -30,6 +30,8 @@ class Chain(nn.Sequential):
     decomposer: Any = None  # of a type that is defined in a room above this one
     rank: Rank | None = None
     replaced: LayerSpec | None = None
+    # torch.jit.script knows none of these types, and scripted code needs none of these facts.
+    __jit_ignored_attributes__ = ("method", "decomposer", "rank", "replaced")
 
     @classmethod
     def from_stages(

@@ -1,7 +1,8 @@
 """A batch of inputs: how a model is called with it, its samples, its tensors, its device."""
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -100,11 +101,21 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same containers with every tensor in them changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
-        return {key: each_tensor(item, change) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return _mapping_like(value, {k: each_tensor(item, change) for k, item in value.items()})
     if isinstance(value, tuple):
         return tuple_like(value, [each_tensor(item, change) for item in value])
     return [each_tensor(item, change) for item in value] if isinstance(value, list) else value
+
+
+def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same type, such as a tokenizer's output; a dict where it takes no items."""
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return items
+    twin = copy.copy(value)
+    for key, item in items.items():
+        twin[key] = item
+    return twin
 
 
 def tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:

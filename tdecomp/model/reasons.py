@@ -75,7 +75,7 @@ def _own_reason(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is no stock layer of torch"
     if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
         return "complex weights"
-    for method in kind.computes:
+    for method in ("__call__", "_call_impl", *kind.computes):
         overridden = getattr(type(module), method) is not getattr(kind.base_class(module), method)
         if overridden or method in vars(module):
             return f"{type(module).__name__} overrides {method}"

@@ -141,6 +141,12 @@ def test_jit_trace(model):
         assert distance(traced(example(batch)), model(example(batch))) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_jit_script(model):
+    assert distance(torch.jit.script(model)(example()), model(example())) < 1e-6
+
+
 def test_export(model):
     batch = torch.export.Dim("batch", max=64)
     exported = torch.export.export(model, (example(),), dynamic_shapes=({0: batch},)).module()

@@ -1,5 +1,6 @@
-from collections import UserDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -68,6 +69,25 @@ def test_every_tensor_of_a_batch_is_moved():
     assert there["a"][1][1:] == ("text", 3)
     assert isinstance(there["b"], Pair)
     assert there["b"].y is None
+
+
+class Output(OrderedDict):
+    """As a model's output in transformers: a mapping that takes no `update`."""
+
+    def update(self, *_args, **_kwargs):
+        raise TypeError("no update")
+
+
+@pytest.mark.parametrize("kind", [UserDict, Output, MappingProxyType])
+def test_any_mapping_is_keyword_arguments(kind):
+    batch = kind({"x": ONE, "y": ONE})
+    assert torch.equal(call_model(Two(), batch), 2 * ONE)
+    there = moved(batch, torch.device("meta"))
+    assert isinstance(there, dict if kind is MappingProxyType else kind)
+    assert {name: x.device.type for name, x in there.items()} == {"x": "meta", "y": "meta"}
+    assert batch["x"] is ONE
+    assert count_samples(batch) == 2
+    assert [len(part["x"]) for part in in_parts(batch, 1, 2)] == [1, 1]
 
 
 def test_inference_tensors_become_ordinary_ones():

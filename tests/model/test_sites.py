@@ -63,6 +63,16 @@ class OwnForward(nn.Linear):
         return super().forward(x) * 2
 
 
+class OwnCall(nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class OwnCallImpl(nn.Linear):
+    def _call_impl(self, x):
+        return super()._call_impl(x) * 2
+
+
 class OwnConvForward(nn.Conv1d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight * 2, bias)
@@ -124,6 +134,8 @@ LEFT_ALONE = {
     "lazy conv": (lambda: nn.LazyConv2d(16, 3), "run the model once"),
     "quantized": (quantized_dynamic, "quantized"),
     "own forward": (lambda: OwnForward(16, 16), "OwnForward overrides forward"),
+    "own call": (lambda: OwnCall(16, 16), "OwnCall overrides __call__"),
+    "own call, inside": (lambda: OwnCallImpl(16, 16), "OwnCallImpl overrides _call_impl"),
     "own conv forward": (
         lambda: OwnConvForward(16, 16, 3),
         "OwnConvForward overrides _conv_forward",
