@@ -1,9 +1,10 @@
 """What one rank of one method loses on one layer: by singular values, or by a draft."""
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.torch_state import undisturbed
 
+Value = TypeVar("Value")
 # The loss weighted by gradients (None where they are not known), and the layer's own share of its
 # output's variance or of its squared weights.
 Measured = tuple[float | None, float]
@@ -32,19 +34,25 @@ class LayerLosses:
     weight: nn.Parameter
     spec: LayerSpec
     moments: LayerMoments | None = None  # None: losses are those of the weights
-    calls: Sequence[Call] | None = None  # in one pass of the example inputs
+    calls: tuple[Call, ...] | None = None  # in one pass of the example inputs
     unit: float = 1.0  # the loss of the whole output, for a layer whose gradients are not known
     cache: FitCache = field(default_factory=FitCache)
     key: Hashable = None  # this layer's part of the cache
 
     def cost(self, method: Decomposer, rank: Rank) -> Cost:
         """The cost of the chain on the observed calls."""
-        key = _identity(method), rank
-        return self._costs.get(key, lambda: chain_cost(method.stages(self.spec, rank), self.calls))
+        return self._cached(
+            method,
+            ("cost", rank, self.calls),
+            lambda: chain_cost(method.stages(self.spec, rank), self.calls),
+        )
 
-    @cached_property
-    def _costs(self) -> FitCache:
-        return FitCache()  # not `cache`: costs depend on the calls, moments do not
+    def _cached(self, method: Decomposer, what: Hashable, compute: Callable[[], Value]) -> Value:
+        return self.cache.get(self._key(method, what), compute)
+
+    def _key(self, method: Decomposer, what: Hashable) -> Hashable:
+        # The repr has the method's options; methods need not be hashable.
+        return self.key, type(method), method.name, repr(method), what
 
     @cached_property
     def before(self) -> Cost:
@@ -84,8 +92,7 @@ class LayerLosses:
 
     def spectra(self, method: Decomposer) -> tuple[Spectrum, ...] | None:
         """The method's spectra of this weight."""
-        key = (self.key, _identity(method), "spectra")
-        return self.cache.get(key, lambda: spectra_of(method, self.weight, self.spec))
+        return self._cached(method, "spectra", lambda: spectra_of(method, self.weight, self.spec))
 
     def row_error(self, method: Decomposer, share: float) -> float:
         """A row's `output_error` is the share itself; its `weight_error` is the square root."""
@@ -97,9 +104,8 @@ class LayerLosses:
 
     def nested(self, method: Decomposer) -> list[Lost] | None:
         """Loss and share at rank 0, 1, 2 …, of a method whose best fits are nested; else None."""
-        key = (self.key, _identity(method), "nested")
-        found = self.cache.get(key, lambda: self._nested_now(method))
-        return None if found is None else [self._in_unit(measured) for measured in found]
+        found = self._cached(method, "nested", lambda: self._nested_now(method))
+        return None if found is None else list(map(self._in_unit, found))
 
     def fitted(self, method: Decomposer, rank: Rank, *, draft: bool = True) -> Lost:
         """Loss and share of a fit at this rank; infinite if the fit fails."""
@@ -129,12 +135,11 @@ class LayerLosses:
             except (ValueError, torch.linalg.LinAlgError):
                 return None
 
-        draft = draft and method.iterative
-        return self.cache.get((self.key, _identity(method), rank, draft), compute)
+        return self._cached(method, (rank, draft and method.iterative), compute)
 
     def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit, or the draft, at this rank if one was made."""
-        fit: FittedLayer | None = self.cache.known((self.key, _identity(method), rank, draft))
+        fit: FittedLayer | None = self.cache.known(self._key(method, (rank, draft)))
         return fit
 
     def _in_unit(self, measured: Measured) -> Lost:
@@ -186,8 +191,3 @@ def only_rank(rank: Rank) -> int:
     """The rank of a method that has a single one, as all nested methods have."""
     assert isinstance(rank, int)
     return rank
-
-
-def _identity(method: Decomposer) -> Hashable:
-    # The repr has its options; methods need not be hashable.
-    return type(method), method.name, repr(method)
