@@ -75,7 +75,7 @@ def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
 
     def fit(row: Row) -> tuple[Row, Chain]:
         method = planned.plan.decomposers[row.method or ""]
-        known, draft = planned.fits.get(row.name), planned.drafts.get(row.name)
+        known, draft = planned.fits.get(row.name, (None, None))
         return fit_row(planned.sites[row.name], row, method, planned.moments, known, draft)
 
     def size(row: Row) -> int:

@@ -71,7 +71,8 @@ layers linalg
 model
 calibration decomposers
 ranks
-loss_curves timing
+loss_curves
+timing
 plans
 recovery checkpoint
 result pipeline reduce

@@ -12,7 +12,6 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, chain_cost, total
-from tdecomp.loss_curves.losses import LayerLosses
 from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
@@ -25,8 +24,11 @@ from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 from tdecomp.timing.choose import TimedChoices, choose_with_times
 from tdecomp.timing.layout_times import LayoutTimes
-from tdecomp.timing.measure import check_timing, profile_for
+from tdecomp.timing.measure import check_profile, measure
 from tdecomp.timing.profile import Profile
+
+# A fit is the result itself, a draft the start of one.
+FitAndDraft = tuple[FittedLayer | None, FittedLayer | None]
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,8 @@ class Planned:
     plan: Plan
     sites: Mapping[str, Site]
     moments: Moments | None
-    # Made to choose ranks, at the chosen method and rank, by the layer's name: a fit is the result,
-    # a draft the start of it.
-    fits: Mapping[str, FittedLayer] = field(default_factory=dict)
-    drafts: Mapping[str, FittedLayer] = field(default_factory=dict)
+    # Made to choose ranks, at the chosen method and rank, by the layer's name.
+    fits: Mapping[str, FitAndDraft] = field(default_factory=dict)
 
 
 def make_plan(
@@ -69,7 +69,7 @@ def make_plan(
     With `variants`, layers that see few patches see variants of the batches, too.
     """
     selector = request.selector
-    check_timing(request.profile, request.only_if_faster, selector, request.example)
+    _check_timing(request)
     found = find_sites(model, request.filters, request.example)
     sites = list(found.values())
     able, choices = able_sites(sites, request.methods)
@@ -78,28 +78,59 @@ def make_plan(
     wanted = {site.name for site, _ in able}
     weighs = selector.weighs_layers
     moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
-    times = profile_for(
-        request.profile, request.only_if_faster, selector, model, request.example, sites,
-        request.methods, request.progress,
-    )  # fmt: skip
+    times = _profile(model, request, sites)
     offers = offer_ranks(
         able, moments, curves=weighs, largest_share=selector.largest_share,
         rounding=_rounding(selector, times), progress=request.progress,
     )  # fmt: skip
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params, None if found.trace is None else found.trace.total_macs)
-    chosen, timed = _choose(model, request, times, offers, whole)
-    for offer, choice in zip(offers, chosen, strict=True):
-        error = _expected_error(choice, offer.losses) if expect else None
-        choices[offer.site.name] = replace(choice, error=error)
+    chosen = _choose(model, request, times, offers, whole)
+    fits: dict[str, FitAndDraft] = {}
+    for offer, choice in zip(offers, chosen.choices, strict=True):
+        name, losses = offer.site.name, offer.losses
+        choices[name] = replace(choice, error=None)
+        if choice.candidate is not None and choice.rank is not None:
+            method, rank = choice.candidate.decomposer, choice.rank
+            if expect:
+                # Exact or a bound where the method has one; else what the selector's own fits say.
+                error = losses.expected_error(method, rank)
+                choices[name] = choice if error is None else replace(choice, error=error)
+            fit, draft = (losses.known_fit(method, rank, draft=drafts) for drafts in (False, True))
+            fits[name] = (fit, draft)
     counted: set[int] = set()
-    rows = [_row(site, choices[site.name], counted, timed) for site in sites]
-    rest, speed = whole - total(row.before for row in rows), None
-    if timed is not None:
-        rest, speed = replace(rest, latency=timed.rest), timed.speed
-    plan = Plan(rows, rest, {method.name: method for method in request.methods}, speed)
-    fits, drafts = (_known_fits(offers, chosen, draft=draft) for draft in (False, True))
-    return Planned(plan, {site.name: site for site in sites}, moments, fits, drafts)
+    rows = [_row(site, choices[site.name], counted, chosen.seconds) for site in sites]
+    rest = replace(whole - total(row.before for row in rows), latency=chosen.rest)
+    plan = Plan(rows, rest, {method.name: method for method in request.methods}, chosen.speed)
+    return Planned(plan, found, moments, fits)
+
+
+def _check_timing(request: Request) -> None:
+    """Raise an error if times are asked for and there is no call of the model to time."""
+    check_profile("profile", request.profile)
+    asked = {
+        "only_if_faster=True": request.only_if_faster,
+        "Budget(latency=...)": request.selector.latency is not None,
+        "profile=...": request.profile is not None,
+    }
+    for name, wanted in asked.items():
+        if wanted and request.example is None:
+            raise ValueError(
+                f"{name}: times are those of one call of the model, got no example_inputs; "
+                "expected inputs of the batch size that is going to be used"
+            )
+
+
+def _profile(model: nn.Module, request: Request, sites: Sequence[Site]) -> Profile | None:
+    """The given profile, checked; a new one if one is needed; None if no times are asked for."""
+    profile, example = request.profile, request.example
+    if example is None:
+        return None
+    if profile is not None:
+        profile.check(model, example)
+    elif request.only_if_faster or request.selector.latency is not None:
+        return measure(model, example, sites, request.methods, progress=request.progress)
+    return profile
 
 
 def _choose(
@@ -108,40 +139,18 @@ def _choose(
     times: Profile | None,
     offers: Sequence[Offer],
     whole: Cost,
-) -> tuple[list[Choice], TimedChoices | None]:
-    """A guarded choice for each offer, and the measured times where there are any."""
-    candidates = [offer.candidates for offer in offers]
-    rest = whole - total(listed[0].before for listed in candidates)
+) -> TimedChoices:
+    """A guarded choice for each offer, with measured times if there is a profile."""
+    selector, example = request.selector, request.example
+    rest = whole - total(offer.losses.before for offer in offers)
     guard: Callable[[Choice], Choice] = (lambda c: c) if request.allow_expansion else guarded
-    if times is None:
-        chosen = checked_choices(request.selector, candidates, rest)
-        return [guard(choice) for choice in chosen], None
-    assert request.example is not None
-    sites = [offer.site for offer in offers]
-    timed = choose_with_times(LayoutTimes(
-        sites, candidates, request.selector, rest, times, request.example, model,
-        request.only_if_faster, guard,
-    ))  # fmt: skip
-    return list(timed.choices), timed
-
-
-def _expected_error(choice: Choice, losses: LayerLosses) -> float | None:
-    """Exact or a bound where the method has one; else what the selector's own fits say."""
-    if choice.candidate is None or choice.rank is None:
-        return None
-    error = losses.expected_error(choice.candidate.decomposer, choice.rank)
-    return choice.error if error is None else error
-
-
-def _known_fits(
-    offers: Sequence[Offer], choices: Sequence[Choice], *, draft: bool
-) -> dict[str, FittedLayer]:
-    found = {
-        offer.site.name: offer.losses.known_fit(c.candidate.decomposer, c.rank, draft=draft)
-        for offer, c in zip(offers, choices, strict=True)
-        if c.candidate is not None and c.rank is not None
-    }
-    return {name: fit for name, fit in found.items() if fit is not None}
+    if times is None or example is None:
+        chosen = checked_choices(selector, [offer.candidates for offer in offers], rest)
+        return TimedChoices([guard(choice) for choice in chosen])
+    only_if_faster = request.only_if_faster
+    return choose_with_times(
+        LayoutTimes(offers, selector, rest, times, example, model, only_if_faster, guard)
+    )
 
 
 def _check_entries(
@@ -165,20 +174,20 @@ def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
     return ANY_RANK if profile is None else profile.rounding
 
 
-def _row(site: Site, choice: Choice, counted: set[int], timed: TimedChoices | None) -> Row:
+def _row(
+    site: Site, choice: Choice, counted: set[int], seconds: Mapping[str, tuple[float, float]]
+) -> Row:
     """The site's row; a parameter that it shares with an earlier row is counted there only."""
     own = {id(p): p.numel() for p in site.module.parameters(recurse=False) if not is_lazy(p)}
     params = sum(numel for key, numel in own.items() if key not in counted)
     counted.update(own)
     macs = None if site.spec is None else chain_cost([site.spec], site.calls).macs
+    latency_before, latency_after = seconds.get(site.name, (None, None))
     row = Row(
-        site.name, site.names, site.spec, params_before=params, params_after=params,
-        macs_before=macs, macs_after=macs, reason=choice.reason, note=choice.note, calls=site.calls,
+        site.name, site.names, site.spec, params, params, macs, macs, reason=choice.reason,
+        note=choice.note, expected_error=choice.error, latency_before=latency_before,
+        latency_after=latency_after, calls=site.calls,
     )  # fmt: skip
-    if timed is not None:
-        before, after = timed.seconds.get(site.name, (None, None))
-        row = replace(row, latency_before=before, latency_after=after)
     if choice.candidate is None or choice.rank is None:
         return row
-    row = replace(row, expected_error=choice.error)
     return planned_row(row, choice.candidate.decomposer, choice.rank)

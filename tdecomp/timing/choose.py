@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from operator import itemgetter
 
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
-from tdecomp.model.sites import Site
+from tdecomp.loss_curves.losses import LayerLosses
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector, checked_choices
 from tdecomp.timing.layout_times import LatencyPredictor, LayerComparison, LayoutTimes
-from tdecomp.timing.rehearsal import rehearse
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.time_penalty import choose_with_time_penalty
+from tdecomp.timing.whole_model import rehearse
 
 # Choices are timed as a whole model until one is this close to its aim, and at most this often.
 _CLOSE = 0.02
@@ -24,17 +24,18 @@ _AIM = 0.965
 
 @dataclass(frozen=True)
 class TimedChoices:
-    """The choices for all sites of a model with their times."""
+    """The choices for all layers of a model; with a profile also their times."""
 
-    choices: list[Choice]  # one for each site
-    seconds: Mapping[str, tuple[float, float]]  # by site: of its layer, and of its replacement
-    speed: Speed  # predicted, of the whole model
-    rest: float  # seconds of one pass of the original outside the sites' layers
+    choices: list[Choice]
+    # Of each layer and of what is chosen for it, by the layer's name.
+    seconds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    speed: Speed | None = None  # predicted, of the whole model
+    rest: float | None = None  # seconds of one pass of the original outside these layers
 
     @property
     def share(self) -> float:
         """The predicted time, as a share of the original's."""
-        return self.speed.predicted or 1.0
+        return (self.speed and self.speed.predicted) or 1.0
 
 
 def choose_with_times(times: LayoutTimes) -> TimedChoices:
@@ -65,7 +66,7 @@ def _demerit(budget: float | None, timed: TimedChoices) -> tuple[float, float]:
 def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
     """Choose, time the whole model, correct the predictor by it, and choose again."""
     budget, fastest = times.selector.latency, times.profile.fastest
-    points = [(sum(times.layers()), times.original)]
+    points = [(sum(times.layers), times.original)]
     predictor = LatencyPredictor.from_original(*points[0])
     found: list[TimedChoices] = []
     for _ in range(_REHEARSALS):
@@ -86,10 +87,13 @@ def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
 
 def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoices:
     """Choose by predicted times, drop chains that are slower, and time the whole model."""
-    layers, selector = times.layers(), _aimed(times, predictor)
+    offers, layers, selector = times.offers, times.layers, _aimed(times, predictor)
     candidates = [
-        [_with_times(c, site, times, predictor.factor) for c in offered]
-        for site, offered in zip(times.sites, times.candidates, strict=True)
+        [
+            _with_times(candidate, offer.losses, layer, times, predictor.factor)
+            for candidate in offer.candidates
+        ]
+        for offer, layer in zip(offers, layers, strict=True)
     ]
     rest = replace(times.rest, latency=predictor.rest)
     penalize = times.only_if_faster and selector.weighs_layers and selector.latency is None
@@ -99,7 +103,7 @@ def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoice
             choices = [times.guard(choice) for choice in select(candidates, rest)]
         except ValueError as error:
             choices = _fastest(times, candidates, error)
-        compared = [times.compare(s, c) for s, c in zip(times.sites, choices, strict=True)]
+        compared = list(map(times.compare, offers, choices))
         slower = {i: found for i, found in enumerate(compared) if found and _too_slow(times, found)}
         if not slower or not selector.weighs_layers:
             break
@@ -114,8 +118,8 @@ def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoice
         compared = [None] * len(choices)
         speed = rehearse(times, choices)
     seconds = {
-        site.name: (layer, layer) if found is None else (found.before, found.after)
-        for site, layer, found in zip(times.sites, layers, compared, strict=True)
+        offer.site.name: (found.before, found.after) if found else (layer, layer)
+        for offer, layer, found in zip(offers, layers, compared, strict=True)
     }
     return TimedChoices(choices, seconds, speed, max(0.0, times.original - sum(layers)))
 
@@ -125,7 +129,7 @@ def _aimed(times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:
     selector, budget = times.selector, times.selector.latency
     if budget is None:
         return selector
-    predicted = predictor.rest + predictor.factor * sum(times.layers())
+    predicted = predictor.rest + predictor.factor * sum(times.layers)
     aim = 1.0 if budget == 1 else _AIM
     share = min(1.0, aim * budget * times.profile.fastest / predicted)
     if math.isclose(share, budget, rel_tol=1e-6):
@@ -133,21 +137,22 @@ def _aimed(times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:
     return replace(selector, latency=share)  # type: ignore[type-var]
 
 
-def _with_times(candidate: Candidate, site: Site, times: LayoutTimes, factor: float) -> Candidate:
+def _with_times(
+    candidate: Candidate, losses: LayerLosses, layer: float, times: LayoutTimes, factor: float
+) -> Candidate:
     """The candidate with predicted seconds; if time counts, without options that save none."""
-    layer = factor * times.layer(site)
     time_counts = times.only_if_faster or times.selector.latency is not None
 
     def cost(rank: Rank) -> Cost:
-        latency = factor * times.chain(site, candidate, rank)
+        latency = factor * times.chain(losses, candidate, rank)
         return replace(candidate.cost(rank), latency=latency)
 
     @cache
     def options() -> list[Option]:
         timed = [replace(o, cost=cost(o.rank)) for o in candidate.options()]
-        return [o for o in timed if not time_counts or (o.cost.latency or 0.0) < layer]
+        return [o for o in timed if not time_counts or (o.cost.latency or 0.0) < factor * layer]
 
-    before = replace(candidate.before, latency=layer)
+    before = replace(candidate.before, latency=factor * layer)
     return replace(candidate, before=before, cost=cost, options=options)
 
 

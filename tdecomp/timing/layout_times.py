@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ from torch import nn
 
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.loss_curves.losses import LayerLosses
+from tdecomp.loss_curves.offers import Offer
 from tdecomp.model.example import Example
-from tdecomp.model.sites import Site
 from tdecomp.ranks.base import Candidate, Choice, RankSelector
 from tdecomp.timing.profile import Profile
 from tdecomp.timing.setting import device_and_dtype
@@ -33,75 +34,59 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class LayoutTimes:
-    """What is to be chosen, and times in one layout.
+    """What is to be chosen, and times in one layout; only `compare` measures."""
 
-    Times are read from the profile; only `compare` measures.
-    """
-
-    sites: Sequence[Site]
-    candidates: Sequence[Sequence[Candidate]]  # of each site
+    offers: Sequence[Offer]
     selector: RankSelector
-    rest: Cost  # of the model outside these sites
+    rest: Cost  # of the model outside these layers
     profile: Profile
     example: Example
     model: nn.Module
     only_if_faster: bool  # leaves alone each layer whose chain is not measurably faster
-    # Replaces a choice that must not be made by one that says why.
-    guard: Callable[[Choice], Choice]
+    guard: Callable[[Choice], Choice]  # puts a reason in the place of what must not be chosen
     layout: str = ""
-    # Those measured so far, in any layout.
-    comparisons: dict[Any, LayerComparison] = field(default_factory=dict)
+    comparisons: dict[Any, LayerComparison] = field(default_factory=dict)  # made in any layout
 
     @property
     def original(self) -> float:
         """Seconds of one pass of the original."""
         return self.profile.whole[self.layout].median
 
-    def layer(self, site: Site) -> float:
-        """Seconds of a site's layer in one pass."""
-        return self.profile.layer(spec_of(site), site.calls or (), self.layout)
-
+    @cached_property
     def layers(self) -> list[float]:
-        """Seconds of each site's layer in one pass."""
-        return [self.layer(site) for site in self.sites]
+        """Seconds of each layer in one pass."""
+        layer, layout = self.profile.layer, self.layout
+        return [layer(o.losses.spec, o.losses.calls or (), layout) for o in self.offers]
 
-    def chain(self, site: Site, candidate: Candidate, rank: Rank) -> float:
+    def chain(self, losses: LayerLosses, candidate: Candidate, rank: Rank) -> float:
         """Seconds of a chain in the layer's place."""
-        method, calls = candidate.decomposer, site.calls or ()
-        return self.profile.chain(method, spec_of(site), rank, calls, self.layout)
+        method, calls = candidate.decomposer, losses.calls or ()
+        return self.profile.chain(method, losses.spec, rank, calls, self.layout)
 
     def chosen(self, choices: Sequence[Choice]) -> float:
-        """The sum over all sites of the chosen chain's seconds, or the layer's where it is kept."""
+        """The seconds of all layers in one pass, each with its chain, if one is chosen for it."""
         return sum(
-            self.layer(site)
-            if choice.candidate is None or choice.rank is None
-            else self.chain(site, choice.candidate, choice.rank)
-            for site, choice in zip(self.sites, choices, strict=True)
+            layer
+            if c.candidate is None or c.rank is None
+            else self.chain(offer.losses, c.candidate, c.rank)
+            for offer, layer, c in zip(self.offers, self.layers, choices, strict=True)
         )
 
-    def compare(self, site: Site, choice: Choice) -> LayerComparison | None:
+    def compare(self, offer: Offer, choice: Choice) -> LayerComparison | None:
         """The layer timed against the chosen chain, once; None for a layer that is kept."""
-        if choice.candidate is None or choice.rank is None or not site.calls:
+        spec, calls, profile = offer.losses.spec, offer.losses.calls, self.profile
+        if choice.candidate is None or choice.rank is None or not calls:
             return None
-        spec, profile = spec_of(site), self.profile
         chains = [(spec,), tuple(choice.candidate.decomposer.stages(spec, choice.rank))]
         layout, where = profile.timed_in(self.layout), device_and_dtype(self.model)
-        key = (layout, *chains, site.calls)
+        key = (layout, *chains, calls)
         if key not in self.comparisons:
-            tables = [
-                profile.stopwatch.layers(chains, call, layout, *where, EFFORTS["default"])
-                for call in site.calls
-            ]
+            time, effort = profile.stopwatch.layers, EFFORTS["default"]
+            tables = [time(chains, call, layout, *where, effort) for call in calls]
             seconds = np.sum(tables, axis=0)
             before, after = np.median(seconds, axis=0).tolist()
             self.comparisons[key] = LayerComparison(before, after, ratio(seconds, 1, 0))
         return self.comparisons[key]
-
-
-def spec_of(site: Site) -> LayerSpec:
-    """The spec of a site with candidates, which always has one."""
-    assert site.spec is not None
-    return site.spec
 
 
 @dataclass(frozen=True)

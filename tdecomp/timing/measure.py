@@ -1,6 +1,6 @@
 """`profile`: a few measurements, from which the time of any layer or chain is read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -17,12 +17,12 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.ranks.base import RankSelector
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.setting import Setting, device_and_dtype
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Stages, Stopwatch, TimingEffort
 
+Geometry = tuple[LayerSpec, Call]
 # Multiples of ranks that hardware may prefer, largest first. Time rises in steps of a multiple if
 # it has risen by this share half-way from one multiple to the next.
 _MULTIPLES = (32, 16, 8)
@@ -86,8 +86,13 @@ def profile(
         Without inputs, if the model rejects them, for an unknown option, and for a cache of
         another setting.
     """
-    _check_profile("profile: cache", cache)
-    layouts = _layouts(model, memory_format)
+    check_profile("profile: cache", cache)
+    layouts = [name for name, value in LAYOUTS.items() if memory_format in ("auto", name, value)]
+    if memory_format is not None and not layouts:
+        raise ValueError(
+            f"profile: expected memory_format to be 'auto', one of {[*LAYOUTS]} or the torch "
+            f"memory format, got {memory_format!r}"
+        )
     for name, value, known in (
         ("effort", effort, list(EFFORTS)),
         ("on_mismatch", on_mismatch, ["error", "remeasure"]),
@@ -99,7 +104,16 @@ def profile(
             "profile: times are those of one call of the model, got no example_inputs; expected a "
             "tensor, a tuple or a dict of the size that is going to be used"
         )
-    cache = _usable(cache, Setting.of(model, compiled=compiled), on_mismatch)
+    if cache is not None:
+        # Layers are timed uncompiled for compiled models too, so a cache of either kind holds.
+        now = Setting.of(model, compiled=cache.setting.compiled)
+        differences = cache.setting.differences(now)
+        if differences and on_mismatch == "error":
+            raise ValueError(
+                f"profile: the cache is of another setting: {'; '.join(differences)}; expected one "
+                "of this machine and mode: on_mismatch='remeasure' takes all times anew"
+            )
+        cache = None if differences else cache
     example = Example.of(example_inputs, forward)
     sites = list(find_sites(model, None, example).values())
     return measure(
@@ -114,7 +128,7 @@ def measure(
     sites: Sequence[Site],
     decomposers: Sequence[Decomposer],
     *,
-    layouts: Sequence[str] | None = None,
+    layouts: Sequence[str] = (),
     compiled: bool = False,
     effort: TimingEffort = EFFORTS["default"],
     cache: Profile | None = None,
@@ -137,7 +151,11 @@ def measure(
     result.round_to = cache.round_to if cache else _multiple(geometries, result, seconds_of)
     work = list(product(dict.fromkeys(map(result.timed_in, layouts)), geometries))
     for layout, (spec, call) in tqdm(work, desc="profile", unit="layer", disable=not progress):
-        chains = _chains(spec, call, decomposers, result)
+        chains: list[Stages] = [(spec,)]
+        for method in decomposers:
+            if method.refusal(spec) is None:
+                ranks = timed_ranks(method, spec, call, result.rounding, result.points)
+                chains += [tuple(method.stages(spec, rank)) for rank in ranks]
         keyed = {key_of(layout, stages, call): stages for stages in chains}
         missing = {key: stages for key, stages in keyed.items() if key not in result.times}
         if missing:
@@ -146,45 +164,8 @@ def measure(
     return result
 
 
-def check_timing(
-    profile: Profile | None, only_if_faster: bool, selector: RankSelector, example: Example | None
-) -> None:
-    """Raise an error if times are asked for and there is no call of the model to time."""
-    _check_profile("profile", profile)
-    asked = {
-        "only_if_faster=True": only_if_faster,
-        "Budget(latency=...)": selector.latency is not None,
-        "profile=...": profile is not None,
-    }
-    for name, wanted in asked.items():
-        if wanted and example is None:
-            raise ValueError(
-                f"{name}: times are those of one call of the model, got no example_inputs; "
-                "expected inputs of the batch size that is going to be used"
-            )
-
-
-def profile_for(
-    profile: Profile | None,
-    only_if_faster: bool,
-    selector: RankSelector,
-    model: nn.Module,
-    example: Example | None,
-    sites: Sequence[Site],
-    methods: Sequence[Decomposer],
-    progress: bool,
-) -> Profile | None:
-    """The given profile, checked; a new one if one is needed; None if no times are asked for."""
-    if example is None:
-        return None
-    if profile is not None:
-        profile.check(model, example)
-    elif only_if_faster or selector.latency is not None:
-        return measure(model, example, sites, methods, progress=progress)
-    return profile
-
-
-def _check_profile(name: str, value: Any) -> None:
+def check_profile(name: str, value: Any) -> None:
+    """Refuse what is neither a profile nor None."""
     if value is not None and not isinstance(value, Profile):
         raise TypeError(
             f"{name}: expected a Profile, got {value!r}; tdecomp.profile(model, example_inputs) "
@@ -192,18 +173,7 @@ def _check_profile(name: str, value: Any) -> None:
         )
 
 
-def _chains(
-    spec: LayerSpec, call: Call, decomposers: Sequence[Decomposer], result: Profile
-) -> Iterator[Stages]:
-    """The layer, then the chains to be timed with it."""
-    yield (spec,)
-    for decomposer in decomposers:
-        if decomposer.refusal(spec) is None:
-            for rank in timed_ranks(decomposer, spec, call, result.rounding, result.points):
-                yield tuple(decomposer.stages(spec, rank))
-
-
-def _geometries(sites: Sequence[Site]) -> list[tuple[LayerSpec, Call]]:
+def _geometries(sites: Sequence[Site]) -> list[Geometry]:
     """Each different layer and call once, the most expensive first."""
     found = {
         (site.spec, call): chain_cost((site.spec,), (call,)).deciding
@@ -214,9 +184,7 @@ def _geometries(sites: Sequence[Site]) -> list[tuple[LayerSpec, Call]]:
     return sorted(found, key=lambda geometry: -found[geometry])
 
 
-def _multiple(
-    geometries: Sequence[tuple[LayerSpec, Call]], result: Profile, seconds_of: Any
-) -> int:
+def _multiple(geometries: Sequence[Geometry], result: Profile, seconds_of: Any) -> int:
     """The multiple of channels in whose steps the time of the most expensive layer rises.
 
     Hardware works on blocks of channels: a block that is half empty takes as long as a full one.
@@ -237,29 +205,3 @@ def _multiple(
                 return multiple
         break
     return _MULTIPLES[-1]
-
-
-def _usable(cache: Profile | None, setting: Setting, on_mismatch: str) -> Profile | None:
-    """The cache, unless its times are to be taken again."""
-    if cache is None:
-        return None
-    # Layers are timed uncompiled for compiled models too, so a cache of either kind holds.
-    differences = [d for d in cache.setting.differences(setting) if not d.startswith("compiled")]
-    if differences and on_mismatch == "error":
-        raise ValueError(
-            f"profile: the cache is of another setting: {'; '.join(differences)}; expected one of "
-            "this machine and mode: on_mismatch='remeasure' takes all times anew"
-        )
-    return None if differences else cache
-
-
-def _layouts(model: nn.Module, wanted: str | torch.memory_format | None) -> tuple[str, ...]:
-    if wanted is None:
-        return (layout_of(model),)
-    named = [name for name, value in LAYOUTS.items() if wanted in ("auto", name, value)]
-    if named:
-        return tuple(named)
-    raise ValueError(
-        f"profile: expected memory_format to be 'auto', one of {[*LAYOUTS]} or the torch "
-        f"memory format, got {wanted!r}"
-    )

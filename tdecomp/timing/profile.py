@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ _FORMAT = 1
 _SMALLEST = 0.06
 # A layout, a layer or a chain, and the size of one call.
 Key = tuple[str, tuple[StageId, ...], Call]
+Calls = Sequence[Call]  # those of one pass
+Curve = list[tuple[float, float]]  # MACs and seconds of a method's timed chains, ascending
 # The fields that a saved profile holds as they are.
 _PLAIN = ("model", "inputs", "round_to", "points")
 
@@ -40,34 +41,18 @@ class Profile:
     >>> times = tdecomp.Profile.load("times.json")  # doctest: +SKIP
     >>> half = tdecomp.Budget(latency=0.5)
     >>> tdecomp.plan(model, "dense", rank=half, example_inputs=x, profile=times)  # doctest: +SKIP
-
-    Attributes
-    ----------
-    setting : Setting
-        The machine and the mode.
-    model, inputs : str
-        In words.
-    whole : mapping of str to Quartiles
-        Seconds of the whole model in each layout that was tried.
-    times : mapping of (layout, stages, call) to Quartiles
-        Seconds of one call of a layer or a chain.
-    round_to : int
-        The multiple of ranks that is fastest on this machine.
     """
 
-    setting: Setting
-    model: str
+    setting: Setting  # the machine and the mode
+    model: str  # in words, as are the inputs
     inputs: str
-    whole: dict[str, Quartiles]
-    times: dict[Key, Quartiles] = field(default_factory=dict)
-    round_to: int = 1
+    whole: dict[str, Quartiles]  # seconds of the whole model in each layout that was tried
+    times: dict[Key, Quartiles] = field(default_factory=dict)  # seconds of one call
+    round_to: int = 1  # the multiple of ranks that is fastest on this machine
     points: int = 5  # how many ranks of each method are timed on each layer
     # Takes all further measurements made with this profile; it is not saved.
     stopwatch: Stopwatch = field(default=THIS_MACHINE, repr=False, compare=False)
-    # MACs and seconds of the timed chains of a method, ascending.
-    _curves: dict[Any, list[tuple[float, float]]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _curves: dict[Any, Curve] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -87,32 +72,27 @@ class Profile:
     def rounding(self) -> Rounding:
         return Rounding(self.round_to)
 
-    @cached_property
+    @property
     def spread(self) -> float:
         """The median over all times of the distance between quartiles, as a share of the time."""
         return float(np.median([time.spread for time in self.times.values()] or [0.0]))
 
-    def layer(self, spec: LayerSpec, calls: Sequence[Call], layout: str) -> float:
+    def layer(self, spec: LayerSpec, calls: Calls, layout: str) -> float:
         """Seconds of all calls of a layer in one pass."""
         seconds = 0.0
         for call in calls:
-            key = (self.timed_in(layout), (spec,), call)
-            if key not in self.times:
+            time = self.times.get((self.timed_in(layout), (spec,), call))
+            if time is None:
                 raise ValueError(
                     f"the profile has no time of {spec} for {call.batch} inputs of size "
                     f"{_size(call) or '—'}; expected a profile of this model with these example "
                     "inputs: profile(model, example_inputs, cache=profile)"
                 )
-            seconds += self.times[key].median
+            seconds += time.median
         return seconds
 
     def chain(
-        self,
-        decomposer: Decomposer,
-        spec: LayerSpec,
-        rank: Rank,
-        calls: Sequence[Call],
-        layout: str,
+        self, decomposer: Decomposer, spec: LayerSpec, rank: Rank, calls: Calls, layout: str
     ) -> float:
         """Seconds of all calls of a chain in one pass; interpolated by MACs between timed ranks."""
         stages = decomposer.stages(spec, rank)
@@ -121,24 +101,30 @@ class Profile:
     def _chain(
         self, decomposer: Decomposer, spec: LayerSpec, stages: Stages, call: Call, layout: str
     ) -> float:
-        key = key_of(self.timed_in(layout), stages, call)
-        if key in self.times:
-            return self.times[key].median
-        curve = (repr(decomposer), spec, call, layout)
-        if curve not in self._curves:
-            ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
-            self._curves[curve] = sorted(
-                (float(chain_cost(timed, (call,)).deciding), self.times[found].median)
-                for timed in (decomposer.stages(spec, rank) for rank in ranks)
-                if (found := key_of(self.timed_in(layout), timed, call)) in self.times
-            )
-        if not self._curves[curve]:
+        time = self.times.get(key_of(self.timed_in(layout), stages, call))
+        if time is not None:
+            return time.median
+        curve = self._curve(decomposer, spec, call, layout)
+        if not curve:
             return self.layer(spec, (call,), layout)
-        macs, seconds = zip(*self._curves[curve], strict=True)
+        macs, seconds = zip(*curve, strict=True)
         wanted = float(chain_cost(stages, (call,)).deciding)
         if wanted > macs[-1]:
             return float(seconds[-1] * wanted / macs[-1])
         return float(np.interp(wanted, macs, seconds))
+
+    def _curve(self, decomposer: Decomposer, spec: LayerSpec, call: Call, layout: str) -> Curve:
+        name = (repr(decomposer), spec, call, layout)
+        if name not in self._curves:
+            ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
+            chains = [decomposer.stages(spec, rank) for rank in ranks]
+            found = [self.times.get(key_of(self.timed_in(layout), c, call)) for c in chains]
+            self._curves[name] = sorted(
+                (float(chain_cost(stages, (call,)).deciding), time.median)
+                for stages, time in zip(chains, found, strict=True)
+                if time is not None
+            )
+        return self._curves[name]
 
     def timed_in(self, layout: str) -> str:
         """The layout in which the layers of a model in this layout are timed."""
