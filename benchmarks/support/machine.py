@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import tdecomp
-from tdecomp.timing.setting import processor_name
+from tdecomp.timing.stopwatch import processor_name
 
 
 def describe_machine() -> dict[str, str | int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -27,9 +28,6 @@ from tdecomp.timing.layout_times import LayoutTimes
 from tdecomp.timing.measure import check_profile, measure
 from tdecomp.timing.profile import Profile
 
-# A fit is the result itself, a draft the start of one.
-FitAndDraft = tuple[FittedLayer | None, FittedLayer | None]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -52,8 +50,8 @@ class Planned:
     plan: Plan
     sites: Mapping[str, Site]
     moments: Moments | None
-    # Made to choose ranks, at the chosen method and rank, by the layer's name.
-    fits: Mapping[str, FitAndDraft] = field(default_factory=dict)
+    # By the layer's name the fit, and the draft to start one from, that were made to choose ranks.
+    fits: Mapping[str, tuple[FittedLayer | None, FittedLayer | None]] = field(default_factory=dict)
 
 
 def make_plan(
@@ -74,7 +72,7 @@ def make_plan(
     sites = list(found.values())
     able, choices = able_sites(sites, request.methods)
     if isinstance(selector, ByLayer):
-        _check_entries(selector, sites, choices)
+        _check_keys(selector, sites, choices)
     wanted = {site.name for site, _ in able}
     weighs = selector.weighs_layers
     moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
@@ -86,7 +84,7 @@ def make_plan(
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params, None if found.trace is None else found.trace.total_macs)
     chosen = _choose(model, request, times, offers, whole)
-    fits: dict[str, FitAndDraft] = {}
+    fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses
         choices[name] = replace(choice, error=None)
@@ -96,8 +94,8 @@ def make_plan(
                 # Exact or a bound where the method has one; else what the selector's own fits say.
                 error = losses.expected_error(method, rank)
                 choices[name] = choice if error is None else replace(choice, error=error)
-            fit, draft = (losses.known_fit(method, rank, draft=drafts) for drafts in (False, True))
-            fits[name] = (fit, draft)
+            known = partial(losses.known_fit, method, rank)
+            fits[name] = known(draft=False), known(draft=True)
     counted: set[int] = set()
     rows = [_row(site, choices[site.name], counted, chosen.seconds) for site in sites]
     rest = replace(whole - total(row.before for row in rows), latency=chosen.rest)
@@ -134,11 +132,7 @@ def _profile(model: nn.Module, request: Request, sites: Sequence[Site]) -> Profi
 
 
 def _choose(
-    model: nn.Module,
-    request: Request,
-    times: Profile | None,
-    offers: Sequence[Offer],
-    whole: Cost,
+    model: nn.Module, request: Request, times: Profile | None, offers: Sequence[Offer], whole: Cost
 ) -> TimedChoices:
     """A guarded choice for each offer, with measured times if there is a profile."""
     selector, example = request.selector, request.example
@@ -147,16 +141,13 @@ def _choose(
     if times is None or example is None:
         chosen = checked_choices(selector, [offer.candidates for offer in offers], rest)
         return TimedChoices([guard(choice) for choice in chosen])
-    only_if_faster = request.only_if_faster
-    return choose_with_times(
-        LayoutTimes(offers, selector, rest, times, example, model, only_if_faster, guard)
-    )
+    faster = request.only_if_faster
+    timed = LayoutTimes(offers, selector, rest, times, example, model, faster, guard)
+    return choose_with_times(timed)
 
 
-def _check_entries(
-    selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]
-) -> None:
-    """Refuse entries that match no layer, or only layers that cannot be decomposed."""
+def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]) -> None:
+    """Refuse keys that match no layer, or only layers that cannot be decomposed."""
     for pattern in selector.selectors:
         named = [site for site in sites if any(matches(name, pattern) for name in site.names)]
         if not named:

@@ -12,7 +12,6 @@ from tdecomp.loss_curves.losses import LayerLosses
 from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector, checked_choices
 from tdecomp.timing.layout_times import LatencyPredictor, LayerComparison, LayoutTimes
 from tdecomp.timing.speed import Speed
-from tdecomp.timing.time_penalty import choose_with_time_penalty
 from tdecomp.timing.whole_model import rehearse
 
 # Choices are timed as a whole model until one is this close to its aim, and at most this often.
@@ -20,6 +19,12 @@ _CLOSE = 0.02
 _REHEARSALS = 5
 # The share of a budget that is aimed at, so that noise does not push a measurement beyond it.
 _AIM = 0.965
+# How much more may be lost, as a share of the smallest loss.
+_EXTRA_LOSS = 0.3
+# The penalties that are searched, as powers of 10 times the loss divided by the time of all layers,
+# and how often that interval is halved.
+_PENALTIES = (-3.0, 2.0)
+_BISECTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class TimedChoices:
 
 
 def choose_with_times(times: LayoutTimes) -> TimedChoices:
-    """Choose for all sites in each layout of the profile, and return the best result.
+    """The best choices, of those in each layout of the profile.
 
     A ValueError is raised if the budget cannot be met, or the times scatter by more than it saves.
     """
@@ -88,14 +93,11 @@ def _choose_in_layout(times: LayoutTimes) -> TimedChoices:
 def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoices:
     """Choose by predicted times, drop chains that are slower, and time the whole model."""
     offers, layers, selector = times.offers, times.layers, _aimed(times, predictor)
+    factor, rest = predictor.factor, replace(times.rest, latency=predictor.rest)
     candidates = [
-        [
-            _with_times(candidate, offer.losses, layer, times, predictor.factor)
-            for candidate in offer.candidates
-        ]
+        [_with_times(c, offer.losses, layer, times, factor) for c in offer.candidates]
         for offer, layer in zip(offers, layers, strict=True)
     ]
-    rest = replace(times.rest, latency=predictor.rest)
     penalize = times.only_if_faster and selector.weighs_layers and selector.latency is None
     select = partial(choose_with_time_penalty if penalize else checked_choices, selector)
     while True:
@@ -104,13 +106,14 @@ def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoice
         except ValueError as error:
             choices = _fastest(times, candidates, error)
         compared = list(map(times.compare, offers, choices))
-        slower = {i: found for i, found in enumerate(compared) if found and _too_slow(times, found)}
+        reasons = enumerate(map(partial(_too_slow, times), choices, compared))
+        slower = {i: reason for i, reason in reasons if reason is not None}
         if not slower or not selector.weighs_layers:
             break
         for i in slower:
             candidates[i] = [_without(c, choices[i]) for c in candidates[i]]
-    for i, found in slower.items():
-        choices[i], compared[i] = Choice(reason=_reason(choices[i], found)), None
+    for i, reason in slower.items():
+        choices[i], compared[i] = Choice(reason=reason), None
     speed = rehearse(times, choices)
     if times.only_if_faster and (speed.predicted or 1.0) > 1:
         reason = f"the model with these chains takes {speed.predicted:.2f} of its time"
@@ -159,10 +162,7 @@ def _with_times(
 def _fastest(
     times: LayoutTimes, candidates: Sequence[Sequence[Candidate]], error: ValueError
 ) -> list[Choice]:
-    """The fastest choices, if they meet a budget in time once they are measured.
-
-    A selector that relies on predictions may refuse a budget that can be met.
-    """
+    """The fastest choices, if they meet a budget that a selector refused by predictions alone."""
     selector, budget = times.selector, times.selector.latency
     if times.only_if_faster and budget is None:
         raise ValueError(
@@ -174,13 +174,12 @@ def _fastest(
         raise error
     choices = []
     for offered in candidates:
-        timed = [
-            (o.cost.latency or 0.0, Choice(c, o.rank, error=o.error, loss=o.loss))
-            for c in offered
-            for o in c.options()
-        ]
-        kept = (0.0, Choice(reason="no chain is faster"))
-        choices.append(times.guard(min(timed, key=itemgetter(0), default=kept)[1]))
+        timed = [(o.cost.latency or 0.0, c, o) for c in offered for o in c.options()]
+        if timed:
+            _, c, o = min(timed, key=itemgetter(0))
+            choices.append(times.guard(Choice(c, o.rank, error=o.error, loss=o.loss)))
+        else:
+            choices.append(Choice(reason="no chain is faster"))
     least = rehearse(times, choices).predicted or 1.0
     if least > budget:
         raise ValueError(
@@ -191,10 +190,18 @@ def _fastest(
     return choices
 
 
-def _too_slow(times: LayoutTimes, found: LayerComparison) -> bool:
-    if times.only_if_faster:
-        return found.ratio.high >= 1
-    return times.selector.latency is not None and found.ratio.low >= 1
+def _too_slow(times: LayoutTimes, choice: Choice, found: LayerComparison | None) -> str | None:
+    """Why the chosen chain must not be used, by its time; None if it may, or was not timed."""
+    if choice.candidate is None or found is None:
+        return None
+    taken = f"{1e3 * found.after:.3g} ms against the layer's {1e3 * found.before:.3g} ms"
+    words = f"{choice.candidate.method} at rank {choice.rank} takes {taken}"
+    low, high = found.ratio.low, found.ratio.high
+    if low >= 1 and (times.only_if_faster or times.selector.latency is not None):
+        return f"slower: {words}"
+    if high < 1 or not times.only_if_faster:
+        return None
+    return f"not measurably faster: {words}, and the ratio scatters from {low:.2f} to {high:.2f}"
 
 
 def _without(candidate: Candidate, choice: Choice) -> Candidate:
@@ -205,11 +212,48 @@ def _without(candidate: Candidate, choice: Choice) -> Candidate:
     return replace(candidate, options=lambda: left)
 
 
-def _reason(choice: Choice, found: LayerComparison) -> str:
-    assert choice.candidate is not None
-    words = f"{choice.candidate.method} at rank {choice.rank} takes"
-    times = f"{1e3 * found.after:.3g} ms against the layer's {1e3 * found.before:.3g} ms"
-    if found.ratio.low >= 1:
-        return f"slower: {words} {times}"
-    scatter = f"the ratio scatters from {found.ratio.low:.2f} to {found.ratio.high:.2f}"
-    return f"not measurably faster: {words} {times}, and {scatter}"
+def choose_with_time_penalty(
+    selector: RankSelector, candidates: Sequence[Sequence[Candidate]], rest: Cost
+) -> list[Choice]:
+    """The choices at the largest time penalty whose extra loss is within 30%.
+
+    Many choices lose about the same under a budget, and some of them are much faster. The penalty
+    is a Lagrange multiplier: loss per second.
+    """
+    best = selector.select(candidates, rest)
+    most = (1 + _EXTRA_LOSS) * sum(choice.loss for choice in best)
+    seconds = sum(offered[0].before.latency or 0.0 for offered in candidates)
+    if seconds <= 0:
+        return best
+    low, high = _PENALTIES
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        penalty = 10**middle * most / seconds
+        found = selector.select([[_penalized(c, penalty) for c in o] for o in candidates], rest)
+        chosen = [replace(choice, loss=_without_penalty(choice, penalty)) for choice in found]
+        if sum(choice.loss for choice in chosen) <= most:
+            best, low = chosen, middle
+        else:
+            high = middle
+    return best
+
+
+def _penalized(candidate: Candidate, penalty: float) -> Candidate:
+    """The candidate whose losses include a penalty for the time beyond the layer's."""
+    before = candidate.before.latency or 0.0
+
+    def options() -> list[Option]:
+        return [
+            replace(o, loss=o.loss + penalty * ((o.cost.latency or 0.0) - before))
+            for o in candidate.options()
+        ]
+
+    return replace(candidate, options=options)
+
+
+def _without_penalty(choice: Choice, penalty: float) -> float:
+    if choice.candidate is None or choice.rank is None:
+        return 0.0
+    before = choice.candidate.before.latency or 0.0
+    after = choice.candidate.cost(choice.rank).latency or 0.0
+    return choice.loss - penalty * (after - before)

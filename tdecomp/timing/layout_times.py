@@ -15,7 +15,6 @@ from tdecomp.loss_curves.offers import Offer
 from tdecomp.model.example import Example
 from tdecomp.ranks.base import Candidate, Choice, RankSelector
 from tdecomp.timing.profile import Profile
-from tdecomp.timing.setting import device_and_dtype
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, ratio
 
@@ -78,12 +77,11 @@ class LayoutTimes:
         if choice.candidate is None or choice.rank is None or not calls:
             return None
         chains = [(spec,), tuple(choice.candidate.decomposer.stages(spec, choice.rank))]
-        layout, where = profile.timed_in(self.layout), device_and_dtype(self.model)
+        layout = profile.timed_in(self.layout)
         key = (layout, *chains, calls)
         if key not in self.comparisons:
-            time, effort = profile.stopwatch.layers, EFFORTS["default"]
-            tables = [time(chains, call, layout, *where, effort) for call in calls]
-            seconds = np.sum(tables, axis=0)
+            seconds_of = profile.stopwatch.layers_in(self.model, EFFORTS["default"])
+            seconds = np.sum([seconds_of(chains, call, layout) for call in calls], axis=0)
             before, after = np.median(seconds, axis=0).tolist()
             self.comparisons[key] = LayerComparison(before, after, ratio(seconds, 1, 0))
         return self.comparisons[key]

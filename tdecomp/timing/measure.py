@@ -1,7 +1,6 @@
 """`profile`: a few measurements, from which the time of any layer or chain is read."""
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,9 +17,8 @@ from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
-from tdecomp.timing.setting import Setting, device_and_dtype
 from tdecomp.timing.speed import Quartiles
-from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Stages, Stopwatch, TimingEffort
+from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Setting, Stages, Stopwatch, TimingEffort
 
 Geometry = tuple[LayerSpec, Call]
 # Multiples of ranks that hardware may prefer, largest first. Time rises in steps of a multiple if
@@ -80,11 +78,9 @@ def profile(
 
     Raises
     ------
-    TypeError
-        For a cache that is not a profile.
-    ValueError
-        Without inputs, if the model rejects them, for an unknown option, and for a cache of
-        another setting.
+    TypeError, ValueError
+        For a cache that is no profile or is of another setting, for an unknown option, and for
+        inputs that are missing or that the model rejects.
     """
     check_profile("profile: cache", cache)
     layouts = [name for name, value in LAYOUTS.items() if memory_format in ("auto", name, value)]
@@ -93,10 +89,8 @@ def profile(
             f"profile: expected memory_format to be 'auto', one of {[*LAYOUTS]} or the torch "
             f"memory format, got {memory_format!r}"
         )
-    for name, value, known in (
-        ("effort", effort, list(EFFORTS)),
-        ("on_mismatch", on_mismatch, ["error", "remeasure"]),
-    ):
+    options = {"effort": (effort, [*EFFORTS]), "on_mismatch": (on_mismatch, ["error", "remeasure"])}
+    for name, (value, known) in options.items():
         if value not in known:
             raise ValueError(f"profile: expected {name} to be one of {known}, got {value!r}")
     if example_inputs is None:
@@ -106,8 +100,7 @@ def profile(
         )
     if cache is not None:
         # Layers are timed uncompiled for compiled models too, so a cache of either kind holds.
-        now = Setting.of(model, compiled=cache.setting.compiled)
-        differences = cache.setting.differences(now)
+        differences = cache.setting.differences(Setting.of(model, cache.setting.compiled))
         if differences and on_mismatch == "error":
             raise ValueError(
                 f"profile: the cache is of another setting: {'; '.join(differences)}; expected one "
@@ -140,22 +133,19 @@ def measure(
     runs = [(model, layout) for layout in layouts]
     columns = stopwatch.models(runs, example, compiled=compiled).T
     whole = dict(zip(layouts, map(Quartiles.over, columns), strict=True))
-    setting, known = Setting.of(model, compiled=compiled), dict(cache.times) if cache else {}
+    setting, known = Setting.of(model, compiled), dict(cache.times) if cache else {}
     result = Profile(
         setting, model_in_words(model), example.describe(), whole, known,
         points=effort.points, stopwatch=stopwatch,
     )  # fmt: skip
-    geometries = _geometries(sites)
-    device, dtype = device_and_dtype(model)
-    seconds_of = partial(stopwatch.layers, device=device, dtype=dtype, effort=effort)
+    geometries, seconds_of = _geometries(sites), stopwatch.layers_in(model, effort)
     result.round_to = cache.round_to if cache else _multiple(geometries, result, seconds_of)
     work = list(product(dict.fromkeys(map(result.timed_in, layouts)), geometries))
     for layout, (spec, call) in tqdm(work, desc="profile", unit="layer", disable=not progress):
         chains: list[Stages] = [(spec,)]
-        for method in decomposers:
-            if method.refusal(spec) is None:
-                ranks = timed_ranks(method, spec, call, result.rounding, result.points)
-                chains += [tuple(method.stages(spec, rank)) for rank in ranks]
+        for method in (d for d in decomposers if d.refusal(spec) is None):
+            ranks = timed_ranks(method, spec, call, result.rounding, result.points)
+            chains += [tuple(method.stages(spec, rank)) for rank in ranks]
         keyed = {key_of(layout, stages, call): stages for stages in chains}
         missing = {key: stages for key, stages in keyed.items() if key not in result.times}
         if missing:

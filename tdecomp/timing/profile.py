@@ -18,9 +18,8 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stage import StageId, id_of
 from tdecomp.model.example import Example
 from tdecomp.ranks.grid import Rounding, rank_steps
-from tdecomp.timing.setting import Setting
 from tdecomp.timing.speed import Quartiles
-from tdecomp.timing.stopwatch import THIS_MACHINE, Stages, Stopwatch
+from tdecomp.timing.stopwatch import THIS_MACHINE, Setting, Stages, Stopwatch
 
 _FORMAT = 1
 # The smallest rank that is timed, as a share of the largest that saves MACs.
@@ -135,13 +134,11 @@ class Profile:
 
     def check(self, model: nn.Module, example: Example) -> None:
         """Raise a ValueError that names what differs: machine, mode, model or inputs."""
-        now = Setting.of(model, compiled=self.setting.compiled)
-        words = [
-            ("model", self.model, model_in_words(model)),
-            ("inputs", self.inputs, example.describe()),
+        differences = self.setting.differences(Setting.of(model, self.setting.compiled))
+        then, now = vars(self), {"model": model_in_words(model), "inputs": example.describe()}
+        differences += [
+            f"{name} {then[name]}, now {it}" for name, it in now.items() if then[name] != it
         ]
-        differences = self.setting.differences(now)
-        differences += [f"{name} {a}, now {b}" for name, a, b in words if a != b]
         if differences:
             raise ValueError(
                 f"the profile is of another setting: {'; '.join(differences)}. Its times "

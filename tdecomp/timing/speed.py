@@ -50,26 +50,22 @@ class Speed:
         return cls(**{**data, "measured": measured, "tried": tuple(data["tried"])})
 
     def __str__(self) -> str:
-        parts = []
-        if self.measured is not None:
-            low, high = self.measured.low, self.measured.high
-            parts.append(
-                f"measured time {self.measured.median:.3f} of the original's "
-                f"(quartiles {low:.3f} to {high:.3f})"
-            )
+        measured, budget, parts = self.measured, self.budget, []
+        if measured:
+            quartiles = f"quartiles {measured.low:.3f} to {measured.high:.3f}"
+            parts.append(f"measured time {measured.median:.3f} of the original's ({quartiles})")
         if self.predicted is not None:
-            of = "" if self.measured is not None else " of the original's time"
+            of = "" if measured else " of the original's time"
             parts.append(f"predicted {self.predicted:.3f}{of}")
-        if self.budget is not None:
-            parts.append(f"asked for {self.budget:g}")
-            if self.measured is not None and self.measured.median > self.budget:
-                parts.append(f"missed by {self.measured.median / self.budget - 1:.1%}")
+        if budget is not None:
+            parts.append(f"asked for {budget:g}")
+            if measured and measured.median > budget:
+                parts.append(f"missed by {measured.median / budget - 1:.1%}")
         layouts = f"{self.layout_before} before, {self.layout} after"
         parts.append(self.layout if self.layout == self.layout_before else layouts)
         if self.compiled:
             parts.append("compiled")
-        if self.measured is not None and self.measured.low > 1:
-            parts.append("SLOWER than the original")
-        elif self.measured is not None and self.measured.high > 1:
-            parts.append("not measurably faster than the original")
+        if measured and measured.high > 1:
+            how = "SLOWER" if measured.low > 1 else "not measurably faster"
+            parts.append(f"{how} than the original")
         return ", ".join(parts)

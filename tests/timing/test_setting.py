@@ -3,7 +3,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from tdecomp.timing.setting import Setting
+from tdecomp.timing.stopwatch import Setting
 
 
 def test_that_of_most_parameters():

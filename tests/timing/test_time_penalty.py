@@ -5,7 +5,7 @@ import pytest
 from tdecomp import Budget
 from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import NOTHING, Candidate, Option
-from tdecomp.timing.time_penalty import choose_with_time_penalty
+from tdecomp.timing.choose import choose_with_time_penalty
 
 
 def layer(name, options):
