@@ -141,9 +141,9 @@ def _choose(
     if times is None or example is None:
         chosen = checked_choices(selector, [offer.candidates for offer in offers], rest)
         return TimedChoices([guard(choice) for choice in chosen])
-    faster = request.only_if_faster
-    timed = LayoutTimes(offers, selector, rest, times, example, model, faster, guard)
-    return choose_with_times(timed)
+    return choose_with_times(LayoutTimes(
+        offers, selector, rest, times, example, model, request.only_if_faster, guard
+    ))  # fmt: skip
 
 
 def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]) -> None:

@@ -113,6 +113,7 @@ class Profile:
         return float(np.interp(wanted, macs, seconds))
 
     def _curve(self, decomposer: Decomposer, spec: LayerSpec, call: Call, layout: str) -> Curve:
+        """The timed chains of a method for a layer, found once."""
         name = (repr(decomposer), spec, call, layout)
         if name not in self._curves:
             ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
@@ -137,7 +138,7 @@ class Profile:
         differences = self.setting.differences(Setting.of(model, self.setting.compiled))
         then, now = vars(self), {"model": model_in_words(model), "inputs": example.describe()}
         differences += [
-            f"{name} {then[name]}, now {it}" for name, it in now.items() if then[name] != it
+            f"{key} {then[key]}, now {new}" for key, new in now.items() if then[key] != new
         ]
         if differences:
             raise ValueError(
@@ -169,10 +170,9 @@ class Profile:
         """Read what `save` wrote; a ValueError if it is no profile, or of a newer format."""
         try:
             data = json.loads(Path(file).read_text(encoding="utf-8"))
-            if data["format"] != _FORMAT:
-                raise ValueError(
-                    f"profile format {data['format']!r}: this version reads format {_FORMAT}"
-                )
+            got = data["format"]
+            if got != _FORMAT:
+                raise ValueError(f"profile format {got!r}: this version reads format {_FORMAT}")
             return cls(
                 setting=Setting(**data["setting"]),
                 whole={layout: Quartiles(**time) for layout, time in data["whole"].items()},
@@ -180,9 +180,8 @@ class Profile:
                 **{name: data[name] for name in _PLAIN},
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{os.fspath(file)!r} is no profile: {type(error).__name__}: {error}"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{os.fspath(file)!r} is no profile: {reason}") from error
 
     def __str__(self) -> str:
         rows = []

@@ -109,8 +109,7 @@ def interleaved(
     # torch's own timer waits for GPUs, holds off the garbage collector and warms up.
     timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
     repeats = [max(1, round(min_block / timer.timeit(1).mean)) for timer in timers]
-    seconds = np.empty((rounds, len(timers)))
-    order = range(len(timers))
+    seconds, order = np.empty((rounds, len(timers))), range(len(timers))
     for i in trange(rounds, desc=progress, leave=False, disable=progress is None):
         for j in order if i % 2 == 0 else reversed(order):
             seconds[i, j] = timers[j].timeit(repeats[j]).mean
