@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from tdecomp.layers.spec import KINDS, Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
+from tdecomp.model.macs import MacCounter
 from tdecomp.model.reasons import Reasons, is_layer, is_lazy, spec_of
 from tdecomp.torch_state import hooks, no_fast_path, untouched
 
@@ -131,7 +131,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     calls: dict[str, list[Call]] = {name: [] for name in specs}
     oddities: dict[str, str] = {}
     reads = _WeightReads(layers, oddities)
-    counter = FlopCounterMode(display=False)
+    counter = MacCounter()
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = layers[layer]
@@ -158,7 +158,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
                 "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
                 "forward=lambda model, inputs: ... says how else to call it"
             ) from error
-    return Trace(calls, counter.get_total_flops() // 2, oddities)
+    return Trace(calls, counter.macs, oddities)
 
 
 class _WeightReads(TorchFunctionMode):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
@@ -21,6 +20,7 @@ from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import device_of, tensors_of
 from tdecomp.model.example import images_in_layout
+from tdecomp.model.macs import MacCounter
 from tdecomp.recovery.held_out import squared_distance
 from tdecomp.torch_state import hooks
 
@@ -102,12 +102,12 @@ class Training:
 
     def _usual_steps(self) -> int:
         """A step costs a forward pass of the original, and a training step of the model."""
-        flops = []
+        macs = []
         for model in (self.model, self.original):
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), MacCounter() as counter:
                 self.batches.run(model, self._first)
-            flops.append(counter.get_total_flops())
-        share = flops[0] / flops[1] if flops[1] else 1.0
+            macs.append(counter.macs)
+        share = macs[0] / macs[1] if macs[1] else 1.0
         return max(_STEPS, round(_STEPS * 3 / (1 + 3 * share)))
 
     def _take_channels_last(self) -> bool:
