@@ -244,6 +244,7 @@ def _check_finite(name: str, moments: LayerMoments) -> None:
     squares = mean if matrix is None else matrix.diagonal(dim1=1, dim2=2)
     if not bool((mean.isfinite() & squares.isfinite()).all()):
         raise ValueError(
-            f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities; "
-            "expected finite activations. Look at the batches and at the layers before it"
+            f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities, or "
+            "numbers too large to be squared; expected finite activations. Look at the batches and "
+            "at the layers before it"
         )

@@ -73,8 +73,9 @@ def _own_reason(module: nn.Module) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is no stock layer of torch"
-    if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
-        return "complex weights"
+    for dtype in (parameter.dtype for parameter in module.parameters(recurse=False)):
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            return f"weights of {dtype}: decompose in float32 or bfloat16, then convert"
     for method in ("__call__", "_call_impl", *kind.computes):
         overridden = getattr(type(module), method) is not getattr(kind.base_class(module), method)
         if overridden or method in vars(module):

@@ -86,6 +86,11 @@ class Training:
                     targets = wanted.of(original, batches, batch)
                 loss = _distance(mine.of(model, batches, batch), targets)
                 value = float(loss.detach())
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "distill: the model's outputs depend on no parameter that requires "
+                        "gradients, so that nothing can be trained; expected some that do"
+                    )
                 if not math.isfinite(value):
                     raise ValueError(
                         f"distill: the loss is {value} after {step - 1} steps; expected a finite "
@@ -134,8 +139,8 @@ class Training:
             before = [z.clone() for z in tensors_of(self.batches.run(self.model, batch))]
             held = [parameter.detach().clone() for parameter in self.trained]
             for parameter, size in zip(self.trained, self._sizes, strict=True):
-                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-                parameter.add_(signs.to(parameter), alpha=_HIGHEST_RATE * size)
+                bits = torch.randint(0, 2, parameter.shape, generator=generator, device="cpu")
+                parameter.add_((2 * bits - 1).to(parameter), alpha=_HIGHEST_RATE * size)
             moved = tensors_of(self.batches.run(self.model, batch))
             for parameter, value in zip(self.trained, held, strict=True):
                 parameter.copy_(value)

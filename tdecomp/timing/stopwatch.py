@@ -122,7 +122,8 @@ def random_weights(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+            values = torch.randn(parameter.shape, generator=generator, device="cpu")
+            parameter.copy_(values / fan_in**0.5)
     return module.requires_grad_(False).eval()
 
 
