@@ -91,3 +91,43 @@ def test_outputs_that_depend_on_nothing_that_can_be_trained():
 def test_numbers_too_large_to_be_squared_are_told_from_nan():
     with pytest.raises(ValueError, match=r"layer '0' .*too large to be squared"):
         tdecomp.calibrate(net(), [X * 1e25], **QUIET)
+
+
+class InPlace(nn.Module):
+    """It normalises its inputs in place, as preprocessing inside a model does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = net()
+
+    def forward(self, x):
+        return self.layers(x.mul_(2).sub_(1))
+
+
+def test_a_model_that_changes_its_inputs_changes_no_batch_and_no_example():
+    original, batches, example = InPlace(), [X.clone(), X.flip(0)], X[:2].clone()
+    before = [x.clone() for x in (*batches, example)]
+    plain = nn.Sequential(net())
+    plain.load_state_dict({k.replace("layers", "0"): v for k, v in original.state_dict().items()})
+    steps = ["refit", tdecomp.Distill(steps=3)]
+    options = {"rank": tdecomp.Budget(macs=0.6), "recover": steps, **QUIET}
+    result = tdecomp.decompose(original, "svd", data=batches, example_inputs=example, **options)
+    assert all(torch.equal(x, y) for x, y in zip((*batches, example), before, strict=True))
+    same = [2 * x - 1 for x in before]
+    expected = tdecomp.decompose(plain, "svd", data=same[:2], example_inputs=same[2], **options)
+    for one, other in zip(result.report.recovery, expected.report.recovery, strict=True):
+        assert one.error_after == pytest.approx(other.error_after, rel=1e-3)
+
+
+def test_an_augment_that_works_in_place_changes_no_batch():
+    batch, original = X.clone(), net()
+    model = tdecomp.decompose(original, "svd", rank=4, **QUIET).model
+
+    def noisy(x, generator):
+        return x.add_(0.1 * torch.randn(x.shape, generator=generator))
+
+    moments = tdecomp.calibrate(original, [batch], augment=noisy, **QUIET)
+    assert moments["0"].count > len(batch)
+    tdecomp.refit(model, original, [batch], augment=noisy, **QUIET)
+    tdecomp.distill(model, original, [batch], augment=noisy, steps=3, **QUIET)
+    assert torch.equal(batch, X)

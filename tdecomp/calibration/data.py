@@ -15,6 +15,7 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import (
     Forward,
     call_model,
+    copied,
     count_samples,
     describe,
     moved,
@@ -150,15 +151,17 @@ class Batches:
         for number in range(1, PASSES):
             generator = self.generator(number)
             for batch in self.on(device):
-                other = self.data.augment(batch, generator)
-                if all(a is b for a, b in zip(tensors_of(batch), tensors_of(other), strict=True)):
+                given = copied(batch)
+                other = self.data.augment(given, generator)
+                pairs = zip(tensors_of(given), tensors_of(other), tensors_of(batch), strict=True)
+                if all(a is b and torch.equal(b, before) for a, b, before in pairs):
                     return  # it holds nothing that `augment` varies
                 yield other
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for one batch; BatchError if the model rejects it."""
         try:
-            return self.forward(model, batch)
+            return self.forward(model, copied(batch))
         except BatchError:
             raise
         except Exception as error:

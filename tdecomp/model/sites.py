@@ -150,7 +150,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     with untouched(model), hooks(starts), hooks(ends):
         try:
             with torch.no_grad(), no_fast_path(), reads, counter:
-                example.run(model)
+                example.copied().run(model)
         except Exception as error:
             raise ValueError(
                 f"the model rejected example_inputs ({example.describe()}): "

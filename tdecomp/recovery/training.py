@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.layers.chain import Chain
-from tdecomp.model.batches import device_of, tensors_of
+from tdecomp.model.batches import copied, device_of, tensors_of
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.macs import MacCounter
 from tdecomp.recovery.held_out import squared_distance
@@ -152,7 +152,7 @@ class Training:
 def variant(batches: Batches, batch: Any, generator: torch.Generator) -> Any:
     """The batch varied by `augment`, if there is one, and with parts of its images exchanged."""
     augment = batches.data.augment
-    return batch if augment is None else paste(augment(batch, generator), generator)
+    return batch if augment is None else paste(augment(copied(batch), generator), generator)
 
 
 def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) -> Tensor:

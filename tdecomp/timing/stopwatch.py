@@ -135,7 +135,7 @@ def _built(stages: Stages, layout: str, device: torch.device, dtype: torch.dtype
 
 def _call(model: nn.Module, layout: str, example: Example, compiled: bool) -> Callable[[], Any]:
     ready = model if layout == layout_of(model) else in_layout(copy_with(model, {}), layout)
-    example = example.in_layout(layout)
+    example = example.copied().in_layout(layout)
     if compiled and example.forward is not None:
         # It may call only a part of the model, which compiling the model would leave uncompiled.
         example = replace(example, forward=torch.compile(example.forward))
