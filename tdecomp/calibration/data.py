@@ -127,8 +127,10 @@ class Batches:
                 empty = False
                 yield self._moved(batch, device)
         if empty:
-            remedy = "an exhausted generator has none left: pass a DataLoader or a list"
-            raise ValueError(f"{self.caller}: got no batches; expected at least one ({remedy})")
+            raise ValueError(
+                f"{self.caller}: got no batches; expected at least one that holds samples (an "
+                "exhausted generator has none left: pass a DataLoader or a list)"
+            )
 
     def _moved(self, batch: Any, device: torch.device) -> Any:
         try:
