@@ -131,3 +131,53 @@ def test_an_augment_that_works_in_place_changes_no_batch():
     tdecomp.refit(model, original, [batch], augment=noisy, **QUIET)
     tdecomp.distill(model, original, [batch], augment=noisy, steps=3, **QUIET)
     assert torch.equal(batch, X)
+
+
+def lazy():
+    return nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m: tdecomp.calibrate(m, [X], **QUIET),
+        lambda m: tdecomp.decompose(m, "svd", rank=2, data=[X], **QUIET),
+        lambda m: tdecomp.sensitivity(m, "svd", data=[X], **QUIET),
+        lambda m: tdecomp.profile(m, X, "svd", **QUIET),
+    ],
+    ids=["calibrate", "decompose", "sensitivity", "profile"],
+)
+def test_lazy_layers_stay_lazy(run):
+    model = lazy()
+    with unchanged(model), pytest.raises(ValueError, match="layer '1' is lazy"):
+        run(model)
+    with unchanged(model):
+        budget = tdecomp.Budget(macs=0.9)
+        result = tdecomp.decompose(model, "svd", rank=budget, example_inputs=X, **QUIET)
+    assert result.model(X).shape == (64, 4)
+    assert result.report.speed is None
+
+
+class Counting(nn.Module):
+    """It changes its buffers by all ways that there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        for name in ("by_data", "by_place", "by_name", "by_other_data"):
+            self.register_buffer(name, torch.zeros(3))
+
+    def forward(self, x):
+        self.by_data.data.add_(1)
+        self.by_place.add_(1)
+        self.by_name = self.by_name + 1
+        self.by_other_data.data = torch.ones(2)
+        return self.layer(x)
+
+
+def test_buffers_are_put_back_however_they_were_changed():
+    model = Counting()
+    with unchanged(model):
+        tdecomp.decompose(
+            model, "svd", rank=4, data=[X], example_inputs=X, recover=["refit"], **QUIET
+        )

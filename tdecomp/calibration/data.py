@@ -21,6 +21,7 @@ from tdecomp.model.batches import (
     moved,
     tensors_of,
 )
+from tdecomp.model.reasons import refuse_lazy
 
 Mask = Callable[[Any], Tensor]  # says which rows of a batch count
 
@@ -162,6 +163,7 @@ class Batches:
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for one batch; BatchError if the model rejects it."""
+        refuse_lazy(model, self.caller)
         try:
             return self.forward(model, copied(batch))
         except BatchError:

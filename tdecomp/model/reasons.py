@@ -25,6 +25,16 @@ def is_lazy(module: nn.Module) -> bool:
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
+def refuse_lazy(model: nn.Module, caller: str) -> None:
+    """Raise a ValueError for a model that a forward pass would change: it gives layers sizes."""
+    for name, module in model.named_modules():
+        if is_lazy(module):
+            raise ValueError(
+                f"{caller}: layer {name!r} is lazy, so that a forward pass would change the model; "
+                "expected one whose sizes are known: run it once first"
+            )
+
+
 class Reasons:
     """Why layers of one model cannot be replaced, as far as its structure shows."""
 

@@ -16,6 +16,7 @@ from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
+from tdecomp.model.reasons import refuse_lazy
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.ranks.base import RankSelector
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
@@ -86,6 +87,7 @@ def profile(
         Without inputs, if the model rejects them, for an unknown option, and for a cache of
         another setting.
     """
+    refuse_lazy(model, "profile")
     _check_profile("profile: cache", cache)
     layouts = _layouts(model, memory_format)
     for name, value, known in (
