@@ -88,9 +88,12 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
 
 
 def _traced(model: nn.Module, specs: Mapping[str, LayerSpec], example: Any) -> Trace:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name!r} is on the meta device, example_inputs cannot run: {_LOAD}")
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.is_meta and not hasattr(module, "_hf_hook"):  # which brings the values
+                raise ValueError(
+                    f"{name!r} is on the meta device, example_inputs cannot run: {_LOAD}"
+                )
     # A forward pass would give the user's lazy layers their sizes: run a copy.
     lazy = any(is_lazy(module) for module in model.modules())
     return trace(copy.deepcopy(model) if lazy else model, specs, example)
@@ -120,6 +123,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
         if name in inner:
             remedy = f"decompose the inner module ({inner[name]}), then wrap the result"
             raise ValueError(f"the model is wrapped in {name}: {remedy}")
+    sharded = any(
+        kind.__name__ == "FSDPModule" for m in model.modules() for kind in type(m).__mro__
+    )
+    if sharded or any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        remedy = "decompose the model before it is sharded (fully_shard, parallelize_module)"
+        raise ValueError(f"the model is sharded, its parameters are DTensors: {remedy}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the model is a ScriptModule: decompose the eager model, then script it")
 
