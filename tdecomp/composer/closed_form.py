@@ -70,14 +70,17 @@ class Operator:
 
 def solve(
     times: Times, operator: Operator, k: int, dtype: torch.dtype, target: Tensor | None = None
-) -> tuple[Operator, float]:
-    """An operator of rank k, or one matrix where k is not below its sizes, rounded; its error.
+) -> tuple[Operator, int, float]:
+    """An operator of rank k, or one matrix where k is not below its sizes, rounded.
+
+    Also the rank to which it was reduced, or −1, and its error.
 
     An operator of rank k or less stays as it is. `target` (samples, out) is the operator's own
     outputs, plus a part that no operator gives. The error is the mean square of what the solution,
     rounded to `dtype`, leaves of the target, over the variance of all the target's entries.
     """
-    if operator.reduces(k):
+    reduced = operator.reduces(k)
+    if reduced:
         operator = operator.narrowed()
     latent = times(operator.first)
     outputs = operator.outputs(latent)
@@ -87,8 +90,7 @@ def solve(
             "outputs. Scale them down, or pass them in torch.float64"
         )
     target = outputs if target is None else target
-    fits_bias = operator.reduces(k) and operator.bias is not None
-    if operator.reduces(k):
+    if reduced:
         operator = _reduced(operator, latent, k)
     elif k >= operator.full:
         operator = replace(operator, first=operator.product, second=None)
@@ -98,10 +100,10 @@ def solve(
     error = target - wide.outputs(times(wide.first))
     if operator.bias is not None:
         # The mean error is the bias to add; a bias that already fits is kept bit for bit.
-        bias = error.mean(dim=0, dtype=torch.float64) if fits_bias else operator.bias
+        bias = error.mean(dim=0, dtype=torch.float64) if reduced else operator.bias
         rounded = replace(rounded, bias=bias.to(dtype).contiguous())
         error -= bias.to(target)
-    return rounded, _mean_square(error) / _power(target)
+    return rounded, k if reduced else -1, _mean_square(error) / _power(target)
 
 
 def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:
