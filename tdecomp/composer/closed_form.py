@@ -16,9 +16,8 @@ from torch import Tensor
 
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
 
-# Multiplies the inputs by a matrix (fan_in, m): (samples, m).
+# Multiplies the inputs by a matrix (fan_in, m).
 Times = Callable[[Tensor], Tensor]
-
 # Samples that are converted to float64 at a time.
 _CHUNK = 8192
 # The weights' share of the outputs' power. It decides where the data leaves several solutions.
@@ -38,24 +37,14 @@ class Operator:
         return self.first if self.second is None else self.first @ self.second
 
     @property
-    def latent(self) -> int:
-        return self.first.shape[1]
-
-    @property
     def full(self) -> int:
         """The rank from which on one matrix is no larger than two."""
-        return min(len(self.first), self.latent if self.second is None else self.second.shape[1])
+        last = self.first if self.second is None else self.second
+        return min(len(self.first), last.shape[1])
 
     def reduces(self, k: int) -> bool:
         """Whether rank k is below the present one, so that the operator has to be approximated."""
-        return k < min(self.full, self.latent)
-
-    def narrowed(self) -> "Operator":
-        """The same operator, with no more than fan_in columns in `first`."""
-        if self.second is not None or self.latent <= len(self.first):
-            return self
-        basis, triangle = torch.linalg.qr(self.first.T)  # (out, fan_in), (fan_in, fan_in)
-        return replace(self, first=triangle.T, second=basis.T)
+        return k < min(self.full, self.first.shape[1])
 
     def without_bias(self, dtype: torch.dtype) -> "Operator":
         """Both matrices in another dtype."""
@@ -71,17 +60,17 @@ class Operator:
 def solve(
     times: Times, operator: Operator, k: int, dtype: torch.dtype, target: Tensor | None = None
 ) -> tuple[Operator, int, float]:
-    """An operator of rank k, or one matrix where k is not below its sizes, rounded.
+    """An operator of rank k, or one matrix where k is not below its sizes, rounded to `dtype`.
 
-    Also the rank to which it was reduced, or −1, and its error.
-
-    An operator of rank k or less stays as it is. `target` (samples, out) is the operator's own
-    outputs, plus a part that no operator gives. The error is the mean square of what the solution,
-    rounded to `dtype`, leaves of the target, over the variance of all the target's entries.
+    Also the rank it was reduced to, −1 if its rank was no more, and the mean square of what it
+    leaves of the target over the variance of all the target's entries. `target` (samples, out) is
+    the operator's own outputs, plus a part that no operator gives.
     """
     reduced = operator.reduces(k)
-    if reduced:
-        operator = operator.narrowed()
+    if reduced and operator.second is None and operator.first.shape[1] > len(operator.first):
+        # The outputs lie in the span of fan_in directions.
+        basis, triangle = torch.linalg.qr(operator.first.T)  # (out, fan_in), (fan_in, fan_in)
+        operator = replace(operator, first=triangle.T, second=basis.T)
     latent = times(operator.first)
     outputs = operator.outputs(latent)
     if not bool(torch.isfinite(outputs).all()):
@@ -133,20 +122,19 @@ def corrected(operator: Operator, x: Tensor, target: Tensor, rounding: float) ->
     if _mean_square(missing) <= (8 * rounding) ** 2 * _mean_square(target):
         return operator
     centred = operator.bias is not None
+    mean = x.mean(dim=0, dtype=torch.float64)
     # A Gram matrix in float64 still resolves the singular values of float32 inputs.
     precision = torch.finfo(torch.float64).eps * max(x.shape)
     precision = max(precision, (8 * torch.finfo(x.dtype).eps) ** 2)
     if len(x) < x.shape[1]:
-        rows = x.double() - x.mean(dim=0, dtype=torch.float64) * centred
-        dual = _pseudo_inverse(rows @ rows.T, precision) @ missing.double()
-        change = rows.T @ dual  # (fan_in, out)
+        rows = x.double() - mean * centred
+        change = rows.T @ (_pseudo_inverse(rows @ rows.T, precision) @ missing.double())
     else:
         gram = _product(x, x, centred)
         change = _pseudo_inverse(gram, precision) @ _product(x, missing, centred)
     bias = operator.bias
     if bias is not None:
-        shift = missing.mean(dim=0, dtype=torch.float64)
-        bias = bias + (shift - x.mean(dim=0, dtype=torch.float64) @ change).to(bias)
+        bias = bias + (missing.mean(dim=0, dtype=torch.float64) - mean @ change).to(bias)
     return Operator(operator.product + change.to(x), None, bias)
 
 

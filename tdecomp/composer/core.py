@@ -51,9 +51,8 @@ def factorize_matrix(
     ----------
     X, Y : Tensor, shapes (N, D) and (N, M)
         Inputs, and the wanted outputs: usually ``X @ Wa + bias`` or ``X @ Wa @ Wb + bias``.
-    Wa : Tensor, shape (D, M), or (D, d) with `Wb`
-    Wb : Tensor, shape (d, M), optional
-        If given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
+    Wa, Wb : Tensor, shapes (D, M) and none, or (D, d) and (d, M)
+        If `Wb` is given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
     bias : Tensor, shape (M,), optional
         A bias is fitted only if one is given.
     rank : int or float
@@ -128,7 +127,7 @@ def factorize_conv2d(
     biasA, biasB : Tensor, optional
         Added to what `Wa` and `Wb` give. A bias is fitted only if one is given.
     n_iters : int
-        Not used, as by `factorize_matrix`.
+        As for `factorize_matrix`.
     **conv2d_kwargs
         `stride`, `padding`, `dilation`, `padding_mode` of the convolution, as for `nn.Conv2d`.
 
@@ -140,17 +139,12 @@ def factorize_conv2d(
 
     Raises
     ------
-    RuntimeError, NotImplementedError
-        If `biasB` is given without `Wb`, or the convolution has groups.
-    TypeError, ValueError
-        As from `factorize_matrix`.
+    RuntimeError, NotImplementedError, TypeError, ValueError
+        If `biasB` is given without `Wb`, or there are groups; else as from `factorize_matrix`.
     """
     del n_iters
     if biasB is not None and Wb is None:
-        raise RuntimeError(
-            "biasB: got one without Wb, so there is no second convolution to add it to; expected "
-            "Wb as well, or the one convolution's bias as biasA"
-        )
+        raise RuntimeError("biasB: got one without Wb; expected Wb too, or a convolution's biasA")
     refuse_groups(conv2d_kwargs.get("groups", 1))
     latent = "out" if Wb is None else "latent"
     maps = "in H W" if isinstance(X, Tensor) and X.dim() == 3 else "N in H W"
@@ -201,10 +195,8 @@ def resolve_size(option: str, size: int | float, *full: int) -> int:
 def refuse_groups(groups: int) -> None:
     """Raise NotImplementedError for more than one group."""
     if groups != 1:
-        raise NotImplementedError(
-            f"groups: got {groups}; expected 1, since each group needs factors of its own. Leave "
-            'the layer alone, or use tdecomp.decompose(model, "lowrank", …), which takes groups'
-        )
+        remedy = 'leave the layer alone, or use tdecomp.decompose(model, "lowrank", …)'
+        raise NotImplementedError(f"groups: got {groups}; expected 1: {remedy}, which takes them")
 
 
 def _widened(**expected: tuple[Tensor | None, str]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from tdecomp.composer.core import LowRankSolution, resolve_size
+from tdecomp.composer.core import LowRankSolution, refuse_groups, resolve_size
 from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.chain import Chain
@@ -30,6 +30,7 @@ class Factorized(Chain):
 
     def __init__(self, spec: LayerSpec, latent_size: int | float, **placed: Any) -> None:
         super().__init__()
+        refuse_groups(spec.groups)
         option = f"latent_{self._unit}"
         latent = resolve_size(option, latent_size, spec.in_channels, spec.out_channels)
         largest = max_latent(spec)
@@ -76,8 +77,8 @@ class Factorized(Chain):
 
     def reset_parameters(self) -> None:
         """Give both layers new random weights, as torch initialises them."""
-        self.module0.reset_parameters()
-        self.module1.reset_parameters()
+        for part in self:
+            part.reset_parameters()
 
     def should_factorize(self, proposed_rank: int | float) -> bool:
         """Whether that latent size would take fewer MACs than the present one: if it is smaller.
@@ -132,14 +133,12 @@ class Factorized(Chain):
             If it lacks two factors of this module's sizes, or has a bias that the module lacks.
         """
         if solution.Wa is None or solution.Wb is None:
-            raise ValueError(
-                "solution: got no Wa or no Wb; expected both. One matrix in place of two is a "
-                "plain layer, not a factorized one"
-            )
+            one = "one matrix in place of two is a plain layer, not a factorized one"
+            raise ValueError(f"solution: got no Wa or no Wb; expected both: {one}")
         if not all(isinstance(part.weight, nn.Parameter) for part in self):
+            bake = "bake it in (remove_parametrizations, prune.remove) and repeat"
             raise ValueError(
-                "module0 or module1 computes its weight from other parameters; expected plain "
-                "ones. Bake it in (remove_parametrizations, prune.remove) and repeat"
+                f"module0 or module1 computes its weight; expected a parameter: {bake}"
             )
         parts = [solution.Wa, solution.Wb]
         if not self.replaced.ndim:
@@ -150,10 +149,8 @@ class Factorized(Chain):
             got.append(tuple(solution.bias.shape))
             expected += [] if self.module1.bias is None else [(self.out_size,)]
         if got != expected:
-            raise ValueError(
-                f"solution: got weights and a bias of shapes {got}, which do not fit "
-                f"{self.replaced}; expected {expected}, as from its solution_for_rank"
-            )
+            wanted = f"{self.replaced}; expected {expected}, as from its solution_for_rank"
+            raise ValueError(f"solution: got shapes {got}, which do not fit {wanted}")
         self._put(parts, solution.bias)
 
     def _put(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:

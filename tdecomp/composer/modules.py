@@ -5,13 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tdecomp.composer.core import (
-    LowRankSolution,
-    factorize_conv2d,
-    factorize_rows,
-    refuse_groups,
-    resolve_size,
-)
+from tdecomp.composer.core import LowRankSolution, factorize_conv2d, factorize_rows, resolve_size
 from tdecomp.composer.factorized import Factorized, max_latent
 from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.decomposers.svd import SVD
@@ -27,11 +21,10 @@ def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bo
     Parameters
     ----------
     module : nn.Module
-        A Conv2d without groups, Linear, FactorizedConv2d or FactorizedLinear; False for others.
-        For the factorized ones any smaller inner size saves MACs.
+        A Conv2d without groups, a Linear, or a factorized one, on which any smaller inner size
+        saves MACs; False for others.
     latent_size : int or float
-        Channels or features between the two; below 1 a fraction of the smaller of the module's
-        input and output, at least 1.
+        Channels or features between the two, as for `FactorizedLinear`.
 
     Raises
     ------
@@ -110,15 +103,13 @@ class FactorizedLinear(Factorized):
         latent_features: int | float = 0.25,
         keep_weights: bool = True,
     ) -> Self:
-        """Two layers in place of a Linear, with its device, dtype and mode.
+        """Two layers in place of a Linear, which is not changed, with its device, dtype and mode.
 
         >>> FactorizedLinear.from_linear(nn.Linear(64, 32), latent_features=4).latent_features
         4
 
         Parameters
         ----------
-        module : nn.Linear
-            It is not changed.
         module_ix : int
             Not used; Composer has it.
         latent_features : int or float
@@ -136,8 +127,8 @@ class FactorizedLinear(Factorized):
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
         rows, wanted = torch.atleast_2d(input).flatten(0, -2), self.resolved("rank", rank)
-        wa, wb, bias = self.module0.weight.T, self.module1.weight.T, self.module1.bias
-        return factorize_rows(rows, None, wa, wb, bias, wanted)
+        wa, wb = self.module0.weight.T, self.module1.weight.T
+        return factorize_rows(rows, None, wa, wb, self.module1.bias, wanted)
 
 
 class FactorizedConv2d(Factorized):
@@ -155,12 +146,10 @@ class FactorizedConv2d(Factorized):
     in_channels, out_channels, kernel_size, **conv2d_kwargs
         As for `nn.Conv2d`: `bias` is the second layer's, the geometry the first one's.
     latent_channels : int or float
-        As `latent_features` of `FactorizedLinear`.
+        As for `FactorizedLinear`, with the same error.
 
     Raises
     ------
-    ValueError
-        If `latent_channels` saves no MACs: if above `max_allowed_latent_channels`.
     NotImplementedError
         If there are several groups.
     """
@@ -177,7 +166,6 @@ class FactorizedConv2d(Factorized):
         latent_channels: int | float = 0.25,
         **conv2d_kwargs: Any,
     ) -> None:
-        refuse_groups(conv2d_kwargs.get("groups", 1))
         placed = {name: conv2d_kwargs.pop(name, None) for name in ("device", "dtype")}
         # torch checks the arguments and normalises them.
         whole = nn.Conv2d(in_channels, out_channels, kernel_size, device="meta", **conv2d_kwargs)
