@@ -59,12 +59,11 @@ class Operator:
 
 def solve(
     times: Times, operator: Operator, k: int, dtype: torch.dtype, target: Tensor | None = None
-) -> tuple[Operator, int, float]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, int, float]:
     """An operator of rank k, or one matrix where k is not below its sizes, rounded to `dtype`.
 
-    Also the rank it was reduced to, −1 if its rank was no more, and the mean square of what it
-    leaves of the target over the variance of all the target's entries. `target` (samples, out) is
-    the operator's own outputs, plus a part that no operator gives.
+    Its three parts, then the rank and the error as in `LowRankSolution`. `target` (samples, out)
+    is the operator's own outputs, plus a part that no operator gives.
     """
     reduced = operator.reduces(k)
     if reduced and operator.second is None and operator.first.shape[1] > len(operator.first):
@@ -74,9 +73,9 @@ def solve(
     latent = times(operator.first)
     outputs = operator.outputs(latent)
     if not bool(torch.isfinite(outputs).all()):
+        remedy = "scale them down, or pass them in torch.float64"
         raise ValueError(
-            f"the products of X, Wa and Wb leave the range of {outputs.dtype}; expected finite "
-            "outputs. Scale them down, or pass them in torch.float64"
+            f"X, Wa and Wb: their products leave the range of {outputs.dtype}; {remedy}"
         )
     target = outputs if target is None else target
     if reduced:
@@ -87,12 +86,14 @@ def solve(
     rounded = operator.without_bias(dtype)
     wide = rounded.without_bias(target.dtype)
     error = target - wide.outputs(times(wide.first))
-    if operator.bias is not None:
+    bias = operator.bias
+    if bias is not None:
         # The mean error is the bias to add; a bias that already fits is kept bit for bit.
-        bias = error.mean(dim=0, dtype=torch.float64) if reduced else operator.bias
-        rounded = replace(rounded, bias=bias.to(dtype).contiguous())
+        bias = error.mean(dim=0, dtype=torch.float64) if reduced else bias
         error -= bias.to(target)
-    return rounded, k if reduced else -1, _mean_square(error) / _power(target)
+        bias = bias.to(dtype).contiguous()
+    nmse = _mean_square(error) / _power(target)
+    return rounded.first, rounded.second, bias, k if reduced else -1, nmse
 
 
 def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:

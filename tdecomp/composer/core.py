@@ -91,10 +91,7 @@ def factorize_rows(
         if Y is not None and (operator.reduces(k) or k >= operator.full):
             rounding = max(torch.finfo(tensor.dtype).eps for tensor in (X, Y, Wa))
             operator = corrected(operator, x, wide["Y"], rounding)
-        solved, reached, nmse = solve(
-            lambda matrix: x @ matrix, operator, k, Wa.dtype, wide.get("Y")
-        )
-    return LowRankSolution(solved.first, solved.second, solved.bias, reached, nmse)
+        return LowRankSolution(*solve(x.matmul, operator, k, Wa.dtype, wide.get("Y")))
 
 
 def factorize_conv2d(
@@ -171,10 +168,9 @@ def factorize_conv2d(
         operator = Operator(wide["Wa"].flatten(1).T, second, wide.get("biasB"))
         if "biasA" in wide:
             operator = replace(operator, bias=operator.outputs(wide["biasA"]))
-        solved, reached, nmse = solve(times, operator, k, Wa.dtype)
-        wa = _kernel(solved.first, height, width)
-        wb = None if solved.second is None else _kernel(solved.second, 1, 1)
-    return LowRankSolution(wa, wb, solved.bias, reached, nmse)
+        wa, wb, bias, reached, nmse = solve(times, operator, k, Wa.dtype)
+        wb = None if wb is None else _kernel(wb, 1, 1)
+        return LowRankSolution(_kernel(wa, height, width), wb, bias, reached, nmse)
 
 
 def _kernel(matrix: Tensor, height: int, width: int) -> Tensor:
@@ -212,9 +208,9 @@ def _widened(**expected: tuple[Tensor | None, str]) -> dict[str, Tensor]:
         if not value.numel():
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; expected something in it")
         if bad := int((~torch.isfinite(value)).sum()):
+            remedy = "expected finite ones: mend the weights, or leave those samples out"
             raise ValueError(
-                f"{name}: {bad} of {value.numel()} values are NaN or infinite; expected finite "
-                "ones. Mend the weights, or leave those samples out"
+                f"{name}: {bad} of {value.numel()} values are NaN or infinite; {remedy}"
             )
     shapes, sizes = {name: expected[name][1].split() for name in given}, {"1": 1}
     for name, value in given.items():

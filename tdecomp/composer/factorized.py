@@ -35,10 +35,8 @@ class Factorized(Chain):
         latent = resolve_size(option, latent_size, spec.in_channels, spec.out_channels)
         largest = max_latent(spec)
         if latent > largest:
-            raise ValueError(
-                f"{option}: {latent} saves no MACs on {spec}; expected at most {largest}. Choose a "
-                "smaller one, or keep the layer as it is"
-            )
+            remedy = f"at most {largest}: choose less, or keep the layer as it is"
+            raise ValueError(f"{option}: {latent} saves no MACs on {spec}; expected {remedy}")
         self.method, self.rank, self.replaced = self._method.name, latent, spec
         for i, stage in enumerate(self._method.stages(spec, latent)):
             self.add_module(f"module{i}", stage.build(**placed))
@@ -71,14 +69,10 @@ class Factorized(Chain):
     def latent_size(self) -> int:
         return len(self.module0.weight)
 
-    def resolved(self, option: str, size: int | float) -> int:
-        """A latent size, of which fractions are of the smaller of inputs and outputs."""
-        return resolve_size(option, size, self.in_size, self.out_size)
-
     def reset_parameters(self) -> None:
         """Give both layers new random weights, as torch initialises them."""
-        for part in self:
-            part.reset_parameters()
+        self.module0.reset_parameters()
+        self.module1.reset_parameters()
 
     def should_factorize(self, proposed_rank: int | float) -> bool:
         """Whether that latent size would take fewer MACs than the present one: if it is smaller.
@@ -87,7 +81,8 @@ class Factorized(Chain):
         >>> FactorizedLinear(64, 64, latent_features=16).should_factorize(15)
         True
         """
-        return self.resolved("proposed_rank", proposed_rank) < self.latent_size
+        proposed = resolve_size("proposed_rank", proposed_rank, self.in_size, self.out_size)
+        return proposed < self.latent_size
 
     def set_rank(self, input: Tensor, rank: int) -> None:  # noqa: A002
         """Reduce the latent size to `rank` so that the outputs for `input` change least.
@@ -107,12 +102,11 @@ class Factorized(Chain):
         ValueError
             If the rank is above the present latent size.
         """
-        wanted = self.resolved("rank", rank)
+        wanted = resolve_size("rank", rank, self.in_size, self.out_size)
         if wanted > self.latent_size:
-            raise ValueError(
-                f"rank: got {wanted}; expected at most {self.latent_size}, the present latent "
-                "size. What was cut off is lost: factorize the original layer again for more"
-            )
+            present = f"{self.latent_size}, the present latent size"
+            remedy = "what was cut off is lost: factorize the original layer again for more"
+            raise ValueError(f"rank: got {wanted}; expected at most {present}; {remedy}")
         if wanted < self.latent_size:
             self.apply_solution(self.solution_for_rank(input, wanted))
 
@@ -137,9 +131,7 @@ class Factorized(Chain):
             raise ValueError(f"solution: got no Wa or no Wb; expected both: {one}")
         if not all(isinstance(part.weight, nn.Parameter) for part in self):
             bake = "bake it in (remove_parametrizations, prune.remove) and repeat"
-            raise ValueError(
-                f"module0 or module1 computes its weight; expected a parameter: {bake}"
-            )
+            raise ValueError(f"module0 or module1 computes its weight; expected parameters: {bake}")
         parts = [solution.Wa, solution.Wb]
         if not self.replaced.ndim:
             parts = [part.mT for part in parts]

@@ -126,7 +126,8 @@ class FactorizedLinear(Factorized):
         return cls.of(module, latent_features, keep_weights)
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
-        rows, wanted = torch.atleast_2d(input).flatten(0, -2), self.resolved("rank", rank)
+        rows = torch.atleast_2d(input).flatten(0, -2)
+        wanted = resolve_size("rank", rank, self.in_size, self.out_size)
         wa, wb = self.module0.weight.T, self.module1.weight.T
         return factorize_rows(rows, None, wa, wb, self.module1.bias, wanted)
 
@@ -188,7 +189,6 @@ class FactorizedConv2d(Factorized):
         sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         return max_latent(LayerSpec(in_channels, out_channels, tuple(sizes)))
 
-    # Under this name in Composer's code, under the other in its documentation.
     max_allowed_latent_features = max_allowed_latent_channels
 
     @classmethod
