@@ -74,9 +74,7 @@ def solve(
     outputs = operator.outputs(latent)
     if not bool(torch.isfinite(outputs).all()):
         remedy = "scale them down, or pass them in torch.float64"
-        raise ValueError(
-            f"X, Wa and Wb: their products leave the range of {outputs.dtype}; {remedy}"
-        )
+        raise ValueError(f"products of X, Wa, Wb leave the range of {outputs.dtype}; {remedy}")
     target = outputs if target is None else target
     if reduced:
         operator = _reduced(operator, latent, k)

@@ -145,13 +145,8 @@ def factorize_conv2d(
     refuse_groups(conv2d_kwargs.get("groups", 1))
     latent = "out" if Wb is None else "latent"
     maps = "in H W" if isinstance(X, Tensor) and X.dim() == 3 else "N in H W"
-    wide = _widened(
-        X=(X, maps),
-        Wa=(Wa, f"{latent} in kh kw"),
-        Wb=(Wb, "out latent 1 1"),
-        biasA=(biasA, latent),
-        biasB=(biasB, "out"),
-    )
+    kernels = {"Wa": (Wa, f"{latent} in kh kw"), "Wb": (Wb, "out latent 1 1")}
+    wide = _widened(X=(X, maps), **kernels, biasA=(biasA, latent), biasB=(biasB, "out"))
     channels, in_channels, height, width = Wa.shape
     k = resolve_size("rank", rank, in_channels, channels if Wb is None else len(Wb))
     # Only its geometry is used: each call is given a kernel.
@@ -208,10 +203,8 @@ def _widened(**expected: tuple[Tensor | None, str]) -> dict[str, Tensor]:
         if not value.numel():
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; expected something in it")
         if bad := int((~torch.isfinite(value)).sum()):
-            remedy = "expected finite ones: mend the weights, or leave those samples out"
-            raise ValueError(
-                f"{name}: {bad} of {value.numel()} values are NaN or infinite; {remedy}"
-            )
+            mend = "expected finite ones: mend the weights, or leave those samples out"
+            raise ValueError(f"{name}: {bad} of {value.numel()} values are NaN or infinite; {mend}")
     shapes, sizes = {name: expected[name][1].split() for name in given}, {"1": 1}
     for name, value in given.items():
         pairs = zip(shapes[name], value.shape, strict=False)

@@ -77,8 +77,7 @@ class Factorized(Chain):
     def should_factorize(self, proposed_rank: int | float) -> bool:
         """Whether that latent size would take fewer MACs than the present one: if it is smaller.
 
-        >>> from tdecomp.composer import FactorizedLinear
-        >>> FactorizedLinear(64, 64, latent_features=16).should_factorize(15)
+        >>> tdecomp.composer.FactorizedLinear(64, 64, latent_features=16).should_factorize(15)
         True
         """
         proposed = resolve_size("proposed_rank", proposed_rank, self.in_size, self.out_size)
@@ -87,8 +86,7 @@ class Factorized(Chain):
     def set_rank(self, input: Tensor, rank: int) -> None:  # noqa: A002
         """Reduce the latent size to `rank` so that the outputs for `input` change least.
 
-        >>> from tdecomp.composer import FactorizedLinear
-        >>> layer = FactorizedLinear(64, 32, latent_features=8)
+        >>> layer = tdecomp.composer.FactorizedLinear(64, 32, latent_features=8)
         >>> layer.set_rank(torch.randn(100, 64), 4)
         >>> layer.latent_features
         4
