@@ -212,8 +212,8 @@ def test_solutions_that_do_not_fit_are_refused():
         (layer, other, "do not fit Linear"),
         (layer, maps.solution_for_rank(torch.randn(2, 8, 9, 9), 3), "do not fit"),
         (maps, good, "do not fit Conv2d"),
-        (bare, good, "where the module has none"),
-        (layer, LowRankSolution(good.Wa, good.Wb, torch.ones(5)), r"bias of shape \(5,\)"),
+        (bare, good, r"\(32,\)\], which do not fit Linear\(24→32, no bias\)"),
+        (layer, LowRankSolution(good.Wa, good.Wb, torch.ones(5)), r"\(5,\)\], which do not fit"),
     ):
         with unchanged(module), pytest.raises(ValueError, match=words):
             module.apply_solution(solution)
