@@ -13,7 +13,7 @@ from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.example import LAYOUTS, in_layout, layout_of
-from tdecomp.torch_state import undisturbed
+from tdecomp.torch_state import no_inference_mode, undisturbed
 
 
 class Factorized(Chain):
@@ -51,7 +51,8 @@ class Factorized(Chain):
         weight, bias = layer.weight, layer.bias
         options = {name: getattr(layer, name) for name in cls._arguments}
         options |= {f"latent_{cls._unit}": latent_size, "bias": bias is not None}
-        made = cls(**options, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+        with no_inference_mode():
+            made = cls(**options, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
         if keep_weights:
             factors = factorize(cls._method, weight, made.replaced, made.latent_size)
             made._put(factors.stage_weights(), bias)

@@ -292,3 +292,11 @@ def test_what_could_be_faster():
     assert not factorizing_could_speedup(conv(), 6)
     with pytest.raises(ValueError, match="latent_size: got -3"):
         factorizing_could_speedup(nn.Linear(16, 16), -3)
+
+
+def test_layers_made_in_inference_mode_can_be_trained():
+    layer = nn.Linear(16, 16)
+    with torch.inference_mode():
+        made = FactorizedLinear.from_linear(layer, latent_features=4)
+    made(torch.randn(2, 16)).sum().backward()
+    assert made.module0.weight.grad is not None
