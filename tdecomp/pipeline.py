@@ -18,6 +18,7 @@ from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import entries
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.optimizers import as_optimizers, unoptimized
+from tdecomp.model.reasons import is_lazy
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
 from tdecomp.parallel import parallel_map
@@ -140,7 +141,9 @@ def _speed(
     example: Example,
     stopwatch: Stopwatch,
 ) -> Speed | None:
-    """The time of the result against the original's, or None for a model that cannot be copied."""
+    """The time of the result against the original's; None if it cannot be copied, or is lazy."""
+    if any(map(is_lazy, model.modules())):  # timing would give the user's layers their sizes
+        return None
     if changed is model:
         try:
             changed = copy_with(model, chains)

@@ -6,7 +6,7 @@ by their last, whichever thread that is. A model is used by one thread at a time
 
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache, partial
 from itertools import count
 from typing import Generic, TypeVar
@@ -72,16 +72,26 @@ class untouched(exclusive):
             self.undo.callback(setattr, module, "training", module.training)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    saved = buffer.detach().clone()
-                    self.undo.callback(_restore, module, name, buffer, _version(buffer), saved)
+                    saved = buffer.data, _version(buffer), buffer.detach().clone()
+                    self.undo.callback(_restore, module, name, buffer, *saved)
         _keep_random_state(self._models, self.undo)
         for model in self._models:
             model.eval()
 
 
-def _restore(module: nn.Module, name: str, buffer: Tensor, version: int, value: Tensor) -> None:
+def _restore(
+    module: nn.Module, name: str, buffer: Tensor, data: Tensor, version: int, value: Tensor
+) -> None:
     module._buffers[name] = buffer  # forward may have put another one in its place
-    if _version(buffer) != version:
+    if buffer.is_inference():
+        return  # it cannot be changed outside of inference mode
+    changed = _version(buffer) != version
+    with suppress(NotImplementedError, RuntimeError):  # on the meta device, and of odd layouts
+        # Changes through `.data` are no new version.
+        if buffer.shape != data.shape or buffer.data_ptr() != data.data_ptr():
+            buffer.data = data
+        changed = changed or not torch.equal(buffer, value)
+    if changed:
         with torch.no_grad():
             buffer.copy_(value)
 

@@ -50,19 +50,20 @@ def _each_image_tensor(batch: Any, vary: Augment, generator: torch.Generator) ->
 
 def _varied(batch: Tensor, generator: torch.Generator) -> Tensor:
     count, _, height, width = batch.shape
-    mirrored = torch.rand(count, generator=generator) < 0.5
+    mirrored = torch.rand(count, generator=generator, device="cpu") < 0.5
     batch = torch.where(mirrored.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
     most = int(_SHIFT * min(height, width))
     padded = functional.pad(batch, (most,) * 4, mode="reflect")
-    corners = torch.randint(0, 2 * most + 1, (count, 2), generator=generator).tolist()
+    last = 2 * most + 1
+    corners = torch.randint(0, last, (count, 2), generator=generator, device="cpu").tolist()
     crops = zip(padded, corners, strict=True)
     return torch.stack([x[:, top : top + height, left : left + width] for x, (top, left) in crops])
 
 
 def _pasted(batch: Tensor, generator: torch.Generator) -> Tensor:
     count, _, height, width = batch.shape
-    others = torch.randperm(count, generator=generator).tolist()
-    draws = torch.rand(count, 4, generator=generator, dtype=torch.float64).tolist()
+    others = torch.randperm(count, generator=generator, device="cpu").tolist()
+    draws = torch.rand(count, 4, generator=generator, dtype=torch.float64, device="cpu").tolist()
     mixed = batch.clone()
     for image, (other, (chance, area, down, across)) in enumerate(zip(others, draws, strict=True)):
         if chance < _PASTED:

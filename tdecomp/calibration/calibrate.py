@@ -203,12 +203,15 @@ def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:
 
 
 def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Layers]:
-    """Layers in groups whose sums stay under max_memory, as far as the first batch tells."""
+    """Layers in groups whose sums stay under max_memory, which may take a pass to count patches."""
     limit = batches.data.max_memory
     if limit is None:
         return [layers]
     batches.require_several_passes("a max_memory")
-    passes = len(batches) * (1 if batches.data.augment is None else PASSES)
+    most = sum(8 * s.groups * s.fan_in * (s.fan_in + 1) for _, s in layers.values())
+    if most <= limit:  # whatever the batches hold
+        return [layers]
+    passes = 1 if batches.data.augment is None else PASSES
     patches = dict.fromkeys(layers, 0)
 
     def count(name: str, x: Tensor) -> None:
@@ -217,13 +220,15 @@ def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Lay
         patches[name] += passes * call.batch * math.prod(spec.output_size(call.size))
 
     with untouched(model), no_fast_path(), _shown(count, layers), torch.no_grad():
-        batches.run(model, next(batches.on(device_of(model))))
+        for batch in batches.bar(device_of(model), "count patches"):
+            batches.run(model, batch)
     groups: list[dict[str, tuple[nn.Module, LayerSpec]]] = []
     free = 0
     for name, (layer, spec) in layers.items():
         wide, known = spec.groups * spec.fan_in, patches[name]
         each = 8 if next(layer.parameters()).dtype == torch.float64 else 4
-        need = 8 * wide * spec.fan_in if not 0 < known < spec.fan_in else each * wide * known
+        held = each * known if 0 < known < spec.fan_in else 8 * spec.fan_in
+        need = wide * (8 + held)
         if need > limit:
             raise ValueError(
                 f"calibrate: layer {name!r} ({spec}) alone needs {need:,} bytes; expected "
@@ -244,6 +249,7 @@ def _check_finite(name: str, moments: LayerMoments) -> None:
     squares = mean if matrix is None else matrix.diagonal(dim1=1, dim2=2)
     if not bool((mean.isfinite() & squares.isfinite()).all()):
         raise ValueError(
-            f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities; "
-            "expected finite activations. Look at the batches and at the layers before it"
+            f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities, or "
+            "numbers too large to be squared; expected finite activations. Look at the batches and "
+            "at the layers before it"
         )

@@ -12,7 +12,16 @@ from tqdm import tqdm
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.model.batches import Forward, call_model, describe, moved, tensors_of
+from tdecomp.model.batches import (
+    Forward,
+    call_model,
+    copied,
+    count_samples,
+    describe,
+    moved,
+    tensors_of,
+)
+from tdecomp.model.reasons import refuse_lazy
 
 Mask = Callable[[Any], Tensor]  # says which rows of a batch count
 
@@ -112,14 +121,26 @@ class Batches:
         return known if limit is None else min(known, limit)
 
     def on(self, device: torch.device) -> Iterator[Any]:
-        """Yield the batches, every tensor in them on `device`."""
+        """Yield the batches that hold samples, every tensor in them on `device`."""
         empty = True
         for batch in islice(self._iterable(), self.data.max_batches):
-            empty = False
-            yield moved(batch, device)
+            if count_samples(batch):
+                empty = False
+                yield self._moved(batch, device)
         if empty:
-            remedy = "an exhausted generator has none left: pass a DataLoader or a list"
-            raise ValueError(f"{self.caller}: got no batches; expected at least one ({remedy})")
+            raise ValueError(
+                f"{self.caller}: got no batches; expected at least one that holds samples (an "
+                "exhausted generator has none left: pass a DataLoader or a list)"
+            )
+
+    def _moved(self, batch: Any, device: torch.device) -> Any:
+        try:
+            return moved(batch, device)
+        except NotImplementedError as error:  # a tensor on the meta device, or of a layout like it
+            raise BatchError(
+                f"{self.caller}: a batch ({describe(batch)}) cannot be copied to {device}: "
+                f"{error}; expected tensors that hold values"
+            ) from error
 
     def bar(self, device: torch.device, title: str) -> Iterator[Any]:
         """`on`, with a progress bar."""
@@ -133,15 +154,18 @@ class Batches:
         for number in range(1, PASSES):
             generator = self.generator(number)
             for batch in self.on(device):
-                other = self.data.augment(batch, generator)
-                if all(a is b for a, b in zip(tensors_of(batch), tensors_of(other), strict=True)):
+                given = copied(batch)
+                other = self.data.augment(given, generator)
+                pairs = zip(tensors_of(given), tensors_of(other), tensors_of(batch), strict=True)
+                if all(a is b and torch.equal(b, before) for a, b, before in pairs):
                     return  # it holds nothing that `augment` varies
                 yield other
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for one batch; BatchError if the model rejects it."""
+        refuse_lazy(model, self.caller)
         try:
-            return self.forward(model, batch)
+            return self.forward(model, copied(batch))
         except BatchError:
             raise
         except Exception as error:

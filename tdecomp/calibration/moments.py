@@ -266,8 +266,32 @@ class Moments(Mapping[str, LayerMoments]):
                     raise ValueError(f"{file}: damaged: it lacks the moments {lacking}")
                 spec, sizes = LayerSpec.from_dict(entry["spec"]), map(tuple, entry["sizes"])
                 layers[name] = LayerMoments(spec, entry["count"], sizes=tuple(sizes), **held)
+                if problem := _problem(layers[name]):
+                    raise ValueError(f"{file}: damaged: layer {name!r}: {problem}")
             return cls(layers, tuple(header["unreached"]), header["samples"], header["peak_bytes"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file}: not the header that Moments.save writes for moments: {error!r}"
             ) from error
+
+
+def _problem(moments: LayerMoments) -> str | None:
+    """What cannot be true of any layer's inputs; None if nothing is found."""
+    spec = moments.spec
+    rows = 0 if moments.rows is None else moments.rows.shape[1]
+    shapes = {
+        "mean": (spec.groups, spec.fan_in),
+        "matrix": (spec.groups, spec.fan_in, spec.fan_in),
+        "rows": (spec.groups, rows, spec.fan_in),
+        "gradient": (spec.out_channels, spec.out_channels),
+    }
+    for part, tensor in moments.tensors().items():
+        if tuple(tensor.shape) != shapes[part]:
+            return f"{part} of shape {tuple(tensor.shape)}, expected {shapes[part]}"
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            return f"{part} holds NaN or infinities, or no floating-point numbers"
+        if part in ("matrix", "gradient") and bool((tensor.diagonal(dim1=-2, dim2=-1) < 0).any()):
+            return f"{part} has squares below 0 on its diagonal"
+    if rows and rows != moments.count:
+        return f"{rows} rows, expected {moments.count}"
+    return None if moments.count > 0 else f"{moments.count} patches, expected some"

@@ -11,7 +11,7 @@ from tdecomp.composer.factorized import Factorized
 from tdecomp.composer.modules import FactorizedConv2d, FactorizedLinear, factorizing_could_speedup
 from tdecomp.model.filters import Filters, at_least
 from tdecomp.model.optimizers import as_optimizers, unoptimized
-from tdecomp.model.sites import Site, check_weight, find_sites
+from tdecomp.model.sites import check_weight, find_sites
 from tdecomp.model.surgery import swap
 
 
@@ -63,34 +63,25 @@ def apply_factorization(
     listed = as_optimizers(optimizers)
     resolve_size("latent_channels", latent_channels, 1)
     resolve_size("latent_features", latent_features, 1)
+    plain = (nn.Conv2d, nn.Linear)
+    if isinstance(model, nn.Module) and not any(isinstance(m, plain) for m in model.modules()):
+        return model  # `find_sites` would refuse it
+    kinds: dict[type, tuple[type[Factorized], int | float]] = {}
+    if factorize_convs:
+        kinds[nn.Conv2d] = FactorizedConv2d, latent_channels
+    if factorize_linears:
+        kinds[nn.Linear] = FactorizedLinear, latent_features
     replacements: dict[nn.Module, Factorized] = {}
-    for site in _wide_sites(model, min_channels, min_features):
-        module = site.module
-        linear = isinstance(module, nn.Linear)
-        size = latent_features if linear else latent_channels
-        wanted = factorize_linears if linear else factorize_convs
-        if not (wanted and factorizing_could_speedup(module, size)):
-            continue
-        check_weight(site)
-        if isinstance(module, nn.Linear):
-            replacements[module] = FactorizedLinear.from_linear(module, latent_features=size)
-        elif isinstance(module, nn.Conv2d):
-            replacements[module] = FactorizedConv2d.from_conv2d(module, latent_channels=size)
+    wide = Filters(where=at_least(min_channels, min_features))
+    for site in find_sites(model, wide).values():
+        kind, size = kinds.get(type(site.module), (None, 1))
+        if kind and site.reason is None and factorizing_could_speedup(site.module, size):
+            check_weight(site)
+            replacements[site.module] = kind.of(site.module, size)
     # Before anything is changed: the caller may have made warnings errors.
-    if missing := unoptimized(model, replacements, listed):
-        warnings.warn(
-            f"no optimizer had these replaced parameters: {', '.join(missing)}", stacklevel=2
-        )
+    if missing := ", ".join(unoptimized(model, replacements, listed)):
+        warnings.warn(f"no optimizer had these replaced parameters: {missing}", stacklevel=2)
     # In a holder even the model itself can be replaced.
     holder = nn.ModuleList([model])
     swap(holder, replacements, listed)
     return holder[0]
-
-
-def _wide_sites(model: nn.Module, min_channels: int, min_features: int) -> list[Site]:
-    """The plain layers that may be replaced; none where `find_sites` would refuse the model."""
-    plain = (nn.Linear, nn.Conv2d)
-    if isinstance(model, nn.Module) and not any(isinstance(m, plain) for m in model.modules()):
-        return []
-    sites = find_sites(model, Filters(where=at_least(min_channels, min_features))).values()
-    return [site for site in sites if site.reason is None and type(site.module) in plain]

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
 
-# Multiplies the inputs by a matrix (fan_in, m): (samples, m).
+# Multiplies the inputs by a matrix (fan_in, m).
 Times = Callable[[Tensor], Tensor]
-
 # Samples that are converted to float64 at a time.
 _CHUNK = 8192
 # The weights' share of the outputs' power. It decides where the data leaves several solutions.
@@ -38,24 +37,14 @@ class Operator:
         return self.first if self.second is None else self.first @ self.second
 
     @property
-    def latent(self) -> int:
-        return self.first.shape[1]
-
-    @property
     def full(self) -> int:
         """The rank from which on one matrix is no larger than two."""
-        return min(len(self.first), self.latent if self.second is None else self.second.shape[1])
+        last = self.first if self.second is None else self.second
+        return min(len(self.first), last.shape[1])
 
     def reduces(self, k: int) -> bool:
         """Whether rank k is below the present one, so that the operator has to be approximated."""
-        return k < min(self.full, self.latent)
-
-    def narrowed(self) -> "Operator":
-        """The same operator, with no more than fan_in columns in `first`."""
-        if self.second is not None or self.latent <= len(self.first):
-            return self
-        basis, triangle = torch.linalg.qr(self.first.T)  # (out, fan_in), (fan_in, fan_in)
-        return replace(self, first=triangle.T, second=basis.T)
+        return k < min(self.full, self.first.shape[1])
 
     def without_bias(self, dtype: torch.dtype) -> "Operator":
         """Both matrices in another dtype."""
@@ -70,25 +59,24 @@ class Operator:
 
 def solve(
     times: Times, operator: Operator, k: int, dtype: torch.dtype, target: Tensor | None = None
-) -> tuple[Operator, float]:
-    """An operator of rank k, or one matrix where k is not below its sizes, rounded; its error.
+) -> tuple[Tensor, Tensor | None, Tensor | None, int, float]:
+    """An operator of rank k, or one matrix where k is not below its sizes, rounded to `dtype`.
 
-    An operator of rank k or less stays as it is. `target` (samples, out) is the operator's own
-    outputs, plus a part that no operator gives. The error is the mean square of what the solution,
-    rounded to `dtype`, leaves of the target, over the variance of all the target's entries.
+    Its three parts, then the rank and the error as in `LowRankSolution`. `target` (samples, out)
+    is the operator's own outputs, plus a part that no operator gives.
     """
-    if operator.reduces(k):
-        operator = operator.narrowed()
+    reduced = operator.reduces(k)
+    if reduced and operator.second is None and operator.first.shape[1] > len(operator.first):
+        # The outputs lie in the span of fan_in directions.
+        basis, triangle = torch.linalg.qr(operator.first.T)  # (out, fan_in), (fan_in, fan_in)
+        operator = replace(operator, first=triangle.T, second=basis.T)
     latent = times(operator.first)
     outputs = operator.outputs(latent)
     if not bool(torch.isfinite(outputs).all()):
-        raise ValueError(
-            f"the products of X, Wa and Wb leave the range of {outputs.dtype}; expected finite "
-            "outputs. Scale them down, or pass them in torch.float64"
-        )
+        remedy = "scale them down, or pass them in torch.float64"
+        raise ValueError(f"products of X, Wa, Wb leave the range of {outputs.dtype}; {remedy}")
     target = outputs if target is None else target
-    fits_bias = operator.reduces(k) and operator.bias is not None
-    if operator.reduces(k):
+    if reduced:
         operator = _reduced(operator, latent, k)
     elif k >= operator.full:
         operator = replace(operator, first=operator.product, second=None)
@@ -96,12 +84,14 @@ def solve(
     rounded = operator.without_bias(dtype)
     wide = rounded.without_bias(target.dtype)
     error = target - wide.outputs(times(wide.first))
-    if operator.bias is not None:
+    bias = operator.bias
+    if bias is not None:
         # The mean error is the bias to add; a bias that already fits is kept bit for bit.
-        bias = error.mean(dim=0, dtype=torch.float64) if fits_bias else operator.bias
-        rounded = replace(rounded, bias=bias.to(dtype).contiguous())
+        bias = error.mean(dim=0, dtype=torch.float64) if reduced else bias
         error -= bias.to(target)
-    return rounded, _mean_square(error) / _power(target)
+        bias = bias.to(dtype).contiguous()
+    nmse = _mean_square(error) / _power(target)
+    return rounded.first, rounded.second, bias, k if reduced else -1, nmse
 
 
 def _reduced(operator: Operator, latent: Tensor, k: int) -> Operator:
@@ -131,20 +121,19 @@ def corrected(operator: Operator, x: Tensor, target: Tensor, rounding: float) ->
     if _mean_square(missing) <= (8 * rounding) ** 2 * _mean_square(target):
         return operator
     centred = operator.bias is not None
+    mean = x.mean(dim=0, dtype=torch.float64)
     # A Gram matrix in float64 still resolves the singular values of float32 inputs.
     precision = torch.finfo(torch.float64).eps * max(x.shape)
     precision = max(precision, (8 * torch.finfo(x.dtype).eps) ** 2)
     if len(x) < x.shape[1]:
-        rows = x.double() - x.mean(dim=0, dtype=torch.float64) * centred
-        dual = _pseudo_inverse(rows @ rows.T, precision) @ missing.double()
-        change = rows.T @ dual  # (fan_in, out)
+        rows = x.double() - mean * centred
+        change = rows.T @ (_pseudo_inverse(rows @ rows.T, precision) @ missing.double())
     else:
         gram = _product(x, x, centred)
         change = _pseudo_inverse(gram, precision) @ _product(x, missing, centred)
     bias = operator.bias
     if bias is not None:
-        shift = missing.mean(dim=0, dtype=torch.float64)
-        bias = bias + (shift - x.mean(dim=0, dtype=torch.float64) @ change).to(bias)
+        bias = bias + (missing.mean(dim=0, dtype=torch.float64) - mean @ change).to(bias)
     return Operator(operator.product + change.to(x), None, bias)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,9 +51,8 @@ def factorize_matrix(
     ----------
     X, Y : Tensor, shapes (N, D) and (N, M)
         Inputs, and the wanted outputs: usually ``X @ Wa + bias`` or ``X @ Wa @ Wb + bias``.
-    Wa : Tensor, shape (D, M), or (D, d) with `Wb`
-    Wb : Tensor, shape (d, M), optional
-        If given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
+    Wa, Wb : Tensor, shapes (D, M) and none, or (D, d) and (d, M)
+        If `Wb` is given, the matrix is ``Wa @ Wb``, whose rank is to be reduced further.
     bias : Tensor, shape (M,), optional
         A bias is fitted only if one is given.
     rank : int or float
@@ -75,28 +74,24 @@ def factorize_matrix(
         the rank is invalid.
     """
     del n_iters
-    wide = _widened({"X": X, "Y": Y, "Wa": Wa}, Wb=Wb, bias=bias)
-    last = Wa if Wb is None else Wb
-    fits = all(matrix.dim() == 2 for matrix in (X, Y, Wa, last)) and len(X) == len(Y)
-    fits = fits and X.shape[1] == len(Wa) and last.shape[1] == Y.shape[1]
-    if not fits or (Wb is not None and Wa.shape[1] != len(Wb)):
-        raise ValueError(
-            f"got {_shapes(X=X, Y=Y, Wa=Wa, Wb=Wb)}; expected X (N, D), Y (N, M) and Wa (D, M), or "
-            "Wa (D, d) with Wb (d, M). Weights of a Linear are (M, D): transpose them"
-        )
-    _check_vector("bias", bias, Y.shape[1])
+    return factorize_rows(X, Y, Wa, Wb, bias, rank)
+
+
+def factorize_rows(
+    X: Tensor, Y: Tensor | None, Wa: Tensor, Wb: Tensor | None, bias: Tensor | None, rank: float
+) -> LowRankSolution:
+    """`factorize_matrix`; without a `Y` the wanted outputs are the present ones."""
+    first = "D M" if Wb is None else "D d"
+    wide = _widened(X=(X, "N D"), Y=(Y, "N M"), Wa=(Wa, first), Wb=(Wb, "d M"), bias=(bias, "M"))
     k = resolve_size("rank", rank, X.shape[1])
     if rank < 1:
         k = min(k, Wa.shape[1])
     with undisturbed(Wa.device):
-        x, y = wide["X"], wide["Y"]
-        operator = Operator(wide["Wa"], wide.get("Wb"), wide.get("bias"))
-        if operator.reduces(k) or k >= operator.full:
+        x, operator = wide["X"], Operator(wide["Wa"], wide.get("Wb"), wide.get("bias"))
+        if Y is not None and (operator.reduces(k) or k >= operator.full):
             rounding = max(torch.finfo(tensor.dtype).eps for tensor in (X, Y, Wa))
-            operator = corrected(operator, x, y, rounding)
-        solved, nmse = solve(lambda matrix: x @ matrix, operator, k, Wa.dtype, y)
-    reached = k if operator.reduces(k) else -1
-    return LowRankSolution(solved.first, solved.second, solved.bias, reached, nmse)
+            operator = corrected(operator, x, wide["Y"], rounding)
+        return LowRankSolution(*solve(x.matmul, operator, k, Wa.dtype, wide.get("Y")))
 
 
 def factorize_conv2d(
@@ -129,7 +124,7 @@ def factorize_conv2d(
     biasA, biasB : Tensor, optional
         Added to what `Wa` and `Wb` give. A bias is fitted only if one is given.
     n_iters : int
-        Not used, as by `factorize_matrix`.
+        As for `factorize_matrix`.
     **conv2d_kwargs
         `stride`, `padding`, `dilation`, `padding_mode` of the convolution, as for `nn.Conv2d`.
 
@@ -141,103 +136,83 @@ def factorize_conv2d(
 
     Raises
     ------
-    RuntimeError, NotImplementedError
-        If `biasB` is given without `Wb`, or the convolution has groups.
-    TypeError, ValueError
-        As from `factorize_matrix`.
+    RuntimeError, NotImplementedError, TypeError, ValueError
+        If `biasB` is given without `Wb`, or there are groups; else as from `factorize_matrix`.
     """
     del n_iters
     if biasB is not None and Wb is None:
-        raise RuntimeError(
-            "biasB: got one without Wb, so there is no second convolution to add it to; expected "
-            "Wb as well, or the one convolution's bias as biasA"
-        )
+        raise RuntimeError("biasB: got one without Wb; expected Wb too, or a convolution's biasA")
     refuse_groups(conv2d_kwargs.get("groups", 1))
-    wide = _widened({"X": X, "Wa": Wa}, Wb=Wb, biasA=biasA, biasB=biasB)
-    fits = X.dim() in (3, 4) and Wa.dim() == 4 and X.shape[-3] == Wa.shape[1]
-    if not fits or (Wb is not None and (Wb.dim() != 4 or Wb.shape[1:] != (len(Wa), 1, 1))):
-        raise ValueError(
-            f"got {_shapes(X=X, Wa=Wa, Wb=Wb)}; expected X (N, in, H, W) and Wa (out, in, kh, kw), "
-            "or Wa (latent, in, kh, kw) with Wb (out, latent, 1, 1)"
-        )
-    latent, in_channels, height, width = Wa.shape
-    out_channels = latent if Wb is None else len(Wb)
-    _check_vector("biasA", biasA, latent)
-    _check_vector("biasB", biasB, out_channels)
-    k = resolve_size("rank", rank, min(in_channels, out_channels))
+    latent = "out" if Wb is None else "latent"
+    maps = "in H W" if isinstance(X, Tensor) and X.dim() == 3 else "N in H W"
+    kernels = {"Wa": (Wa, f"{latent} in kh kw"), "Wb": (Wb, "out latent 1 1")}
+    wide = _widened(X=(X, maps), **kernels, biasA=(biasA, latent), biasB=(biasB, "out"))
+    channels, in_channels, height, width = Wa.shape
+    k = resolve_size("rank", rank, in_channels, channels if Wb is None else len(Wb))
     # Only its geometry is used: each call is given a kernel.
-    geometry = nn.Conv2d(
-        in_channels, latent, (height, width), bias=False, device="meta", **conv2d_kwargs
-    )
+    sizes = (in_channels, channels, (height, width))
+    geometry = nn.Conv2d(*sizes, bias=False, device="meta", **conv2d_kwargs)
 
     def times(matrix: Tensor) -> Tensor:
-        weight = _kernel(matrix, in_channels, height, width)
+        weight = _kernel(matrix, height, width)
         maps: Tensor = functional_call(geometry, {"weight": weight}, (wide["X"],))
         return maps.movedim(-3, -1).flatten(0, -2)  # (samples · positions, channels)
 
     with undisturbed(Wa.device):
         second = wide["Wb"].flatten(1).T if "Wb" in wide else None  # (latent, out)
-        bias = wide.get("biasA")
-        if second is not None and bias is not None:
-            bias = bias @ second
-        if "biasB" in wide:
-            bias = wide["biasB"] if bias is None else bias + wide["biasB"]
-        operator = Operator(wide["Wa"].flatten(1).T, second, bias)
-        solved, nmse = solve(times, operator, k, Wa.dtype)
-        wa, wb = _kernel(solved.first, in_channels, height, width), solved.second
-        wb = None if wb is None else _kernel(wb, len(wb), 1, 1)
-    return LowRankSolution(wa, wb, solved.bias, k if operator.reduces(k) else -1, nmse)
+        operator = Operator(wide["Wa"].flatten(1).T, second, wide.get("biasB"))
+        if "biasA" in wide:
+            operator = replace(operator, bias=operator.outputs(wide["biasA"]))
+        wa, wb, bias, reached, nmse = solve(times, operator, k, Wa.dtype)
+        wb = None if wb is None else _kernel(wb, 1, 1)
+        return LowRankSolution(_kernel(wa, height, width), wb, bias, reached, nmse)
 
 
-def _kernel(matrix: Tensor, *sizes: int) -> Tensor:
-    """A matrix (fan_in, out) as a kernel (out, *sizes)."""
-    return matrix.T.reshape(-1, *sizes).contiguous()
+def _kernel(matrix: Tensor, height: int, width: int) -> Tensor:
+    """A matrix (in · height · width, out) as a kernel (out, in, height, width)."""
+    return matrix.T.reshape(matrix.shape[1], -1, height, width).contiguous()
 
 
-def resolve_size(option: str, size: int | float, full: int) -> int:
-    """A latent size: below 1 a fraction of `full`, at least 1; otherwise a whole number."""
+def resolve_size(option: str, size: int | float, *full: int) -> int:
+    """A latent size: below 1 a fraction of the least `full`, at least 1; else a whole number."""
     wanted = "expected a whole number of at least 1 or a fraction in [0, 1)"
     if isinstance(size, bool) or not isinstance(size, numbers.Real):
         raise TypeError(f"{option}: got {size!r}; {wanted}")
     if not (math.isfinite(size) and size >= 0 and (size < 1 or size == int(size))):
         raise ValueError(f"{option}: got {size!r}; {wanted}")
-    return max(1, int(size * full)) if size < 1 else int(size)
+    return max(1, int(size * min(full))) if size < 1 else int(size)
 
 
 def refuse_groups(groups: int) -> None:
     """Raise NotImplementedError for more than one group."""
     if groups != 1:
-        raise NotImplementedError(
-            f"groups: got {groups}; expected 1, since each group needs factors of its own. Leave "
-            'the layer alone, or use tdecomp.decompose(model, "lowrank", …), which takes groups'
-        )
+        remedy = 'leave the layer alone, or use tdecomp.decompose(model, "lowrank", …)'
+        raise NotImplementedError(f"groups: got {groups}; expected 1: {remedy}, which takes them")
 
 
-def _widened(needed: dict[str, Tensor], **optional: Tensor | None) -> dict[str, Tensor]:
-    """The given tensors, checked and detached, in float32 or wider on the device of the weights."""
-    given = needed | {name: value for name, value in optional.items() if value is not None}
+def _widened(**expected: tuple[Tensor | None, str]) -> dict[str, Tensor]:
+    """The given tensors, detached, in float32 or wider on the device of the weights.
+
+    Each is checked: its numbers, and its shape, such as "N D", in which a name is one size.
+    """
+    given = {name: value for name, (value, _) in expected.items() if value is not None}
     for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}: expected a tensor of floating point numbers, got {got}")
         if not value.numel():
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; expected something in it")
-        if not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(
-                f"{name}: {bad} of {value.numel()} values are NaN or infinite; expected finite "
-                "ones. Mend the weights, or leave those samples out"
-            )
+        if bad := int((~torch.isfinite(value)).sum()):
+            mend = "expected finite ones: mend the weights, or leave those samples out"
+            raise ValueError(f"{name}: {bad} of {value.numel()} values are NaN or infinite; {mend}")
+    shapes, sizes = {name: expected[name][1].split() for name in given}, {"1": 1}
+    for name, value in given.items():
+        pairs = zip(shapes[name], value.shape, strict=False)
+        if len(shapes[name]) != value.dim() or any(sizes.setdefault(n, m) != m for n, m in pairs):
+            found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
+            wanted = ", ".join(f"{name} ({', '.join(shape)})" for name, shape in shapes.items())
+            weights = "a Conv2d's weight as it is, a Linear's transposed"
+            raise ValueError(f"got {found}; expected {wanted}: {weights}")
     x, wa = given["X"], given["Wa"]
     dtype = torch.promote_types(torch.promote_types(x.dtype, wa.dtype), torch.float32)
     return {name: value.detach().to(wa.device, dtype) for name, value in given.items()}
-
-
-def _shapes(**tensors: Tensor | None) -> str:
-    given = ((name, value) for name, value in tensors.items() if value is not None)
-    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in given)
-
-
-def _check_vector(name: str, value: Tensor | None, length: int) -> None:
-    if value is not None and tuple(value.shape) != (length,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}; expected ({length},)")

@@ -5,10 +5,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tdecomp.composer.core import LowRankSolution, factorize_conv2d, factorize_matrix, refuse_groups
-from tdecomp.composer.factorized import Factorized, latent_of, max_latent
+from tdecomp.composer.core import LowRankSolution, factorize_conv2d, factorize_rows, resolve_size
+from tdecomp.composer.factorized import Factorized, max_latent
+from tdecomp.decomposers.lowrank import LowRank
+from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.torch_state import undisturbed
 
 
 def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bool:
@@ -20,11 +21,10 @@ def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bo
     Parameters
     ----------
     module : nn.Module
-        A Conv2d without groups, Linear, FactorizedConv2d or FactorizedLinear; False for others.
-        For the factorized ones any smaller inner size saves MACs.
+        A Conv2d without groups, a Linear, or a factorized one, on which any smaller inner size
+        saves MACs; False for others.
     latent_size : int or float
-        Channels or features between the two; below 1 a fraction of the smaller of the module's
-        input and output, at least 1.
+        Channels or features between the two, as for `FactorizedLinear`.
 
     Raises
     ------
@@ -36,7 +36,8 @@ def factorizing_could_speedup(module: nn.Module, latent_size: int | float) -> bo
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
         return False
     spec = LayerSpec.of(module)
-    return spec.groups == 1 and latent_of("latent_size", latent_size, spec) <= max_latent(spec)
+    sizes = (spec.in_channels, spec.out_channels)
+    return spec.groups == 1 and resolve_size("latent_size", latent_size, *sizes) <= max_latent(spec)
 
 
 class FactorizedLinear(Factorized):
@@ -61,6 +62,9 @@ class FactorizedLinear(Factorized):
         If `latent_features` saves no MACs: if above `max_allowed_latent_features`.
     """
 
+    _layer, _arguments = nn.Linear, ("in_features", "out_features")
+    _unit, _method = "features", SVD()
+
     def __init__(
         self,
         in_features: int,
@@ -71,9 +75,8 @@ class FactorizedLinear(Factorized):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         spec = LayerSpec(in_features, out_features, bias=bias)
-        self._split("latent_features", latent_features, spec, device=device, dtype=dtype)
+        super().__init__(spec, latent_features, device=device, dtype=dtype)
 
     in_features = property(lambda self: self.in_size, doc="The size of an input vector.")
     out_features = property(lambda self: self.out_size, doc="The size of an output vector.")
@@ -100,15 +103,13 @@ class FactorizedLinear(Factorized):
         latent_features: int | float = 0.25,
         keep_weights: bool = True,
     ) -> Self:
-        """Two layers in place of a Linear, with its device, dtype and mode.
+        """Two layers in place of a Linear, which is not changed, with its device, dtype and mode.
 
         >>> FactorizedLinear.from_linear(nn.Linear(64, 32), latent_features=4).latent_features
         4
 
         Parameters
         ----------
-        module : nn.Linear
-            It is not changed.
         module_ix : int
             Not used; Composer has it.
         latent_features : int or float
@@ -122,26 +123,13 @@ class FactorizedLinear(Factorized):
             If `module` is not a Linear, or `latent_features` saves no MACs.
         """
         del module_ix
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"module: expected an nn.Linear, got {type(module).__name__}")
-        sizes = (module.in_features, module.out_features, module.bias is not None, latent_features)
-        made = cls(*sizes, device="meta", dtype=module.weight.dtype)
-        return made.take(module, keep_weights)
+        return cls.of(module, latent_features, keep_weights)
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
-        if input.shape[-1:] != (self.in_size,):
-            raise ValueError(
-                f"input: got shape {tuple(input.shape)}; expected (…, {self.in_size}), as the "
-                "module takes it"
-            )
-        wa, wb, bias = self.module0.weight.T, self.module1.weight.T, self.module1.bias
-        precise = torch.promote_types(torch.promote_types(input.dtype, wa.dtype), torch.float32)
-        with undisturbed(wa.device):
-            x = input.detach().reshape(-1, self.in_size).to(wa.device, precise)
-            y = x @ wa.to(precise) @ wb.to(precise)
-            if bias is not None:
-                y += bias
-        return factorize_matrix(x, y, wa, wb, bias, latent_of("rank", rank, self.replaced))
+        rows = torch.atleast_2d(input).flatten(0, -2)
+        wanted = resolve_size("rank", rank, self.in_size, self.out_size)
+        wa, wb = self.module0.weight.T, self.module1.weight.T
+        return factorize_rows(rows, None, wa, wb, self.module1.bias, wanted)
 
 
 class FactorizedConv2d(Factorized):
@@ -159,15 +147,17 @@ class FactorizedConv2d(Factorized):
     in_channels, out_channels, kernel_size, **conv2d_kwargs
         As for `nn.Conv2d`: `bias` is the second layer's, the geometry the first one's.
     latent_channels : int or float
-        Below 1 a fraction of the smaller of inputs and outputs, at least 1.
+        As for `FactorizedLinear`, with the same error.
 
     Raises
     ------
-    ValueError
-        If `latent_channels` saves no MACs: if above `max_allowed_latent_channels`.
     NotImplementedError
         If there are several groups.
     """
+
+    _geometry = ("stride", "padding", "dilation", "groups", "padding_mode")
+    _layer, _arguments = nn.Conv2d, ("in_channels", "out_channels", "kernel_size", *_geometry)
+    _unit, _method = "channels", LowRank()
 
     def __init__(
         self,
@@ -177,12 +167,10 @@ class FactorizedConv2d(Factorized):
         latent_channels: int | float = 0.25,
         **conv2d_kwargs: Any,
     ) -> None:
-        super().__init__()
-        refuse_groups(conv2d_kwargs.get("groups", 1))
         placed = {name: conv2d_kwargs.pop(name, None) for name in ("device", "dtype")}
         # torch checks the arguments and normalises them.
         whole = nn.Conv2d(in_channels, out_channels, kernel_size, device="meta", **conv2d_kwargs)
-        self._split("latent_channels", latent_channels, LayerSpec.of(whole), **placed)
+        super().__init__(LayerSpec.of(whole), latent_channels, **placed)
 
     in_channels = property(lambda self: self.in_size, doc="The channels of an input map.")
     out_channels = property(lambda self: self.out_size, doc="The channels of an output map.")
@@ -201,7 +189,6 @@ class FactorizedConv2d(Factorized):
         sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         return max_latent(LayerSpec(in_channels, out_channels, tuple(sizes)))
 
-    # Under this name in Composer's code, under the other in its documentation.
     max_allowed_latent_features = max_allowed_latent_channels
 
     @classmethod
@@ -213,31 +200,15 @@ class FactorizedConv2d(Factorized):
         latent_channels: int | float = 0.25,
         keep_weights: bool = True,
     ) -> Self:
-        """Two layers in place of a Conv2d, with its geometry, device, dtype and mode.
+        """Two layers in place of a Conv2d; all else is as for `FactorizedLinear.from_linear`.
 
         >>> FactorizedConv2d.from_conv2d(nn.Conv2d(32, 32, 3)).latent_channels
         8
-
-        Parameters and errors are as for `FactorizedLinear.from_linear` and the constructor.
         """
         del module_ix
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"module: expected an nn.Conv2d, got {type(module).__name__}")
-        height, width = module.kernel_size
-        sizes = (module.in_channels, module.out_channels, (height, width), latent_channels)
-        options = _geometry(module) | {
-            "bias": module.bias is not None,
-            "dtype": module.weight.dtype,
-        }
-        made = cls(*sizes, device="meta", **options)
-        return made.take(module, keep_weights)
+        return cls.of(module, latent_channels, keep_weights)
 
     def solution_for_rank(self, input: Tensor, rank: int) -> LowRankSolution:  # noqa: A002
         wa, wb, bias = self.module0.weight, self.module1.weight, self.module1.bias
-        wanted = latent_of("rank", rank, self.replaced)
-        return factorize_conv2d(input, wa, wb, wanted, biasB=bias, **_geometry(self.module0))
-
-
-def _geometry(conv: nn.Module) -> dict[str, Any]:
-    names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(conv, name) for name in names}
+        geometry = {name: getattr(self.module0, name) for name in self._geometry}
+        return factorize_conv2d(input, wa, wb, rank, biasB=bias, **geometry)

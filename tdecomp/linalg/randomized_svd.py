@@ -33,7 +33,7 @@ def randomized_vectors(
     power = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     generator = torch.Generator().manual_seed(0)
     width = int(_OVERSAMPLING * rank) + _EXTRA_COLUMNS
-    test = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    test = torch.randn(matrix.shape[1], width, generator=generator, device="cpu").to(matrix)
     lost = power
     for done in range(1, max_passes + 1):
         basis = torch.linalg.qr(matrix @ test).Q  # (m, width)

@@ -97,6 +97,11 @@ def moved(batch: Any, device: torch.device) -> Any:
     return each_tensor(batch, move)
 
 
+def copied(batch: Any) -> Any:
+    """The batch with copies of its tensors, for a model that changes its inputs in place."""
+    return each_tensor(batch, torch.clone)
+
+
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same containers with every tensor in them changed."""
     if isinstance(value, Tensor):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdecomp.model.batches import Forward, call_with, describe, each_tensor
+from tdecomp.model.batches import Forward, call_with, copied, describe, each_tensor
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -30,6 +30,10 @@ class Example:
     def describe(self) -> str:
         """A short description, for messages and to tell one example from another."""
         return describe(self.inputs) + (", called by forward" if self.forward else "")
+
+    def copied(self) -> "Example":
+        """The same call with copies of all tensors, for a model that changes its inputs."""
+        return replace(self, inputs=copied(self.inputs))
 
     def in_layout(self, layout: str) -> "Example":
         """The same call with all images in this memory layout."""

@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,7 +22,10 @@ class Filters:
     def __post_init__(self) -> None:
         for option in ("include", "exclude"):
             given = getattr(self, option)
-            patterns = (given,) if isinstance(given, str) else tuple(given or ())
+            listed = isinstance(given, Iterable) and not isinstance(given, str)
+            patterns = tuple(given) if listed else () if given is None else (given,)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"{option}: expected names or globs of layers, got {given!r}")
             object.__setattr__(self, option, patterns)
         if self.where is not None and not callable(self.where):
             expected = "a callable (module, name) -> bool, such as tdecomp.at_least(channels=16)"

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from tdecomp.layers.chain import Chain
 
@@ -44,6 +45,11 @@ def follow(optimizer: Optimizer, replacements: Replacements) -> None:
         if "param_names" in group:
             group["param_names"] = [name for name, _ in new]
         params[:] = [p for _, p in new]  # in place: LBFGS holds on to the very list
+        state = optimizer.state
+        if isinstance(optimizer, SGD) and group["fused"] and any(p in state for p in params):
+            # Its kernel wants momenta of all parameters of a group, or of none.
+            for p in (p for _, p in new if p not in state):
+                state[p]["momentum_buffer"] = torch.zeros_like(p)
     for module in replacements:
         for p in module.parameters():
             optimizer.state.pop(p, None)

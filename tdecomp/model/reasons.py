@@ -1,6 +1,6 @@
 """Why a layer is left alone, as far as the model itself tells, without running it."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -23,6 +23,16 @@ def spec_of(module: nn.Module) -> LayerSpec | None:
 def is_lazy(module: nn.Module) -> bool:
     """Whether a module has no sizes yet: it takes those of its first inputs."""
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def refuse_lazy(model: nn.Module, caller: str) -> None:
+    """Raise a ValueError for a model that a forward pass would change: it gives layers sizes."""
+    for name, module in model.named_modules():
+        if is_lazy(module):
+            raise ValueError(
+                f"{caller}: layer {name!r} is lazy, so that a forward pass would change the model; "
+                "expected one whose sizes are known: run it once first"
+            )
 
 
 class Reasons:
@@ -57,6 +67,9 @@ class Reasons:
 
 def _own_reason(module: nn.Module) -> str | None:
     """The reason that the layer itself gives, apart from the model it is in."""
+    if hasattr(module, "_hf_hook"):
+        remedy = "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        return f"accelerate moves its weights or inputs: {remedy} with all weights in memory"
     if _quantized(module):
         return "quantized: decompose first, then quantize"
     if is_lazy(module):
@@ -73,8 +86,15 @@ def _own_reason(module: nn.Module) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is no stock layer of torch"
-    if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
-        return "complex weights"
+    for name, parameter in module.named_parameters(recurse=False):
+        dtype, tensor = parameter.dtype, type(parameter.data)
+        if tensor not in (Tensor, nn.Parameter):
+            return f"its {name} is a {tensor.__name__}: decompose plain tensors, then convert"
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            return f"weights of {dtype}: decompose in float32 or bfloat16, then convert"
+        if not parameter.numel():
+            remedy = "deepspeed.zero.GatheredParameters, or the unsharded model"
+            return f"its {name} is empty, as where it is sharded: use {remedy}"
     for method in ("__call__", "_call_impl", *kind.computes):
         overridden = getattr(type(module), method) is not getattr(kind.base_class(module), method)
         if overridden or method in vars(module):
@@ -90,7 +110,22 @@ def _own_reason(module: nn.Module) -> str | None:
 def _quantized(module: nn.Module) -> bool:
     kind = type(module)
     named = kind.__name__.startswith(("Linear", "Conv")) and "Packed" not in kind.__name__
-    return named and "quantized" in kind.__module__
+    package = kind.__module__.partition(".")[0]
+    stored = "weight" in module._parameters and package in _QUANTIZERS
+    return stored or (named and "quantized" in kind.__module__)
+
+
+# Packages whose layers store their weights in some other way.
+_QUANTIZERS = (
+    "bitsandbytes",
+    "optimum",
+    "quanto",
+    "torchao",
+    "hqq",
+    "awq",
+    "auto_gptq",
+    "gptqmodel",
+)
 
 
 _HOOKS = (
@@ -111,6 +146,8 @@ def _memory(parameter: nn.Parameter) -> tuple[int, range]:
     """The address of its storage, and the range of elements there from its first to its last."""
     if parameter.is_meta or nn.parameter.is_lazy(parameter) or not parameter.numel():
         return 0, range(0)
+    if type(parameter.data) not in (Tensor, nn.Parameter):  # its storage is its own affair
+        return id(parameter), range(1)
     strided = zip(parameter.shape, parameter.stride(), strict=True)
     first, length = parameter.storage_offset(), 1 + sum((n - 1) * step for n, step in strided)
     return parameter.untyped_storage().data_ptr(), range(first, first + length)
@@ -130,6 +167,9 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
             for name, child in parent.named_children():
                 if name in ("qkv", "proj"):
                     reasons[child] = "shifted-window attention reads its weight itself"
+        elif isinstance(getattr(parent, "base_layer", None), nn.Module):
+            reason = "part of an adapter: merge it first (merge_and_unload), or adapt the result"
+            reasons |= dict.fromkeys(parent.modules(), reason)
         elif isinstance(parent, Chain):
             reason = f"part of a chain that {parent.method!r} made before"
             reasons |= dict.fromkeys(parent.modules(), reason)

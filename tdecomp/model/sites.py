@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from tdecomp.layers.spec import KINDS, Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
+from tdecomp.model.macs import MacCounter
 from tdecomp.model.reasons import Reasons, is_layer, is_lazy, spec_of
 from tdecomp.torch_state import hooks, no_fast_path, untouched
 
@@ -88,9 +88,12 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
 
 
 def _traced(model: nn.Module, specs: Mapping[str, LayerSpec], example: Any) -> Trace:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name!r} is on the meta device, example_inputs cannot run: {_LOAD}")
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.is_meta and not hasattr(module, "_hf_hook"):  # which brings the values
+                raise ValueError(
+                    f"{name!r} is on the meta device, example_inputs cannot run: {_LOAD}"
+                )
     # A forward pass would give the user's lazy layers their sizes: run a copy.
     lazy = any(is_lazy(module) for module in model.modules())
     return trace(copy.deepcopy(model) if lazy else model, specs, example)
@@ -120,6 +123,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
         if name in inner:
             remedy = f"decompose the inner module ({inner[name]}), then wrap the result"
             raise ValueError(f"the model is wrapped in {name}: {remedy}")
+    sharded = any(
+        kind.__name__ == "FSDPModule" for m in model.modules() for kind in type(m).__mro__
+    )
+    if sharded or any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        remedy = "decompose the model before it is sharded (fully_shard, parallelize_module)"
+        raise ValueError(f"the model is sharded, its parameters are DTensors: {remedy}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the model is a ScriptModule: decompose the eager model, then script it")
 
@@ -131,7 +140,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     calls: dict[str, list[Call]] = {name: [] for name in specs}
     oddities: dict[str, str] = {}
     reads = _WeightReads(layers, oddities)
-    counter = FlopCounterMode(display=False)
+    counter = MacCounter()
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = layers[layer]
@@ -150,7 +159,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     with untouched(model), hooks(starts), hooks(ends):
         try:
             with torch.no_grad(), no_fast_path(), reads, counter:
-                example.run(model)
+                example.copied().run(model)
         except Exception as error:
             raise ValueError(
                 f"the model rejected example_inputs ({example.describe()}): "
@@ -158,7 +167,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
                 "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
                 "forward=lambda model, inputs: ... says how else to call it"
             ) from error
-    return Trace(calls, counter.get_total_flops() // 2, oddities)
+    return Trace(calls, counter.macs, oddities)
 
 
 class _WeightReads(TorchFunctionMode):

@@ -28,11 +28,25 @@ def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad and not _can_be_copied(parameter):
+                memo[id(parameter)] = parameter  # it is frozen: both models may have it
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         remedy = "use inplace=True on a model that you no longer need as it is"
         raise ValueError(f"the model cannot be deep-copied ({error!r}): {remedy}") from error
+
+
+def _can_be_copied(parameter: nn.Parameter) -> bool:
+    """Whether it is a plain tensor, or one of a class (as of quantizers) that can be copied."""
+    if type(parameter.data) is Tensor:
+        return True
+    try:
+        copy.deepcopy(parameter)
+    except Exception:
+        return False
+    return True
 
 
 def swap(

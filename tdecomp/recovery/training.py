@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.layers.chain import Chain
-from tdecomp.model.batches import device_of, tensors_of
+from tdecomp.model.batches import copied, device_of, tensors_of
 from tdecomp.model.example import images_in_layout
+from tdecomp.model.macs import MacCounter
 from tdecomp.recovery.held_out import squared_distance
 from tdecomp.torch_state import hooks
 
@@ -86,6 +86,11 @@ class Training:
                     targets = wanted.of(original, batches, batch)
                 loss = _distance(mine.of(model, batches, batch), targets)
                 value = float(loss.detach())
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "distill: the model's outputs depend on no parameter that requires "
+                        "gradients, so that nothing can be trained; expected some that do"
+                    )
                 if not math.isfinite(value):
                     raise ValueError(
                         f"distill: the loss is {value} after {step - 1} steps; expected a finite "
@@ -102,12 +107,12 @@ class Training:
 
     def _usual_steps(self) -> int:
         """A step costs a forward pass of the original, and a training step of the model."""
-        flops = []
+        macs = []
         for model in (self.model, self.original):
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), MacCounter() as counter:
                 self.batches.run(model, self._first)
-            flops.append(counter.get_total_flops())
-        share = flops[0] / flops[1] if flops[1] else 1.0
+            macs.append(counter.macs)
+        share = macs[0] / macs[1] if macs[1] else 1.0
         return max(_STEPS, round(_STEPS * 3 / (1 + 3 * share)))
 
     def _take_channels_last(self) -> bool:
@@ -134,8 +139,8 @@ class Training:
             before = [z.clone() for z in tensors_of(self.batches.run(self.model, batch))]
             held = [parameter.detach().clone() for parameter in self.trained]
             for parameter, size in zip(self.trained, self._sizes, strict=True):
-                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-                parameter.add_(signs.to(parameter), alpha=_HIGHEST_RATE * size)
+                bits = torch.randint(0, 2, parameter.shape, generator=generator, device="cpu")
+                parameter.add_((2 * bits - 1).to(parameter), alpha=_HIGHEST_RATE * size)
             moved = tensors_of(self.batches.run(self.model, batch))
             for parameter, value in zip(self.trained, held, strict=True):
                 parameter.copy_(value)
@@ -147,7 +152,7 @@ class Training:
 def variant(batches: Batches, batch: Any, generator: torch.Generator) -> Any:
     """The batch varied by `augment`, if there is one, and with parts of its images exchanged."""
     augment = batches.data.augment
-    return batch if augment is None else paste(augment(batch, generator), generator)
+    return batch if augment is None else paste(augment(copied(batch), generator), generator)
 
 
 def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
+from tdecomp.model.reasons import refuse_lazy
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.speed import Quartiles
@@ -82,6 +83,7 @@ def profile(
         For a cache that is no profile or is of another setting, for an unknown option, and for
         inputs that are missing or that the model rejects.
     """
+    refuse_lazy(model, "profile")
     check_profile("profile: cache", cache)
     layouts = [name for name, value in LAYOUTS.items() if memory_format in ("auto", name, value)]
     if memory_format is not None and not layouts:

@@ -130,7 +130,8 @@ def random_weights(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+            values = torch.randn(parameter.shape, generator=generator, device="cpu")
+            parameter.copy_(values / fan_in**0.5)
     return module.requires_grad_(False).eval()
 
 
@@ -142,7 +143,7 @@ def _built(stages: Stages, layout: str, device: torch.device, dtype: torch.dtype
 
 def _call(model: nn.Module, layout: str, example: Example, compiled: bool) -> Callable[[], Any]:
     ready = model if layout == layout_of(model) else in_layout(copy_with(model, {}), layout)
-    example = example.in_layout(layout)
+    example = example.copied().in_layout(layout)
     if compiled and example.forward is not None:
         # It may call only a part of the model, which compiling the model would leave uncompiled.
         example = replace(example, forward=torch.compile(example.forward))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import tdecomp
 from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.layers.patches import patches
 from tdecomp.layers.spec import LayerSpec
@@ -303,3 +304,29 @@ def test_modes_of_the_caller_do_not_matter(mode):
     moments = sums.finish()
     assert not moments.matrix.is_inference()
     assert distance(moments.matrix[0], x.double().T @ x.double() / 100) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "part, change, words",
+    [
+        ("mean", lambda t: t * float("nan"), "mean holds NaN"),
+        ("mean", lambda t: t[:, :-1], "mean of shape"),
+        ("matrix", lambda t: -t, "matrix has squares below 0"),
+        ("matrix", lambda t: t[:, :-1], "matrix of shape"),
+        ("rows", lambda t: t[:, :-1], "rows, expected"),
+        ("rows", lambda t: t.long(), "no floating-point numbers"),
+        ("gradient", lambda t: -t, "gradient has squares below 0"),
+        ("gradient", lambda t: t[:1], "gradient of shape"),
+    ],
+)
+def test_moments_that_cannot_be_are_refused(tmp_path, part, change, words):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    moments = tdecomp.calibrate(model, [torch.randn(8, 3, 6, 6)], progress=False)
+    name = next(name for name, layer in moments.items() if getattr(layer, part) is not None)
+    changed = change(getattr(moments[name], part)).contiguous()
+    moments.layers[name] = replace(moments[name], **{part: changed})
+    moments.save(tmp_path / "moments.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"moments\.safetensors: damaged: layer '{name}': .*{words}"
+    ):
+        tdecomp.Moments.load(tmp_path / "moments.safetensors")

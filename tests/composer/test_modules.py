@@ -212,8 +212,8 @@ def test_solutions_that_do_not_fit_are_refused():
         (layer, other, "do not fit Linear"),
         (layer, maps.solution_for_rank(torch.randn(2, 8, 9, 9), 3), "do not fit"),
         (maps, good, "do not fit Conv2d"),
-        (bare, good, "where the module has none"),
-        (layer, LowRankSolution(good.Wa, good.Wb, torch.ones(5)), r"bias of shape \(5,\)"),
+        (bare, good, r"\(32,\)\], which do not fit Linear\(24→32, no bias\)"),
+        (layer, LowRankSolution(good.Wa, good.Wb, torch.ones(5)), r"\(5,\)\], which do not fit"),
     ):
         with unchanged(module), pytest.raises(ValueError, match=words):
             module.apply_solution(solution)
@@ -292,3 +292,11 @@ def test_what_could_be_faster():
     assert not factorizing_could_speedup(conv(), 6)
     with pytest.raises(ValueError, match="latent_size: got -3"):
         factorizing_could_speedup(nn.Linear(16, 16), -3)
+
+
+def test_layers_made_in_inference_mode_can_be_trained():
+    layer = nn.Linear(16, 16)
+    with torch.inference_mode():
+        made = FactorizedLinear.from_linear(layer, latent_features=4)
+    made(torch.randn(2, 16)).sum().backward()
+    assert made.module0.weight.grad is not None

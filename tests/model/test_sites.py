@@ -246,16 +246,6 @@ def test_hooks_on_the_weight_are_hooks_too(register):
     assert sites_of(layer)[""].reason is not None
 
 
-def test_a_complex_layer_is_left_alone_or_refused():
-    model = nn.Linear(16, 16, dtype=torch.complex64)
-    try:
-        reason = tdecomp.plan(model, "svd", rank=2)[""].reason
-    except ValueError as error:
-        reason = str(error)
-    assert reason is not None
-    assert "complex" in reason
-
-
 # Weights that others read ------------------------------------------------------------------------
 
 

@@ -209,6 +209,7 @@ OPTIMIZERS = {
 }
 OPTIONS = {
     "sgd with momentum": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "fused sgd with momentum": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
     "sgd maximizing": (torch.optim.SGD, {"maximize": True, "weight_decay": 0.1}),
     "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
     "capturable": (torch.optim.Adam, {"foreach": True}),

@@ -257,7 +257,7 @@ def test_rates_that_cannot_be(lr):
     [
         (lambda: (x for x in vectors()), "got generator.*expected a DataLoader or a list"),
         (list, "distill: got no batches"),
-        (lambda: [torch.zeros(0, 16)], "hold no samples"),
+        (lambda: [torch.zeros(0, 16)], "got no batches"),
         (lambda: [torch.zeros(4, 5)], "distill: the model rejected a batch"),
         (lambda: tdecomp.calibrate(mlp(), vectors(), **QUIET), "distill runs .*got moments"),
     ],

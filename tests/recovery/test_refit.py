@@ -168,7 +168,7 @@ def test_nan_at_once_is_refused_and_does_not_hang():
         (lambda: iter(vectors()), ValueError, "more than once, got .*iterator, which yields them"),
         (lambda: (x for x in vectors()), ValueError, "got generator.*expected a DataLoader or a"),
         (list, ValueError, "got no batches; expected at least one"),
-        (lambda: [torch.zeros(0, 16)], ValueError, "hold no samples"),
+        (lambda: [torch.zeros(0, 16)], ValueError, "that holds samples"),
         (lambda: None, TypeError, "expected batches .*, got NoneType"),
         (lambda: tdecomp.calibrate(mlp(), vectors(), **QUIET), ValueError, "got moments; expected"),
     ],

@@ -1,0 +1,183 @@
+"""Inputs at the boundary of what makes sense: they work, or are refused in words."""
+
+import pytest
+import torch
+from torch import nn
+
+import tdecomp
+from tests.unchanged import unchanged
+
+QUIET = {"progress": False}
+X = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+
+
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+
+@pytest.fixture
+def pair():
+    original = net()
+    return tdecomp.decompose(original, "svd", rank=4, **QUIET).model, original
+
+
+def test_an_empty_batch_among_others_changes_nothing(pair):
+    model, original = pair
+    moments = [tdecomp.calibrate(net(), batches, **QUIET) for batches in ([X], [X[:0], X, X[:0]])]
+    assert torch.equal(moments[0]["0"].matrix, moments[1]["0"].matrix)
+    refitted = [tdecomp.refit(model, original, b, **QUIET) for b in ([X], [X[:0], X])]
+    assert refitted[0].error_after == refitted[1].error_after
+    trained = [tdecomp.distill(model, original, b, steps=4, **QUIET) for b in ([X], [X, X[:0]])]
+    assert trained[0].error_after == trained[1].error_after
+    with pytest.raises(ValueError, match="got no batches"):
+        tdecomp.calibrate(net(), [X[:0]], **QUIET)
+
+
+def test_batches_on_the_meta_device_are_refused():
+    with pytest.raises(ValueError, match=r"calibrate: a batch .*\(64, 16\).*that hold values"):
+        tdecomp.calibrate(net(), [X.to("meta")], **QUIET)
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("given", [3, [3], ["0", None]], ids=str)
+def test_what_are_no_names(option, given):
+    with pytest.raises(TypeError, match=f"{option}: expected names or globs of layers, got"):
+        tdecomp.plan(net(), "svd", rank=4, **{option: given}, **QUIET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64], ids=str)
+def test_layers_of_other_numbers_are_left_alone(dtype):
+    model = net()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(dtype), requires_grad=False)
+    report = tdecomp.decompose(model, "svd", rank=4, **QUIET).report
+    assert f"weights of {dtype}" in report["0"].reason
+    assert report["2"].method == "svd"
+
+
+def test_any_default_device(pair):
+    model, original = pair
+    budget = {"rank": tdecomp.Budget(params=0.5), "data": [X], **QUIET}
+    expected = tdecomp.decompose(original, "auto", **budget).model(X)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        assert torch.equal(tdecomp.decompose(original, "auto", **budget).model(X), expected)
+        assert tdecomp.refit(model, original, [X], **QUIET).error_after < 1
+        assert tdecomp.distill(model, original, [X], steps=3, **QUIET).error_after < 1
+        varied = tdecomp.flip_and_shift(images, torch.Generator("cpu"))
+    assert varied.device.type == "cpu"
+
+
+class Aside(nn.Module):
+    """Its layer has no part in the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        self.layer(x)
+        return x * 2
+
+
+def test_outputs_that_depend_on_nothing_that_can_be_trained():
+    original = Aside()
+    model = tdecomp.decompose(original, "svd", rank=4, **QUIET).model
+    with unchanged(model), pytest.raises(ValueError, match="distill: the model's outputs depend"):
+        tdecomp.distill(model, original, [X], steps=3, **QUIET)
+
+
+def test_numbers_too_large_to_be_squared_are_told_from_nan():
+    with pytest.raises(ValueError, match=r"layer '0' .*too large to be squared"):
+        tdecomp.calibrate(net(), [X * 1e25], **QUIET)
+
+
+class InPlace(nn.Module):
+    """It normalises its inputs in place, as preprocessing inside a model does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = net()
+
+    def forward(self, x):
+        return self.layers(x.mul_(2).sub_(1))
+
+
+def test_a_model_that_changes_its_inputs_changes_no_batch_and_no_example():
+    original, batches, example = InPlace(), [X.clone(), X.flip(0)], X[:2].clone()
+    before = [x.clone() for x in (*batches, example)]
+    plain = nn.Sequential(net())
+    plain.load_state_dict({k.replace("layers", "0"): v for k, v in original.state_dict().items()})
+    steps = ["refit", tdecomp.Distill(steps=3)]
+    options = {"rank": tdecomp.Budget(macs=0.6), "recover": steps, **QUIET}
+    result = tdecomp.decompose(original, "svd", data=batches, example_inputs=example, **options)
+    assert all(torch.equal(x, y) for x, y in zip((*batches, example), before, strict=True))
+    same = [2 * x - 1 for x in before]
+    expected = tdecomp.decompose(plain, "svd", data=same[:2], example_inputs=same[2], **options)
+    for one, other in zip(result.report.recovery, expected.report.recovery, strict=True):
+        assert one.error_after == pytest.approx(other.error_after, rel=1e-3)
+
+
+def test_an_augment_that_works_in_place_changes_no_batch():
+    batch, original = X.clone(), net()
+    model = tdecomp.decompose(original, "svd", rank=4, **QUIET).model
+
+    def noisy(x, generator):
+        return x.add_(0.1 * torch.randn(x.shape, generator=generator))
+
+    moments = tdecomp.calibrate(original, [batch], augment=noisy, **QUIET)
+    assert moments["0"].count > len(batch)
+    tdecomp.refit(model, original, [batch], augment=noisy, **QUIET)
+    tdecomp.distill(model, original, [batch], augment=noisy, steps=3, **QUIET)
+    assert torch.equal(batch, X)
+
+
+def lazy():
+    return nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m: tdecomp.calibrate(m, [X], **QUIET),
+        lambda m: tdecomp.decompose(m, "svd", rank=2, data=[X], **QUIET),
+        lambda m: tdecomp.sensitivity(m, "svd", data=[X], **QUIET),
+        lambda m: tdecomp.profile(m, X, "svd", **QUIET),
+    ],
+    ids=["calibrate", "decompose", "sensitivity", "profile"],
+)
+def test_lazy_layers_stay_lazy(run):
+    model = lazy()
+    with unchanged(model), pytest.raises(ValueError, match="layer '1' is lazy"):
+        run(model)
+    with unchanged(model):
+        budget = tdecomp.Budget(macs=0.9)
+        result = tdecomp.decompose(model, "svd", rank=budget, example_inputs=X, **QUIET)
+    assert result.model(X).shape == (64, 4)
+    assert result.report.speed is None
+
+
+class Counting(nn.Module):
+    """It changes its buffers by all ways that there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        for name in ("by_data", "by_place", "by_name", "by_other_data"):
+            self.register_buffer(name, torch.zeros(3))
+
+    def forward(self, x):
+        self.by_data.data.add_(1)
+        self.by_place.add_(1)
+        self.by_name = self.by_name + 1
+        self.by_other_data.data = torch.ones(2)
+        return self.layer(x)
+
+
+def test_buffers_are_put_back_however_they_were_changed():
+    model = Counting()
+    with unchanged(model):
+        tdecomp.decompose(
+            model, "svd", rank=4, data=[X], example_inputs=X, recover=["refit"], **QUIET
+        )
