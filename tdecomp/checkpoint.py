@@ -7,7 +7,6 @@ one tensor. Nothing is unpickled and no code from the file is run.
 
 import json
 import os
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from tdecomp.model.sites import find_sites
 from tdecomp.model.surgery import copy_with, tensors_in
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.table import FORMAT, check_format
+from tdecomp.scope import whole_file
 
 _KEY = "tdecomp"
 
@@ -52,15 +52,8 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     header = {"format": FORMAT, "version": VERSION, "plan": plan.to_dict()}
     header |= {"shared": shared, "strides": strides}
     tensors = _alone({key: value for key, value in state.items() if key not in shared})
-    target = Path(file)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {target.parent}")
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+    with whole_file(file) as draft:
         save_file(tensors, draft, metadata={_KEY: json.dumps(header)})
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:

@@ -1,10 +1,13 @@
 """Inputs at the boundary of what makes sense: they work, or are refused in words."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import tdecomp
+from tdecomp.calibration import moments
 from tests.unchanged import unchanged
 
 QUIET = {"progress": False}
@@ -181,3 +184,28 @@ def test_buffers_are_put_back_however_they_were_changed():
         tdecomp.decompose(
             model, "svd", rank=4, data=[X], example_inputs=X, recover=["refit"], **QUIET
         )
+
+
+@pytest.mark.parametrize("kind", ["moments", "profile"])
+def test_files_are_written_wholly_or_not_at_all(kind, tmp_path, monkeypatch):
+    model, file = net(), tmp_path / "file"
+    if kind == "moments":
+        held = tdecomp.calibrate(model, [X], **QUIET)
+    else:
+        held = tdecomp.profile(model, X[:1], "svd", effort="quick", **QUIET)
+    held.save(file)
+    before = file.read_bytes()
+
+    def crash(*args, **_):
+        draft = next(arg for arg in args if isinstance(arg, Path))
+        draft.write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(moments, "save_file", crash)
+    monkeypatch.setattr(Path, "write_text", crash)
+    with pytest.raises(OSError, match="disk full"):
+        held.save(file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        held.save(tmp_path / "nowhere" / "file")

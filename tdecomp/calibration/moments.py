@@ -14,6 +14,7 @@ from torch import Tensor
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.model.sites import Site
+from tdecomp.scope import whole_file
 
 _FORMAT = 1
 _TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
@@ -240,7 +241,8 @@ class Moments(Mapping[str, LayerMoments]):
             }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
         header |= {"samples": self.samples, "peak_bytes": self.peak_bytes}
-        save_file(tensors, file, {"tdecomp_moments": json.dumps(header)})
+        with whole_file(file) as draft:
+            save_file(tensors, draft, {"tdecomp_moments": json.dumps(header)})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Moments":

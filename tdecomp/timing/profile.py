@@ -18,6 +18,7 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stage import StageId, id_of
 from tdecomp.model.example import Example
 from tdecomp.ranks.grid import Rounding, rank_steps
+from tdecomp.scope import whole_file
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import THIS_MACHINE, Setting, Stages, Stopwatch
 
@@ -163,7 +164,8 @@ class Profile:
                 for (layout, stages, call), time in self.times.items()
             ],
         }
-        Path(file).write_text(json.dumps(data), encoding="utf-8")
+        with whole_file(file) as draft:
+            draft.write_text(json.dumps(data), encoding="utf-8")
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Profile":
