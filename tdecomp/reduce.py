@@ -11,7 +11,7 @@ from tqdm import tqdm
 from tdecomp.calibration.calibrate import calibrate_layers, watchable
 from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
-from tdecomp.decomposers.assemble import factors_of_chain, parameter
+from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.cost import chain_cost, total
@@ -132,11 +132,11 @@ def _site(chain: Chain, row: Row) -> Site:
                 "expected a method that defines factors_of"
             )
         layer = spec.build(first.device, first.dtype)
-        parameter(layer.weight).copy_(factors.to_kernel())
+        layer.get_parameter("weight").copy_(factors.to_kernel())
         if isinstance(layer.bias, nn.Parameter):
             assert isinstance(chain[-1].bias, Tensor)
             layer.bias.copy_(chain[-1].bias).requires_grad_(chain[-1].bias.requires_grad)
-    parameter(layer.weight).requires_grad_(first.requires_grad)
+    layer.get_parameter("weight").requires_grad_(first.requires_grad)
     return Site(row.names, layer.train(chain.training), row.layer, calls=row.calls)
 
 

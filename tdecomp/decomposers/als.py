@@ -7,6 +7,8 @@ Network", explains why the fit has to be kept from degenerating.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from tensorly.cp_tensor import CPTensor
@@ -16,96 +18,101 @@ from torch import Tensor
 from tdecomp.linalg.svd import leading_vectors
 from tdecomp.linalg.tensorly_backend import mode_products, torch_backend, unfold
 
-# Noise on the singular vectors that a fit starts from, relative to their size.
-_JITTER = 1e-2
-# Below this relative error a kernel counts as having the rank that is asked for.
-_EXACT = 1e-2
+_JITTER = 1e-2  # noise on the singular vectors that a fit starts from, relative to their size
+_EXACT = 1e-2  # below this relative error a kernel counts as having the rank that is asked for
+_WORTHWHILE = 0.5  # a kernel is compressed only if this share of its size, or less, is left
 # A rank above the number of channels is found in a few sweeps only where the factors have at least
 # this share of the kernel's entries.
 _PARITY = 0.8
-# A kernel is compressed only if this share of its size, or less, is left.
-_WORTHWHILE = 0.5
 # Always on the factors, so that the normal equations of a rank-deficient kernel can be solved.
 _TRACE_RIDGE = 1e-10
 
 
-@dataclass(frozen=True)
-class Sweeps:
-    """The numbers of sweeps of each part of a fit, and the tolerance of the main part."""
+class Effort(NamedTuple):
+    """The sweeps before and after the main part of a fit, and the tolerance until the last ones."""
 
-    trial: int  # to find out whether the kernel has exactly the rank asked for
-    last: int  # at the end, on the kernel itself, to recover what the ridge cost
-    coarser: float  # the factor on `tol` for the sweeps before the last ones
+    trial: int  # sweeps to find out whether the kernel has exactly the rank asked for
+    last: int  # sweeps on the kernel itself and without the ridge, to recover what it cost
+    coarser: float  # the factor on `tol`
 
 
-EFFORTS = {
-    "balanced": Sweeps(trial=5, last=4, coarser=1.0),
-    "quick": Sweeps(trial=2, last=2, coarser=20.0),
-}
+EFFORTS = {"balanced": Effort(5, 4, 1.0), "quick": Effort(2, 2, 20.0)}
 
 
 @dataclass(frozen=True)
-class ALSOptions:
-    """How `parafac` is run; `CP` describes the first five fields."""
+class ALS:
+    """The fit of CP factors to a kernel; `CP` describes the first five options.
+
+    A ridge on the factors keeps components from growing while they cancel each other, except where
+    the kernel has exactly the rank asked for. If the component norms still sum to more than
+    ``max_component_norms √rank`` times the kernel's norm (for orthogonal components, to at most
+    ``√rank`` times), the fit is made again with a stronger ridge; a ValueError says none is enough.
+    """
 
     n_iter_max: int
     tol: float
     l2_reg: float
     random_state: int
-    sweeps: Sweeps
+    effort: str
     draft: bool = False  # only estimates what a rank loses
-    max_component_norms: float = 5.0  # times √rank: a fit with a larger sum counts as degenerate
+    max_component_norms: float = 5.0
 
-    @property
-    def last_sweeps(self) -> int:
-        """The sweeps on the kernel itself and without the ridge, none in a draft."""
-        return 0 if self.draft else self.sweeps.last
+    def fit(self, kernel: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """One factor (size, R) for each mode of the kernel; `start` holds some to start from."""
+        norm = float(kernel.norm())
+        if norm == 0.0:
+            return [kernel.new_zeros(size, rank) for size in kernel.shape]
+        kernel = kernel / norm
+        leading = [leading_vectors(unfold(kernel, mode), rank) for mode in range(2)]
+        channels, outside = [vectors for vectors, _ in leading], max(share for _, share in leading)
+        core, bases = _compressed(kernel, channels)
+        starts = self._starts(core, rank, [] if bases else channels, outside)
+        if start is not None:
+            near = _times([base.T for base in bases], [start[0] / norm, *start[1:]])
+            starts = chain([(near, self.l2_reg)], starts)
+        effort, bound = EFFORTS[self.effort], self.max_component_norms * rank**0.5
+        last = 0 if self.draft else effort.last
+        sweeps, tol = max(1, self.n_iter_max - last), self.tol * effort.coarser
+        for begin, ridge in starts:
+            dtype = torch.float32 if ridge else core.dtype  # enough precision with a ridge
+            begin = [factor.to(dtype) for factor in begin]
+            swept, _ = _parafac(core.to(dtype), begin, sweeps, tol, ridge)
+            found = _times(bases, [factor.to(core.dtype) for factor in swept])
+            if last:
+                found, _ = _parafac(kernel, found, last, tol=0.0, ridge=0.0)
+            if component_norms(found) <= bound:
+                return [norm * found[0], *found[1:]]
+        raise ValueError(
+            f"CP degenerates: the component norms sum to {component_norms(found):.3g} times the "
+            f"kernel's norm, expected at most {bound:.3g}; choose a lower rank or another method"
+        )
 
+    def few_sweeps(self, kernel: Tensor, rank: int) -> list[Tensor]:
+        """Factors after half of the sweeps, for a draft of another kind of fit to start from."""
+        start = _singular_start(kernel, rank, self.random_state)
+        return _parafac(kernel, start, max(1, self.n_iter_max // 2), self.tol, self.l2_reg)[0]
 
-def cp_factors(
-    kernel: Tensor, rank: int, options: ALSOptions, start: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """One factor (size, R) for each mode of the kernel, whose sum of outer products is near it.
-
-    A ridge on the factors keeps components from growing while they cancel each other, except where
-    the kernel turns out to have exactly the rank asked for. If the sum of the component norms still
-    ends above ``max_component_norms √rank`` times the kernel's norm (for orthogonal components it
-    is ``√rank`` times), the fit is made again with a stronger ridge. Where no ridge is strong
-    enough, it raises a ValueError. `start` holds factors to start from, such as those of a draft.
-    """
-    norm = float(kernel.norm())
-    if norm == 0.0:
-        return [kernel.new_zeros(size, rank) for size in kernel.shape]
-    kernel = kernel / norm
-    bound = options.max_component_norms * rank**0.5
-    leading = [leading_vectors(unfold(kernel, mode), rank) for mode in range(2)]
-    channels, outside = [vectors for vectors, _ in leading], max(share for _, share in leading)
-    core, bases = _compressed(kernel, channels)
-    near = None
-    if start is not None:
-        near = _times([base.T for base in bases], [start[0] / norm, *start[1:]])
-    for factors, ridge in _starts(core, rank, [] if bases else channels, outside, near, options):
-        found = _times(bases, _sweep(core, rank, factors, ridge, options))
-        if options.last_sweeps:
-            found, _ = _parafac(kernel, rank, found, options.last_sweeps, tol=0.0, ridge=0.0)
-        if component_norms(found) <= bound:
-            return [norm * found[0], *found[1:]]
-    raise ValueError(
-        f"CP degenerates: the component norms sum to {component_norms(found):.3g} times the "
-        f"kernel's norm, expected at most {bound:.3g}; choose a lower rank or another method"
-    )
-
-
-def _times(bases: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors, each of the first ones multiplied by its basis; without bases, all as given."""
-    products = [base @ factor for base, factor in zip(bases, factors, strict=False)]
-    return [*products, *factors[len(bases) :]]
-
-
-def few_sweeps(kernel: Tensor, rank: int, sweeps: int, options: ALSOptions) -> list[Tensor]:
-    """Factors after a few sweeps, for a fit of another kind to start from."""
-    start = _singular_start(kernel, rank, options.random_state)
-    return _parafac(kernel, rank, start, sweeps, options.tol, options.l2_reg)[0]
+    def _starts(
+        self, kernel: Tensor, rank: int, channels: Sequence[Tensor], outside: float
+    ) -> Iterator[tuple[list[Tensor], float]]:
+        """Factors to start from and the ridge to sweep with; all fits lose the share `outside`."""
+        singular = _singular_start(kernel, rank, self.random_state, channels)
+        beyond_channels = rank > max(kernel.shape[:2])
+        too_few = beyond_channels and rank * sum(kernel.shape) < _PARITY * kernel.numel()
+        # A kernel of exactly this rank needs no ridge; every other fit is an approximation.
+        if outside <= _EXACT**2 and not too_few:
+            starts = [singular]
+            if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
+                # Sweeps from here find such kernels where those from singular vectors often fail.
+                starts += _diagonalisation_start(kernel, rank)
+            effort = EFFORTS[self.effort]
+            sweeps, tol = min(effort.trial, self.n_iter_max), self.tol * effort.coarser
+            tries = [_parafac(kernel, one, sweeps, tol, ridge=0.0) for one in starts]
+            factors, errors = min(tries, key=lambda fit: fit[1][-1])
+            if errors[-1] < _EXACT:
+                yield factors, 0.0
+        for strength in (1.0, 10.0, 100.0) if self.l2_reg else (1.0,):
+            yield singular, strength * self.l2_reg
 
 
 def component_norms(factors: Sequence[Tensor]) -> float:
@@ -117,9 +124,9 @@ def component_norms(factors: Sequence[Tensor]) -> float:
 def _compressed(kernel: Tensor, channels: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The kernel in the basis of its channels' leading singular vectors, and these vectors.
 
-    Sweeps are much cheaper there, and the components of a low-rank fit lie nearly in the span of
-    the vectors (Bro and Andersson 1998, "Improving the speed of multiway algorithms: Part II.
-    Compression"). Where the kernel would hardly get smaller, it is returned without any vectors.
+    Sweeps are much cheaper there, and a low-rank fit lies nearly in the span of the vectors (Bro
+    and Andersson 1998, "Improving the speed of multiway algorithms: Part II. Compression"). Where
+    the kernel would hardly get smaller, it is returned without any vectors.
     """
     size = math.prod(vectors.shape[1] for vectors in channels)
     if size > _WORTHWHILE * math.prod(kernel.shape[:2]):
@@ -127,73 +134,21 @@ def _compressed(kernel: Tensor, channels: list[Tensor]) -> tuple[Tensor, list[Te
     return mode_products(kernel, [vectors.T for vectors in channels], modes=[0, 1]), channels
 
 
-def _starts(
-    kernel: Tensor,
-    rank: int,
-    channels: Sequence[Tensor],
-    outside: float,
-    near: list[Tensor] | None,
-    options: ALSOptions,
-) -> Iterator[tuple[list[Tensor], float]]:
-    """Factors to start from and the ridge to sweep with, in the order in which they are tried."""
-    if near is not None:
-        yield near, options.l2_reg
-    singular = _singular_start(kernel, rank, options.random_state, channels)
-    # A kernel of exactly this rank needs no ridge; every other fit is an approximation.
-    for exact in _exact_starts(kernel, rank, singular, outside, options):
-        yield exact, 0.0
-    for strength in (1.0, 10.0, 100.0) if options.l2_reg else (1.0,):
-        yield singular, strength * options.l2_reg
-
-
-def _exact_starts(
-    kernel: Tensor, rank: int, start: list[Tensor], outside: float, options: ALSOptions
-) -> list[list[Tensor]]:
-    """Factors that nearly give the kernel, if a few sweeps find any: it has this rank then.
-
-    `outside` is the share of the squares outside the leading vectors of a mode; every fit loses it.
-    """
-    weights = rank * sum(kernel.shape)
-    beyond_channels = rank > max(kernel.shape[:2])
-    if outside > _EXACT**2 or (beyond_channels and weights < _PARITY * kernel.numel()):
-        return []
-    starts = [start]
-    if rank <= min(kernel.shape[:2]) and math.prod(kernel.shape[2:]) > 1:
-        # Sweeps from here find such kernels where those from singular vectors often fail.
-        starts += _diagonalisation_start(kernel, rank)
-    sweeps = min(options.sweeps.trial, options.n_iter_max)
-    tol = options.tol * options.sweeps.coarser
-    tries = [_parafac(kernel, rank, one, sweeps, tol, ridge=0.0) for one in starts]
-    factors, errors = min(tries, key=lambda fit: fit[1][-1])
-    return [factors] if errors[-1] < _EXACT else []
-
-
-def _sweep(
-    kernel: Tensor, rank: int, start: list[Tensor], ridge: float, options: ALSOptions
-) -> list[Tensor]:
-    """The sweeps from `start` except the last ones; with a ridge single precision is enough."""
-    dtype = torch.float32 if ridge else kernel.dtype
-    start = [factor.to(dtype) for factor in start]
-    sweeps = max(1, options.n_iter_max - options.last_sweeps)
-    tol = options.tol * options.sweeps.coarser
-    swept, _ = _parafac(kernel.to(dtype), rank, start, sweeps, tol, ridge)
-    return [factor.to(kernel.dtype) for factor in swept]
+def _times(bases: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, each of the first ones multiplied by its basis; without bases, all as given."""
+    products = [base @ factor for base, factor in zip(bases, factors, strict=False)]
+    return [*products, *factors[len(bases) :]]
 
 
 def _parafac(
-    kernel: Tensor, rank: int, start: list[Tensor], sweeps: int, tol: float, ridge: float
+    kernel: Tensor, start: list[Tensor], sweeps: int, tol: float, ridge: float
 ) -> tuple[list[Tensor], list[float]]:
     """`sweeps` of TensorLy's parafac from `start`, and the relative errors on the way."""
-    options = {"n_iter_max": sweeps, "tol": tol, "l2_reg": max(ridge, _TRACE_RIDGE)}
+    rank, l2_reg = start[0].shape[1], max(ridge, _TRACE_RIDGE)
+    options = {"n_iter_max": sweeps, "tol": tol, "l2_reg": l2_reg, "return_errors": True}
     with torch_backend(), torch.no_grad():
-        (weights, factors), errors = parafac(
-            kernel,
-            rank,
-            init=CPTensor((None, start)),
-            linesearch=True,
-            return_errors=True,
-            **options,
-        )
+        init = CPTensor((None, start))
+        (weights, factors), errors = parafac(kernel, rank, init=init, linesearch=True, **options)
     return [factors[0] * weights, *factors[1:]], [float(error) for error in errors]
 
 
@@ -203,8 +158,7 @@ def _singular_start(
     """The leading singular vectors of each unfolding, filled up with seeded Gaussian columns.
 
     A little noise moves the start away from the saddle points of symmetric kernels, where sweeps
-    from the singular vectors themselves would lose components for good. `channels` are the vectors
-    of the first modes where they are known already.
+    would lose components for good. `channels` are the vectors of the first modes where known.
     """
     generator = torch.Generator("cpu").manual_seed(random_state)
     factors = []
@@ -222,8 +176,7 @@ def _diagonalisation_start(kernel: Tensor, rank: int) -> list[list[Tensor]]:
 
     Exact where the kernel has this rank. The list is empty where the slices are singular.
     """
-    out, _ = leading_vectors(unfold(kernel, 0), rank)
-    into, _ = leading_vectors(unfold(kernel, 1), rank)
+    out, into = (leading_vectors(unfold(kernel, mode), rank)[0] for mode in range(2))
     slices = kernel.flatten(2)  # (out, in, kernel)
     core = mode_products(slices, [out.T, into.T], modes=[0, 1])  # (R, R, kernel)
     # Any two different mixtures of the slices work; fixed ones keep the fit deterministic.
@@ -236,20 +189,18 @@ def _diagonalisation_start(kernel: Tensor, rank: int) -> list[list[Tensor]]:
         out = out @ (columns / columns.norm(dim=0))  # (out, R)
         rows = torch.linalg.pinv(out) @ unfold(slices, 0)  # (R, in · kernel), each of rank one
         into, spatial = _rank_one(rows.reshape(rank, slices.shape[1], -1))
-        modes = [spatial] if kernel.dim() == 3 else _split_modes(spatial, kernel.shape[2:])
+        factors = [out, into, *_split_modes(spatial, kernel.shape[2:])]
     except torch.linalg.LinAlgError:
         return []
-    factors = [out, into, *modes]
     return [factors] if all(torch.isfinite(factor).all() for factor in factors) else []
 
 
 def _split_modes(joint: Tensor, sizes: torch.Size) -> list[Tensor]:
     """The nearest outer products to each column of a joint spatial factor (kernel, R)."""
-    factors = []
-    for size in sizes[:-1]:
-        first, joint = _rank_one(joint.T.reshape(joint.shape[1], size, -1))
-        factors.append(first)
-    return [*factors, joint]
+    if len(sizes) == 1:
+        return [joint]
+    first, rest = _rank_one(joint.T.reshape(joint.shape[1], sizes[0], -1))
+    return [first, *_split_modes(rest, sizes[1:])]
 
 
 def _rank_one(matrices: Tensor) -> tuple[Tensor, Tensor]:

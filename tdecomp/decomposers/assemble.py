@@ -1,7 +1,5 @@
 """Chains from factors, and factors from chains."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +24,11 @@ def empty_chain(
 
 def empty_chain_like(layer: nn.Module, spec: LayerSpec, method: Decomposer, rank: Rank) -> Chain:
     """`empty_chain` with the layer's device, dtype, training mode and `requires_grad`."""
-    weight = parameter(layer.weight)
+    weight = layer.get_parameter("weight")
     chain = empty_chain(method, spec, rank, weight.device, weight.dtype)
-    for values in chain.parameters():
-        values.requires_grad_(weight.requires_grad)
+    chain.requires_grad_(weight.requires_grad)
     if isinstance(layer.bias, nn.Parameter):
-        parameter(chain[-1].bias).requires_grad_(layer.bias.requires_grad)
+        chain[-1].get_parameter("bias").requires_grad_(layer.bias.requires_grad)
     return chain.train(layer.training)
 
 
@@ -46,17 +43,16 @@ def assemble(
 
     `shift` (out,) is added to the bias of a layer that has one.
     """
-    spec, weight, bias = factors.spec, parameter(layer.weight), layer.bias
+    weight, bias = layer.get_parameter("weight"), layer.bias
     with undisturbed(weight.device):
-        chain = empty_chain_like(layer, spec, method, rank)
+        chain = empty_chain_like(layer, factors.spec, method, rank)
         write_factors(chain, method, factors)
         if isinstance(bias, nn.Parameter):
-            parameter(chain[-1].bias).copy_(bias if shift is None else bias + shift)
-    for dims, memory_format in {4: torch.channels_last, 5: torch.channels_last_3d}.items():
-        # A kernel of size 1 is contiguous in every format, which says nothing about the layer.
-        other = weight.dim() != dims or weight.is_contiguous()
-        if not other and weight.is_contiguous(memory_format=memory_format):
-            chain.to(memory_format=memory_format)  # type: ignore[call-overload]
+            chain[-1].get_parameter("bias").copy_(bias if shift is None else bias + shift)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    # A kernel of size 1 is contiguous in every format, which says nothing about the layer.
+    if last and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
+        chain.to(memory_format=last)  # type: ignore[call-overload]
     return chain
 
 
@@ -73,15 +69,8 @@ def factors_of_chain(chain: Chain, method: Decomposer) -> Factorization | None:
     spec, rank = chain.replaced, chain.rank
     assert spec is not None
     assert rank is not None
-    stages = method.stages(spec, rank)
-    weights = [stage.read(part) for stage, part in zip(stages, chain, strict=True)]
-    per_stage = [weight.chunk(spec.groups) for weight in weights]
+    stages = zip(method.stages(spec, rank), chain, strict=True)
+    per_stage = [stage.read(part).chunk(spec.groups) for stage, part in stages]
     groups = [method.factors_of(parts) for parts in zip(*per_stage, strict=True)]
     known = tuple(factors for factors in groups if factors is not None)
     return Factorization(spec, known) if len(known) == spec.groups else None
-
-
-def parameter(value: Any) -> nn.Parameter:
-    """The value as the parameter that it has to be."""
-    assert isinstance(value, nn.Parameter)
-    return value

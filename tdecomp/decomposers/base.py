@@ -1,18 +1,18 @@
 # ruff: noqa: ARG002  the defaults of the contract use no arguments
-"""The contract of a decomposer, and nothing else.
+"""The contract of a decomposer, and what the methods that iterate have in common.
 
-A method's file holds its maths at the top, on one dense kernel (out, in, *kernel): tensors in, a
-frozen dataclass of factors out. Below it stands the class that says which layers the method takes
-and which chain it makes. Groups, layouts, dtypes and scales are handled once, in `fit_layer` and
-`assemble`.
+A method's file holds its factors, a frozen dataclass, and below them the class that says which
+layers it takes, which chain it makes and how it fits one dense kernel (out, in, *kernel). Groups,
+layouts, dtypes and scales are handled once, in `fit_layer` and `assemble`.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from tdecomp.decomposers.factors import Factors
+from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
@@ -25,7 +25,7 @@ class Decomposer(ABC):
     """One method: which layers it takes, its ranks, its chain and how to fit it.
 
     A subclass is usually a frozen dataclass whose fields are the options of the fit. It has a
-    `name`, a `source` (the paper), and defines the five abstract methods; where each rank belongs
+    `name`, a `source` (the paper), and defines the four abstract methods; where each rank belongs
     to the spectrum of an unfolding of the kernel, `unfoldings` too.
 
     Attributes
@@ -140,9 +140,43 @@ class Decomposer(ABC):
         return type(self).fit_to is not Decomposer.fit_to
 
 
-def check_iteration(method: str, n_iter_max: int, tol: float) -> None:
-    """Refuse options that no iteration can run with."""
-    if isinstance(n_iter_max, bool) or not isinstance(n_iter_max, int) or n_iter_max < 1:
-        raise ValueError(f"{method}: expected n_iter_max of at least 1, got {n_iter_max!r}")
-    if not isinstance(tol, (int, float)) or not tol >= 0:
-        raise ValueError(f"{method}: expected tol of 0 or more, got {tol!r}")
+@dataclass(frozen=True)
+class Iterative(Decomposer):
+    """A method whose fits to data start from a fit to the weights and improve on it."""
+
+    iterative = True
+
+    n_iter_max: int
+    tol: float
+
+    def __post_init__(self) -> None:
+        most, tol = self.n_iter_max, self.tol
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ValueError(f"{self.name}: expected n_iter_max of at least 1, got {most!r}")
+        if not isinstance(tol, (int, float)) or not tol >= 0:
+            raise ValueError(f"{self.name}: expected tol of 0 or more, got {tol!r}")
+
+    @abstractmethod
+    def improved(self, kernel: Tensor, start: Any, moment: SecondMoment) -> Factors:
+        """This method's factors `start` improved on in the norm of a moment."""
+
+    def first(self, kernel: Tensor, rank: Rank, *, draft: bool) -> Factors:
+        """What a fit to data starts from by default."""
+        return self.fit(kernel, rank, draft=draft)
+
+    def fit_to(
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Factors | None = None,
+        *,
+        draft: bool = False,
+    ) -> Factors:
+        before = self.first(kernel, rank, draft=draft) if start is None else start
+        method = self.limited(DRAFT_ITERATIONS) if draft else self
+        fitted = method.improved(kernel, before, moment)
+        return fitted if draft else better(kernel, moment, fitted, before.balanced())
+
+    def limited(self, iterations: int) -> Self:
+        return replace(self, n_iter_max=min(self.n_iter_max, iterations))

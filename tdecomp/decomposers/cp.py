@@ -7,15 +7,14 @@ CP-Decomposition", equations 4 to 8; the joint form keeps the spatial modes toge
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import tensorly
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.als import EFFORTS, ALSOptions, component_norms, cp_factors, few_sweeps
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
-from tdecomp.decomposers.factors import Factors, better
+from tdecomp.decomposers.als import ALS, EFFORTS, component_norms
+from tdecomp.decomposers.base import DRAFT_ITERATIONS, Iterative
+from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.least_squares import Features, SeparableFit
@@ -42,10 +41,11 @@ class CPFactors(Factors):
     def stage_weights(self) -> tuple[Tensor, ...]:
         out, into, *spatial = self.factors
         ones = [1] * len(self.kernel_size)
-        depthwise = [
-            factor.T.reshape(-1, 1, *shape)  # (R, 1, *kernel)
-            for factor, shape in zip(spatial, self._spatial_shapes(), strict=True)
-        ]
+        depthwise = []
+        for d, factor in enumerate(spatial):
+            along = (*ones[:d], len(factor), *ones[d + 1 :])
+            shape = self.kernel_size if len(spatial) == 1 else along
+            depthwise.append(factor.T.reshape(-1, 1, *shape))  # (R, 1, *kernel)
         first = into.T.reshape(*into.T.shape, *ones)  # (R, in, 1, 1)
         return first, *depthwise, out.reshape(*out.shape, *ones)  # the last one is (out, R, 1, 1)
 
@@ -59,34 +59,13 @@ class CPFactors(Factors):
     def balanced(self) -> "CPFactors":
         """The same kernel, each component's norm shared equally among its factors.
 
-        ALS leaves nearly all of the norm in one factor, which makes the gradients of the others
-        large when the chain is trained.
+        ALS leaves nearly all of it in one, which makes the gradients of the others large.
         """
         norms = torch.stack([factor.norm(dim=0) for factor in self.factors])  # (modes, R)
         share = norms.log().mean(dim=0).exp()
         # A component with a zero factor is zero: all of its factors become so.
         gains = torch.where(norms > 0, share / norms, torch.zeros_like(norms))
         return replace(self, factors=tuple(f * g for f, g in zip(self.factors, gains, strict=True)))
-
-    def _spatial_shapes(self) -> list[tuple[int, ...]]:
-        if len(self.factors) == 3:
-            return [self.kernel_size]
-        size, ndim = self.kernel_size, len(self.kernel_size)
-        return [tuple(size[d] if d == mode else 1 for d in range(ndim)) for mode in range(ndim)]
-
-
-def fit_cp_to(
-    kernel: Tensor, start: CPFactors, moment: SecondMoment, n_iter_max: int, tol: float
-) -> CPFactors:
-    """The same form in the norm of a moment: the factor of the outputs follows from the others.
-
-    Kalle et al. 2025, "Distribution-Aware Tensor Decomposition for Compression of Convolutional
-    Neural Networks", fit in this norm by alternating least squares.
-    """
-    fit = SeparableFit(kernel.flatten(1), moment, cp_features())
-    out, theta = fit.minimise(start.factors[1:], n_iter_max=n_iter_max, tol=tol)
-    unit = [factor / factor.norm(dim=0).clamp_min(torch.finfo(out.dtype).tiny) for factor in theta]
-    return replace(start, factors=(out, *unit)).balanced()
 
 
 def cp_features() -> Features:
@@ -108,7 +87,7 @@ def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CP(Decomposer):
+class CP(Iterative):
     """Conv S→T becomes pointwise S→R, one K×K depthwise, and pointwise R→T with the bias.
 
     >>> CP(random_state=1).max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
@@ -129,10 +108,10 @@ class CP(Decomposer):
         error up to some hundredths larger.
     """
 
-    name: ClassVar[str] = "cp"
-    source: ClassVar[str] = "Lebedev et al. 2015, joint spatial modes"
-    fits_in_float64: ClassVar[bool] = True
-    iterative: ClassVar[bool] = True
+    name = "cp"
+    source = "Lebedev et al. 2015, joint spatial modes"
+    fits_in_float64 = True
+    _joint = True  # one depthwise layer, and one factor, for all spatial modes together
 
     n_iter_max: int = 100
     tol: float = 1e-4
@@ -141,7 +120,7 @@ class CP(Decomposer):
     effort: str = "balanced"
 
     def __post_init__(self) -> None:
-        check_iteration(self.name, self.n_iter_max, self.tol)
+        super().__post_init__()
         if self.effort not in tuple(EFFORTS):  # a tuple, as the effort need not be hashable
             known = " or ".join(map(repr, EFFORTS))
             raise ValueError(f"{self.name}: expected effort to be {known}, got {self.effort!r}")
@@ -152,38 +131,43 @@ class CP(Decomposer):
         return None if spec.ndim else f"{self.name} takes convolutions; svd takes Linear layers"
 
     def max_rank(self, spec: LayerSpec) -> int:
-        modes = (spec.group_out, spec.group_in, *self._spatial_modes(spec.kernel_size))
+        modes = self._modes(spec.group_out, spec.group_in, *spec.kernel_size)
         return math.prod(modes) // max(modes)
 
     def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         assert isinstance(rank, int)
         middle = rank * spec.groups
+        first = spec.pointwise(spec.in_channels, middle)
+        depthwise = [spec.like(in_channels=middle, out_channels=middle, bias=False)]
+        if not self._joint:
+            depthwise = [spec.along([d], middle, middle) for d in range(spec.ndim)]
         last = spec.pointwise(middle, spec.out_channels, bias=spec.bias)
-        return spec.pointwise(spec.in_channels, middle), *self._depthwise(spec, middle), last
+        return first, *(stage.like(groups=middle) for stage in depthwise), last
 
     def fit(
         self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
     ) -> CPFactors:
         assert isinstance(rank, int)
         begin = start.factors if isinstance(start, CPFactors) else None
-        factors = cp_factors(self._joined(kernel), rank, self._options(draft), begin)
+        factors = self._als(draft).fit(kernel.reshape(self._modes(*kernel.shape)), rank, begin)
         return CPFactors(tuple(factors), tuple(kernel.shape[2:])).balanced()
 
-    def fit_to(
-        self,
-        kernel: Tensor,
-        rank: Rank,
-        moment: SecondMoment,
-        start: Factors | None = None,
-        *,
-        draft: bool = False,
-    ) -> CPFactors:
+    def first(self, kernel: Tensor, rank: Rank, *, draft: bool) -> CPFactors:
+        if not draft or not kernel.any():
+            return self.fit(kernel, rank)
         assert isinstance(rank, int)
-        before = self._start(kernel, rank, draft) if start is None else start
-        assert isinstance(before, CPFactors)
-        n_iter_max = self._options(draft).n_iter_max
-        fitted = fit_cp_to(kernel, before, moment, n_iter_max, self.tol * _FINER)
-        return fitted if draft else better(kernel, moment, fitted, before.balanced())
+        factors = self._als(draft).few_sweeps(kernel.reshape(self._modes(*kernel.shape)), rank)
+        return CPFactors(tuple(factors), tuple(kernel.shape[2:]))
+
+    def improved(self, kernel: Tensor, start: CPFactors, moment: SecondMoment) -> CPFactors:
+        # The factor of the outputs follows from the others. Kalle et al. 2025, "Distribution-Aware
+        # Tensor Decomposition for Compression of Convolutional Neural Networks", fit in this norm
+        # by alternating least squares.
+        fit, tol = SeparableFit(kernel.flatten(1), moment, cp_features()), self.tol * _FINER
+        out, theta = fit.minimise(start.factors[1:], n_iter_max=self.n_iter_max, tol=tol)
+        tiny = torch.finfo(out.dtype).tiny
+        unit = [factor / factor.norm(dim=0).clamp_min(tiny) for factor in theta]
+        return replace(start, factors=(out, *unit)).balanced()
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
         return ("svd", "lowrank", "spatial") if spec.kernel_volume == 1 else ()
@@ -193,18 +177,6 @@ class CP(Decomposer):
         # may be refused there, which only trying tells.
         return spec.kernel_volume > 1 and self.l2_reg > 0
 
-    def limited(self, iterations: int) -> "CP":
-        return replace(self, n_iter_max=min(self.n_iter_max, iterations))
-
-    def _start(self, kernel: Tensor, rank: int, draft: bool) -> CPFactors:
-        """What a fit to data starts from: a fit to the weights, or a draft's few sweeps."""
-        if not draft or not kernel.any():
-            return self.fit(kernel, rank)
-        options = self._options(draft)
-        sweeps = max(1, options.n_iter_max // 2)
-        factors = few_sweeps(self._joined(kernel), rank, sweeps, options)
-        return CPFactors(tuple(factors), tuple(kernel.shape[2:]))
-
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> CPFactors:
         first, *depthwise, last = stage_weights
         sizes = [stage.shape[2:] for stage in depthwise]
@@ -212,36 +184,22 @@ class CP(Decomposer):
         spatial = (stage.flatten(1).T for stage in depthwise)
         return CPFactors((last.flatten(1), first.flatten(1).T, *spatial), kernel_size)
 
-    def _joined(self, kernel: Tensor) -> Tensor:
-        return kernel.reshape(*kernel.shape[:2], *self._spatial_modes(tuple(kernel.shape[2:])))
+    def _modes(self, out: int, into: int, *kernel_size: int) -> tuple[int, ...]:
+        """The shape of the tensor that CP is of."""
+        return out, into, *([math.prod(kernel_size)] if self._joint else kernel_size)
 
-    def _options(self, draft: bool = False) -> ALSOptions:
-        most = min(self.n_iter_max, DRAFT_ITERATIONS) if draft else self.n_iter_max
-        sweeps = EFFORTS[self.effort]
-        return ALSOptions(most, self.tol, self.l2_reg, self.random_state, sweeps, draft)
-
-    def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
-        return (math.prod(kernel_size),)
-
-    def _depthwise(self, spec: LayerSpec, channels: int) -> tuple[LayerSpec, ...]:
-        sizes = {"in_channels": channels, "out_channels": channels, "groups": channels}
-        return (spec.like(**sizes, bias=False),)
+    def _als(self, draft: bool) -> ALS:
+        most = self.limited(DRAFT_ITERATIONS) if draft else self
+        return ALS(most.n_iter_max, self.tol, self.l2_reg, self.random_state, self.effort, draft)
 
 
 @dataclass(frozen=True)
 class CPSeparable(CP):
     """As `CP`, with the depthwise step split into one layer per spatial dimension (four in 2-d)."""
 
-    name: ClassVar[str] = "cp-separable"
-    source: ClassVar[str] = "Lebedev et al. 2015"
+    name = "cp-separable"
+    source = "Lebedev et al. 2015"
+    _joint = False
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
         return (*super().contained_in(spec), CP.name)
-
-    def _spatial_modes(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
-        return kernel_size
-
-    def _depthwise(self, spec: LayerSpec, channels: int) -> tuple[LayerSpec, ...]:
-        return tuple(
-            spec.along([d], channels, channels).like(groups=channels) for d in range(spec.ndim)
-        )

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ class Factors(ABC):
     @abstractmethod
     def scaled(self, scale: float) -> Self:
         """The factors of `scale` times the kernel."""
+
+    def balanced(self) -> Self:
+        """The same kernel, its norm shared out where a fit leaves it in one of the factors."""
+        return self
 
     def component_norms(self) -> float | None:
         """The sum of the norms of the terms that add up to the kernel; None for other methods.
@@ -67,12 +71,7 @@ class Factorization:
         return replace(self, groups=tuple(factors.to(dtype) for factors in self.groups))
 
 
-AnyFactors = TypeVar("AnyFactors", bound=Factors)
-
-
-def better(
-    kernel: Tensor, moment: SecondMoment, fitted: AnyFactors, start: AnyFactors
-) -> AnyFactors:
+def better(kernel: Tensor, moment: SecondMoment, fitted: Factors, start: Factors) -> Factors:
     """The factors that lose less of the outputs; the start if `fitted` is not finite."""
     matrix = kernel.flatten(1)
     lost = [moment.lost(matrix - factors.to_kernel().flatten(1)) for factors in (fitted, start)]

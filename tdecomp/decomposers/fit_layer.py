@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,11 @@ def fit_layer(
     *,
     draft: bool = False,
 ) -> FittedLayer:
-    """Fit a layer's weight, by the moments of its inputs where there are any.
+    """`factorize`, by the moments of the layer's inputs where there are any, and what is lost.
 
-    A pure function; its arguments and its result can be pickled. The weight is in the layer's own
-    layout, the moments on its device. Methods that iterate improve on `start`, factors of this
-    rank; a draft makes few iterations, as it is only compared with other drafts. A fit that fails
-    raises a ValueError or a LinAlgError, and so do factors that are not finite.
+    A pure function; its arguments and its result can be pickled. The moments are on the weight's
+    device. A fit that fails raises a ValueError or a LinAlgError, and so do factors that are not
+    finite.
     """
     began = time.perf_counter()
     with undisturbed(weight.device):
@@ -59,28 +59,22 @@ def fit_layer(
         precise = factors.to(fit_dtype(method, weight))
         approximation = precise.to_kernel()
         weight_error = relative_error(weight, approximation)
-        output_error = loss = shift = None
+        output_error = loss = shift = note = None
         if moments is not None and second is not None:
             gone = weight.detach().double() - approximation.double()
             output_error, loss = moments.lost(weight, gone, second)
             shift = moments.mean_output(gone) if spec.bias else None
+            if not method.uses_moments:
+                note = f"fitted by its weights: {method.name} uses no moments"
+            elif moments.few:
+                note = f"fewer samples ({moments.count:,}) than fan_in ({spec.fan_in:,})"
     if not math.isfinite(weight_error):
         raise ValueError("the factors are not finite")
     norms = precise.component_norms()
     if norms is not None:
         norms /= frobenius_norm(weight) or 1.0
-    errors = (weight_error, output_error, loss)
-    return FittedLayer(factors, *errors, shift, norms, seconds, _notes(method, spec, moments))
-
-
-def _notes(method: Decomposer, spec: LayerSpec, moments: LayerMoments | None) -> tuple[str, ...]:
-    if moments is None:
-        return ()
-    if not method.uses_moments:
-        return (f"fitted by its weights: {method.name} uses no moments",)
-    if moments.few:
-        return (f"fewer samples ({moments.count:,}) than fan_in ({spec.fan_in:,})",)
-    return ()
+    errors, notes = (weight_error, output_error, loss), (note,) if note else ()
+    return FittedLayer(factors, *errors, shift, norms, seconds, notes)
 
 
 def factorize(
@@ -93,56 +87,35 @@ def factorize(
     *,
     draft: bool = False,
 ) -> Factorization:
-    """The factors of a layer's weight, given in the layer's own layout.
+    """The factors, in the weight's dtype, of a weight in the layer's own layout.
 
     With moments, one for each group, in the norm of the layer's inputs, where the method can.
-    Half precision is fitted in float32; the factors come back in the weight's dtype.
+    Methods that iterate improve on `start`, factors of this rank; a draft makes few iterations.
     """
     method.check_rank(rank, spec)
-    draft = draft and method.iterative
-    with undisturbed(weight.device):
-        groups = None
-        if moments is not None and method.uses_moments:
-            kernels = group_kernels(weight.detach().double(), spec)
-            groups = _fit_groups(method, kernels, rank, moments, start, draft)
-        if groups is None:
-            kernels = group_kernels(weight.detach().to(fit_dtype(method, weight)), spec)
-            groups = _fit_groups(method, kernels, rank, [None] * len(kernels), start, draft)
-        assert groups is not None
-        return Factorization(spec, tuple(groups)).to(weight.dtype)
-
-
-def _fit_groups(
-    method: Decomposer,
-    kernels: Sequence[Tensor],
-    rank: Rank,
-    moments: Sequence[SecondMoment | None],
-    start: Factorization | None,
-    draft: bool,
-) -> list[Factors] | None:
-    """Each group's factors, in the norm of its moment if it has one; None if the method cannot."""
+    dtype, starts = fit_dtype(method, weight), start.groups if start else [None] * spec.groups
+    seconds: Sequence[SecondMoment | None] = [None] * spec.groups
+    if moments is not None and method.uses_moments:
+        dtype, seconds = torch.float64, moments
     groups: list[Factors] = []
-    starts: Sequence[Factors | None] = [None] * len(kernels)
-    if start is not None and method.iterative:
-        starts = start.groups
-    for kernel, moment, near in zip(kernels, moments, starts, strict=True):
-        # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
-        scale = float(kernel.abs().max()) or 1.0
-        if near is not None:
-            near = near.to(kernel.dtype).scaled(1 / scale)
-        # A method from outside that does not iterate need not know `start` and `draft`.
-        drafted = {"draft": True} if draft else {}
-        fitted: Factors | None
-        if moment is not None:
-            fitted = method.fit_to(kernel / scale, rank, moment, near, **drafted)
-        elif method.iterative:
-            fitted = method.fit(kernel / scale, rank, near, draft=draft)
-        else:
-            fitted = method.fit(kernel / scale, rank)
-        if fitted is None:
-            return None
-        groups.append(fitted.scaled(scale))
-    return groups
+    with undisturbed(weight.device):
+        kernels = group_kernels(weight.detach().to(dtype), spec)
+        for kernel, second, near in zip(kernels, seconds, starts, strict=True):
+            # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
+            scale = float(kernel.abs().max()) or 1.0
+            options: dict[str, Any] = {}
+            if method.iterative:  # other methods need not know these
+                begin = None if near is None else near.to(dtype).scaled(1 / scale)
+                options = {"start": begin, "draft": draft}
+            fitted: Factors | None
+            if second is None:
+                fitted = method.fit(kernel / scale, rank, **options)
+            else:
+                fitted = method.fit_to(kernel / scale, rank, second, **options)
+            if fitted is None:
+                return factorize(method, weight, spec, rank, None, start, draft=draft)
+            groups.append(fitted.scaled(scale))
+        return Factorization(spec, tuple(groups)).to(weight.dtype)
 
 
 def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
@@ -167,7 +140,6 @@ def fit_dtype(method: Decomposer, weight: Tensor) -> torch.dtype:
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
-    weight, approximation = weight.detach(), approximation.detach()
     if torch.float64 not in (weight.dtype, approximation.dtype):
         # A difference of float32 numbers has as many correct digits as they have.
         weight, approximation = weight.float(), approximation.float()

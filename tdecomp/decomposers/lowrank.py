@@ -5,7 +5,6 @@ Detection", section 3.1; the structure of MosaicML Composer's Factorize.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.spec import LayerSpec
@@ -18,8 +17,8 @@ class LowRank(SVD):
     The same optimum as `SVD`, of the kernel as a matrix (T, S · K · K), on any convolution.
     """
 
-    name: ClassVar[str] = "lowrank"
-    source: ClassVar[str] = "Zhang et al. 2016"
+    name = "lowrank"
+    source = "Zhang et al. 2016"
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.ndim else "lowrank takes convolutions; svd takes Linear layers"

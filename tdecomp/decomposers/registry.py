@@ -3,8 +3,8 @@
 A new method is a file of its own, its test, and a line of `_BUILT_IN`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.cp import CP, CPSeparable
@@ -12,13 +12,10 @@ from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.decomposers.spatial import Spatial
 from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
+from tdecomp.layers.kinds import enter_under_its_name
 
 _BUILT_IN = (SVD, LowRank, Spatial, Tucker2, CP, CPSeparable)
-# Names that stand for several methods; () stands for all of them.
-_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "auto": (),
-    "dense": ("svd", "lowrank", "spatial", "tucker2"),
-}
+_DENSE = ("svd", "lowrank", "spatial", "tucker2")
 _REGISTRY: dict[str, Decomposer] = {}
 
 Methods = str | Decomposer | Sequence[str | Decomposer]
@@ -40,30 +37,15 @@ def register(decomposer: Any) -> Any:
 
     Raises
     ------
-    TypeError
-        If it is not a decomposer.
-    ValueError
-        If its name is empty or another decomposer's.
+    TypeError, ValueError
+        If it is not a decomposer, or its name is empty or another decomposer's.
     """
     methods = isinstance(decomposer, type) and issubclass(decomposer, Decomposer)
     instance = decomposer() if methods else decomposer
     if not isinstance(instance, Decomposer):
         raise TypeError(f"register: expected a Decomposer, got {type(instance).__name__}")
-    name = getattr(instance, "name", "")
-    if not name or not isinstance(name, str):
-        raise ValueError(f"register: {type(instance).__name__} needs a name, got {name!r}")
-    known = _REGISTRY.get(name)
-    # A class of the same module and name is the same one, defined again as in a notebook.
-    if known is not None and _place(known) != _place(instance):
-        raise ValueError(
-            f"register: {name!r} is the name of {type(known).__name__} already; choose another"
-        )
-    _REGISTRY[name] = instance
+    enter_under_its_name("register", instance, _REGISTRY)
     return decomposer
-
-
-def _place(decomposer: Decomposer) -> tuple[str, str]:
-    return type(decomposer).__module__, type(decomposer).__qualname__
 
 
 def unregister(name: str) -> None:
@@ -91,11 +73,12 @@ def get_decomposer(method: str | Decomposer) -> Decomposer:
 
 
 def listed_methods(methods: Methods) -> list[Decomposer]:
-    """The decomposers behind a name, a group's name, a decomposer, or a sequence of these."""
-    if isinstance(methods, str) and methods in _GROUPS:
-        return [get_decomposer(name) for name in _GROUPS[methods] or registered()]
+    """The decomposers behind a name, "auto", "dense", a decomposer, or a sequence of these."""
+    listed: Any = methods
+    if isinstance(methods, str):
+        listed = {"auto": registered(), "dense": _DENSE}.get(methods, methods)
     # Anything that is no sequence is one method, which get_decomposer will refuse in words.
-    listed = methods if isinstance(methods, (list, tuple)) else [cast("str | Decomposer", methods)]
+    listed = listed if isinstance(listed, (list, tuple)) else [listed]
     if not listed:
         raise ValueError("methods: expected at least one method, got an empty sequence")
     found = [get_decomposer(method) for method in listed]

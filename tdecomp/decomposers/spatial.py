@@ -5,14 +5,13 @@ section 2.1, scheme 2.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
-from tdecomp.decomposers.factors import Factors, better
+from tdecomp.decomposers.base import Iterative
+from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.least_squares import Features, SeparableFit
@@ -42,33 +41,9 @@ class SpatialFactors(Factors):
         return SpatialFactors(self.vertical * scale**0.5, self.horizontal * scale**0.5)
 
 
-def fit_spatial(kernel: Tensor, rank: int) -> SpatialFactors:
-    """The best approximation of a given rank of the matrix (out · kw, in · kh)."""
-    out, into, height, width = kernel.shape
-    u, s, vh = truncated_svd(_matrix(kernel), rank)
-    root = s.sqrt()
-    vertical = (root[:, None] * vh).reshape(-1, into, height, 1)
-    horizontal = (u * root).reshape(out, width, -1, 1).permute(0, 2, 3, 1)  # (out, rank, 1, kw)
-    return SpatialFactors(vertical, horizontal)
-
-
 def _matrix(kernel: Tensor) -> Tensor:
     out, into, height, width = kernel.shape
     return kernel.permute(0, 3, 1, 2).reshape(out * width, into * height)
-
-
-def fit_spatial_to(
-    kernel: Tensor, start: SpatialFactors, moment: SecondMoment, n_iter_max: int, tol: float
-) -> SpatialFactors:
-    """The same form in the norm of a moment: the horizontal step follows from the vertical one."""
-    out, into, height, width = kernel.shape
-    fit = SeparableFit(kernel.flatten(1), moment, spatial_features(into, height, width))
-    factor, (vertical,) = fit.minimise([start.vertical[..., 0]], n_iter_max=n_iter_max, tol=tol)
-    horizontal = factor.reshape(out, -1, 1, width)  # (out, rank, 1, kw)
-    root = horizontal.square().sum(dim=(0, 2, 3)).sqrt().sqrt()  # (rank,)
-    vertical = _unit(vertical, dims=(1, 2)) * root[:, None, None]
-    scale = torch.where(root > 0, root, 1.0)
-    return SpatialFactors(vertical[..., None], horizontal / scale[:, None, None])
 
 
 def spatial_features(into: int, height: int, width: int) -> Features:
@@ -93,7 +68,7 @@ def _unit(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Spatial(Decomposer):
+class Spatial(Iterative):
     """Conv2d S→T becomes kh×1 S→rank without bias and 1×kw rank→T with it.
 
     >>> Spatial().max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
@@ -107,15 +82,11 @@ class Spatial(Decomposer):
         Such a fit stops when the share of the output that is lost changes by less.
     """
 
-    name: ClassVar[str] = "spatial"
-    source: ClassVar[str] = "Jaderberg et al. 2014"
-    iterative: ClassVar[bool] = True
+    name = "spatial"
+    source = "Jaderberg et al. 2014"
 
     n_iter_max: int = 50
     tol: float = 1e-7
-
-    def __post_init__(self) -> None:
-        check_iteration(self.name, self.n_iter_max, self.tol)
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.ndim == 2 else "spatial takes two-dimensional convolutions"
@@ -130,35 +101,32 @@ class Spatial(Decomposer):
     def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         assert isinstance(rank, int)
         middle = rank * spec.groups
-        return (
-            spec.along([0], spec.in_channels, middle),
-            spec.along([1], middle, spec.out_channels).like(bias=spec.bias),
-        )
+        last = spec.along([1], middle, spec.out_channels).like(bias=spec.bias)
+        return spec.along([0], spec.in_channels, middle), last
 
     def fit(
         self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
     ) -> SpatialFactors:
         del start, draft  # a truncated SVD needs neither
         assert isinstance(rank, int)
-        return fit_spatial(kernel, rank)
+        out, into, height, width = kernel.shape
+        u, s, vh = truncated_svd(_matrix(kernel), rank)
+        root = s.sqrt()
+        vertical = (root[:, None] * vh).reshape(-1, into, height, 1)
+        horizontal = (u * root).reshape(out, width, -1, 1).permute(0, 2, 3, 1)
+        return SpatialFactors(vertical, horizontal)
 
-    def fit_to(
-        self,
-        kernel: Tensor,
-        rank: Rank,
-        moment: SecondMoment,
-        start: Factors | None = None,
-        *,
-        draft: bool = False,
-    ) -> SpatialFactors:
-        before = self.fit(kernel, rank) if start is None else start
-        assert isinstance(before, SpatialFactors)
-        most = min(self.n_iter_max, DRAFT_ITERATIONS) if draft else self.n_iter_max
-        fitted = fit_spatial_to(kernel, before, moment, most, self.tol)
-        return fitted if draft else better(kernel, moment, fitted, before)
-
-    def limited(self, iterations: int) -> "Spatial":
-        return replace(self, n_iter_max=min(self.n_iter_max, iterations))
+    def improved(self, kernel: Tensor, start: SpatialFactors, moment: SecondMoment) -> Factors:
+        # The horizontal step follows from the vertical one.
+        out, into, height, width = kernel.shape
+        fit = SeparableFit(kernel.flatten(1), moment, spatial_features(into, height, width))
+        begin = [start.vertical[..., 0]]
+        factor, (vertical,) = fit.minimise(begin, n_iter_max=self.n_iter_max, tol=self.tol)
+        horizontal = factor.reshape(out, -1, 1, width)  # (out, rank, 1, kw)
+        root = horizontal.square().sum(dim=(0, 2, 3)).sqrt().sqrt()  # (rank,)
+        vertical = _unit(vertical, dims=(1, 2)) * root[:, None, None]
+        scale = torch.where(root > 0, root, 1.0)
+        return SpatialFactors(vertical[..., None], horizontal / scale[:, None, None])
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None

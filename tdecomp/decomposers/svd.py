@@ -4,7 +4,6 @@ Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks",
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,24 +35,6 @@ class LowRankFactors(Factors):
         return LowRankFactors(self.first * scale**0.5, self.second * scale**0.5)
 
 
-def fit_low_rank(kernel: Tensor, rank: int) -> LowRankFactors:
-    """The best approximation of a given rank in the Frobenius norm (Eckart and Young 1936)."""
-    u, s, vh = truncated_svd(kernel.flatten(1), rank)
-    # Both share the singular values, so that neither layer's gradients dwarf the other's.
-    root = s.sqrt()
-    first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
-    return LowRankFactors(first, u * root)
-
-
-def fit_low_rank_to(kernel: Tensor, rank: int, moment: SecondMoment) -> LowRankFactors:
-    """The outputs' best approximation of a given rank: Zhang et al. 2016, equations 4 to 6."""
-    outputs = leading_outputs(kernel.flatten(1), moment, rank)  # (out, rank)
-    first = outputs.T @ kernel.flatten(1)  # (rank, in · kernel)
-    root = first.norm(dim=1).sqrt()
-    first = first / torch.where(root > 0, root, 1.0)[:, None]
-    return LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
-
-
 @dataclass(frozen=True)
 class SVD(Decomposer):
     """Linear m→n becomes m→rank without bias and rank→n with it; 1×1 convolutions likewise.
@@ -62,8 +43,8 @@ class SVD(Decomposer):
     Linear(8→2, no bias) Linear(2→6)
     """
 
-    name: ClassVar[str] = "svd"
-    source: ClassVar[str] = "Denton et al. 2014"
+    name = "svd"
+    source = "Denton et al. 2014"
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return "svd takes Linear layers and 1×1 convolutions" if spec.kernel_volume > 1 else None
@@ -79,9 +60,13 @@ class SVD(Decomposer):
     def fit(
         self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
     ) -> LowRankFactors:
-        del start, draft  # the closed form needs neither
+        del start, draft  # the closed form (Eckart and Young 1936) needs neither
         assert isinstance(rank, int)
-        return fit_low_rank(kernel, rank)
+        # Both share the singular values, so that neither layer's gradients dwarf the other's.
+        u, s, vh = truncated_svd(kernel.flatten(1), rank)
+        root = s.sqrt()
+        first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
+        return LowRankFactors(first, u * root)
 
     def fit_to(
         self,
@@ -92,9 +77,13 @@ class SVD(Decomposer):
         *,
         draft: bool = False,
     ) -> LowRankFactors:
-        del start, draft  # the closed form needs neither
+        del start, draft  # the closed form, Zhang et al. 2016, equations 4 to 6, needs neither
         assert isinstance(rank, int)
-        return fit_low_rank_to(kernel, rank, moment)
+        outputs = leading_outputs(kernel.flatten(1), moment, rank)  # (out, rank)
+        first = outputs.T @ kernel.flatten(1)  # (rank, in · kernel)
+        root = first.norm(dim=1).sqrt()
+        first = first / torch.where(root > 0, root, 1.0)[:, None]
+        return LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None

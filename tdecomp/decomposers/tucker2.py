@@ -7,13 +7,13 @@ Applications", section 3.1.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from tdecomp.decomposers.base import DRAFT_ITERATIONS, Decomposer, check_iteration
-from tdecomp.decomposers.factors import Factors, better
+from tdecomp.decomposers.base import DRAFT_ITERATIONS, Iterative
+from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.least_squares import Features, SeparableFit
@@ -21,8 +21,8 @@ from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.svd import leading_vectors, truncated_svd
 from tdecomp.linalg.tensorly_backend import mode_products, unfold
 
-# For drafts, which are only compared with one another.
-_DRAFT_TOL = 1e-3
+# For drafts, which are only compared with one another, and fits that start near their end.
+_LEAST_TOL = 1e-3
 # An iteration of L-BFGS gains less than a sweep, so that a fit to data waits longer.
 _FINER = 1e-3
 
@@ -49,101 +49,39 @@ class Tucker2Factors(Factors):
         return Tucker2Factors(self.core * share, self.into * share, self.out * share)
 
 
-def fit_tucker2(
-    kernel: Tensor, ranks: tuple[int, int], n_iter_max: int, tol: float
-) -> Tucker2Factors:
-    """Higher-order orthogonal iteration on the two channel modes, with ranks (R3, R4).
-
-    Each factor in turn is the best one for the other: the leading singular vectors of the kernel
-    projected by the other one (De Lathauwer et al. 2000, "On the best rank-1 and
-    rank-(R1, …, RN) approximation of higher-order tensors", algorithm 4.2). No factors of these
-    ranks lose less than either unfolding does alone, so where the start already loses little more,
-    no sweep is made.
-    """
-    rank_in, rank_out = ranks
-    by_out, by_in = unfold(kernel, 0), unfold(kernel, 1)  # (out, in · kernel), (in, out · kernel)
-    out, lost_out = leading_vectors(by_out, rank_out)
-    into, lost_in = leading_vectors(by_in, rank_in)
-    core, reduced = _core(by_in, into, out)
-    power = float(by_out.square().sum(dtype=torch.float64)) or 1.0
-    least = math.sqrt(max(lost_out, lost_in))
-    # The start loses at most what both unfoldings lose together (De Lathauwer et al. 2000, "A
-    # multilinear singular value decomposition", property 10), which round-off may hide.
-    error = min(_error(core, power), math.sqrt(lost_out + lost_in))
-    for _ in range(n_iter_max):
-        if error - least <= tol:
-            break
-        out, _ = leading_vectors(reduced, rank_out)
-        into, _ = leading_vectors(_reduced(by_out, out, kernel.shape[1]), rank_in)
-        core, reduced = _core(by_in, into, out)
-        before, error = error, _error(core, power)
-        if abs(before - error) < tol:
-            break
-    return Tucker2Factors(core.reshape(rank_out, rank_in, *kernel.shape[2:]), into, out)
-
-
-def _core(by_in: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """The core (R4, R3 · kernel), and what it is made of: the kernel reduced in its inputs only."""
-    reduced = _reduced(by_in, into, len(out))  # (out, R3 · kernel)
-    return out.T @ reduced, reduced
-
-
 def _error(core: Tensor, power: float) -> float:
     """The relative error of orthonormal factors, of a kernel whose squares sum to `power`."""
     return math.sqrt(max(1.0 - float(core.square().sum(dtype=torch.float64)) / power, 0.0))
 
 
 def _reduced(unfolding: Tensor, factor: Tensor, other: int) -> Tensor:
-    """The kernel with one channel mode multiplied by its factor, unfolded along the other one.
-
-    `unfolding` is that of the kernel along the first mode; `other` is the other one's size.
-    """
+    """A kernel's unfolding times that mode's factor, unfolded along the mode of size `other`."""
     product = factor.T @ unfolding  # (R, other · kernel)
     return product.reshape(len(product), other, -1).transpose(0, 1).flatten(1)
-
-
-def fit_tucker2_to(
-    kernel: Tensor, start: Tucker2Factors, moment: SecondMoment, n_iter_max: int, tol: float
-) -> Tucker2Factors:
-    """The same form in the norm of a moment: all follows from the factor of the input channels.
-
-    Given that factor, core and output factor together are a regression of limited rank, which is
-    solved in closed form.
-    """
-    rank_out = start.out.shape[1]
-    features = tucker2_features(kernel.shape[1])
-    fit = SeparableFit(kernel.flatten(1), moment, features, rank=rank_out)
-    factor, (channels,) = fit.minimise([start.into], n_iter_max=n_iter_max, tol=tol)
-    basis = torch.linalg.qr(channels).Q
-    out, s, core = truncated_svd(factor, rank_out)  # (out, R4), (R4,), (R4, R3 · kernel)
-    core = (s[:, None] * core).reshape(-1, basis.shape[1], *kernel.shape[2:])
-    missing = rank_out - len(core)
-    if missing > 0:  # more ranks than the regression has: nothing is left for the others to do
-        core = torch.cat([core, core.new_zeros(missing, *core.shape[1:])])
-        out = torch.cat([out, out.new_zeros(len(out), missing)], dim=1)
-    return Tucker2Factors(core, basis, out)
 
 
 def tucker2_features(into: int) -> Features:
     """What core and output factor see, as a function of the input factor (in, R3)."""
 
-    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    def basis(theta: Sequence[Tensor]) -> Tensor:
         # Only the span of the columns matters: orthonormal ones are the best conditioned.
-        basis = torch.linalg.qr(theta[0]).Q  # (in, R3)
-        features: Tensor = basis.T @ matrix.reshape(len(matrix), into, -1)  # (m, R3, kernel)
-        return features.flatten(1)
+        columns: Tensor = torch.linalg.qr(theta[0]).Q  # (in, R3)
+        return columns
+
+    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        split = matrix.reshape(len(matrix), into, -1)
+        return (basis(theta).T @ split).flatten(1)  # (m, R3 · kernel)
 
     def inner(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        basis = torch.linalg.qr(theta[0]).Q
         volume = len(weights) // into
         split = weights.reshape(into, volume, -1, volume)
-        return torch.sum(split.diagonal(dim1=1, dim2=3).sum(dim=-1) * basis)  # both (in, R3)
+        return (split.diagonal(dim1=1, dim2=3).sum(dim=-1) * basis(theta)).sum()  # both (in, R3)
 
     return Features(project, inner)
 
 
 @dataclass(frozen=True)
-class Tucker2(Decomposer):
+class Tucker2(Iterative):
     """Conv S→T becomes pointwise S→R3, K×K R3→R4 and pointwise R4→T with the bias.
 
     >>> Tucker2().max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
@@ -157,21 +95,14 @@ class Tucker2(Decomposer):
         Stops when the relative reconstruction error changes by less from one sweep to the next.
     """
 
-    name: ClassVar[str] = "tucker2"
-    source: ClassVar[str] = "Kim et al. 2016"
-    iterative: ClassVar[bool] = True
+    name = "tucker2"
+    source = "Kim et al. 2016"
 
     n_iter_max: int = 100
     tol: float = 1e-4
 
-    def __post_init__(self) -> None:
-        check_iteration(self.name, self.n_iter_max, self.tol)
-
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.ndim else "tucker2 takes convolutions; svd takes Linear layers"
-
-    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
-        return ("svd", "lowrank", "spatial") if spec.kernel_volume == 1 else ()
 
     def max_rank(self, spec: LayerSpec) -> tuple[int, int]:
         into, out, volume = spec.group_in, spec.group_out, spec.kernel_volume
@@ -180,38 +111,64 @@ class Tucker2(Decomposer):
     def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         assert isinstance(rank, tuple)
         middle_in, middle_out = (r * spec.groups for r in rank)
-        return (
-            spec.pointwise(spec.in_channels, middle_in),
-            spec.like(in_channels=middle_in, out_channels=middle_out, bias=False),
-            spec.pointwise(middle_out, spec.out_channels, bias=spec.bias),
-        )
+        core = spec.like(in_channels=middle_in, out_channels=middle_out, bias=False)
+        last = spec.pointwise(middle_out, spec.out_channels, bias=spec.bias)
+        return spec.pointwise(spec.in_channels, middle_in), core, last
 
     def fit(
         self, kernel: Tensor, rank: Rank, start: Factors | None = None, *, draft: bool = False
     ) -> Tucker2Factors:
+        # Higher-order orthogonal iteration: each factor in turn is the best one for the other
+        # (De Lathauwer et al. 2000, "On the best rank-1 and rank-(R1, …, RN) approximation of
+        # higher-order tensors", algorithm 4.2).
         del start  # the higher-order SVD that sweeps begin with costs less than a sweep
         assert isinstance(rank, tuple)
-        stops = self.limited(DRAFT_ITERATIONS) if draft else self
-        return fit_tucker2(kernel, (rank[0], rank[1]), stops.n_iter_max, stops.tol)
+        rank_in, rank_out = rank
+        method = self.limited(DRAFT_ITERATIONS) if draft else self
+        by_out = unfold(kernel, 0)  # (out, in · kernel)
+        by_in = unfold(kernel, 1)  # (in, out · kernel)
+        out, lost_out = leading_vectors(by_out, rank_out)
+        into, lost_in = leading_vectors(by_in, rank_in)
+        reduced = _reduced(by_in, into, len(out))  # (out, R3 · kernel)
+        core = out.T @ reduced  # (R4, R3 · kernel)
+        power = float(by_out.square().sum(dtype=torch.float64)) or 1.0
+        # No factors of these ranks lose less than either unfolding does alone. The start loses at
+        # most what both lose together (De Lathauwer et al. 2000, "A multilinear singular value
+        # decomposition", property 10), which round-off may hide.
+        least = math.sqrt(max(lost_out, lost_in))
+        error = min(_error(core, power), math.sqrt(lost_out + lost_in))
+        for _ in range(method.n_iter_max):
+            if error - least <= method.tol:
+                break
+            out, _ = leading_vectors(reduced, rank_out)
+            into, _ = leading_vectors(_reduced(by_out, out, len(into)), rank_in)
+            reduced = _reduced(by_in, into, len(out))
+            core = out.T @ reduced
+            before, error = error, _error(core, power)
+            if abs(before - error) < method.tol:
+                break
+        return Tucker2Factors(core.reshape(rank_out, rank_in, *kernel.shape[2:]), into, out)
 
-    def fit_to(
-        self,
-        kernel: Tensor,
-        rank: Rank,
-        moment: SecondMoment,
-        start: Factors | None = None,
-        *,
-        draft: bool = False,
-    ) -> Tucker2Factors:
-        before = self.fit(kernel, rank, draft=draft) if start is None else start
-        assert isinstance(before, Tucker2Factors)
-        stops = self.limited(DRAFT_ITERATIONS) if draft else self
-        fitted = fit_tucker2_to(kernel, before, moment, stops.n_iter_max, stops.tol * _FINER)
-        return fitted if draft else better(kernel, moment, fitted, before)
+    def improved(self, kernel: Tensor, start: Tucker2Factors, moment: SecondMoment) -> Factors:
+        # Given the factor of the input channels, core and output factor together are a regression
+        # of limited rank, which is solved in closed form.
+        rank, most, tol = start.out.shape[1], self.n_iter_max, self.tol * _FINER
+        fit = SeparableFit(kernel.flatten(1), moment, tucker2_features(kernel.shape[1]), rank)
+        factor, (channels,) = fit.minimise([start.into], n_iter_max=most, tol=tol)
+        into = torch.linalg.qr(channels).Q
+        out, s, core = truncated_svd(factor, rank)  # (out, R4), (R4,), (R4, R3 · kernel)
+        core = (s[:, None] * core).reshape(-1, into.shape[1], *kernel.shape[2:])
+        missing = rank - len(core)
+        if missing > 0:  # more ranks than the regression has: nothing is left for the others to do
+            core = torch.cat([core, core.new_zeros(missing, *core.shape[1:])])
+            out = torch.cat([out, out.new_zeros(len(out), missing)], dim=1)
+        return Tucker2Factors(core, into, out)
 
-    def limited(self, iterations: int) -> "Tucker2":
-        n_iter_max, tol = min(self.n_iter_max, iterations), max(self.tol, _DRAFT_TOL)
-        return replace(self, n_iter_max=n_iter_max, tol=tol)
+    def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
+        return ("svd", "lowrank", "spatial") if spec.kernel_volume == 1 else ()
+
+    def limited(self, iterations: int) -> Self:
+        return replace(super().limited(iterations), tol=max(self.tol, _LEAST_TOL))
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Tucker2Factors:
         first, core, last = stage_weights

@@ -1,5 +1,7 @@
 """The kinds of layers that can be decomposed; a new one is a file beside this and a line here."""
 
+from typing import Any
+
 from tdecomp.layers.conv1d import Conv1D
 from tdecomp.layers.spec import KINDS, LayerKind
 from tdecomp.layers.stock import STOCK_KINDS
@@ -40,16 +42,21 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
     if not isinstance(kind, LayerKind):
         got = f"the class {kind.__name__}" if isinstance(kind, type) else type(kind).__name__
         raise TypeError(f"register_layer_kind: expected an instance of LayerKind, got {got}")
-    name = getattr(kind, "name", "")
-    if not name or not isinstance(name, str):
-        raise ValueError(f"register_layer_kind: {type(kind).__name__} needs a name, got {name!r}")
-    known = KINDS.get(name)
-    # A class of the same module and name is the same one, defined again as in a notebook.
-    if known is not None and repr(type(known)) != repr(type(kind)):
-        taken = f"{name!r} is the name of {type(known).__name__} already"
-        raise ValueError(f"register_layer_kind: {taken}; choose another")
-    KINDS[name] = kind
+    enter_under_its_name("register_layer_kind", kind, KINDS)
     return kind
+
+
+def enter_under_its_name(caller: str, entry: Any, registry: dict[str, Any]) -> None:
+    """Enter an object with a `name`; a ValueError if that is empty or another class has it."""
+    name, mine = getattr(entry, "name", ""), type(entry)
+    if not name or not isinstance(name, str):
+        raise ValueError(f"{caller}: {mine.__name__} needs a name, got {name!r}")
+    known = type(registry.get(name, entry))
+    # A class of the same module and name is the same one, defined again as in a notebook.
+    if repr(known) != repr(mine):
+        taken = f"{name!r} is the name of {known.__name__} already"
+        raise ValueError(f"{caller}: {taken}; choose another")
+    registry[name] = entry
 
 
 for _kind in STOCK_KINDS:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tdecomp.calibration.accumulator import Accumulator, OutputGradients
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches, CountedRows
-from tdecomp.decomposers.assemble import factors_of_chain, parameter, write_factors
+from tdecomp.decomposers.assemble import factors_of_chain, write_factors
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain
@@ -83,7 +83,7 @@ class Refit(RecoveryStep):
                     moments = sums.finish(slopes.get(layer.name))
                     if moments is None:
                         raise ValueError(f"refit: {layer}: the batches hold no samples that count")
-                    match = Match(sums, moments, parameter(layer.layer.weight), samples)
+                    match = Match(sums, moments, layer.layer.get_parameter("weight"), samples)
                     layers[layer.name] = _refit_chain(layer, factors, match)
         if layers:
             rows.check_used()
@@ -183,7 +183,7 @@ def _refit_chain(layer: ReplacedLayer, before: Factorization, match: Match) -> t
     if error_after < error_before:
         write_factors(chain, method, fitted)
         if bias is not None:
-            parameter(old).copy_(bias)
+            chain[-1].get_parameter("bias").copy_(bias)
     return error_before, min(error_before, error_after)
 
 

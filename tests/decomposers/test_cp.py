@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdecomp.decomposers.als import EFFORTS, ALSOptions, component_norms, cp_factors
+from tdecomp.decomposers.als import ALS, component_norms
 from tdecomp.decomposers.cp import CP, CPSeparable
 from tdecomp.decomposers.factors import Factorization, better
 from tdecomp.decomposers.fit_layer import factorize, spectra_of
@@ -32,8 +32,8 @@ def kernel_without_a_best_fit():
 
 class TestDegenerateFits:
     def fitted(self, l2_reg=1e-4, **options):
-        options = ALSOptions(100, 1e-4, l2_reg, 0, EFFORTS["balanced"], **options)
-        return cp_factors(kernel_without_a_best_fit(), 2, options)
+        als = ALS(100, 1e-4, l2_reg, 0, "balanced", **options)
+        return als.fit(kernel_without_a_best_fit(), 2)
 
     def norms(self, factors):
         return component_norms(factors) / float(kernel_without_a_best_fit().norm())
@@ -59,12 +59,10 @@ class TestDegenerateFits:
 
     def test_a_degenerate_start_is_left_for_another(self):
         start = self.fitted(l2_reg=0.0)
-        options = ALSOptions(1, 0.0, 1e-4, 0, EFFORTS["balanced"])
-        bound = (
-            0.95 * self.norms(cp_factors(kernel_without_a_best_fit(), 2, options, start)) / 2**0.5
-        )
-        options = replace(options, n_iter_max=100, max_component_norms=bound)
-        found = cp_factors(kernel_without_a_best_fit(), 2, options, start)
+        once = ALS(1, 0.0, 1e-4, 0, "balanced")
+        bound = 0.95 * self.norms(once.fit(kernel_without_a_best_fit(), 2, start)) / 2**0.5
+        als = replace(once, n_iter_max=100, max_component_norms=bound)
+        found = als.fit(kernel_without_a_best_fit(), 2, start)
         assert self.norms(found) <= bound * 2**0.5
 
 

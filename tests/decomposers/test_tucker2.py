@@ -6,7 +6,7 @@ from tensorly.decomposition import partial_tucker
 from torch import nn
 
 from tdecomp.decomposers.fit_layer import factorize, spectra_of
-from tdecomp.decomposers.tucker2 import Tucker2, fit_tucker2
+from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import ExactMethodCase, distance, middle
 from tests.geometries import geometries
@@ -114,14 +114,15 @@ class TestTucker2(ExactMethodCase):
         assert distance(ours, weight) <= 1.001 * distance(plain, weight)
 
     def test_a_start_that_is_as_good_as_any_is_not_swept(self):
+        swept, unswept = Tucker2(tol=1e-12), Tucker2(tol=10.0)
         weight = self.weight(LayerSpec.of(nn.Conv2d(12, 10, 1)))  # both unfoldings are one matrix
-        start, fitted = (fit_tucker2(weight, (4, 4), sweeps, tol=1e-12) for sweeps in (0, 100))
+        start, fitted = (method.fit(weight, (4, 4)) for method in (unswept, swept))
         assert torch.equal(fitted.to_kernel(), start.to_kernel())
         squares = torch.linalg.svdvals(weight.flatten(1)) ** 2
         best = (squares[4:].sum() / squares.sum()).sqrt().item()
         assert distance(fitted.to_kernel(), weight) == pytest.approx(best, rel=1e-10)
         weight = self.weight(LayerSpec.of(nn.Conv2d(12, 10, 3)))  # any other start is
-        start, fitted = (fit_tucker2(weight, (4, 4), sweeps, tol=1e-12) for sweeps in (0, 100))
+        start, fitted = (method.fit(weight, (4, 4)) for method in (unswept, swept))
         assert distance(fitted.to_kernel(), weight) < distance(start.to_kernel(), weight)
 
     def test_one_sweep_more_loses_no_more(self):
