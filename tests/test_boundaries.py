@@ -209,3 +209,48 @@ def test_files_are_written_wholly_or_not_at_all(kind, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(FileNotFoundError, match="no such folder"):
         held.save(tmp_path / "nowhere" / "file")
+
+
+METHODS = ["svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layers_initialised_with_zeros_can_learn(method, groups):
+    layer = nn.Conv2d(8, 8, 1 if method == "svd" else 3, padding=0, groups=groups)
+    nn.init.zeros_(layer.weight)
+    x = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    for data in (None, [x]):
+        chain = tdecomp.decompose(
+            nn.Sequential(layer), method, rank=2, data=data, allow_expansion=True, **QUIET
+        ).model
+        assert torch.equal(chain(x), layer(x))
+        optimizer = torch.optim.SGD(chain.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (chain(x) - 1).square().mean().backward()
+            optimizer.step()
+        assert all(p.any() for p in chain.parameters())
+        assert all(p.grad.any() for p in chain.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(1, 8, 3, 3),
+        torch.ones(2, 8, 5, 5),
+        torch.zeros(2, 8, 5, 5),
+        torch.ones(9, 8, 9, 9),
+    ],
+    ids=["one patch", "constant", "zero", "many constant"],
+)
+def test_inputs_that_hardly_vary(method, bias, x):
+    layer = nn.Conv2d(8, 8, 1 if method == "svd" else 3, bias=bias)
+    x = x[..., :1, :1] if method == "svd" and len(x) == 1 else x
+    result = tdecomp.decompose(nn.Sequential(layer), method, rank=2, data=[x], **QUIET)
+    assert all(p.isfinite().all() for p in result.model.parameters())
+    assert (result.model(x) - layer(x)).abs().max() < 1e-3 + 2 * layer(x).abs().max()
+    if bias or not x.any():
+        assert (result.model(x) - layer(x)).abs().max() < 1e-5

@@ -103,12 +103,15 @@ def factorize(
         for kernel, second, near in zip(kernels, seconds, starts, strict=True):
             # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
             scale = float(kernel.abs().max()) or 1.0
+            if not kernel.any() and (zero := _zero_factors(method, kernel, rank)) is not None:
+                groups.append(zero)
+                continue
             options: dict[str, Any] = {}
             if method.iterative:  # other methods need not know these
                 begin = None if near is None else near.to(dtype).scaled(1 / scale)
                 options = {"start": begin, "draft": draft}
             fitted: Factors | None
-            if second is None:
+            if second is None or not second.trace > 0:  # inputs that never vary say nothing
                 fitted = method.fit(kernel / scale, rank, **options)
             else:
                 fitted = method.fit_to(kernel / scale, rank, second, **options)
@@ -116,6 +119,22 @@ def factorize(
                 return factorize(method, weight, spec, rank, None, start, draft=draft)
             groups.append(fitted.scaled(scale))
         return Factorization(spec, tuple(groups)).to(weight.dtype)
+
+
+def _zero_factors(method: Decomposer, kernel: Tensor, rank: Rank) -> Factors | None:
+    """Factors of a zero kernel that can learn: only the last stage is zero, so gradients reach it.
+
+    None where the method cannot tell the factors of a chain, or finds none for random numbers.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(kernel.shape, generator=generator, device="cpu").to(kernel)
+    options: dict[str, Any] = {"draft": True} if method.iterative else {}
+    try:
+        fitted = method.fit(values / kernel[0].numel() ** 0.5, rank, **options)
+    except (ValueError, torch.linalg.LinAlgError):
+        return None
+    *first, last = fitted.stage_weights()
+    return method.factors_of((*first, torch.zeros_like(last)))
 
 
 def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
