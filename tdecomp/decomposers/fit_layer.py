@@ -111,7 +111,7 @@ def factorize(
                 begin = None if near is None else near.to(dtype).scaled(1 / scale)
                 options = {"start": begin, "draft": draft}
             fitted: Factors | None
-            if second is None or not second.trace > 0:  # inputs that never vary say nothing
+            if second is None or second.trace <= 0:  # inputs that never vary say nothing
                 fitted = method.fit(kernel / scale, rank, **options)
             else:
                 fitted = method.fit_to(kernel / scale, rank, second, **options)

@@ -83,6 +83,7 @@ def test_the_figure_is_a_picture(digits_run):
     assert (out / "compare-digits_vgg.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_users_own_weights_and_images(folder, tmp_path, capsys):
     save_file(ResNet20(classes=10).state_dict(), tmp_path / "w.safetensors")
     for split in ("train", "val"):
@@ -118,6 +119,7 @@ def test_data_fits_lose_less_of_the_outputs_and_a_budget_is_refitted(tmp_path, c
     assert "budget: one share of the model's MACs" in text
 
 
+@pytest.mark.slow
 def test_weights_alone_when_no_images_are_to_be_used(tmp_path, capsys):
     options = ["--methods", "lowrank", "--rank", "0.5", "--finetune", "0", "--rounds", "1"]
     main([*options, "--batch-size", "4", "--data-images", "0", "--out", str(tmp_path)])
@@ -137,6 +139,7 @@ def test_without_data_there_are_no_accuracies(tmp_path, capsys):
     assert (tmp_path / "compare-resnet20.png").exists()
 
 
+@pytest.mark.slow
 def test_a_setting_that_means_nothing_is_left_out_with_the_reason(tmp_path, capsys):
     options = ["--methods", "cp", "lowrank", "--rank", "vbmf", "--finetune", "0", "--rounds", "1"]
     main([*options, "--batch-size", "4", "--data-images", "0", "--out", str(tmp_path)])
@@ -145,6 +148,7 @@ def test_a_setting_that_means_nothing_is_left_out_with_the_reason(tmp_path, caps
     assert "steps (%)" not in text
 
 
+@pytest.mark.slow
 def test_the_model_is_not_changed_by_the_comparison():
     job = prepare(build_parser().parse_args([*QUICK, "--methods", "lowrank"]))
     run(job)

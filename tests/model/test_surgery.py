@@ -621,7 +621,8 @@ def test_an_error_at_any_line_of_the_surgery_changes_nothing_or_all():
 
     total = run_until(0, surgeon(*copy.deepcopy(before_all)))
     done = []
-    for line in range(1, total + 1):
+    # Most of the surgery is loops: every second line, and all of the last ones.
+    for line in [*range(1, total - 40, 2), *range(total - 40, total + 1)]:
         model, optimizers, chains, changed = copy.deepcopy(before_all)
         operate, old = surgeon(model, optimizers, chains, changed), model.stem[0]
         before = [state_of(thing) for thing in (model, *optimizers)]
