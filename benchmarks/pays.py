@@ -68,10 +68,10 @@ def measure(channels: int, side: int, batch: int, multiple: int, count: int) -> 
         TimingEffort(count, ROUNDS, 0.003),
     )
     shares = seconds[:, 1:] / seconds[:, :1]
-    whole = chain_cost((spec,), (call,)).deciding
+    whole = chain_cost((spec,), (call,)).amount
     for (method, at, stages), column in zip(chains, shares.T, strict=True):
         low, median, high = np.percentile(column, [25, 50, 75]).tolist()
-        macs = chain_cost(stages, (call,)).deciding / whole
+        macs = chain_cost(stages, (call,)).amount / whole
         yield Point(channels, side, batch, method, at, macs, median, low, high)
 
 

@@ -15,7 +15,7 @@ from tdecomp.decomposers.assemble import assemble
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
-from tdecomp.loss_curves.offers import entries
+from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.reasons import is_lazy
@@ -80,7 +80,7 @@ def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
         return fit_row(planned.sites[row.name], row, method, planned.moments, known, draft)
 
     def size(row: Row) -> int:
-        return entries(planned.sites[row.name], planned.moments)
+        return fit_size(planned.sites[row.name], planned.moments)
 
     def show(row: Row, _: tuple[Row, Chain]) -> None:
         bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)

@@ -27,7 +27,7 @@ from tdecomp.ranks.base import Candidate, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer, Fixed, exceeds
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.result import Decomposition
-from tdecomp.torch_state import restoring, undisturbed
+from tdecomp.torch_state import full_precision, restoring
 
 
 def reduce_ranks(
@@ -124,7 +124,7 @@ def _site(chain: Chain, row: Row) -> Site:
     method: Decomposer = chain.decomposer
     spec, first = chain.replaced, next(chain.parameters())
     assert spec is not None
-    with undisturbed(first.device):
+    with full_precision(first.device):
         factors = factors_of_chain(chain, method)
         if factors is None:
             raise ValueError(

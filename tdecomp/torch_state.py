@@ -63,7 +63,7 @@ class restoring(exclusive):
             torch.manual_seed(self._seed)
 
 
-class untouched(exclusive):
+class evaluating(exclusive):
     """Eval mode inside; every module's mode, the buffers and the random state restored after."""
 
     def change(self) -> None:
@@ -133,7 +133,7 @@ class no_inference_mode(Scope):
             self.undo.enter_context(torch.inference_mode(False))
 
 
-class undisturbed(no_inference_mode):
+class full_precision(no_inference_mode):
     """A fit's surroundings: float32 in full, no gradients, no autocast, the fit's own device."""
 
     def __init__(self, device: torch.device) -> None:

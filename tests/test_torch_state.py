@@ -18,13 +18,13 @@ import tdecomp
 from tdecomp import scope, torch_state
 from tdecomp.scope import interrupts_deferred
 from tdecomp.torch_state import (
+    evaluating,
     frozen,
+    full_precision,
     hooks,
     no_fast_path,
     no_inference_mode,
     restoring,
-    undisturbed,
-    untouched,
 )
 from tests.unchanged import global_state, unchanged
 
@@ -88,7 +88,7 @@ def test_undisturbed_in_every_surrounding():
         torch.device("meta"),
     ):
         before = global_state()
-        with undisturbed(CPU):
+        with full_precision(CPU):
             product = torch.randn(2, 2) @ torch.randn(2, 2)
             assert product.dtype == torch.float32
             assert product.device == CPU
@@ -106,7 +106,7 @@ def test_backends_set_one_by_one_are_as_they_were():
     before = [backend.fp32_precision for backend in backends]
     for backend, value in zip(backends, ["tf32", "bf16"], strict=True):
         backend.fp32_precision = value
-    with undisturbed(CPU):
+    with full_precision(CPU):
         assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
     assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
     for backend, value in zip(backends, before, strict=True):
@@ -139,10 +139,10 @@ def test_fits_are_at_full_precision(batches):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_untouched_models_are_as_they_were(error, batches):
     model, other = net(), net(1)
-    with all_unchanged(model, other), pytest.raises(error), untouched(model, other):  # noqa: PT012
+    with all_unchanged(model, other), pytest.raises(error), evaluating(model, other):  # noqa: PT012
         assert not any(module.training for m in (model, other) for module in m.modules())
         model(batches[0])
-        with untouched(other):
+        with evaluating(other):
             other(batches[0])
             other.norm.train()
         assert not other.norm.training
@@ -181,7 +181,7 @@ def test_what_was_not_left_is_left_with_the_one_around_it():
             yield
 
     with all_unchanged(model):
-        with untouched(model):
+        with evaluating(model):
             generator = unfinished()
             next(generator)
             assert model.fc._forward_hooks
@@ -191,11 +191,11 @@ def test_what_was_not_left_is_left_with_the_one_around_it():
 
 def test_one_that_cannot_be_undone_does_not_keep_others():
     model = net()
-    broken = untouched(model)
+    broken = evaluating(model)
     with all_unchanged(model):
         with pytest.raises(RuntimeError, match="no"), restoring(model), no_fast_path(), broken:
             broken.undo.callback(fail_to_undo)
-        with untouched(model):  # its lock is free
+        with evaluating(model):  # its lock is free
             pass
 
 
@@ -331,7 +331,7 @@ def test_a_handler_that_a_model_puts_back_later_does_no_harm():
 
 def test_other_threads_leave_signals_alone():
     def look(model):
-        with untouched(model), interrupts_deferred():
+        with evaluating(model), interrupts_deferred():
             return signal.getsignal(signal.SIGINT)
 
     with ThreadPoolExecutor(1) as pool:
@@ -345,7 +345,7 @@ def test_waiting_for_a_model_can_be_interrupted():
     held, release = threading.Event(), threading.Event()
 
     def hold():
-        with untouched(model):
+        with evaluating(model):
             held.set()
             release.wait(30)
 
@@ -354,7 +354,7 @@ def test_waiting_for_a_model_can_be_interrupted():
         held.wait(30)
         timer = threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
         timer.start()
-        with pytest.raises(KeyboardInterrupt), untouched(model):
+        with pytest.raises(KeyboardInterrupt), evaluating(model):
             pytest.fail("it is held")
         assert not release.is_set()
         release.set()
@@ -457,7 +457,7 @@ def test_an_error_at_any_line_leaves_all_as_it_was(function, batches):
 SETTINGS = {
     "fast path": (no_fast_path, torch.backends.mha.get_fastpath_enabled, True, False),
     "precision": (
-        partial(undisturbed, CPU), torch.get_float32_matmul_precision, "medium", "highest",
+        partial(full_precision, CPU), torch.get_float32_matmul_precision, "medium", "highest",
     ),
 }  # fmt: skip
 
@@ -492,11 +492,11 @@ def test_the_last_of_several_threads_restores_the_random_state():
     ready = threading.Barrier(4, timeout=30)
 
     def draw(seconds):
-        with untouched(nn.ReLU()):
+        with evaluating(nn.ReLU()):
             ready.wait()
             torch.rand(3)
             time.sleep(seconds)
-            with untouched(nn.ReLU()):
+            with evaluating(nn.ReLU()):
                 torch.rand(3)
 
     with all_unchanged(), ThreadPoolExecutor(4) as pool:
@@ -509,7 +509,7 @@ def test_a_model_is_used_by_one_thread_at_a_time():
 
     def use(order):
         for _ in range(20):
-            with untouched(*(models[i] for i in order)), untouched(models[order[0]]):
+            with evaluating(*(models[i] for i in order)), evaluating(models[order[0]]):
                 for i in order:
                     using[i] += 1
                     assert using[i] == 1

@@ -13,7 +13,7 @@ from tdecomp.calibration.moments import LayerMoments
 from tdecomp.layers.patches import patches, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
-from tdecomp.torch_state import frozen, hooks, undisturbed
+from tdecomp.torch_state import frozen, full_precision, hooks
 
 # A symmetric product is computed from the diagonal downwards only, in at most _BLOCKS blocks of at
 # least _BLOCK columns each.
@@ -43,7 +43,7 @@ class Accumulator:
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
-        with undisturbed(x.device):  # this runs inside the model's forward pass, in any mode
+        with full_precision(x.device):  # this runs inside the model's forward pass, in any mode
             spec = self.spec
             self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
             targets = None if outputs is None else output_rows(_wide(outputs), spec)
@@ -174,7 +174,7 @@ class OutputGradients:
 
     def _take(self, name: str, slope: Tensor) -> None:
         spec = self._layers[name][1]
-        with undisturbed(slope.device):
+        with full_precision(slope.device):
             rows = output_rows(self._rows.of_layer(slope, spec), spec).float()
             product = (rows.T @ rows).double()
             self._sums[name] = self._sums[name] + product if name in self._sums else product

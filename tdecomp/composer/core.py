@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tdecomp.composer.closed_form import Operator, corrected, solve
-from tdecomp.torch_state import undisturbed
+from tdecomp.torch_state import full_precision
 
 
 @dataclass(eq=False)
@@ -86,7 +86,7 @@ def factorize_rows(
     k = resolve_size("rank", rank, X.shape[1])
     if rank < 1:
         k = min(k, Wa.shape[1])
-    with undisturbed(Wa.device):
+    with full_precision(Wa.device):
         x, operator = wide["X"], Operator(wide["Wa"], wide.get("Wb"), wide.get("bias"))
         if Y is not None and (operator.reduces(k) or k >= operator.full):
             rounding = max(torch.finfo(tensor.dtype).eps for tensor in (X, Y, Wa))
@@ -158,7 +158,7 @@ def factorize_conv2d(
         maps: Tensor = functional_call(geometry, {"weight": weight}, (wide["X"],))
         return maps.movedim(-3, -1).flatten(0, -2)  # (samples · positions, channels)
 
-    with undisturbed(Wa.device):
+    with full_precision(Wa.device):
         second = wide["Wb"].flatten(1).T if "Wb" in wide else None  # (latent, out)
         operator = Operator(wide["Wa"].flatten(1).T, second, wide.get("biasB"))
         if "biasA" in wide:

@@ -13,7 +13,7 @@ from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.example import LAYOUTS, in_layout, layout_of
-from tdecomp.torch_state import no_inference_mode, undisturbed
+from tdecomp.torch_state import full_precision, no_inference_mode
 
 
 class Factorized(Chain):
@@ -146,7 +146,7 @@ class Factorized(Chain):
 
     def _put(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         """Take weights (latent, in, …) and (out, latent, …); a bias of None stands for zeros."""
-        with undisturbed(self.module0.weight.device):
+        with full_precision(self.module0.weight.device):
             for part, values in zip((self.module0, self.module1), weights, strict=True):
                 held = values.to(part.weight.device, part.weight.dtype, copy=True)
                 part.weight.grad = None

@@ -7,7 +7,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.torch_state import undisturbed
+from tdecomp.torch_state import full_precision
 
 
 def empty_chain(
@@ -44,7 +44,7 @@ def assemble(
     `shift` (out,) is added to the bias of a layer that has one.
     """
     weight, bias = layer.get_parameter("weight"), layer.bias
-    with undisturbed(weight.device):
+    with full_precision(weight.device):
         chain = empty_chain_like(layer, factors.spec, method, rank)
         write_factors(chain, method, factors)
         if isinstance(bias, nn.Parameter):

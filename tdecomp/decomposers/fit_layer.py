@@ -17,7 +17,7 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum, spectra
 from tdecomp.linalg.svd import frobenius_norm
-from tdecomp.torch_state import undisturbed
+from tdecomp.torch_state import full_precision
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def fit_layer(
     finite.
     """
     began = time.perf_counter()
-    with undisturbed(weight.device):
+    with full_precision(weight.device):
         second = None if moments is None else moments.second_moments()
         factors = factorize(method, weight, spec, rank, second, start, draft=draft)
         seconds = time.perf_counter() - began
@@ -98,7 +98,7 @@ def factorize(
     if moments is not None and method.uses_moments:
         dtype, seconds = torch.float64, moments
     groups: list[Factors] = []
-    with undisturbed(weight.device):
+    with full_precision(weight.device):
         kernels = group_kernels(weight.detach().to(dtype), spec)
         for kernel, second, near in zip(kernels, seconds, starts, strict=True):
             # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
@@ -139,7 +139,7 @@ def _zero_factors(method: Decomposer, kernel: Tensor, rank: Rank) -> Factors | N
 
 def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
     """The spectrum behind each rank, or None if this method's rank has none."""
-    with undisturbed(weight.device):
+    with full_precision(weight.device):
         per_group = [method.unfoldings(k) for k in group_kernels(weight.detach(), spec)]
         if per_group[0] is None:
             return None

@@ -29,13 +29,13 @@ class Cost:
         return Cost(act(self.params, other.params), macs, latency)
 
     @property
-    def deciding(self) -> int:
+    def amount(self) -> int:
         """MACs, or parameters where MACs are unknown or 0; break-even ranks compare these."""
         return self.macs or self.params
 
     @property
     def unit(self) -> str:
-        """The unit of `deciding`, in words."""
+        """The unit of `amount`, in words."""
         return "MACs" if self.macs else "parameters"
 
 

@@ -93,7 +93,7 @@ def _container(
     """Another of the methods that loses no more at about the same cost, rank by rank; or None."""
 
     def cost_of_one(one: Decomposer) -> int:
-        return losses.cost(one, spread(1, one.max_rank(losses.spec))).deciding
+        return losses.cost(one, spread(1, one.max_rank(losses.spec))).amount
 
     names = method.contained_in(losses.spec)
     for other in methods:
@@ -110,7 +110,7 @@ class _Draft:
     ) -> None:
         nested = losses.nested(method)
         self.losses, self.method, self.exact = losses, method, nested is not None
-        self.limit = (LARGEST_SHARE if self.exact else largest_share) * losses.before.deciding
+        self.limit = (LARGEST_SHARE if self.exact else largest_share) * losses.before.amount
         largest, cost = method.max_rank(losses.spec), partial(losses.cost, method)
         smallest = 0.0 if self.exact else _SMALLEST
         self.ranks = rank_steps(largest, cost, self.limit, smallest, _POINTS, rounding)
@@ -126,7 +126,7 @@ class _Draft:
         """Fit once, unless singular values already name a method that dominates this one."""
         if self.exact or not self.ranks:
             return None
-        gaps = [abs(cost.deciding - _PROBE * self.limit) for cost in self.costs]
+        gaps = [abs(cost.amount - _PROBE * self.limit) for cost in self.costs]
         self.probed = gaps.index(min(gaps))
         least = self.losses.least(self.method, self.ranks[self.probed]) if exact else None
         for other in exact:
@@ -153,10 +153,8 @@ class _Draft:
 
     def least_at(self, cost: Cost) -> float:
         """The least known loss of the ranks that cost about as much or less."""
-        limit = _ABOUT * cost.deciding
-        affordable = (
-            loss for i, (loss, _) in self.known.items() if self.costs[i].deciding <= limit
-        )
+        limit = _ABOUT * cost.amount
+        affordable = (loss for i, (loss, _) in self.known.items() if self.costs[i].amount <= limit)
         return min(affordable, default=math.inf)
 
     def complete(self) -> None:

@@ -18,7 +18,7 @@ from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum
-from tdecomp.torch_state import undisturbed
+from tdecomp.torch_state import full_precision
 
 Value = TypeVar("Value")
 # The loss weighted by gradients (None where they are not known), and the layer's own share of its
@@ -149,7 +149,7 @@ class LayerLosses:
 
     def _nested_now(self, method: Decomposer) -> list[Measured] | None:
         moments = self.moments if self.fits_to_data(method) else None
-        with undisturbed(self.weight.device):
+        with full_precision(self.weight.device):
             kernels = group_kernels(self.weight.detach().double(), self.spec)
             second: Sequence[SecondMoment | None] = [None] * len(kernels)
             blocks = None
@@ -182,7 +182,7 @@ def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
     blocks = moments.gradient_blocks()
     if blocks is None:
         return None
-    with undisturbed(weight.device):
+    with full_precision(weight.device):
         groups = zip(blocks, moments.second_moments(), moments.kernels(weight), strict=True)
         return sum(float((block * moment.between(k)).sum()) for block, moment, k in groups)
 

@@ -72,7 +72,7 @@ def offer_ranks(
         return layer_curves(mine, methods, largest_share=largest_share, rounding=rounding)
 
     def size(item: tuple[Able, LayerLosses]) -> int:
-        return entries(item[0][0], moments)
+        return fit_size(item[0][0], moments)
 
     drawn: list[dict[str, LossCurve]] = [{}] * len(work)
     if curves:
@@ -150,7 +150,7 @@ def _spectra(name: str, method: Decomposer, losses: LayerLosses) -> tuple[Spectr
         ) from error
 
 
-def entries(site: Site, moments: Moments | None) -> int:
+def fit_size(site: Site, moments: Moments | None) -> int:
     """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
     weight, spec = site.module.weight, site.spec
     assert isinstance(weight, nn.Parameter)

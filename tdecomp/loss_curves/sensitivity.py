@@ -177,7 +177,7 @@ def measure_sensitivity(
 
 
 def _series(before: Cost, curve: LossCurve) -> tuple[list[float], list[float], list[bool]]:
-    shares = [point.cost.deciding / before.deciding for point in curve.points]
+    shares = [point.cost.amount / before.amount for point in curve.points]
     computed = [not curve.fitted or point.rank in curve.fitted for point in curve.points]
     return shares, [point.error for point in curve.points], computed
 
@@ -201,8 +201,8 @@ def _lines(layer: LayerSensitivity) -> list[list[str]]:
     for name, curve in layer.items():
         cells = []
         for share in _SHOWN:
-            limit = share * layer.before.deciding
-            within = [point for point in curve.points if point.cost.deciding <= limit]
+            limit = share * layer.before.amount
+            within = [point for point in curve.points if point.cost.amount <= limit]
             cells.append(f"{within[-1].error:.4f} ({within[-1].rank})" if within else "")
         lines.append([*title, name, *cells, curve.note or ""])
         title = ["", ""]

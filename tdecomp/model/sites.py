@@ -16,7 +16,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.macs import MacCounter
 from tdecomp.model.reasons import Reasons, is_layer, is_lazy, spec_of
-from tdecomp.torch_state import hooks, no_fast_path, untouched
+from tdecomp.torch_state import evaluating, hooks, no_fast_path
 
 _LOAD = "load the weights first (model.to_empty(device=...), load_state_dict)"
 
@@ -156,7 +156,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
 
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
     ends = [partial(m.register_forward_hook, after, always_call=True) for m in layers]
-    with untouched(model), hooks(starts), hooks(ends):
+    with evaluating(model), hooks(starts), hooks(ends):
         try:
             with torch.no_grad(), no_fast_path(), reads, counter:
                 example.copied().run(model)

@@ -11,10 +11,10 @@ def guarded(choice: Choice) -> Choice:
     if choice.candidate is None or choice.rank is None:
         return choice
     before, after = choice.candidate.before, choice.candidate.cost(choice.rank)
-    if after.deciding >= before.deciding:
+    if after.amount >= before.amount:
         return Choice(
             reason=f"{choice.candidate.method} at rank {choice.rank} would not save "
-            f"{before.unit}: {after.deciding:,} against the layer's {before.deciding:,}"
+            f"{before.unit}: {after.amount:,} against the layer's {before.amount:,}"
         )
     notes = (choice.note, by_parameters(choice.candidate))
     return replace(choice, note="; ".join(dict.fromkeys(n for n in notes if n)) or None)

@@ -23,12 +23,12 @@ class BreakEven(LocalSelector):
 
     def choose(self, candidate: Candidate) -> Choice:
         before = candidate.before
-        rank = largest_rank(candidate, lambda cost: cost.deciding < before.deciding)
+        rank = largest_rank(candidate, lambda cost: cost.amount < before.amount)
         if rank is None:
-            least = candidate.cost(rank_at(candidate.max_rank, 0.0)).deciding
+            least = candidate.cost(rank_at(candidate.max_rank, 0.0)).amount
             return Choice(
                 reason=f"no rank saves {before.unit}: rank 1 needs {least:,}, "
-                f"the layer {before.deciding:,}"
+                f"the layer {before.amount:,}"
             )
         return Choice(candidate, rank, note=by_parameters(candidate))
 

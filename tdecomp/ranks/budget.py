@@ -165,7 +165,7 @@ class Budget(RankSelector):
             (self._amounts(option.cost), option.loss, (candidate, option))
             for candidate in candidates
             for option in candidate.options()
-            if option.cost.deciding < before.deciding
+            if option.cost.amount < before.amount
         ]
         entries = [(self._amounts(before), 0.0, None), *chains]
         entries.sort(key=lambda entry: (*entry[0], entry[1]))
@@ -189,7 +189,7 @@ class Budget(RankSelector):
 
         def fits(i: int, value: int) -> bool:
             cost = candidate.cost(in_form_of(rank, (*ranks[:i], value, *ranks[i + 1 :])))
-            saves = cost.deciding < candidate.before.deciding
+            saves = cost.amount < candidate.before.amount
             return saves and bool(np.all(self._amounts(cost) <= allowed))
 
         for i in reversed(range(len(ranks))):

@@ -63,7 +63,7 @@ def rank_steps(
     """
 
     def size(rank: Rank) -> int:
-        return cost(rank).deciding
+        return cost(rank).amount
 
     if isinstance(largest, int):
         most = last(0, largest, lambda rank: size(rank) <= limit)

@@ -19,7 +19,7 @@ from tdecomp.model.batches import Forward
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.training import Training, hinted, variant
-from tdecomp.torch_state import no_fast_path, no_inference_mode, untouched
+from tdecomp.torch_state import evaluating, no_fast_path, no_inference_mode
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Distill(RecoveryStep):
             vary = partial(variant, batches, generator=batches.generator(1))
             held_out = HeldOut(original, batches, vary)
         before = held_out.error(model)
-        # Only these: a forward pass may change buffers, which `untouched` restores.
+        # Only these: a forward pass may change buffers, which `evaluating` restores.
         best, best_error = [p.detach().clone() for p in trained], before
         notes: tuple[str, ...] = ()
         try:
-            both = untouched(model, original)
+            both = evaluating(model, original)
             with both, no_fast_path(), no_inference_mode(), torch.enable_grad():
                 hints = hinted(model) if self.hints else []
                 training = Training(model, original, trained, batches, hints)

@@ -28,7 +28,7 @@ from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
-from tdecomp.torch_state import hooks, no_fast_path, no_inference_mode, undisturbed, untouched
+from tdecomp.torch_state import evaluating, full_precision, hooks, no_fast_path, no_inference_mode
 
 # The iterations of a fit, which starts from the chain's own factors.
 _ITERATIONS = 25
@@ -61,7 +61,7 @@ class Refit(RecoveryStep):
         before = held_out.error(model)
         layers: dict[str, tuple[float, float]] = {}
         rows = CountedRows(batches)
-        with untouched(model, original), no_fast_path(), torch.no_grad():
+        with evaluating(model, original), no_fast_path(), torch.no_grad():
             calls = _chain_calls(model, replaced, batches)
             missed = [layer for layer in replaced if layer not in calls]
             notes = [_left_alone(layer, "the first batch does not reach it") for layer in missed]
@@ -79,7 +79,7 @@ class Refit(RecoveryStep):
                     notes.append(_left_alone(layer, reason))
                     continue
                 sums = _layer_sums(model, original, layer, count, batches, rows)
-                with undisturbed(device_of(layer.chain)):
+                with full_precision(device_of(layer.chain)):
                     moments = sums.finish(slopes.get(layer.name))
                     if moments is None:
                         raise ValueError(f"refit: {layer}: the batches hold no samples that count")
@@ -165,7 +165,7 @@ def _factors_of(layer: ReplacedLayer) -> tuple[Factorization | None, str]:
         return None, f"its method {layer.chain.method!r} is not known; register it before loading"
     if not method.uses_moments:
         return None, f"{method.name} uses no moments"
-    with undisturbed(device_of(layer.chain)):
+    with full_precision(device_of(layer.chain)):
         factors = factors_of_chain(layer.chain, method)
     return factors, f"{method.name} cannot tell the factors of its chain"
 

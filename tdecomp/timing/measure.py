@@ -168,7 +168,7 @@ def check_profile(name: str, value: Any) -> None:
 def _geometries(sites: Sequence[Site]) -> list[Geometry]:
     """Each different layer and call once, the most expensive first."""
     found = {
-        (site.spec, call): chain_cost((site.spec,), (call,)).deciding
+        (site.spec, call): chain_cost((site.spec,), (call,)).amount
         for site in sites
         if site.spec is not None and site.reason is None
         for call in site.calls or ()

@@ -108,7 +108,7 @@ class Profile:
         if not curve:
             return self.layer(spec, (call,), layout)
         macs, seconds = zip(*curve, strict=True)
-        wanted = float(chain_cost(stages, (call,)).deciding)
+        wanted = float(chain_cost(stages, (call,)).amount)
         if wanted > macs[-1]:
             return float(seconds[-1] * wanted / macs[-1])
         return float(np.interp(wanted, macs, seconds))
@@ -121,7 +121,7 @@ class Profile:
             chains = [decomposer.stages(spec, rank) for rank in ranks]
             found = [self.times.get(key_of(self.timed_in(layout), c, call)) for c in chains]
             self._curves[name] = sorted(
-                (float(chain_cost(stages, (call,)).deciding), time.median)
+                (float(chain_cost(stages, (call,)).amount), time.median)
                 for stages, time in zip(chains, found, strict=True)
                 if time is not None
             )
@@ -220,7 +220,7 @@ def timed_ranks(
     def cost(rank: Rank) -> Cost:
         return chain_cost(decomposer.stages(spec, rank), (call,))
 
-    limit = chain_cost((spec,), (call,)).deciding
+    limit = chain_cost((spec,), (call,)).amount
     return rank_steps(decomposer.max_rank(spec), cost, limit, _SMALLEST, count, rounding)
 
 

@@ -21,7 +21,7 @@ from tdecomp.layers.stage import Stage
 from tdecomp.model.example import Example, images_in_layout, in_layout, layout_of
 from tdecomp.model.surgery import copy_with
 from tdecomp.timing.speed import Quartiles
-from tdecomp.torch_state import untouched
+from tdecomp.torch_state import evaluating
 
 # A layer, or the chain that may replace it.
 Stages = tuple[Stage, ...]
@@ -80,7 +80,7 @@ class Stopwatch:
         rounds: int = MODEL_ROUNDS,
     ) -> NDArray[np.float64]:
         """Seconds (rounds, runs) of one pass of each model in its layout; none is changed."""
-        with untouched(*(model for model, _ in runs)):
+        with evaluating(*(model for model, _ in runs)):
             if compiled:
                 # torch compiles the same code a limited number of times; from then on it silently
                 # runs models uncompiled.

@@ -54,6 +54,6 @@ def test_costs_add_and_subtract_and_stay_unknown_where_one_is():
 
 
 def test_macs_decide_where_there_are_any():
-    assert (Cost(3, 10).deciding, Cost(3, 10).unit) == (10, "MACs")
-    assert (Cost(3, 0).deciding, Cost(3, 0).unit) == (3, "parameters")
-    assert (Cost(3).deciding, Cost(3).unit) == (3, "parameters")
+    assert (Cost(3, 10).amount, Cost(3, 10).unit) == (10, "MACs")
+    assert (Cost(3, 0).amount, Cost(3, 0).unit) == (3, "parameters")
+    assert (Cost(3).amount, Cost(3).unit) == (3, "parameters")

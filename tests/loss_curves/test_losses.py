@@ -113,7 +113,7 @@ def test_options_save_something_and_fall(method):
     options = layer_curves(losses, methods_of(method))[method].points
     assert 1 < len(options) <= 48
     for smaller, larger in itertools.pairwise(options):
-        assert smaller.cost.deciding < larger.cost.deciding < losses.before.deciding
+        assert smaller.cost.amount < larger.cost.amount < losses.before.amount
         assert larger.loss <= smaller.loss
         assert larger.error <= smaller.error
     assert all(math.isfinite(o.loss) and o.loss >= 0 and o.error >= 0 for o in options)
@@ -173,7 +173,7 @@ def test_large_ranks_of_cp_are_foreseen(channels, stride):
     assert max(curve.fitted) < 0.5 * max(option.rank for option in options)
     assert [o.loss for o in options] == sorted((o.loss for o in options), reverse=True)
     for option in options:
-        if option.cost.deciding < 0.6 * losses.before.deciding:
+        if option.cost.amount < 0.6 * losses.before.amount:
             _, share = losses.fitted(method, option.rank)
             assert option.error == pytest.approx(math.sqrt(share), rel=0.2)
 

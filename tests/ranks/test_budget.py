@@ -84,7 +84,7 @@ def enumerated(sites):
             mine += [
                 (o.cost.params, o.cost.macs, o.loss)
                 for o in method.options()
-                if o.cost.deciding < before.deciding
+                if o.cost.amount < before.amount
             ]
         sums = (sums[:, None] + np.array(mine)).reshape(-1, 3)
     return sums
@@ -314,7 +314,7 @@ def _no_step_fits(row, plan, left):
         except ValueError:  # above the largest
             continue
         extra = {unit: getattr(larger.after, unit) - getattr(plan.after, unit) for unit, _ in left}
-        saves = larger[row.name].after.deciding < row.before.deciding
+        saves = larger[row.name].after.amount < row.before.amount
         if saves and all(extra[unit] <= room for unit, room in left):
             return False
     return True
