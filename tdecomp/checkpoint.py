@@ -95,6 +95,8 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise ValueError(f"{file} is damaged. Tensors missing: {', '.join(lost)}")
     _check(saved.tensors | {key: saved.tensors[other] for key, other in shared}, rebuilt, file)
     rebuilt.load_state_dict(_state(saved, rebuilt), assign=True)
+    for chain in (module for module in rebuilt.modules() if isinstance(module, Chain)):
+        chain.mirror_weight()
     empty = [name for name, value in tensors_in(rebuilt).items() if value.is_meta]
     if empty:
         raise ValueError(

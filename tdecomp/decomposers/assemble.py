@@ -29,6 +29,7 @@ def empty_chain_like(layer: nn.Module, spec: LayerSpec, method: Decomposer, rank
     chain.requires_grad_(weight.requires_grad)
     if isinstance(layer.bias, nn.Parameter):
         chain[-1].get_parameter("bias").requires_grad_(layer.bias.requires_grad)
+    chain.mirror_weight()
     return chain.train(layer.training)
 
 

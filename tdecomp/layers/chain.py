@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from tdecomp.layers.spec import LayerSpec
@@ -16,6 +17,10 @@ class Chain(nn.Sequential):
     >>> chain = Chain(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
     >>> list(chain.state_dict())
     ['0.weight', '1.weight', '1.bias']
+
+    Code around the layer may go on reading its attributes (`in_features`, `stride`, …) and the
+    shape, dtype and `requires_grad` of its `weight` and `bias`. These two are tensors without
+    values, on the meta device: no parameters, and in no state dict.
 
     Attributes
     ----------
@@ -31,7 +36,7 @@ class Chain(nn.Sequential):
     rank: Rank | None = None
     replaced: LayerSpec | None = None
     # torch.jit.script knows none of these types, and scripted code needs none of these facts.
-    __jit_ignored_attributes__ = ("method", "decomposer", "rank", "replaced")
+    __jit_ignored_attributes__ = ("method", "decomposer", "rank", "replaced", "weight", "bias")
 
     @classmethod
     def from_stages(
@@ -40,7 +45,33 @@ class Chain(nn.Sequential):
         chain = cls(*stages)
         chain.method, chain.decomposer = decomposer.name, decomposer
         chain.rank, chain.replaced = rank, replaced
+        vars(chain).update(replaced.attributes)
+        chain.mirror_weight()
         return chain
+
+    def mirror_weight(self) -> None:
+        """Let `weight` and `bias` have the dtype and `requires_grad` that the weights have now."""
+        first, spec = next(self.parameters(), None), self.replaced
+        if first is not None and spec is not None:
+            shapes = {"weight": spec.weight_shape, "bias": (spec.out_channels,)}
+            for name, shape in shapes.items():
+                described = torch.empty(shape, dtype=first.dtype, device="meta")
+                described.requires_grad_(first.requires_grad and first.is_floating_point())
+                vars(self)[name] = described if spec.bias or name == "weight" else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Chain":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if "weight" in vars(self):
+            self.mirror_weight()
+        return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.partition("_")[0] in ("weight", "bias"):
+            raise ValueError(
+                f"a chain takes no parameter {name!r}, as it has none of its own: prune or "
+                "reparametrize the layers in it (chain[0], chain[-1]) instead"
+            )
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"

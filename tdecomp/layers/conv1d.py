@@ -27,6 +27,9 @@ class Conv1D(LayerKind):
         into, out = module.weight.shape  # older versions have the attribute nf, but no nx
         return LayerSpec(into, out)
 
+    def attributes(self, spec: LayerSpec) -> dict[str, int]:
+        return {"nx": spec.in_channels, "nf": spec.out_channels}
+
     def build(
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
     ) -> nn.Module:

@@ -175,6 +175,11 @@ class LayerSpec:
         return self._kind.from_forward_layout(kernel, self)
 
     @property
+    def attributes(self) -> dict[str, Any]:
+        """What a layer of this kind has as plain attributes, such as its stride."""
+        return self._kind.attributes(self)
+
+    @property
     def _kind(self) -> "LayerKind":
         if self.kind not in KINDS:
             register = "register it (tdecomp.register_layer_kind)"
@@ -236,6 +241,11 @@ class LayerKind(ABC):
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
     ) -> nn.Module:
         """A layer with this spec whose weights need no particular values."""
+
+    def attributes(self, spec: LayerSpec) -> dict[str, Any]:
+        """The sizes and options that a layer has as attributes, which a chain then has, too."""
+        del spec
+        return {}
 
     def to_forward_layout(self, weight: Tensor, spec: LayerSpec) -> Tensor:
         """The weight as (out, in / groups, *kernel); a view where possible."""

@@ -37,6 +37,9 @@ class Linear(_Stock):
         assert isinstance(module, nn.Linear)
         return LayerSpec(module.in_features, module.out_features, bias=module.bias is not None)
 
+    def attributes(self, spec: LayerSpec) -> dict[str, Any]:
+        return {"in_features": spec.in_channels, "out_features": spec.out_channels}
+
     def build(
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
     ) -> nn.Module:
@@ -59,6 +62,10 @@ class Convolution(_Stock):
             transposed=module.transposed,
             **(values | sizes),
         )
+
+    def attributes(self, spec: LayerSpec) -> dict[str, Any]:
+        names = ("in_channels", "out_channels", "transposed", *_SIZES, *_OPTIONS)
+        return {name: getattr(spec, name) for name in names}
 
     def build(
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None

@@ -170,6 +170,13 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     return Trace(calls, counter.macs, oddities)
 
 
+# Reads of these need no values of a weight, and a chain answers them as the layer does.
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "shape", "ndim", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+}
+
+
 class _WeightReads(TorchFunctionMode):
     """Notes layers whose weight a torch function is given while they are not running."""
 
@@ -181,7 +188,7 @@ class _WeightReads(TorchFunctionMode):
         self._owners = {id(p): name for p, name in parameters}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in _flat((args, kwargs or {})):
+        for value in () if func in _METADATA else _flat((args, kwargs or {})):
             owner = self._owners.get(id(value))
             if owner is not None and owner not in self.running:
                 self._oddities.setdefault(owner, "its weight is read outside its own forward")

@@ -241,7 +241,7 @@ ELSEWHERE = {
     "forward without hooks": lambda fc, x: fc.forward(x),
     "matmul of a view": lambda fc, x: x @ fc.weight.T,
     "data": lambda fc, x: x @ fc.weight.data,
-    "its type": lambda fc, x: fc(x.to(fc.weight.dtype)),
+    "its device": lambda fc, x: fc(x.to(fc.weight.device)),
     "bias": lambda fc, x: fc(x) + fc.bias,
     "in a list": lambda fc, x: fc(x) + torch.stack([fc.weight, fc.weight]).sum(),
     "keyword": lambda fc, x: torch.add(input=fc(x), other=fc.bias),
