@@ -31,8 +31,8 @@ test-models: $(STAMP) ## The whole list of torchvision models
 test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 	$(PY) -m pytest -q -m slow tests/test_wheel.py
 
-test-notebooks: $(STAMP) ## The notebooks, run as they are, and what `make demo` prints
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks
+test-notebooks: $(STAMP) ## Notebooks, the README's examples with data, what `make demo` prints
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/test_readme.py
 
 test-all: $(STAMP) ## Every test, the slow ones too, with coverage
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --cov --cov-report=term $(PYTEST_ARGS)

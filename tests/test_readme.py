@@ -3,6 +3,8 @@
 import contextlib
 import io
 
+import pytest
+
 from tests.readme import (
     BLOCKS,
     COMPOSER,
@@ -31,6 +33,7 @@ def test_the_second_example_runs(tmp_path, monkeypatch) -> None:
     assert (tmp_path / "small.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_examples_with_data_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

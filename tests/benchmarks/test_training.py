@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -54,6 +55,7 @@ def test_shifted_moves_by_at_most_a_pixel():
     assert set(rows.tolist()) == set(columns.tolist()) == {3, 4, 5}
 
 
+@pytest.mark.slow
 def test_the_training_script_writes_weights_that_load(tmp_path, capsys):
     main(["--epochs", "1", "--out", str(tmp_path / "w.safetensors")])
     assert "held-out images" in capsys.readouterr().out
