@@ -102,8 +102,9 @@ def factorize(
         kernels = group_kernels(weight.detach().to(dtype), spec)
         for kernel, second, near in zip(kernels, seconds, starts, strict=True):
             # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
-            scale = float(kernel.abs().max()) or 1.0
-            if not kernel.any() and (zero := _zero_factors(method, kernel, rank)) is not None:
+            largest = float(kernel.abs().max())
+            scale = largest or 1.0
+            if largest == 0 and (zero := _zero_factors(method, kernel, rank)) is not None:
                 groups.append(zero)
                 continue
             options: dict[str, Any] = {}

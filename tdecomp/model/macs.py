@@ -41,17 +41,15 @@ class _WholeCall(nullcontext[None]):
 
 
 def _product(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """A matrix, or a batch of them, times another one or a vector."""
+    """A matrix, or a batch of them, times another one or a vector.
+
+    Of grouped products, each row of `a` meets the matrix of its group only.
+    """
     return 2 * math.prod(a) * (b[-1] if len(b) > 1 else 1)
 
 
 def _added_product(_: Shape, a: Shape, b: Shape, *__: Any, **___: Any) -> int:
     return _product(a, b)
-
-
-def _grouped_product(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """Each row of `a` times the matrix of its group; groups may divide the columns instead."""
-    return 2 * math.prod(a) * b[-1]
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
@@ -74,9 +72,8 @@ def _bilinear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 
 
 _BY_FORMULA: dict[Callable[..., int], str] = {
-    _product: "mv dot vdot _int_mm",
+    _product: "mv dot vdot _int_mm _grouped_mm _scaled_grouped_mm",
     _added_product: "addmv addbmm addmm_ addbmm_ baddbmm_ _addmm_activation",
-    _grouped_product: "_grouped_mm _scaled_grouped_mm",
     _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_attention_math_for_mps _scaled_dot_product_fused_attention_overrideable",

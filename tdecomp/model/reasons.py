@@ -25,6 +25,11 @@ def is_lazy(module: nn.Module) -> bool:
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether its values are those of an ordinary tensor, not of a class as quantizers have."""
+    return type(parameter.data) in (Tensor, nn.Parameter)
+
+
 def refuse_lazy(model: nn.Module, caller: str) -> None:
     """Raise a ValueError for a model that a forward pass would change: it gives layers sizes."""
     for name, module in model.named_modules():
@@ -87,9 +92,9 @@ def _own_reason(module: nn.Module) -> str | None:
     if kind is None:
         return f"{type(module).__name__} is no stock layer of torch"
     for name, parameter in module.named_parameters(recurse=False):
-        dtype, tensor = parameter.dtype, type(parameter.data)
-        if tensor not in (Tensor, nn.Parameter):
-            return f"its {name} is a {tensor.__name__}: decompose plain tensors, then convert"
+        dtype, kind_of_tensor = parameter.dtype, type(parameter.data).__name__
+        if not is_plain(parameter):
+            return f"its {name} is a {kind_of_tensor}: decompose plain tensors, then convert"
         if not dtype.is_floating_point or dtype.itemsize < 2:
             return f"weights of {dtype}: decompose in float32 or bfloat16, then convert"
         if not parameter.numel():
@@ -146,7 +151,7 @@ def _memory(parameter: nn.Parameter) -> tuple[int, range]:
     """The address of its storage, and the range of elements there from its first to its last."""
     if parameter.is_meta or nn.parameter.is_lazy(parameter) or not parameter.numel():
         return 0, range(0)
-    if type(parameter.data) not in (Tensor, nn.Parameter):  # its storage is its own affair
+    if not is_plain(parameter):  # its storage is its own affair
         return id(parameter), range(1)
     strided = zip(parameter.shape, parameter.stride(), strict=True)
     first, length = parameter.storage_offset(), 1 + sum((n - 1) * step for n, step in strided)

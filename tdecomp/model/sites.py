@@ -41,7 +41,7 @@ class Trace:
     """What one forward pass of the example inputs showed, by the names of the layers."""
 
     calls: Mapping[str, list[Call]]  # of each watched layer; empty if it never ran
-    total_macs: int  # of the whole pass, by torch's flop counter
+    total_macs: int  # of the whole pass
     oddities: Mapping[str, str]  # how a layer is used, if not by a call with its input alone
 
 

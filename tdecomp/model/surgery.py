@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tdecomp.model.batches import tuple_like
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
+from tdecomp.model.reasons import is_plain
 from tdecomp.scope import interrupts_deferred
 
 Put = Callable[[Any], None]  # puts a module or another object into a certain place
@@ -40,7 +41,7 @@ def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
 
 def _can_be_copied(parameter: nn.Parameter) -> bool:
     """Whether it is a plain tensor, or one of a class (as of quantizers) that can be copied."""
-    if type(parameter.data) is Tensor:
+    if is_plain(parameter):
         return True
     try:
         copy.deepcopy(parameter)
