@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdecomp.model.example import Example
 
 
 class Cnn(nn.Module):
@@ -130,3 +134,17 @@ MODELS = {
 }
 # The methods that have something to do in every one of these models.
 METHODS = ("lowrank", "svd")
+
+
+def torch_macs(model, example_inputs):
+    """Torch's own count in eval mode, without the fused kernels that hide from it."""
+    fast, training = torch.backends.mha.get_fastpath_enabled(), model.training
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            Example(example_inputs).run(model.eval())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        model.train(training)
+    return counter.get_total_flops() // 2

@@ -7,13 +7,12 @@ from functools import lru_cache, partial
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
 from benchmarks.support.torchvision_import import import_torchvision
+from tests.models import torch_macs
 
 zoo = import_torchvision().models
 # Fits of large layers take minutes, and show nothing that those of smaller ones do not.
@@ -135,21 +134,6 @@ WHOLE = {
 }
 
 
-def macs(model, x):
-    """By torch's own counter, without the fused kernels that hide from it."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    training = model.training
-    try:
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model.eval()(x)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-        model.training = training
-    return counter.get_total_flops() // 2
-
-
 def shapes(output):
     leaves, structure = pytree.tree_flatten(output)
     return [tuple(leaf.shape) for leaf in leaves], structure
@@ -160,7 +144,7 @@ def original(case):
     """The model, its input, its MACs and the shape of its output."""
     model, x = case.model(), case.inputs()
     with torch.no_grad():
-        return model, x, macs(model, x), shapes(model(x))
+        return model, x, torch_macs(model, x), shapes(model(x))
 
 
 def check(case, method):
@@ -190,7 +174,7 @@ def check(case, method):
             assert 0 <= row.weight_error <= 1.1
 
     assert report.before.macs == macs_before
-    assert report.after.macs == macs(decomposed, x)
+    assert report.after.macs == torch_macs(decomposed, x)
     assert report.before.params == sum(p.numel() for p in model.parameters())
     assert report.after.params == sum(p.numel() for p in decomposed.parameters())
 

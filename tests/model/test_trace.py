@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
@@ -14,7 +13,7 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stock import STOCK_LAYERS
 from tdecomp.model.example import Example
 from tdecomp.model.sites import trace
-from tests.models import METHODS, MODELS
+from tests.models import METHODS, MODELS, torch_macs
 from tests.unchanged import unchanged
 
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -23,20 +22,6 @@ each_model = pytest.mark.parametrize("name", MODELS)
 def traced(model, x):
     layers = {name: m for name, m in model.named_modules() if type(m) in STOCK_LAYERS}
     return trace(model, {name: LayerSpec.of(m) for name, m in layers.items()}, x)
-
-
-def torch_macs(model, example_inputs):
-    """Torch's own count in eval mode, without the fused kernels that hide from it."""
-    fast, training = torch.backends.mha.get_fastpath_enabled(), model.training
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            Example(example_inputs).run(model.eval())
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        model.train(training)
-    return counter.get_total_flops() // 2
 
 
 @each_model

@@ -11,15 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
 from tdecomp import Budget, Plan
 from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import Candidate, Option
 from tests.geometries import case
-from tests.models import MODELS
+from tests.models import MODELS, torch_macs
 from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
 from tests.unchanged import unchanged
 
@@ -242,16 +240,6 @@ def test_a_layer_that_is_kept_says_what_its_best_chain_loses():
 # Networks --------------------------------------------------------------------------------------
 
 
-def counted(model, inputs):
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        if isinstance(inputs, dict):
-            model.eval()(**inputs)
-        else:
-            model.eval()(*inputs) if isinstance(inputs, tuple) else model.eval()(inputs)
-    return counter.get_total_flops() // 2
-
-
 @pytest.fixture
 def no_fast_path():
     """The fused kernels of transformers hide from torch's counter."""
@@ -290,9 +278,12 @@ def check_budget(name, methods, budget):
         )
         plan = tdecomp.plan(model, methods, rank=budget, example_inputs=inputs, **QUIET)
     result = tdecomp.apply(model, plan, **QUIET)
-    macs, params = counted(result.model, inputs), sum(p.numel() for p in result.model.parameters())
+    macs, params = (
+        torch_macs(result.model, inputs),
+        sum(p.numel() for p in result.model.parameters()),
+    )
     assert (macs, params) == (plan.after.macs, plan.after.params)
-    assert counted(model, inputs) == plan.before.macs
+    assert torch_macs(model, inputs) == plan.before.macs
     assert all(row.reason for row in plan if row.method is None)
     left, near = [], []
     for unit, share in vars(budget).items():
@@ -405,7 +396,7 @@ def test_layers_that_no_batch_reaches_transposed_and_grouped_ones(budget):
     for unit, share in vars(budget).items():
         if share is not None:
             assert getattr(report.after, unit) <= share * getattr(report.before, unit)
-    assert counted(result.model, batches[0]) == report.after.macs
+    assert torch_macs(result.model, batches[0]) == report.after.macs
     if budget.macs is not None:
         assert report["never"].method is None  # it costs none
 
