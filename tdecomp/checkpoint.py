@@ -25,6 +25,7 @@ from tdecomp.model.surgery import copy_with, tensors_in
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.table import FORMAT, check_format
 from tdecomp.scope import whole_file
+from tdecomp.torch_state import restoring
 
 _KEY = "tdecomp"
 
@@ -83,13 +84,15 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         If the file is damaged, of a newer format, or of another architecture; names the tensors.
     """
     saved = _read(Path(file))
-    sites = match_sites(find_sites(model), saved.plan)
-    chains = {}
-    for row in saved.plan:
-        if row.method is not None and row.rank is not None and row.layer is not None:
-            layer, method = sites[row.name].module, saved.plan.decomposers[row.method]
-            chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
-    rebuilt, shared = copy_with(model, chains), saved.shared.items()
+    with restoring(model):
+        sites = match_sites(find_sites(model), saved.plan)
+        chains = {}
+        for row in saved.plan:
+            if row.method is not None and row.rank is not None and row.layer is not None:
+                layer, method = sites[row.name].module, saved.plan.decomposers[row.method]
+                chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
+        rebuilt = copy_with(model, chains)
+    shared = saved.shared.items()
     lost = [f"{key} (shares {other})" for key, other in shared if other not in saved.tensors]
     if lost:
         raise ValueError(f"{file} is damaged. Tensors missing: {', '.join(lost)}")

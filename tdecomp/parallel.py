@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tdecomp.scope import Scope
+from tdecomp.scope import Scope, interrupts_deferred
 from tdecomp.torch_state import give_one_thread, thread_count
 
 Item = TypeVar("Item")
@@ -63,8 +63,9 @@ def parallel_map(
             if executor is None:
                 submitted.undo.callback(runner.shutdown)
             submitted.undo.callback(_finish, futures)
-            for i in shared:
-                futures.append(runner.submit(_without_gradients, function, items[i]))
+            with interrupts_deferred():  # a thread interrupted at its start would be on its own
+                for i in shared:
+                    futures.append(runner.submit(_without_gradients, function, items[i]))
             for index, future in zip(shared, futures, strict=True):
                 finish(index, future.result())
     return [results[i] for i in range(len(items))]

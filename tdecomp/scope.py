@@ -138,10 +138,10 @@ class Scope:
                 _INTERRUPTS.begin(sys._getframe(1))
             scopes.append(self)
             self.change()
+            return self
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         scopes = _ENTERED.scopes

@@ -39,9 +39,9 @@ class exclusive(Scope):
         with _GUARD:
             locks = dict(_LOCKS.setdefault(m, (next(_NUMBERS), threading.RLock())) for m in models)
         for _, lock in sorted(locks.items()):
-            while not lock.acquire(timeout=0.1):
+            # In one expression: no error comes between the two.
+            while not (lock.acquire(timeout=0.1) and [self.undo.callback(lock.release)]):
                 raise_pending_interrupt()
-            self.undo.callback(lock.release)
 
 
 class restoring(exclusive):
@@ -159,6 +159,14 @@ class no_fast_path(Scope):
 
     def change(self) -> None:
         _FAST_PATH.hold(self.undo, False)
+
+
+class exact_passes(no_fast_path):
+    """Passes whose values depend neither on settings of the process nor on other threads' calls."""
+
+    def change(self) -> None:
+        super().change()
+        _MATMUL_PRECISION.hold(self.undo, _FULL_PRECISION)
 
 
 # Settings of the whole process ------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tdecomp
+from tdecomp import composer
 from tests.unchanged import global_state, state_of
 
 METHODS = ["tucker2", "svd", "lowrank"]
@@ -109,6 +110,10 @@ def calibrate(s, **options):
     tdecomp.calibrate(s.model, s.batches, **QUIET, **options)
 
 
+def profile(s):
+    tdecomp.profile(s.model, BUDGET["example_inputs"], methods="svd", effort="quick", **QUIET)
+
+
 def plan(s):
     tdecomp.plan(s.model, METHODS, data=s.batches, **BUDGET, **QUIET)
 
@@ -125,6 +130,10 @@ def inplace(s, methods=METHODS, **options):
     tdecomp.decompose(
         s.model, methods, data=s.batches, inplace=True, optimizers=s.optimizers, **QUIET, **options
     )
+
+
+def compose(s):
+    composer.apply_factorization(s.model, min_channels=8, min_features=8, optimizers=s.optimizers)
 
 
 def reduce_ranks(s):
@@ -171,6 +180,7 @@ class Case:
 CASES = {
     "calibrate": Case(calibrate),
     "calibrate in groups": Case(partial(calibrate, max_memory=50_000, seed=3)),
+    "profile": Case(profile),
     "plan": Case(plan),
     "decompose a copy": Case(copy),
     "decompose": Case(partial(inplace, **BUDGET)),
@@ -182,6 +192,7 @@ CASES = {
     "decompose a transformer": Case(
         partial(inplace, methods="svd", rank=4, recover="refit"), transformer
     ),
+    "composer": Case(compose),
     "reduce_ranks": Case(reduce_ranks, decomposed),
     "refit": Case(refit, decomposed),
     "recalibrate_batchnorm": Case(recalibrate, decomposed),

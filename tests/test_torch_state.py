@@ -1,9 +1,11 @@
 """What is set for a while is put back: after errors, at any moment of Ctrl-C, among threads."""
 
+import itertools
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import pytest
@@ -14,6 +16,7 @@ import tdecomp
 from tdecomp.scope import interrupts_deferred
 from tdecomp.torch_state import (
     evaluating,
+    exact_passes,
     frozen,
     full_precision,
     hooks,
@@ -21,7 +24,7 @@ from tdecomp.torch_state import (
     no_inference_mode,
     restoring,
 )
-from tests.injections import press
+from tests.injections import AtLine, press
 from tests.unchanged import all_unchanged, global_state, unchanged
 
 CPU = torch.device("cpu")
@@ -125,6 +128,32 @@ def test_fits_are_at_full_precision(batches):
         seen.clear()
 
 
+@pytest.mark.usefixtures("medium")
+def test_passes_are_at_full_precision_without_the_fast_path(batches):
+    seen = set()
+
+    class Watched(Net):
+        """Notes the settings that it runs under."""
+
+        def forward(self, x):
+            seen.add((get_float32_matmul_precision(), get_fastpath_enabled()))
+            return super().forward(x)
+
+    get_float32_matmul_precision = torch.get_float32_matmul_precision
+    get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
+    model, options = Watched(), {"progress": False}
+    smaller = tdecomp.decompose(model, "svd", rank=2, **options).model
+    for call in (
+        lambda: tdecomp.calibrate(model, batches, max_memory=10**5, **options),
+        lambda: tdecomp.refit(smaller, model, batches, **options),
+        lambda: tdecomp.distill(smaller, model, batches, steps=2, **options),
+        lambda: tdecomp.recalibrate_batchnorm(smaller, batches, original=model, **options),
+    ):
+        call()
+        assert seen == {("highest", False)}
+        seen.clear()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_untouched_models_are_as_they_were(error, batches):
     model, other = net(), net(1)
@@ -190,6 +219,28 @@ def test_one_that_cannot_be_undone_does_not_keep_others():
 
 def fail_to_undo():
     raise RuntimeError("no")
+
+
+@pytest.mark.no_cover
+def test_an_error_at_any_line_of_entering_leaves_nothing_behind():
+    model = net()
+
+    def use():
+        registrations = [partial(model.fc.register_forward_hook, print)]
+        passes = evaluating(model), exact_passes(), frozen(model), hooks(registrations)
+        with ExitStack() as entered:
+            for each in (restoring(model, seed=1), *passes, full_precision(CPU)):
+                entered.enter_context(each)
+
+    for line in itertools.count(1):
+        with all_unchanged(model):
+            with suppress(RuntimeError), AtLine(line, fail_to_undo, errors=True) as block:
+                use()
+            with evaluating(model):  # its lock is free
+                pass
+        if block.where is None:
+            break
+    assert line > 100
 
 
 def test_grad_mode_is_that_of_before():
@@ -415,6 +466,37 @@ def test_a_model_is_used_by_one_thread_at_a_time():
         # In any order: nobody waits for somebody who waits for them.
         for future in [pool.submit(use, order) for order in [[0, 1], [1, 0], [0], [1]] * 2]:
             future.result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, batches: list(tdecomp.calibrate(model, batches, progress=False)),
+        lambda model, batches: list(
+            tdecomp.profile(model, batches[0], methods="svd", effort="quick", progress=False).times
+        ),
+    ],
+    ids=["calibrate", "profile"],
+)
+def test_hooks_of_another_thread_are_no_reason_to_leave_a_layer_alone(call, batches):
+    model = net()
+    wanted = call(model, batches)
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        layers = [model.conv, model.fc, model.encoder.linear1]
+        registrations = [partial(layer.register_forward_hook, print) for layer in layers]
+        with evaluating(model), hooks(registrations):
+            held.set()
+            release.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(hold)
+        held.wait(30)
+        timer = threading.Timer(0.2, release.set)
+        timer.start()
+        assert call(model, batches) == wanted
+        holding.result()
 
 
 def ranks_of(model, batches, rank):

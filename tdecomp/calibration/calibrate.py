@@ -18,7 +18,7 @@ from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.torch_state import evaluating, hooks, no_fast_path, no_inference_mode, restoring
+from tdecomp.torch_state import evaluating, exact_passes, hooks, no_inference_mode, restoring
 
 _GRADIENT_SAMPLES = 128  # weighing layers needs output gradients of no more samples
 _ENOUGH = 16  # patches for each entry of a patch, with which no variants are needed
@@ -84,10 +84,10 @@ def calibrate(
         "calibrate", batches, forward=forward, seed=seed, progress=progress,
         max_batches=max_batches, max_memory=max_memory,
     )  # fmt: skip
-    sites = find_sites(model).values()
-    layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
     given = given.varied_by(augment)
-    with restoring(model, seed=seed):
+    with restoring(model, seed=seed):  # another thread's hooks would be a reason to leave layers
+        sites = find_sites(model).values()
+        layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
         return calibrate_layers(model, layers, given, gradients=gradients, variants=True)
 
 
@@ -166,7 +166,7 @@ def _add_pass(
         moments.peak_bytes = max(moments.peak_bytes, sum(s.nbytes for s in sums.values()))
 
     device = device_of(model)
-    with evaluating(model), no_fast_path(), no_inference_mode():
+    with evaluating(model), exact_passes(), no_inference_mode():
         for batch in batches.bar(device, title):
             run(batch, layers)
             if slopes is not None and moments.samples < _GRADIENT_SAMPLES:
@@ -219,7 +219,7 @@ def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Lay
         call = spec.call(x.shape)
         patches[name] += passes * call.batch * math.prod(spec.output_size(call.size))
 
-    with evaluating(model), no_fast_path(), _shown(count, layers), torch.no_grad():
+    with evaluating(model), exact_passes(), _shown(count, layers), torch.no_grad():
         for batch in batches.bar(device_of(model), "count patches"):
             batches.run(model, batch)
     groups: list[dict[str, tuple[nn.Module, LayerSpec]]] = []

@@ -13,6 +13,7 @@ from tdecomp.model.filters import Filters, at_least
 from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.sites import check_weight, find_sites
 from tdecomp.model.surgery import swap
+from tdecomp.torch_state import restoring
 
 
 def apply_factorization(
@@ -73,15 +74,16 @@ def apply_factorization(
         kinds[nn.Linear] = FactorizedLinear, latent_features
     replacements: dict[nn.Module, Factorized] = {}
     wide = Filters(where=at_least(min_channels, min_features))
-    for site in find_sites(model, wide).values():
-        kind, size = kinds.get(type(site.module), (None, 1))
-        if kind and site.reason is None and factorizing_could_speedup(site.module, size):
-            check_weight(site)
-            replacements[site.module] = kind.of(site.module, size)
-    # Before anything is changed: the caller may have made warnings errors.
-    if missing := ", ".join(unoptimized(model, replacements, listed)):
-        warnings.warn(f"no optimizer had these replaced parameters: {missing}", stacklevel=2)
-    # In a holder even the model itself can be replaced.
-    holder = nn.ModuleList([model])
-    swap(holder, replacements, listed)
-    return holder[0]
+    with restoring(model):
+        for site in find_sites(model, wide).values():
+            kind, size = kinds.get(type(site.module), (None, 1))
+            if kind and site.reason is None and factorizing_could_speedup(site.module, size):
+                check_weight(site)
+                replacements[site.module] = kind.of(site.module, size)
+        # Before anything is changed: the caller may have made warnings errors.
+        if missing := ", ".join(unoptimized(model, replacements, listed)):
+            warnings.warn(f"no optimizer had these replaced parameters: {missing}", stacklevel=2)
+        # In a holder even the model itself can be replaced.
+        holder = nn.ModuleList([model])
+        swap(holder, replacements, listed)
+        return holder[0]

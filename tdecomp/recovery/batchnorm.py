@@ -12,7 +12,7 @@ from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
-from tdecomp.torch_state import evaluating
+from tdecomp.torch_state import evaluating, exact_passes
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _statistics(
 ) -> dict[str, list[Tensor]]:
     """The new buffers of each batch norm that a batch reaches; the model is left as it was."""
     momenta = {name: norm.momentum for name, norm in norms.items()}
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), exact_passes(), torch.no_grad():
         for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None  # the plain average over the batches

@@ -19,7 +19,7 @@ from tdecomp.model.batches import Forward
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.training import Training, hinted, variant
-from tdecomp.torch_state import evaluating, no_fast_path, no_inference_mode
+from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Distill(RecoveryStep):
         notes: tuple[str, ...] = ()
         try:
             both = evaluating(model, original)
-            with both, no_fast_path(), no_inference_mode(), torch.enable_grad():
+            with both, exact_passes(), no_inference_mode(), torch.enable_grad():
                 hints = hinted(model) if self.hints else []
                 training = Training(model, original, trained, batches, hints)
                 for _ in training.stretches(self.steps, self.lr):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import count_samples, device_of, tensors_of
-from tdecomp.torch_state import evaluating, no_fast_path
+from tdecomp.torch_state import evaluating, exact_passes
 
 # The error is taken on the first batches that hold at least this many samples together.
 _SAMPLES = 256
@@ -36,7 +36,7 @@ class HeldOut:
         if self._original is None:
             return math.nan
         variance, lost = self._variance, 0.0
-        with evaluating(model), no_fast_path(), torch.no_grad():
+        with evaluating(model), exact_passes(), torch.no_grad():
             for batch, wanted in self._calls:
                 mine = tensors_of(self._batches.run(model, batch))
                 if [z.shape for z in mine] != [z.shape for z in wanted]:
@@ -53,7 +53,7 @@ class HeldOut:
         """Each batch with the original's outputs for it."""
         calls: list[tuple[Any, list[Tensor]]] = []
         samples = 0
-        with evaluating(self._original), no_fast_path(), torch.no_grad():
+        with evaluating(self._original), exact_passes(), torch.no_grad():
             for given in self._batches.on(device_of(self._original)):
                 batch = given if self._vary is None else self._vary(given)
                 outputs = tensors_of(self._batches.run(self._original, batch))

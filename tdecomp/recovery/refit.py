@@ -28,7 +28,7 @@ from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
-from tdecomp.torch_state import evaluating, full_precision, hooks, no_fast_path, no_inference_mode
+from tdecomp.torch_state import evaluating, exact_passes, full_precision, hooks, no_inference_mode
 
 # The iterations of a fit, which starts from the chain's own factors.
 _ITERATIONS = 25
@@ -61,7 +61,7 @@ class Refit(RecoveryStep):
         before = held_out.error(model)
         layers: dict[str, tuple[float, float]] = {}
         rows = CountedRows(batches)
-        with evaluating(model, original), no_fast_path(), torch.no_grad():
+        with evaluating(model, original), exact_passes(), torch.no_grad():
             calls = _chain_calls(model, replaced, batches)
             missed = [layer for layer in replaced if layer not in calls]
             notes = [_left_alone(layer, "the first batch does not reach it") for layer in missed]

@@ -20,6 +20,7 @@ from tdecomp.model.sites import Site, find_sites
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Setting, Stages, Stopwatch, TimingEffort
+from tdecomp.torch_state import restoring
 
 Geometry = tuple[LayerSpec, Call]
 # Multiples of ranks that hardware may prefer, largest first. Time rises in steps of a multiple if
@@ -110,11 +111,12 @@ def profile(
             )
         cache = None if differences else cache
     example = Example.of(example_inputs, forward)
-    sites = list(find_sites(model, None, example).values())
-    return measure(
-        model, example, sites, listed_methods(methods), layouts=layouts, compiled=compiled,
-        effort=EFFORTS[effort], cache=cache, progress=progress,
-    )  # fmt: skip
+    with restoring(model):
+        sites = list(find_sites(model, None, example).values())
+        return measure(
+            model, example, sites, listed_methods(methods), layouts=layouts, compiled=compiled,
+            effort=EFFORTS[effort], cache=cache, progress=progress,
+        )  # fmt: skip
 
 
 def measure(
