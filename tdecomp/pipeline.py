@@ -18,9 +18,9 @@ from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.optimizers import as_optimizers, unoptimized
-from tdecomp.model.reasons import is_lazy
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
+from tdecomp.model.weights import is_lazy
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan

@@ -21,7 +21,7 @@ from tdecomp.model.batches import (
     moved,
     tensors_of,
 )
-from tdecomp.model.reasons import refuse_lazy
+from tdecomp.model.weights import refuse_lazy
 
 Mask = Callable[[Any], Tensor]  # says which rows of a batch count
 

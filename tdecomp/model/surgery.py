@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tdecomp.model.batches import tuple_like
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
-from tdecomp.model.reasons import is_plain
+from tdecomp.model.weights import is_plain
 from tdecomp.scope import interrupts_deferred
 
 Put = Callable[[Any], None]  # puts a module or another object into a certain place
