@@ -1,9 +1,9 @@
 """One watched forward pass: the calls of the layers, the MACs of each row, odd uses of weights."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
 from tdecomp.model.weights import Weights, weights_of
 from tdecomp.torch_state import evaluating, hooks, no_fast_path
+
+Owner = TypeVar("Owner")
 
 READ_OUTSIDE = "its weight is read outside its own forward"
 
@@ -76,22 +78,26 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
 # Reads of these need no values of a weight, and a chain answers them as the layer does.
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "shape", "ndim", "requires_grad")),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
 
 
-class Reads(TorchFunctionMode):
-    """Calls `read` with the name of each tensor that a torch function is given for its values."""
+class Reads(TorchFunctionMode, Generic[Owner]):
+    """Calls `read` with the owner of each tensor that a torch function is given for its values."""
 
-    def __init__(self, tensors: Mapping[str, Sequence[Tensor]], read: Any) -> None:
+    def __init__(
+        self, tensors: Mapping[Owner, Sequence[Tensor]], read: Callable[[Owner], None]
+    ) -> None:
         super().__init__()
         self._read = read
-        self._names = {id(tensor): name for name, own in tensors.items() for tensor in own}
+        self._owners = {id(tensor): owner for owner, own in tensors.items() for tensor in own}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in () if func in _METADATA else _flat((args, kwargs or {})):
-            if id(value) in self._names:
-                self._read(self._names[id(value)])
+            if id(value) in self._owners:
+                self._read(self._owners[id(value)])
         return func(*args, **(kwargs or {}))
 
 

@@ -41,6 +41,7 @@ class Request:
     profile: Profile | None = None
     only_if_faster: bool = False
     progress: bool = True
+    left_alone: Mapping[str, str] = field(default_factory=dict)  # layers that broke the model, why
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def make_plan(
     selector = request.selector
     _check_timing(request)
     found = find_sites(model, request.filters, request.example)
+    for name, reason in request.left_alone.items():
+        found[name] = replace(found[name], reason=reason)
     sites = list(found.values())
     able, choices = able_sites(sites, request.methods)
     if isinstance(selector, ByLayer):
