@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-notebooks test-models test-wheel test-all lint format demo clean
+.PHONY: help install test test-notebooks test-models test-wheel soak test-all lint format demo clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,7 +23,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 # One thread for each worker: two OpenMP pools on the same cores mostly wait for each other.
 test: $(STAMP) ## Quick tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not slow' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not slow and not soak' $(PYTEST_ARGS)
 
 test-models: $(STAMP) ## The whole list of torchvision models
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/test_torchvision.py
@@ -34,8 +34,11 @@ test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 test-notebooks: $(STAMP) ## Notebooks, the README's examples with data, what `make demo` prints
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/test_readme.py
 
-test-all: $(STAMP) ## Every test, the slow ones too, with coverage
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --cov --cov-report=term $(PYTEST_ARGS)
+soak: $(STAMP) ## Long campaigns: interrupts, threads, damaged files, budgets by brute force
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m soak tests/soak $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## Every test but those of `make soak`, the slow ones too, with coverage
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not soak' --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(PY) -m ruff check .

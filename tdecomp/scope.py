@@ -133,10 +133,10 @@ class Scope:
 
     def __enter__(self) -> Self:
         scopes = _ENTERED.scopes
-        if not scopes and threading.current_thread() is threading.main_thread():
-            _INTERRUPTS.begin(sys._getframe(1))
-        scopes.append(self)
         try:
+            if not scopes and threading.current_thread() is threading.main_thread():
+                _INTERRUPTS.begin(sys._getframe(1))
+            scopes.append(self)
             self.change()
         except BaseException:
             self.__exit__()
@@ -145,9 +145,8 @@ class Scope:
 
     def __exit__(self, *_: object) -> None:
         scopes = _ENTERED.scopes
-        if self not in scopes:  # left already, with one around it
-            return
-        inner = scopes[scopes.index(self) :]
+        # None if it was left already, with one around it.
+        inner = scopes[scopes.index(self) :] if self in scopes else []
         try:
             with ExitStack() as leave:  # which goes on where one of them fails
                 for scope in inner:

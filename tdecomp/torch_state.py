@@ -195,7 +195,7 @@ class Shared(Generic[Value]):
 
     def _release(self, user: ExitStack) -> None:
         with self._lock:
-            thread, found = self._users.pop(user)
+            thread, found = self._users.pop(user, (None, []))  # if an error came in between
             if not self._users:
                 found = self._before
             elif any(other != thread for other, _ in self._users.values()):

@@ -1,21 +1,16 @@
 """What is set for a while is put back: after errors, at any moment of Ctrl-C, among threads."""
 
-import random
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import tdecomp
-from tdecomp import scope, torch_state
 from tdecomp.scope import interrupts_deferred
 from tdecomp.torch_state import (
     evaluating,
@@ -26,7 +21,8 @@ from tdecomp.torch_state import (
     no_inference_mode,
     restoring,
 )
-from tests.unchanged import global_state, unchanged
+from tests.injections import press
+from tests.unchanged import all_unchanged, global_state, unchanged
 
 CPU = torch.device("cpu")
 
@@ -68,15 +64,6 @@ def medium():
     torch.set_float32_matmul_precision("highest")
 
 
-@contextmanager
-def all_unchanged(*models):
-    before = global_state()
-    with unchanged(*models):
-        yield
-    after = global_state()
-    assert {k: v for k, v in after.items() if v != before[k]} == {}
-
-
 # One by one --------------------------------------------------------------------------------------
 
 
@@ -95,7 +82,9 @@ def test_undisturbed_in_every_surrounding():
             assert not product.is_inference()
             assert not torch.is_grad_enabled()
             assert torch.get_float32_matmul_precision() == "highest"
-        torch.set_rng_state(torch.tensor(before["random state"], dtype=torch.uint8, device="cpu"))
+        torch.set_rng_state(
+            torch.tensor(list(before["random state"]), dtype=torch.uint8, device="cpu")
+        )
         assert global_state() == before
 
 
@@ -218,11 +207,6 @@ def test_inference_mode_is_left_where_it_is_on():
 
 
 # Interrupts --------------------------------------------------------------------------------------
-
-
-def press():
-    """Ctrl-C."""
-    signal.raise_signal(signal.SIGINT)
 
 
 class Pressing:
@@ -359,96 +343,6 @@ def test_waiting_for_a_model_can_be_interrupted():
         assert not release.is_set()
         release.set()
         holding.result()
-
-
-class Alarm:
-    """Presses Ctrl-C after some seconds, if the block is not over by then."""
-
-    def __init__(self, seconds):
-        self.seconds, self.armed = seconds, False
-
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGALRM, lambda *_: self.armed and press())
-        self.armed = True
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
-
-    def __exit__(self, *_):
-        self.armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self.before)
-
-
-def calibrate(model, batches):
-    tdecomp.calibrate(model, batches, progress=False)
-
-
-def decompose(model, batches):
-    tdecomp.decompose(model, ["svd", "lowrank"], rank=0.5, data=batches, progress=False)
-
-
-@pytest.mark.no_cover  # coverage.py holds a lock of its own for ever if it is interrupted itself
-@pytest.mark.parametrize("function", [calibrate, decompose])
-def test_an_interrupt_at_any_moment_leaves_all_as_it_was(function, batches):
-    moments = random.Random(0)
-    model = net()
-    function(model, batches)
-    start = time.perf_counter()
-    function(model, batches)
-    usual = time.perf_counter() - start
-    caught = 0
-    for _ in range(30):
-        with all_unchanged(model):
-            try:
-                with Alarm(max(1e-5, moments.uniform(0, usual))):
-                    function(model, batches)
-            except KeyboardInterrupt:
-                caught += 1
-    assert caught > 0
-
-
-def fail_at(line, function):
-    """Raise at the `line`-th line that this library runs outside its restoring code."""
-    root, lines = str(Path(tdecomp.__file__).parent), 0
-    left_out = (torch_state.__file__, scope.__file__)
-
-    def on_line(_frame, event, _argument):
-        nonlocal lines
-        if event == "line":
-            lines += 1
-            if lines == line:
-                raise MemoryError
-        return on_line
-
-    def on_call(frame, _event, _argument):
-        name = frame.f_code.co_filename
-        return on_line if name.startswith(root) and name not in left_out else None
-
-    before = sys.gettrace()
-    sys.settrace(on_call)
-    try:
-        function()
-    except (MemoryError, ValueError):
-        pass
-    finally:
-        sys.settrace(before)
-    return lines
-
-
-@pytest.mark.filterwarnings("ignore:calibrate. no gradients can be taken:UserWarning")
-@pytest.mark.parametrize("function", [calibrate, decompose])
-def test_an_error_at_any_line_leaves_all_as_it_was(function, batches):
-    lines = random.Random(0)
-    model = net()
-
-    def work():
-        # A `with` that raises itself while it is left, as no signal makes it, leaves to this one.
-        with restoring():
-            function(model, batches[:2])
-
-    total = fail_at(0, work)
-    for _ in range(25):
-        with all_unchanged(model):
-            fail_at(lines.randrange(1, total), work)
 
 
 # Threads -----------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The same objects with the same values: what "as it was" means for a model and an optimizer."""
 
+import random
 import signal
 import threading
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,7 +44,7 @@ def same_state(a, b):
 
 
 def state_of(thing):
-    """All that a model or an optimizer holds, by identity and by value."""
+    """All that a model, an optimizer or a list of batches holds, by identity and by value."""
     if isinstance(thing, torch.optim.Optimizer):
         return {
             "groups": (id(thing.param_groups), *map(_frozen, thing.param_groups)),
@@ -54,6 +56,8 @@ def state_of(thing):
                 if name in ("_params", "_numel_cache")
             },
         }
+    if not isinstance(thing, nn.Module):
+        return {"items": _frozen(thing)}
     state = {}
     for name, module in thing.named_modules(remove_duplicate=False):
         own = {k: v for k, v in vars(module).items() if k not in _HOOKS}
@@ -70,11 +74,24 @@ def global_state():
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "default device": torch.get_default_device(),
-        "matmul precision": torch.get_float32_matmul_precision(),
+        "matmul precision": (
+            torch.get_float32_matmul_precision(),
+            *(
+                getattr(b.matmul, "fp32_precision", None)
+                for b in (torch.backends.cuda, torch.backends.mkldnn)
+            ),
+        ),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark,
+        ),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "threads": torch.get_num_threads(),
         "threads of new threads": _in_a_new_thread(torch.get_num_threads),
-        "random state": torch.get_rng_state().tolist(),
+        "random state": torch.get_rng_state().numpy().tobytes(),
+        "other random states": (random.getstate(), *map(str, np.random.get_state())),  # noqa: NPY002
         "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
         "global hooks": (len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)),
         "handler": signal.getsignal(signal.SIGINT),
@@ -89,12 +106,26 @@ def _in_a_new_thread(function):
     return found[0]
 
 
+def changes(then, now):
+    """The keys under which two states differ."""
+    return [k for k in {**then, **now} if not same_state(then.get(k), now.get(k))]
+
+
 @contextmanager
 def unchanged(*things):
     """Fail if a model or an optimizer is not as it was, object for object and bit for bit."""
     before = [state_of(thing) for thing in things]
     yield
     for thing, then in zip(things, before, strict=True):
-        now = state_of(thing)
-        changed = [k for k in {**then, **now} if not same_state(then.get(k), now.get(k))]
+        changed = changes(then, state_of(thing))
         assert not changed, f"{type(thing).__name__} changed in {changed}"
+
+
+@contextmanager
+def all_unchanged(*things):
+    """Fail if these things, or any setting of torch or the process, are not as they were."""
+    before = global_state()
+    with unchanged(*things):
+        yield
+    after = global_state()
+    assert {k: v for k, v in after.items() if v != before[k]} == {}

@@ -109,7 +109,7 @@ class Batches:
     def require_several_passes(self, reason: str) -> None:
         """Refuse batches that can be iterated over only once; `reason` says who needs more."""
         batches = self.data.batches
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):  # `iter` would draw a random number of a DataLoader
             raise ValueError(
                 f"{self.caller}: {reason} goes through the batches more than once, got "
                 f"{type(batches).__name__}, which yields them only once; expected a DataLoader or "
