@@ -1,6 +1,7 @@
 """The public functions: their signatures and documentation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -128,13 +129,21 @@ def decompose(
             example, allow_expansion, profile, only_if_faster, progress,
         )  # fmt: skip
         planned = make_plan(model, request, batches, use_variants(steps), expect=False)
-        timed = planned.plan.speed is not None or request.selector.weighs_layers
+        weighs = request.selector.weighs_layers
+
+        def replan(reasons: Mapping[str, str]) -> Planned:
+            nonlocal request
+            request = replace(request, left_alone={**request.left_alone, **reasons})
+            return make_plan(model, request, planned.moments, expect=False)
+
         return carry_out(
             model,
             planned,
             steps,
             batches,
-            example=example if timed else None,
+            example=example,
+            timed=planned.plan.speed is not None or weighs,
+            replan=replan if weighs else None,
             stopwatch=THIS_MACHINE if profile is None else profile.stopwatch,
             inplace=inplace,
             optimizers=listed,
@@ -257,6 +266,7 @@ def apply(
             steps,
             batches,
             example=example,
+            timed=True,
             inplace=inplace,
             optimizers=listed,
             progress=progress,

@@ -1,7 +1,7 @@
 """From a plan to its result: fit, recover, time, report, swap; one function for each step."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -18,9 +18,10 @@ from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.optimizers import as_optimizers, unoptimized
-from tdecomp.model.reasons import is_lazy
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
+from tdecomp.model.trial import Run, broken_layers
+from tdecomp.model.weights import is_lazy
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan
@@ -41,19 +42,31 @@ def carry_out(
     data: Batches | Moments | None,
     *,
     example: Example | None = None,
+    timed: bool = False,
     stopwatch: Stopwatch = THIS_MACHINE,
     inplace: bool = False,
     optimizers: Sequence[Optimizer] = (),
     progress: bool = True,
+    replan: Callable[[Mapping[str, str]], Planned] | None = None,
 ) -> Decomposition:
-    """Decompose the layers as planned, and put the chains in their places last of all."""
-    plan = planned.plan
-    fitted = fit_all(planned, progress=progress)
+    """Decompose the layers as planned, and put the chains in their places last of all.
+
+    Layers that the model does not run without stay; `replan` is given the reasons by their names,
+    for ranks that depend on each other.
+    """
+    while True:
+        fitted = fit_all(planned, progress=progress)
+        broken = _broken(model, planned, fitted, example, data, inplace=inplace)
+        if not broken or replan is None:
+            break
+        planned = replan(broken)
+    plan = planned.plan.without(broken)
+    fitted = [(row, chain) for row, chain in fitted if row.name not in broken]
     chains = {planned.sites[row.name].module: chain for row, chain in fitted}
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = run_steps(steps, changed, model, data)
     speed = None
-    if example is not None:
+    if timed and example is not None:
         speed = _speed(model, changed, chains, plan, example, stopwatch)
     finished = {row.name: row for row, _ in fitted}
     rows = [finished.get(row.name, row) for row in plan]
@@ -68,6 +81,29 @@ def carry_out(
     decomposition = Decomposition(model, report, plan)
     swap(model, chains, optimizers, None if changed is model else tensors_in(changed), layout)
     return decomposition
+
+
+def _broken(
+    model: nn.Module,
+    planned: Planned,
+    fitted: Sequence[tuple[Row, Chain]],
+    example: Example | None,
+    data: Batches | Moments | None,
+    *,
+    inplace: bool,
+) -> dict[str, str]:
+    """The layers that the model does not run without, with the reasons."""
+    runs: list[Run] = [] if example is None else [lambda model: example.copied().run(model)]
+    if isinstance(data, Batches):
+        runs += data.first_runs()
+    sites = [planned.sites[row.name] for row, _ in fitted]
+    names = {site.module: site.name for site in sites}
+    chains = {site.module: chain for site, (_, chain) in zip(sites, fitted, strict=True)}
+    ran = None
+    if example is not None and all(site.calls is not None for site in sites):
+        ran = [site.module for site in sites if site.calls]
+    broken = broken_layers(model, chains, runs, inplace=inplace, ran=ran)
+    return {names[layer]: reason for layer, reason in broken.items()}
 
 
 def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:

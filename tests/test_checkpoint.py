@@ -631,7 +631,8 @@ def test_wrapped_model_is_refused(kept):
 
 def test_plan_in_the_file_is_checked(kept):
     def edit(header):
-        header["plan"]["rows"][0]["rank"] = 10**6
+        (row,) = (row for row in header["plan"]["rows"] if row["name"] == "stem.0")
+        row["rank"] = 10**6
 
     refused(rewritten(kept[1], header=edit), net(), "stem.0", "largest useful rank")
 

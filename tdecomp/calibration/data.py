@@ -1,7 +1,7 @@
 """Unlabelled data: as the user describes it, and as the functions inside run a model on it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,10 +18,11 @@ from tdecomp.model.batches import (
     copied,
     count_samples,
     describe,
+    device_of,
     moved,
     tensors_of,
 )
-from tdecomp.model.reasons import refuse_lazy
+from tdecomp.model.weights import refuse_lazy
 
 Mask = Callable[[Any], Tensor]  # says which rows of a batch count
 
@@ -95,6 +96,7 @@ class Batches:
     forward: Forward = call_model
     seed: int | None = None  # all random numbers derive from it; None for those of seed 0
     progress: bool = True  # whether to show bars
+    first: list[Any] = field(default_factory=list)  # the first batch, once a pass has begun
 
     def called_by(self, caller: str) -> "Batches":
         """The same batches, used by another function."""
@@ -125,6 +127,8 @@ class Batches:
         empty = True
         for batch in islice(self._iterable(), self.data.max_batches):
             if count_samples(batch):
+                if empty and not self.first:
+                    self.first.append(batch)
                 empty = False
                 yield self._moved(batch, device)
         if empty:
@@ -175,6 +179,14 @@ class Batches:
                 "argument, a tuple that starts with it, or a dict of keyword arguments; "
                 "forward=lambda model, batch: ... says how else to call it"
             ) from error
+
+    def first_runs(self) -> list[Callable[[nn.Module], Any]]:
+        """A run of a model on the first batch of a pass that was made; none before the first."""
+
+        def run(model: nn.Module) -> Any:
+            return self.forward(model, copied(moved(self.first[0], device_of(model))))
+
+        return [run] if self.first else []
 
     def generator(self, number: int) -> torch.Generator:
         """A random generator in its first state: each number and each seed has its own."""

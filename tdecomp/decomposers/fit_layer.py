@@ -114,12 +114,41 @@ def factorize(
             fitted: Factors | None
             if second is None or second.trace <= 0:  # inputs that never vary say nothing
                 fitted = method.fit(kernel / scale, rank, **options)
+            elif method.iterative and not draft and weight.dtype.itemsize < 4:
+                start_of_group = options["start"]
+                fitted = _fit_to_be_rounded(
+                    method, kernel, scale, rank, second, start_of_group, weight.dtype
+                )
             else:
                 fitted = method.fit_to(kernel / scale, rank, second, **options)
             if fitted is None:
                 return factorize(method, weight, spec, rank, None, start, draft=draft)
             groups.append(fitted.scaled(scale))
         return Factorization(spec, tuple(groups)).to(weight.dtype)
+
+
+def _fit_to_be_rounded(
+    method: Decomposer,
+    kernel: Tensor,
+    scale: float,
+    rank: Rank,
+    moment: SecondMoment,
+    start: Factors | None,
+    dtype: torch.dtype,
+) -> Factors | None:
+    """A fit to data, of `kernel / scale`, that loses no more than its start once both are rounded.
+
+    The terms of CP may cancel each other, which rounding undoes.
+    """
+    before = method.fit(kernel / scale, rank) if start is None else start
+    fitted = method.fit_to(kernel / scale, rank, moment, start=before)
+
+    def lost(factors: Factors) -> float:
+        rounded = factors.scaled(scale).to(dtype).to(kernel.dtype)
+        return moment.lost((kernel - rounded.to_kernel()).flatten(1))
+
+    before = before.balanced()
+    return fitted if fitted is None or lost(fitted) <= lost(before) else before
 
 
 def _zero_factors(method: Decomposer, kernel: Tensor, rank: Rank) -> Factors | None:

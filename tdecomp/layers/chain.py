@@ -45,7 +45,7 @@ class Chain(nn.Sequential):
         chain = cls(*stages)
         chain.method, chain.decomposer = decomposer.name, decomposer
         chain.rank, chain.replaced = rank, replaced
-        vars(chain).update(replaced.attributes)
+        vars(chain).update(replaced.attributes, _parameters=_NoParameters())
         chain.mirror_weight()
         return chain
 
@@ -67,11 +67,25 @@ class Chain(nn.Sequential):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.partition("_")[0] in ("weight", "bias"):
-            raise ValueError(
-                f"a chain takes no parameter {name!r}, as it has none of its own: prune or "
-                "reparametrize the layers in it (chain[0], chain[-1]) instead"
-            )
+            raise _no_parameter(name)
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"
+
+
+class _NoParameters(dict[str, nn.Parameter | None]):
+    """A chain's own parameters: there are none, as torch's old weight and spectral norms learn."""
+
+    def __missing__(self, name: str) -> nn.Parameter | None:
+        raise _no_parameter(name)
+
+    def __delitem__(self, name: str) -> None:
+        raise _no_parameter(name)
+
+
+def _no_parameter(name: str) -> ValueError:
+    return ValueError(
+        f"a chain has no parameter {name!r}: prune or reparametrize the layers in it (chain[0], "
+        "chain[-1]) instead"
+    )

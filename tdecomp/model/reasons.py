@@ -1,43 +1,11 @@
 """Why a layer is left alone, as far as the model itself tells, without running it."""
 
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch import nn
 from torch.nn.utils import parametrize
 
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec, kind_of
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is of a known kind or similar to one: it has a row in every report."""
-    return kind_of(module) is not None or isinstance(module, _ConvNd) or _quantized(module)
-
-
-def spec_of(module: nn.Module) -> LayerSpec | None:
-    """The sizes of a layer, None where they are not known."""
-    known = kind_of(module) is not None and not is_lazy(module) and not _quantized(module)
-    return LayerSpec.of(module) if known else None
-
-
-def is_lazy(module: nn.Module) -> bool:
-    """Whether a module has no sizes yet: it takes those of its first inputs."""
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
-
-
-def is_plain(parameter: nn.Parameter) -> bool:
-    """Whether its values are those of an ordinary tensor, not of a class as quantizers have."""
-    return type(parameter.data) in (Tensor, nn.Parameter)
-
-
-def refuse_lazy(model: nn.Module, caller: str) -> None:
-    """Raise a ValueError for a model that a forward pass would change: it gives layers sizes."""
-    for name, module in model.named_modules():
-        if is_lazy(module):
-            raise ValueError(
-                f"{caller}: layer {name!r} is lazy, so that a forward pass would change the model; "
-                "expected one whose sizes are known: run it once first"
-            )
+from tdecomp.model.weights import Weights, is_layer, is_lazy, is_plain, is_quantized
 
 
 class Reasons:
@@ -52,8 +20,11 @@ class Reasons:
                 storage, used = _memory(parameter)
                 self._users.setdefault(storage, []).append((used, name))
 
-    def of(self, module: nn.Module, spec: LayerSpec | None) -> str | None:
+    def of(self, row: Weights, spec: LayerSpec | None) -> str | None:
         """The reason; None if the layer may be replaced."""
+        module = row.module
+        if not is_layer(module):
+            return self._readers.get(module) or f"no layer of a known kind: {row}"
         reason = _own_reason(module) or self._tie(module) or self._readers.get(module)
         if reason is None and spec is not None and spec.depthwise:
             return "depthwise: each of its filters sees a single channel already"
@@ -75,7 +46,7 @@ def _own_reason(module: nn.Module) -> str | None:
     if hasattr(module, "_hf_hook"):
         remedy = "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         return f"accelerate moves its weights or inputs: {remedy} with all weights in memory"
-    if _quantized(module):
+    if is_quantized(module):
         return "quantized: decompose first, then quantize"
     if is_lazy(module):
         return "lazy: run the model once so that its sizes are known"
@@ -110,27 +81,6 @@ def _own_reason(module: nn.Module) -> str | None:
     if _own_hooks(module) or any(map(_own_hooks, module.parameters(recurse=False))):
         return "it has hooks of its own, which would be lost: remove them first"
     return None
-
-
-def _quantized(module: nn.Module) -> bool:
-    kind = type(module)
-    named = kind.__name__.startswith(("Linear", "Conv")) and "Packed" not in kind.__name__
-    package = kind.__module__.partition(".")[0]
-    stored = "weight" in module._parameters and package in _QUANTIZERS
-    return stored or (named and "quantized" in kind.__module__)
-
-
-# Packages whose layers store their weights in some other way.
-_QUANTIZERS = (
-    "bitsandbytes",
-    "optimum",
-    "quanto",
-    "torchao",
-    "hqq",
-    "awq",
-    "auto_gptq",
-    "gptqmodel",
-)
 
 
 _HOOKS = (

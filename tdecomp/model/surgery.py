@@ -1,29 +1,36 @@
 """A module into every slot where the old one stood; optimizers follow; all of it or nothing."""
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from tdecomp.model.batches import tuple_like
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
-from tdecomp.model.reasons import is_plain
+from tdecomp.model.weights import is_plain
 from tdecomp.scope import interrupts_deferred
 
 Put = Callable[[Any], None]  # puts a module or another object into a certain place
 
 
-def copy_with(model: nn.Module, replacements: Replacements) -> nn.Module:
-    """A deep copy of `model` with each replaced module's chain wherever it stood."""
+def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = False) -> nn.Module:
+    """A deep copy of `model` with each replaced module's chain wherever it stood.
+
+    With `share` it has the model's own parameters and buffers instead of copies.
+    """
     # With the replacements in the memo, old weights are not copied, and no slot is missed.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
+    if share:
+        memo |= {id(t): t for t in tensors_in(model).values() if not is_lazy(t)}
     for module in model.modules():
         # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
         for value in vars(module).values():
@@ -124,32 +131,64 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module
     for value, put in queue:  # which grows meanwhile
         if isinstance(value, nn.Module) and value in replacements:
             found.append((value, put))
-        elif isinstance(value, tuple):
-            # Its items cannot be replaced one by one: each put makes a new tuple of current ones.
+        elif isinstance(value, (tuple, frozenset)):
+            # Its items cannot be replaced one by one: each put makes a new one of current items.
             current = list(value)
-            puts = (partial(_put_in_tuple, value, current, at, put) for at in range(len(value)))
-            queue += zip(value, puts, strict=True)
+            puts = (partial(_put_in_frozen, value, current, at, put) for at in range(len(value)))
+            queue += zip(current, puts, strict=True)
         elif id(value) not in seen:
             seen.add(id(value))
-            if isinstance(value, nn.Module) or _plain_object(value):
-                queue.append((vars(value), put))
-            elif isinstance(value, (MutableMapping, MutableSequence)):
-                pairs = value.items() if isinstance(value, MutableMapping) else enumerate(value)
-                queue += [(item, partial(value.__setitem__, key)) for key, item in pairs]
+            if isinstance(value, MappingProxyType):
+                queue += [(mapping, put) for mapping in gc.get_referents(value)]
+            elif isinstance(value, MutableMapping):
+                queue += _items(value)
+            elif isinstance(value, MutableSequence):
+                queue += [(item, partial(value.__setitem__, at)) for at, item in enumerate(value)]
             elif isinstance(value, set):
                 queue += [(item, partial(_put_in_set, value, [item])) for item in value]
+            elif not isinstance(value, _OPAQUE):
+                if isinstance(getattr(value, "__dict__", None), dict):
+                    queue.append((vars(value), put))
+                queue += _in_slots(value)
     return found
 
 
-def _plain_object(value: Any) -> bool:
-    """Whether it is an object of somebody's own, with attributes to look through."""
-    foreign = (type, ModuleType, FunctionType, MethodType, Tensor, MutableMapping, MutableSequence)
-    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, foreign)
+# Objects whose attributes are not looked through.
+_OPAQUE = (type, ModuleType, FunctionType, MethodType, Tensor)
 
 
-def _put_in_tuple(old: tuple[Any, ...], items: list[Any], at: int, put: Put, new: Any) -> None:
+def _items(mapping: MutableMapping[Any, Any]) -> Iterator[tuple[Any, Put]]:
+    """The values of a mapping, and the keys that may be, or hold, modules."""
+    for key, value in mapping.items():
+        current = [key]
+        yield value, partial(_put_value, mapping, current)
+        if isinstance(key, (nn.Module, tuple, frozenset)):
+            yield key, partial(_put_key, mapping, current)
+
+
+def _put_value(mapping: MutableMapping[Any, Any], current: list[Any], new: Any) -> None:
+    mapping[current[0]] = new
+
+
+def _put_key(mapping: MutableMapping[Any, Any], current: list[Any], new: Any) -> None:
+    items = [(new if key is current[0] else key, value) for key, value in mapping.items()]
+    current[0] = new
+    mapping.clear()
+    mapping.update(items)  # in the same order
+
+
+def _in_slots(value: Any) -> Iterator[tuple[Any, Put]]:
+    """What an object holds in the attributes of its class's `__slots__`."""
+    for kind in type(value).__mro__:
+        for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
+            if isinstance(slot, MemberDescriptorType):
+                with suppress(AttributeError):  # it was never set
+                    yield slot.__get__(value), partial(slot.__set__, value)
+
+
+def _put_in_frozen(old: Any, items: list[Any], at: int, put: Put, new: Any) -> None:
     items[at] = new
-    put(tuple_like(old, items))
+    put(tuple_like(old, items) if isinstance(old, tuple) else type(old)(items))
 
 
 def _put_in_set(holder: set[Any], current: list[Any], new: Any) -> None:

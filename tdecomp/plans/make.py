@@ -12,7 +12,7 @@ from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
-from tdecomp.layers.cost import Cost, chain_cost, total
+from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
@@ -41,6 +41,7 @@ class Request:
     profile: Profile | None = None
     only_if_faster: bool = False
     progress: bool = True
+    left_alone: Mapping[str, str] = field(default_factory=dict)  # layers that broke the model, why
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def make_plan(
     selector = request.selector
     _check_timing(request)
     found = find_sites(model, request.filters, request.example)
+    for name, reason in request.left_alone.items():
+        found[name] = replace(found[name], reason=reason)
     sites = list(found.values())
     able, choices = able_sites(sites, request.methods)
     if isinstance(selector, ByLayer):
@@ -169,10 +172,10 @@ def _row(
     site: Site, choice: Choice, counted: set[int], seconds: Mapping[str, tuple[float, float]]
 ) -> Row:
     """The site's row; a parameter that it shares with an earlier row is counted there only."""
-    own = {id(p): p.numel() for p in site.module.parameters(recurse=False) if not is_lazy(p)}
+    own = {id(p): p.numel() for p in site.parameters if not is_lazy(p)}
     params = sum(numel for key, numel in own.items() if key not in counted)
     counted.update(own)
-    macs = None if site.spec is None else chain_cost([site.spec], site.calls).macs
+    macs = site.macs
     latency_before, latency_after = seconds.get(site.name, (None, None))
     row = Row(
         site.name, site.names, site.spec, params, params, macs, macs, reason=choice.reason,

@@ -84,6 +84,14 @@ class Plan(Table):
         named = {**self.decomposers, decomposer.name: decomposer}
         return Plan(rows, self.everything_else, named, speed)
 
+    def without(self, reasons: Mapping[str, str]) -> "Plan":
+        """A new plan that leaves these layers alone, for the reasons given by their names."""
+        if not reasons:
+            return self
+        rows = [_left_alone(r, reasons[r.name]) if r.name in reasons else r for r in self.rows]
+        speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
+        return Plan(rows, self.everything_else, self.decomposers, speed)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with the options of its methods.
 
@@ -152,6 +160,14 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
     cost = chain_cost(decomposer.stages(row.layer, rank), row.calls)
     row = replace(row, method=decomposer.name, rank=rank, reason=None)
     return replace(row, params_after=cost.params, macs_after=cost.macs)
+
+
+def _left_alone(row: Row, reason: str) -> Row:
+    return replace(
+        row, method=None, rank=None, reason=reason, note=None, expected_error=None,
+        params_after=row.params_before, macs_after=row.macs_before,
+        latency_after=row.latency_before,
+    )  # fmt: skip
 
 
 def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:

@@ -121,8 +121,8 @@ class Table:
         """One line: how many layers, parameters and MACs."""
         before, after = self.before, self.after
         macs = (
-            "without example_inputs: costs are parameters, and only attention layers of known "
-            "classes were checked for weights that are read from outside"
+            "without example_inputs: costs are parameters, and without data, too, it was not "
+            "tried whether the model runs with its chains"
         )
         if before.macs is not None and after.macs is not None:
             macs = f"MACs {_change(before.macs, after.macs)}"

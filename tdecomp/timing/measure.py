@@ -15,8 +15,8 @@ from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
-from tdecomp.model.reasons import refuse_lazy
 from tdecomp.model.sites import Site, find_sites
+from tdecomp.model.weights import refuse_lazy
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Setting, Stages, Stopwatch, TimingEffort

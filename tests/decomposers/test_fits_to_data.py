@@ -9,6 +9,9 @@ from torch import nn
 import tdecomp
 from tdecomp.calibration.calibrate import calibrate
 from tdecomp.decomposers.assemble import factors_of_chain
+from tdecomp.decomposers.fit_layer import fit_layer
+from tdecomp.decomposers.registry import get_decomposer
+from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import SAME_PADDING_OF_EVEN_KERNELS, distance
 from tests.geometries import GEOMETRIES, case
 from tests.unchanged import unchanged
@@ -345,3 +348,22 @@ def test_fine_tuning_of_chains_fitted_to_data_is_stable(method):
 
 def _factors(chain):
     return factors_of_chain(chain, chain.decomposer).groups
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["cp", "cp-separable"])
+def test_a_fit_to_data_is_no_worse_than_one_to_the_weights_after_rounding(method, dtype):
+    # Both are exact before it: what is left is rounding, from which terms that cancel suffer most.
+    spec, chosen = LayerSpec.of(nn.Conv2d(6, 6, 3)), get_decomposer(method)
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        modes = [torch.randn(size, 3, generator=g) for size in (6, 6, 3, 3)]
+        model = nn.Sequential(nn.Conv2d(6, 6, 3)).requires_grad_(False)
+        model[0].weight.copy_(torch.einsum("or,ir,hr,wr->oihw", *modes))
+        x = torch.randn(4, 6, 8, 8, generator=g) * torch.logspace(0, -3, 6)[:, None, None] + 3
+        seen = tdecomp.calibrate(model, [x], gradients=False, progress=False).layers["0"]
+        weight = model[0].weight.to(dtype)
+        by_data = fit_layer(weight, spec, chosen, 3, seen).output_error
+        by_weights = fit_layer(weight, spec, chosen, 3).factors.to(torch.float64).to_kernel()
+        lost, _ = seen.lost(weight, weight.double() - by_weights, seen.second_moments())
+        assert by_data <= lost * (1 + 1e-9)

@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import tdecomp
 from tests.unchanged import unchanged
@@ -23,6 +26,14 @@ NAMES = [
     "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
     "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed",
 ]  # fmt: skip
+
+
+@contextmanager
+def quiet():
+    """Old torch functions warn that they are old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def chain_for(layer, **options):
@@ -74,8 +85,52 @@ def test_pruning_and_weight_norm_are_refused():
     with unchanged(chain):
         with pytest.raises(ValueError, match="prune or reparametrize the layers in it"):
             prune.l1_unstructured(chain, "weight", 0.5)
+        for norm in (nn.utils.weight_norm, nn.utils.spectral_norm):
+            with quiet(), pytest.raises(ValueError, match="prune or reparametrize the layers"):
+                norm(chain)
         with pytest.raises(ValueError, match="weight"):
             parametrizations.weight_norm(chain)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_results_are_ordinary_modules(inplace):
+    torch.manual_seed(0)
+    x = torch.ones(3, 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    model = tdecomp.decompose(model, "svd", rank=2, inplace=inplace, **QUIET).model
+    ways = {
+        "script": torch.jit.script,
+        "trace": lambda m: torch.jit.trace(m, x),
+        "fx": torch.fx.symbolic_trace,
+        "export": lambda m: torch.export.export(m, (x,)).module(),
+        "compile": lambda m: torch.compile(m, fullgraph=True, backend="eager"),
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    }
+    with quiet():
+        for way, make in ways.items():
+            assert torch.equal(make(model)(x), model(x)), way
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert (small(x) - model(x)).norm() < 0.05 * model(x).norm()
+    assert model.half()(x.half()).dtype == torch.half
+
+
+class Branching(nn.Module):
+    """Runs its first layer again for the gradients instead of keeping what it gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+
+def test_gradient_checkpoints_work():
+    x = torch.randn(3, 16)
+    model = tdecomp.decompose(Branching(), "svd", rank=2, example_inputs=x, **QUIET).model
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 class Reader(nn.Module):

@@ -257,11 +257,12 @@ def test_a_spec_of_an_unknown_kind_can_be_shown_but_not_built():
         spec.build()
 
 
-def test_a_layer_of_no_known_kind_has_no_row():
+def test_a_layer_of_no_known_kind_is_a_row_that_says_so():
     model = nn.Sequential(Turned(8, 8), nn.Linear(8, 8))
-    assert len(tdecomp.plan(model, "svd", rank=2)) == 2
+    assert all(row.method == "svd" for row in tdecomp.plan(model, "svd", rank=2))
     del KINDS["Turned"]
-    assert [row.name for row in tdecomp.plan(model, "svd", rank=2)] == ["1"]
+    row = tdecomp.plan(model, "svd", rank=2)["0"]
+    assert (row.method, row.reason) == (None, "no layer of a known kind: Turned(8×8)")
     with pytest.raises(ValueError, match=r"no Linear or convolution .*register_layer_kind"):
         tdecomp.plan(model[0], "svd", rank=2)
 

@@ -65,13 +65,12 @@ def test_a_layer_called_three_times_counts_three_times():
     ].macs_before == (3 * 4 * 16 * 16)
 
 
-def test_attention_is_in_everything_else():
+def test_what_attention_does_with_its_weights_is_theirs_and_its_scores_are_everything_else():
     case = MODELS["attention"]
     plan = tdecomp.plan(case.build(), "svd", rank=4, example_inputs=case.inputs(2))
-    projections = 2 * 5 * 32 * 32 * 4
-    scores = 2 * 2 * 5 * 5 * 32
-    assert plan.everything_else.macs == projections + scores
-    assert plan["attention.out_proj"].macs_before == 0
+    assert plan.everything_else.macs == 2 * 2 * 5 * 5 * 32
+    assert plan["attention.in_proj_weight"].macs_before == 2 * 5 * 32 * 32 * 3
+    assert plan["attention.out_proj"].macs_before == 2 * 5 * 32 * 32
 
 
 def test_the_fast_path_does_not_hide_macs():

@@ -1,0 +1,170 @@
+"""One watched forward pass: the calls of the layers, the MACs of each row, odd uses of weights."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.model.example import Example
+from tdecomp.model.macs import MacCounter
+from tdecomp.model.weights import Weights, weights_of
+from tdecomp.torch_state import evaluating, hooks, no_fast_path
+
+Owner = TypeVar("Owner")
+
+READ_OUTSIDE = "its weight is read outside its own forward"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass of the example inputs showed, by the names of the rows."""
+
+    calls: Mapping[str, list[Call]]  # of each watched layer; empty if it never ran
+    total_macs: int  # of the whole pass
+    macs: Mapping[str, int]  # of each row; what belongs to none is left out
+    oddities: Mapping[str, str]  # how a layer is used, if not by a call with its input alone
+
+
+def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any) -> Trace:
+    """Run `model` once in eval mode, its state restored; ValueError if it rejects the inputs."""
+    example = Example.of(example_inputs)
+    layers = {m: name for name, m in model.named_modules() if name in specs}
+    calls: dict[str, list[Call]] = {name: [] for name in specs}
+    oddities: dict[str, str] = {}
+    running: list[str] = []
+
+    def read(name: str) -> None:
+        if name not in running:
+            oddities.setdefault(name, READ_OUTSIDE)
+
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = layers[layer]
+        running.append(name)
+        value, *extra = (*args, *kwargs.values()) or (None,)
+        if extra:
+            oddities[name] = "it is called with more than its input"
+        if isinstance(value, Tensor):  # if not, the layer itself is about to complain
+            calls[name].append(specs[name].call(value.shape))
+
+    def after(*_: Any) -> None:
+        running.pop()
+
+    starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
+    ends = [partial(m.register_forward_hook, after, always_call=True) for m in layers]
+    watched = {name: tuple(m.parameters(recurse=False)) for m, name in layers.items()}
+    counter = MacCounter()
+    shares = _Shares(counter, running, weights_of(model))
+    with evaluating(model), hooks(starts), hooks(ends):
+        try:
+            with torch.no_grad(), no_fast_path(), Reads(watched, read), counter, shares:
+                example.copied().run(model)
+        except Exception as error:
+            raise ValueError(
+                f"the model rejected example_inputs ({example.describe()}): "
+                f"{type(error).__name__}: {error}. Expected a tensor, a tuple of positional or a "
+                "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
+                "forward=lambda model, inputs: ... says how else to call it"
+            ) from error
+    return Trace(calls, counter.macs, shares.macs, oddities)
+
+
+# Reads of these need no values of a weight, and a chain answers them as the layer does.
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "shape", "ndim", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
+
+
+class Reads(TorchFunctionMode, Generic[Owner]):
+    """Calls `read` with the owner of each tensor that a torch function is given for its values."""
+
+    def __init__(
+        self, tensors: Mapping[Owner, Sequence[Tensor]], read: Callable[[Owner], None]
+    ) -> None:
+        super().__init__()
+        self._read = read
+        self._owners = {id(tensor): owner for owner, own in tensors.items() for tensor in own}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in () if func in _METADATA else _flat((args, kwargs or {})):
+            if id(value) in self._owners:
+                self._read(self._owners[id(value)])
+        return func(*args, **(kwargs or {}))
+
+
+class _Shares(TorchDispatchMode):
+    """Gives the MACs of each operator to a row.
+
+    That is the layer that is running, or else the row whose parameter the operator is given: as it
+    is, or as a copy made of nothing else (cast, normalised, transposed).
+    """
+
+    def __init__(
+        self, counter: MacCounter, running: Sequence[str], rows: Sequence[Weights]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = {row.names[0]: 0 for row in rows}
+        self._counter, self._running = counter, running
+        # By the number of a storage, which is not given away again while a weak reference lives.
+        self._weights: dict[int, tuple[StorageWeakRef, str]] = {}
+        self._copies: dict[int, tuple[StorageWeakRef, str]] = {}
+        for row in rows:
+            for parameter in filter(_is_plain_float, row.parameters):
+                self._weights.setdefault(*_entry(parameter, row.names[0]))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self._counter.macs
+        out = func(*args, **(kwargs or {}))
+        macs = self._counter.macs - before
+        if self._running:
+            self.macs[self._running[-1]] += macs
+            return out
+        given = [value for value in _flat((args, kwargs or {})) if _is_plain_float(value)]
+        owners = [self._owner(tensor) for tensor in given]
+        if macs and any(owners):
+            named = [self._owner(tensor, copies=False) for tensor in given]
+            self.macs[next(filter(None, (*named, *owners)))] += macs
+        elif not macs and len(set(owners)) == 1 and owners[0] and func not in _LOOK_UPS:
+            for made in filter(_is_plain_float, _flat(out)):
+                if self._owner(made) is None:
+                    self._copies.setdefault(*_entry(made, owners[0]))
+        return out
+
+    def _owner(self, tensor: Tensor, *, copies: bool = True) -> str | None:
+        number = _number(tensor)
+        found = self._weights.get(number) or (self._copies.get(number) if copies else None)
+        return None if found is None else found[1]
+
+
+_LOOK_UPS = {torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default}
+
+
+def _is_plain_float(value: Any) -> bool:
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    return plain and value.is_floating_point() and not value.is_meta
+
+
+def _number(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _entry(tensor: Tensor, name: str) -> tuple[int, tuple[StorageWeakRef, str]]:
+    return _number(tensor), (StorageWeakRef(tensor.untyped_storage()), name)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _flat(item)
+    else:
+        yield value

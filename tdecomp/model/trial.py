@@ -1,0 +1,161 @@
+"""Whether a model runs with the chains in place, and which ones it fails with."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdecomp.layers.chain import Chain
+from tdecomp.model.surgery import copy_with, swap
+from tdecomp.model.trace import READ_OUTSIDE, Reads
+from tdecomp.model.weights import is_lazy
+from tdecomp.scope import Scope
+from tdecomp.torch_state import evaluating, hooks
+
+Run = Callable[[nn.Module], Any]
+
+
+def broken_layers(
+    model: nn.Module,
+    chains: Mapping[nn.Module, Chain],
+    runs: Sequence[Run],
+    *,
+    inplace: bool,
+    ran: Collection[nn.Module] | None,
+) -> dict[nn.Module, str]:
+    """The layers that the model does not run without, with the reasons.
+
+    Each of `runs` calls it once, in the mode that it is in. `ran` are the layers that take part, if
+    that is known. The model stays as it is; with `inplace` its chains are in place meanwhile.
+    """
+    reasons: dict[nn.Module, str] = {}
+    trial = _Trial(model, runs, inplace)
+    known = False  # whether the model itself makes these runs
+    while trial.runs and (tried := {m: c for m, c in chains.items() if m not in reasons}):
+        try:
+            reached = trial.run(tried)
+        except _Read as read:
+            reasons[read.layer] = READ_OUTSIDE
+        except Exception:
+            if known:
+                layer, error = trial.first_failing(tried)
+                problem = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+                reasons[layer] = f"the model does not run with its chain: {problem}"
+            else:
+                trial.drop_what_the_model_fails_at()
+                known = True
+        else:
+            missed = tried.keys() - reached
+            if missed and ran is None:
+                ran = trial.run({}, watched=missed)
+            missed &= set(ran or ())
+            if not missed:
+                return reasons
+            elsewhere = "the model holds it, too, where it cannot be replaced"
+            reasons |= dict.fromkeys(missed, f"its chain would not be reached: {elsewhere}")
+    return reasons
+
+
+class _Read(BaseException):  # which no model takes for an error of its own
+    """A model needs the values of a weight that its chain does not have."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class _Trial:
+    """Runs of one model with one set of chains after the other."""
+
+    def __init__(self, model: nn.Module, runs: Sequence[Run], inplace: bool) -> None:
+        # A run would give the user's lazy layers their sizes: not in the model itself.
+        self._lazy = any(map(is_lazy, model.modules()))
+        self._model, self._inplace = model, inplace
+        self.runs = [(run, model.training) for run in runs]
+
+    def run(
+        self, chains: Mapping[nn.Module, Chain], watched: Collection[nn.Module] = ()
+    ) -> set[nn.Module]:
+        """The layers whose chain ran, and those of the `watched` modules that did."""
+        if self._lazy or (chains and not self._inplace):
+            return self._run(copy_with(self._model, chains, share=True), chains, watched)
+        with _Placed(self._model, chains):
+            return self._run(self._model, chains, watched)
+
+    def _run(
+        self,
+        model: nn.Module,
+        chains: Mapping[nn.Module, Chain],
+        watched: Collection[nn.Module],
+    ) -> set[nn.Module]:
+        reached: set[nn.Module] = set()
+        registrations = [
+            partial(module.register_forward_pre_hook, lambda *_, layer=layer: reached.add(layer))
+            for layer, module in (*chains.items(), *((module, module) for module in watched))
+        ]
+        described = {layer: _described(chain) for layer, chain in chains.items()}
+        modes = {module: module.training for module in model.modules()}
+        with evaluating(model), hooks(registrations), torch.no_grad(), Reads(described, _raise):
+            for run, training in self.runs:
+                for module, mode in modes.items():
+                    module.training = mode and training
+                run(model)
+        return reached
+
+    def first_failing(self, chains: Mapping[nn.Module, Chain]) -> tuple[nn.Module, BaseException]:
+        """The first layer with whose chain, and those before it, the model fails."""
+        listed, error = list(chains.items()), self._error(chains)
+        runs, fails = 0, len(listed)
+        while fails - runs > 1:
+            middle = (runs + fails) // 2
+            problem = self._error(dict(listed[:middle]))
+            if problem is None:
+                runs = middle
+            else:
+                fails, error = middle, problem
+        assert error is not None
+        return listed[fails - 1][0], error
+
+    def _error(self, chains: Mapping[nn.Module, Chain]) -> BaseException | None:
+        try:
+            self.run(chains)
+        except (_Read, Exception) as error:
+            return error
+        return None
+
+    def drop_what_the_model_fails_at(self) -> None:
+        """Keep the runs that the model itself makes, some of them in eval mode only."""
+        given = self.runs
+        kept: list[tuple[Run, bool]] = []
+        for run, training in given:
+            for mode in dict.fromkeys((training, False)):
+                self.runs = [(run, mode)]
+                if self._error({}) is None:
+                    kept += self.runs
+                    break
+        self.runs = kept
+
+
+class _Placed(Scope):
+    """The model itself with the chains in place, inside only."""
+
+    def __init__(self, model: nn.Module, chains: Mapping[nn.Module, Chain]) -> None:
+        super().__init__()
+        self._model, self._chains = model, chains
+
+    def change(self) -> None:
+        layers: Any = {chain: layer for layer, chain in self._chains.items()}
+        self.undo.callback(swap, self._model, layers)
+        swap(self._model, self._chains)
+
+
+def _described(chain: nn.Module) -> tuple[Tensor, ...]:
+    """The tensors without values by which a chain describes its weight and bias."""
+    values = (vars(chain).get(name) for name in ("weight", "bias"))
+    return tuple(value for value in values if isinstance(value, Tensor))
+
+
+def _raise(layer: nn.Module) -> None:
+    raise _Read(layer)

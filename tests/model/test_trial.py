@@ -1,0 +1,193 @@
+"""The result runs once before it is handed over; layers that it does not run without stay."""
+
+import pytest
+import torch
+from torch import nn
+
+import tdecomp
+from tests.unchanged import unchanged
+
+QUIET = {"progress": False}
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+each_way = pytest.mark.parametrize("inplace", [True, False], ids=["in place", "copy"])
+each_input = pytest.mark.parametrize(
+    "inputs",
+    [{"example_inputs": X}, {"data": [X]}, {"example_inputs": X, "data": [X]}],
+    ids=["example", "data", "both"],
+)
+
+
+class Net(nn.Module):
+    """Five layers in a row; `use` is handed the middle one and its input."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(5))
+        self.use = use
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = torch.relu(self.use(self, layer, x) if i == 2 else layer(x))
+        return x
+
+
+def insists(_net, layer, x):
+    if not isinstance(layer, nn.Linear):
+        raise TypeError("no Linear\nof mine")
+    return layer(x)
+
+
+def by_shape(_net, layer, x):
+    if next(layer.parameters()).shape != (32, 32):
+        raise RuntimeError("another size")
+    return layer(x)
+
+
+def moves(_net, layer, x):
+    return layer(x.to(layer.weight.device))
+
+
+def in_training(net, layer, x):
+    return layer(x) + layer.weight.sum() if net.training else layer(x)
+
+
+def catches(_net, layer, x):
+    try:
+        return layer(x + layer.bias.mean())
+    except Exception:
+        return layer(x)
+
+
+BREAKS = {
+    insists: "the model does not run with its chain: TypeError: no Linear",
+    by_shape: "the model does not run with its chain: RuntimeError: another size",
+    moves: "its weight is read outside its own forward",
+    in_training: "its weight is read outside its own forward",
+    catches: "its weight is read outside its own forward",
+}
+
+
+@each_way
+@each_input
+@pytest.mark.parametrize("use", BREAKS, ids=lambda use: use.__name__)
+def test_a_layer_that_the_model_needs_stays_and_says_why(use, inputs, inplace):
+    torch.manual_seed(0)
+    model = Net(use).train()
+    result = tdecomp.decompose(model, "svd", rank=4, inplace=inplace, **inputs, **QUIET)
+    assert [row.name for row in result.report if row.method is None] == ["layers.2"]
+    assert result.report["layers.2"].reason == BREAKS[use]
+    assert (result.model is model) == inplace
+    assert type(result.model.layers[2]) is nn.Linear
+    result.model.train()(X)
+    result.model.eval()(X)
+    # Its plan is the one that was carried out.
+    assert result.plan["layers.2"].reason == BREAKS[use]
+    assert result.report.after.params == sum(p.numel() for p in result.model.parameters())
+
+
+@each_way
+def test_a_plan_is_carried_out_without_the_layers_that_have_to_stay(inplace):
+    model = Net(insists).eval()
+    plan = tdecomp.plan(model, "svd", rank=4)
+    result = tdecomp.apply(model, plan, example_inputs=X, inplace=inplace, **QUIET)
+    assert plan["layers.2"].method == "svd"
+    assert result.report["layers.2"].reason == BREAKS[insists]
+    result.model(X)
+
+
+def test_a_budget_is_kept_by_the_others():
+    model = Net(insists).eval()
+    budget = tdecomp.Budget(macs=0.5)
+    result = tdecomp.decompose(model, "svd", rank=budget, example_inputs=X, **QUIET)
+    assert result.report["layers.2"].reason == BREAKS[insists]
+    assert 0.45 < result.report.after.macs / result.report.before.macs <= 0.5
+
+
+def test_all_that_break_are_found():
+    class All(Net):
+        def forward(self, x):
+            for layer in self.layers:
+                x = insists(self, layer, x)
+            return x
+
+    model = All(None)
+    with unchanged(model):
+        report = tdecomp.decompose(model, "svd", rank=4, example_inputs=X, **QUIET).report
+    assert [row.reason for row in report] == [BREAKS[insists]] * 5
+
+
+class Counts(nn.Module):
+    """Normalises by the batch, which it cannot where there is one sample, and counts its runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(32, 32), nn.BatchNorm1d(32)
+        self.register_buffer("mean", torch.zeros(32))
+        self.runs = [0]
+
+    def forward(self, x):
+        self.runs[0] += 1
+        self.mean += x.mean(0)
+        return self.norm(self.layer(x))
+
+    def __deepcopy__(self, memo):
+        twin = Counts()
+        memo[id(self)] = twin
+        twin.runs = self.runs
+        twin.layer = memo.get(id(self.layer), twin.layer)
+        return twin
+
+
+@pytest.mark.parametrize("rows, training", [(1, True), (4, True), (1, False)])
+@each_way
+def test_it_runs_as_often_as_need_be_and_nothing_is_left_behind(inplace, rows, training):
+    model, x = Counts().train(training), X[:rows]
+    kept = [model.norm, model.mean, model.runs]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fails = rows == 1 and training  # also without a chain: then it runs in eval mode instead
+    result = tdecomp.decompose(
+        model, "svd", rank=4, example_inputs=x, data=[x], inplace=inplace, **QUIET
+    )
+    assert result.report["layer"].method == "svd"
+    assert [result.model.norm, result.model.mean, result.model.runs] == kept or not inplace
+    passes = 2  # the trace, and the pass over the data
+    assert model.runs[0] <= passes + 2 or fails
+    assert all(torch.equal(model.state_dict()[n], v) for n, v in before.items() if "layer" not in n)
+    assert model.training == training
+
+
+def test_what_cannot_be_reached_stays():
+    class Closure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+            second = self.second
+            self.call = lambda x: second(x)
+
+        def forward(self, x):
+            return self.call(self.first(x))
+
+    for inplace in (True, False):
+        for inputs in ({"example_inputs": X}, {"data": [X]}):
+            model = Closure()
+            result = tdecomp.decompose(model, "svd", rank=4, inplace=inplace, **inputs, **QUIET)
+            assert "would not be reached" in result.report["second"].reason
+            assert result.report["first"].method == "svd"
+
+
+def test_a_layer_that_takes_no_part_is_decomposed_all_the_same():
+    model = Net(lambda _net, _layer, x: x)
+    for inputs in ({"example_inputs": X}, {"data": [X]}):
+        result = tdecomp.decompose(model, "svd", rank=4, **inputs, **QUIET)
+        assert all(row.method == "svd" for row in result.report)
+
+
+def test_an_interrupt_in_the_run_changes_nothing():
+    def press(_net, layer, x):
+        if isinstance(layer, tdecomp.layers.chain.Chain):
+            raise KeyboardInterrupt
+        return layer(x)
+
+    model = Net(press)
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        tdecomp.decompose(model, "svd", rank=4, example_inputs=X, inplace=True, **QUIET)
