@@ -72,8 +72,9 @@ class evaluating(exclusive):
             self.undo.callback(setattr, module, "training", module.training)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    saved = buffer.data, _version(buffer), buffer.detach().clone()
-                    self.undo.callback(_restore, module, name, buffer, *saved)
+                    with suppress(NotImplementedError):  # of 4 bits: torch cannot change it either
+                        saved = buffer.data, _version(buffer), buffer.detach().clone()
+                        self.undo.callback(_restore, module, name, buffer, *saved)
         _keep_random_state(self._models, self.undo)
         for model in self._models:
             model.eval()
@@ -86,7 +87,8 @@ def _restore(
     if buffer.is_inference():
         return  # it cannot be changed outside of inference mode
     changed = _version(buffer) != version
-    with suppress(NotImplementedError, RuntimeError):  # on the meta device, and of odd layouts
+    # On the meta device, and of odd layouts.
+    with suppress(AttributeError, NotImplementedError, RuntimeError):
         # Changes through `.data` are no new version.
         if buffer.shape != data.shape or buffer.data_ptr() != data.data_ptr():
             buffer.data = data

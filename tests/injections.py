@@ -3,6 +3,7 @@
 import ast
 import signal
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -41,19 +42,20 @@ class Alarm:
 
 
 class AtLine:
-    """Does something before the `line`-th line that this library runs in the block; 0 for never.
+    """Does something when the block runs a line (file, number) of this library for the n-th time.
 
-    A line that begins a `with` does not count: Python says that it runs once more before the block
-    is left, and nothing that happens there by itself keeps `__exit__` from being called. Where
-    `errors` are raised, lines that restore something do not count either.
+    The line that begins a `with` does not count: Python says that it runs once more before the
+    block is left, where nothing that happens by itself keeps `__exit__` from being called. Where
+    `errors` are raised, lines that restore something do not count either. `hits` are those that do.
     """
 
-    def __init__(self, line, action, errors):
-        self.line, self.action, self.errors = line, action, errors
-        self.lines, self.where = 0, None
+    def __init__(self, line, nth, action, errors):
+        self.line, self.nth, self.action, self.errors = line, nth, action, errors
+        self.hits = Counter()
 
     def __str__(self):
-        return f"{self.action} at line {self.line}, {self.where}"
+        file, number = self.line
+        return f"{self.action} at {Path(file).name}:{number}, the {self.nth}. time"
 
     def __enter__(self):
         self.before = sys.gettrace()
@@ -70,12 +72,11 @@ class AtLine:
 
     def _on_line(self, frame, event, _argument):
         if event == "line":
-            file, line = frame.f_code.co_filename, frame.f_lineno
-            withs, restoring = _special_lines(file)
-            if line not in withs and not (self.errors and line in restoring):
-                self.lines += 1
-                if self.lines == self.line:
-                    self.where = f"{Path(file).name}:{line}"
+            line = frame.f_code.co_filename, frame.f_lineno
+            withs, restoring = _special_lines(line[0])
+            if line[1] not in withs and not (self.errors and line[1] in restoring):
+                self.hits[line] += 1
+                if line == self.line and self.hits[line] == self.nth:
                     sys.settrace(None)
                     self.action()
         return self._on_line

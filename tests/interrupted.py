@@ -57,13 +57,13 @@ def interrupt(name, times, seed=0):
 
 
 def _undisturbed(case):
-    """What a whole call leaves, with values and without; its lines by kind; its seconds."""
+    """What a whole call leaves, with values and without; how often it runs each line; its time."""
     lines, seconds = {}, []
     for errors in (False, True):
         s = case.subject()
-        with AtLine(0, press, errors) as block:
+        with AtLine(None, 0, press, errors) as block:
             case.call(s)
-        lines[errors] = block.lines
+        lines[errors] = block.hits
     for _ in range(2):
         s = case.subject()
         start = time.perf_counter()
@@ -80,7 +80,8 @@ def _injection(draw, lines, seconds):
         return KeyboardInterrupt, Alarm(draw.uniform(0, seconds), interval)
     error = draw.choice(ERRORS) if kind == "error" else KeyboardInterrupt
     action = press if kind == "signal" else partial(_fail, error)
-    return error, AtLine(1 + draw.randrange(lines[kind == "error"]), action, kind == "error")
+    line, hits = draw.choice(list(lines[kind == "error"].items()))
+    return error, AtLine(line, draw.randint(1, hits), action, kind == "error")
 
 
 def _fail(error):

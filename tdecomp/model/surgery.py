@@ -39,16 +39,19 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad and not _can_be_copied(parameter):
                 memo[id(parameter)] = parameter  # it is frozen: both models may have it
+        for buffer in module.buffers(recurse=False):
+            if buffer.layout is not torch.strided:  # `deepcopy` cannot copy all of these
+                memo[id(buffer)] = buffer.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        remedy = "use inplace=True on a model that you no longer need as it is"
+        remedy = "use inplace=True, without recovery, on a model that you no longer need as it is"
         raise ValueError(f"the model cannot be deep-copied ({error!r}): {remedy}") from error
 
 
 def _can_be_copied(parameter: nn.Parameter) -> bool:
     """Whether it is a plain tensor, or one of a class (as of quantizers) that can be copied."""
-    if is_plain(parameter):
+    if is_plain(parameter) and parameter.layout is torch.strided:
         return True
     try:
         copy.deepcopy(parameter)
@@ -112,8 +115,15 @@ def _changed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tuple[T
             found = "no such tensor" if mine is None else f"one of shape {tuple(mine.shape)}"
             wanted = f"{name!r} of shape {tuple(value.shape)} is to be copied"
             raise ValueError(f"the model has {found} where {wanted}; expected the same structure")
-        if mine is not value and not torch.equal(mine, value.to(mine)):
+        if mine is not value and _differ(mine, value):
             yield mine, value
+
+
+def _differ(mine: Tensor, value: Tensor) -> bool:
+    try:
+        return not torch.equal(mine, value.to(mine))
+    except (AttributeError, NotImplementedError):
+        return False  # sparse, nested, on the meta device: nothing here changes such tensors
 
 
 def _copy(tensor: Tensor, value: Tensor) -> None:
