@@ -20,13 +20,15 @@ from tdecomp.model.sites import Site, find_sites
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
-from tdecomp.ranks.base import Choice, RankSelector, checked_choices
+from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 from tdecomp.timing.choose import TimedChoices, choose_with_times
 from tdecomp.timing.layout_times import LayoutTimes
 from tdecomp.timing.measure import check_profile, measure
 from tdecomp.timing.profile import Profile
+
+_SHOWN = 3  # of the layers that keep a budget from being met
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,11 @@ def make_plan(
     )  # fmt: skip
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params, None if found.trace is None else found.trace.total_macs)
-    chosen = _choose(model, request, times, offers, whole)
+    try:
+        chosen = _choose(model, request, times, offers, whole)
+    except UnmetError as unmet:
+        alone = [site for site in sites if site.name in choices]
+        raise ValueError(f"{unmet}{_largest(alone, choices, whole, unmet.unit)}") from unmet
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses
@@ -147,6 +153,23 @@ def _choose(
     return choose_with_times(LayoutTimes(
         offers, selector, rest, times, example, model, request.only_if_faster, guard
     ))  # fmt: skip
+
+
+def _largest(
+    sites: Sequence[Site], left_alone: Mapping[str, Choice], whole: Cost, unit: str
+) -> str:
+    """In words, the layers left alone that cost most in a unit, with their reasons."""
+    costs = [Cost(sum(p.numel() for p in site.parameters), site.macs) for site in sites]
+    amounts = [
+        (getattr(cost, unit) or 0, site.name) for cost, site in zip(costs, sites, strict=True)
+    ]
+    costly = [
+        f"{name!r} ({amount / getattr(whole, unit):.1%}: {left_alone[name].reason})"
+        for amount, name in sorted(amounts, reverse=True)[:_SHOWN]
+        if amount
+    ]
+    named = "MACs" if unit == "macs" else "parameters"
+    return f". The largest left alone, of all {named}: {'; '.join(costly)}" if costly else ""
 
 
 def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]) -> None:

@@ -29,6 +29,14 @@ class Option:
     error: float  # relative to this layer, see `Candidate.by_outputs`
 
 
+class UnmetError(ValueError):
+    """No choice of ranks is small enough in `unit`, "macs" or "params"."""
+
+    def __init__(self, message: str, unit: str) -> None:
+        super().__init__(message)
+        self.unit = unit
+
+
 def _unknown(*_: Any) -> None:
     return None
 

@@ -18,6 +18,7 @@ from tdecomp.ranks.base import (
     Choice,
     Option,
     RankSelector,
+    UnmetError,
     as_tuple,
     check_share,
     in_form_of,
@@ -94,10 +95,11 @@ class Budget(RankSelector):
         layers = [self._choices_of(candidates) for candidates in sites]
         picks = least_loss(layers, limits)
         if picks is None:
-            raise ValueError(
+            raise UnmetError(
                 f"Budget: {self._shortage(layers, limits, whole, rest)} of the model with these "
                 "methods and layers. Expected a larger budget, more methods (methods='auto') or "
-                "fewer layers left alone"
+                "fewer layers left alone",
+                "params" if self.macs is None and self.latency is None else "macs",
             )
         spend_rest(layers, picks, limits)
         choices = [layer.choice(pick) for layer, pick in zip(layers, picks, strict=True)]

@@ -113,3 +113,12 @@ def test_work_with_a_weight_that_autocast_copies_is_that_of_its_row():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plan = tdecomp.plan(model, "svd", rank=4, example_inputs=torch.randn(5, 16))
     assert plan["0.module.in_proj_weight"].macs_before == 3 * _SQUARE
+
+
+def test_a_budget_that_cannot_be_met_names_the_largest_of_what_is_left_alone():
+    tokens = nn.Sequential(nn.Embedding(999, 16), OutputOf(nn.LSTM(16, 16)), nn.Linear(16, 16))
+    ids = torch.arange(5)
+    with pytest.raises(ValueError, match=r"of all parameters: '0' \(86\.\d%: .*Embedding\(999×16"):
+        tdecomp.plan(tokens, "svd", rank=tdecomp.Budget(params=0.5), example_inputs=ids)
+    with pytest.raises(ValueError, match=r"of all MACs: '1.module' \(88\.9%: .*LSTM\(64×16, 64×16"):
+        tdecomp.plan(tokens, "svd", rank=tdecomp.Budget(macs=0.5), example_inputs=ids)
