@@ -29,7 +29,7 @@ _AS_CHEAP = 1.02
 _SMALL = 0.06
 # The number of ranks on a curve, fitted or interpolated.
 _POINTS = 48
-# Losses below this share of the whole are raised to it, so that their logarithm exists.
+# Losses below this share of the largest are raised to it, so that their logarithm exists.
 _LEAST = 1e-12
 
 
@@ -197,7 +197,8 @@ class _Draft:
         lines = []
         for values in zip(*(self.known[i] for i in places), strict=True):
             # A larger rank never has to lose more.
-            falling = np.log(np.minimum.accumulate(np.maximum(values, _LEAST)))
+            least = max(_LEAST * max(values), np.finfo(np.float64).tiny)
+            falling = np.log(np.minimum.accumulate(np.maximum(values, least)))
             if len(places) > 2:
                 lines.append(np.exp(PchipInterpolator(sizes[places], falling)(sizes)))
             else:
