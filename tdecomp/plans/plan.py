@@ -9,6 +9,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import get_decomposer, registered
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.model.sites import Site
+from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.row import Row
 from tdecomp.plans.table import Table, read_json
 from tdecomp.ranks.base import spread
@@ -30,6 +31,8 @@ class Plan(Table):
         The methods that the rows name, with their options.
     speed : Speed or None
         With a profile, the time of the whole model with such chains.
+    loss : ExpectedLoss or None
+        With a `Budget`, the sum that it makes small, beside a lower bound.
     """
 
     title = "layers to be"
@@ -40,8 +43,10 @@ class Plan(Table):
         everything_else: Cost,
         decomposers: Mapping[str, Decomposer],
         speed: Speed | None = None,
+        loss: ExpectedLoss | None = None,
     ) -> None:
         super().__init__(rows, everything_else, speed)
+        self.loss = loss
         used = {row.method for row in rows}
         self.decomposers = {name: d for name, d in decomposers.items() if name in used}
 
@@ -92,13 +97,18 @@ class Plan(Table):
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         return Plan(rows, self.everything_else, self.decomposers, speed)
 
+    def summary(self) -> str:
+        """One line: how many layers, parameters and MACs, and with a budget what is lost."""
+        return super().summary() + (f"; {self.loss}" if self.loss else "")
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with the options of its methods.
 
         A ValueError names a method that cannot be rebuilt from its options.
         """
         options = {name: _options(d) for name, d in self.decomposers.items()}
-        return {"methods": options, **super().to_dict()}
+        loss = None if self.loss is None else self.loss.to_dict()
+        return {"methods": options, **super().to_dict(), "loss": loss}
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -115,7 +125,11 @@ class Plan(Table):
             if len({row.name for row in rows}) < len(rows):
                 raise TypeError("a layer has two rows")
             speed = None if data["speed"] is None else Speed.from_dict(data["speed"])
-            return cls(rows, Cost(**data["everything_else"]), methods, speed)
+            read = [(row["params_after"], row["macs_after"]) for row in data["rows"]]
+            loss = None if data["loss"] is None else ExpectedLoss.from_dict(data["loss"])
+            if read != [(row.params_after, row.macs_after) for row in rows]:
+                loss = None  # it was that of other choices
+            return cls(rows, Cost(**data["everything_else"]), methods, speed, loss)
 
 
 _EXPECTED = "expected a model of the architecture that was planned for"
