@@ -130,8 +130,8 @@ class _Shares(TorchDispatchMode):
             return out
         given = [value for value in _flat((args, kwargs or {})) if _is_plain_float(value)]
         owners = [self._owner(tensor) for tensor in given]
-        if macs and any(owners):
-            named = [self._owner(tensor, copies=False) for tensor in given]
+        if macs and any(owners[:3]):  # those after three, such as a mask, are only added
+            named = [self._owner(tensor, copies=False) for tensor in given[:3]]
             self.macs[next(filter(None, (*named, *owners)))] += macs
         elif not macs and len(set(owners)) == 1 and owners[0] and func not in _LOOK_UPS:
             for made in filter(_is_plain_float, _flat(out)):
