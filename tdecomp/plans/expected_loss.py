@@ -1,8 +1,6 @@
 """What a plan is expected to lose, beside what no other choice could go below."""
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,14 +17,6 @@ class ExpectedLoss:
     def to_dict(self) -> dict[str, float]:
         """Plain data."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "ExpectedLoss":
-        """The inverse of `to_dict`, also after a round trip through JSON."""
-        found = cls(**data)
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in vars(found).values()):
-            raise TypeError(f"expected two finite losses, got {data}")
-        return found
 
     def __str__(self) -> str:
         return f"expected loss {self.chosen:.3g}, lower bound {self.bound:.3g}"
