@@ -461,7 +461,7 @@ def test_a_plan_says_what_is_lost_beside_a_lower_bound():
     assert tdecomp.plan(model, "svd", rank=4, **options).loss is None
     for damaged in ("NaN", '"much"', "{}"):
         data = plan.to_json().replace(json.dumps(plan.loss.bound), damaged)
-        with pytest.raises(ValueError, match="expected two finite losses"):
+        with pytest.raises(ValueError, match=r"plan: loss"):
             Plan.from_json(data)
 
 
