@@ -30,6 +30,7 @@ class Trace:
     total_macs: int  # of the whole pass
     macs: Mapping[str, int]  # of each row; what belongs to none is left out
     oddities: Mapping[str, str]  # how a layer is used, if not by a call with its input alone
+    uncounted: str  # the operators whose MACs are not known
 
 
 def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any) -> Trace:
@@ -72,7 +73,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
                 "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
                 "forward=lambda model, inputs: ... says how else to call it"
             ) from error
-    return Trace(calls, counter.macs, shares.macs, oddities)
+    return Trace(calls, counter.macs, shares.macs, oddities, ", ".join(sorted(counter.uncounted)))
 
 
 # Reads of these need no values of a weight, and a chain answers them as the layer does.
@@ -107,6 +108,8 @@ class _Shares(TorchDispatchMode):
     That is the layer that is running, or else the row whose parameter the operator is given: as it
     is, or as a copy made of nothing else (cast, normalised, transposed).
     """
+
+    supports_higher_order_operators = True
 
     def __init__(
         self, counter: MacCounter, running: Sequence[str], rows: Sequence[Weights]

@@ -88,7 +88,9 @@ def make_plan(
         progress=request.progress,
     )  # fmt: skip
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-    whole = Cost(params, None if found.trace is None else found.trace.total_macs)
+    whole = Cost(params)
+    if found.trace is not None:
+        whole = Cost(params, found.trace.total_macs, uncounted=found.trace.uncounted)
     try:
         chosen = _choose(model, request, times, offers, whole)
     except UnmetError as unmet:

@@ -101,6 +101,9 @@ class Table:
         )
         if before.macs is not None and after.macs is not None:
             macs = f"MACs {_change(before.macs, after.macs)}"
+            if before.uncounted:
+                remedy = "torch.utils.flop_counter.register_flop_formula takes their formulas"
+                macs += f" without those of {before.uncounted} ({remedy})"
         changed = f"{self._changed()} of {len(self)} layers decomposed"
         words = [changed, f"parameters {_change(before.params, after.params)}", macs]
         return "; ".join(words if self.speed is None else [*words, str(self.speed)])

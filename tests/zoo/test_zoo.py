@@ -71,6 +71,7 @@ def test_planned(name):
         if "example_inputs" in given:
             check_macs(case, model, plan.before, {row.name: row.macs_before for row in plan})
             assert plan.everything_else.macs >= 0
+            assert not plan.before.uncounted
 
 
 @each_model
