@@ -25,8 +25,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 test: $(STAMP) ## Quick tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not slow and not soak' $(PYTEST_ARGS)
 
-test-models: $(STAMP) ## The whole list of torchvision models
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/test_torchvision.py
+test-models: $(STAMP) ## Whole models of torchvision, transformers, timm and diffusers
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/test_torchvision.py tests/zoo
 
 test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 	$(PY) -m pytest -q -m slow tests/test_wheel.py

@@ -291,7 +291,7 @@ def sensitivity(
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     >>> table = sensitivity(model, "svd", progress=False)
     >>> [point.rank for point in table["2"]["svd"].points]
-    [1, 2, 3, 4, 5, 6]
+    [1, 2, 3, 4, 5, 6, 7]
 
     These are the very candidates that a `Budget` chooses from. With the same `Moments` as data,
     a later plan finds the fits that were made here.

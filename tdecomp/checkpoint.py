@@ -5,26 +5,24 @@ what safetensors does not: the strides of tensors that are not contiguous, and w
 one tensor. Nothing is unpickled and no code from the file is run.
 """
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tdecomp._distribution import VERSION
 from tdecomp.decomposers.assemble import empty_chain_like
+from tdecomp.files.tensors import read_tensors, write_tensors
+from tdecomp.files.typed import typed
+from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.chain import Chain
-from tdecomp.model.sites import find_sites
+from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.surgery import copy_with, tensors_in
 from tdecomp.plans.plan import Plan, match_sites
-from tdecomp.plans.table import FORMAT, check_format
-from tdecomp.scope import whole_file
+from tdecomp.plans.table import FORMAT
 from tdecomp.torch_state import restoring
 
 _KEY = "tdecomp"
@@ -53,8 +51,7 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     header = {"format": FORMAT, "version": VERSION, "plan": plan.to_dict()}
     header |= {"shared": shared, "strides": strides}
     tensors = _alone({key: value for key, value in state.items() if key not in shared})
-    with whole_file(file) as draft:
-        save_file(tensors, draft, metadata={_KEY: json.dumps(header)})
+    write_tensors(file, _KEY, header, tensors)
 
 
 def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -83,36 +80,16 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     ValueError
         If the file is damaged, of a newer format, or of another architecture; names the tensors.
     """
-    saved = _read(Path(file))
     with restoring(model):
-        sites = match_sites(find_sites(model), saved.plan)
-        chains = {}
-        for row in saved.plan:
-            if row.method is not None and row.rank is not None and row.layer is not None:
-                layer, method = sites[row.name].module, saved.plan.decomposers[row.method]
-                chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
-        rebuilt = copy_with(model, chains)
-    shared = saved.shared.items()
-    lost = [f"{key} (shares {other})" for key, other in shared if other not in saved.tensors]
-    if lost:
-        raise ValueError(f"{file} is damaged. Tensors missing: {', '.join(lost)}")
-    _check(saved.tensors | {key: saved.tensors[other] for key, other in shared}, rebuilt, file)
-    rebuilt.load_state_dict(_state(saved, rebuilt), assign=True)
-    for chain in (module for module in rebuilt.modules() if isinstance(module, Chain)):
-        chain.mirror_weight()
-    empty = [name for name, value in tensors_in(rebuilt).items() if value.is_meta]
-    if empty:
-        raise ValueError(
-            f"{file} has no values for {', '.join(empty)}, which the model has on the meta device "
-            "and does not save; expected a model that has them"
-        )
-    return rebuilt
+        sites = find_sites(model)
+        with named_in_errors(file):
+            return _rebuilt(_read(file), model, sites)
 
 
 class _Saved(NamedTuple):
     plan: Plan
     shared: dict[str, str]  # the names that share the tensor of an earlier name
-    strides: dict[str, list[int]]  # of tensors that are not contiguous
+    strides: dict[str, tuple[int, ...]]  # of tensors that are not contiguous
     tensors: dict[str, Tensor]
 
 
@@ -128,7 +105,8 @@ def _shared(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, contiguous and each in memory of its own, as safetensors wants them."""
-    whole = {key: value.contiguous() for key, value in tensors.items()}
+    # torch negates and conjugates only when values are read, which safetensors does not.
+    whole = {k: v.resolve_conj().resolve_neg().contiguous() for k, v in tensors.items()}
     places = Counter(value.untyped_storage().data_ptr() for value in whole.values())
     return {
         key: value.clone() if places[value.untyped_storage().data_ptr()] > 1 else value
@@ -146,32 +124,40 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def _read(path: Path) -> _Saved:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            # Copies, since the file is mapped and may change under the model.
-            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if _KEY not in metadata:
+def _read(file: str | os.PathLike[str]) -> _Saved:
+    header, tensors = read_tensors(file, _KEY, "decomposition", FORMAT)
+    shared = typed(dict[str, str], header.get("shared"), "shared")
+    # No tensor is stored twice, and none shares what is not stored.
+    lost = {k: other for k, other in shared.items() if k in tensors or other not in tensors}
+    if lost:
+        raise ValueError(f"damaged: these tensors cannot share those: {lost}")
+    strides = typed(dict[str, tuple[int, ...]], header.get("strides"), "strides")
+    plan = Plan.from_dict(typed(dict[str, Any], header.get("plan"), "plan"))
+    return _Saved(plan, shared, strides, tensors)
+
+
+def _rebuilt(saved: _Saved, model: nn.Module, sites: Mapping[str, Site]) -> nn.Module:
+    matched = match_sites(sites, saved.plan)
+    chains = {}
+    for row in saved.plan:
+        if row.method is not None and row.rank is not None and row.layer is not None:
+            layer, method = matched[row.name].module, saved.plan.decomposers[row.method]
+            chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
+    rebuilt = copy_with(model, chains)
+    _check(saved.tensors | {key: saved.tensors[o] for key, o in saved.shared.items()}, rebuilt)
+    rebuilt.load_state_dict(_state(saved, rebuilt), assign=True)
+    for chain in (module for module in rebuilt.modules() if isinstance(module, Chain)):
+        chain.mirror_weight()
+    empty = [name for name, value in tensors_in(rebuilt).items() if value.is_meta]
+    if empty:
         raise ValueError(
-            f"{path} has no decomposition in its metadata; expected a file that result.save wrote"
+            f"no values for {', '.join(empty)}, which the model has on the meta device and does "
+            "not save; expected a model that has them"
         )
-    try:
-        header = json.loads(metadata[_KEY])
-        check_format("file", header["format"], header.get("version"))
-        shared, strides = dict(header["shared"].items()), dict(header["strides"].items())
-        return _Saved(Plan.from_json(json.dumps(header["plan"])), shared, strides, tensors)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata is damaged: {error!r}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return rebuilt
 
 
-def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.PathLike[str]) -> None:
+def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module) -> None:
     """Raise a ValueError unless the tensors have the model's names, shapes and kinds of number."""
     expected, wrong = rebuilt.state_dict(), defaultdict[str, list[str]](list)
     for key in sorted({*expected, *tensors}):
@@ -186,7 +172,7 @@ def _check(tensors: Mapping[str, Tensor], rebuilt: nn.Module, file: str | os.Pat
     if wrong:
         found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items())
         raise ValueError(
-            f"{file} does not fit the model, expected one of the architecture it was saved from. "
+            "the file does not fit the model, expected one of the architecture it was saved from. "
             f"Tensors {found}"
         )
 
@@ -207,10 +193,10 @@ def _state(saved: _Saved, rebuilt: nn.Module) -> dict[str, Tensor]:
     return state | {key: state[earlier] for key, earlier in saved.shared.items()}
 
 
-def _restride(key: str, value: Tensor, strides: list[int]) -> Tensor:
+def _restride(key: str, value: Tensor, strides: tuple[int, ...]) -> Tensor:
     try:  # on no device, since strides of a damaged file may ask for any amount of memory
         fits = _dense(torch.empty_strided(value.shape, strides, device="meta"))
-    except (RuntimeError, TypeError):
+    except RuntimeError:
         fits = False
     if not fits:
         raise ValueError(f"tensor {key!r}: the file gives it strides {strides}")

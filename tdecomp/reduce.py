@@ -164,8 +164,7 @@ def _candidates(
 ) -> list[Candidate]:
     """For each chain its own method, at no more than the ranks it has now."""
     able = [(site, [chains[name].decomposer]) for name, site in sites.items()]
-    curves, share = selector.weighs_layers, selector.largest_share
-    offers = offer_ranks(able, moments, curves=curves, largest_share=share)
+    offers = offer_ranks(able, moments, curves=selector.weighs_layers)
     candidates = [_limited(offer.candidates[0], plan[offer.site.name]) for offer in offers]
     for mine in candidates:
         named: RankSelector | None = selector

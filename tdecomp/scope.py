@@ -5,15 +5,11 @@ after it that were not left (as in a generator that was never finished).
 """
 
 import _thread
-import os
 import signal
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Self
 
@@ -164,20 +160,6 @@ class interrupts_deferred(Scope):
         if threading.current_thread() is threading.main_thread():
             self.undo.callback(setattr, _INTERRUPTS, "deferrals", _INTERRUPTS.deferrals)
             _INTERRUPTS.deferrals += 1
-
-
-@contextmanager
-def whole_file(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """A draft to write, which takes the file's place at the end; on an error nothing changes."""
-    target = Path(file)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {target.parent}")
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        yield draft
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def raise_pending_interrupt() -> None:

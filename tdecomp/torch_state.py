@@ -4,12 +4,13 @@ Each setting is a `Scope`. Settings of the whole process are saved by their firs
 by their last, whichever thread that is. A model is used by one thread at a time.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import cache, partial
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -157,10 +158,14 @@ class full_precision(no_inference_mode):
 
 
 class no_fast_path(Scope):
-    """Without torch's fused transformer kernels, which call no layer and hide from its counter."""
+    """Without torch's fused transformer kernels and compiled functions: they call no layer."""
 
     def change(self) -> None:
         _FAST_PATH.hold(self.undo, False)
+        dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # if anything has been compiled
+        if hasattr(dynamo, "DynamoStance"):
+            # Under a counter, torch would give up compiling them for good.
+            _COMPILING.hold(self.undo, dynamo.DynamoStance("force_eager"))
 
 
 class exact_passes(no_fast_path):
@@ -215,6 +220,10 @@ class Shared(Generic[Value]):
 
 
 _FAST_PATH = Shared(mha.get_fastpath_enabled, mha.set_fastpath_enabled)
+_COMPILING: Shared[Any] = Shared(
+    lambda: torch._dynamo.eval_frame._stance,
+    lambda stance: torch._dynamo.eval_frame._set_stance(stance),
+)
 
 
 def _keep_random_state(models: Iterable[nn.Module], undo: ExitStack) -> None:

@@ -138,13 +138,18 @@ METHODS = ("lowrank", "svd")
 
 def torch_macs(model, example_inputs):
     """Torch's own count in eval mode, without the fused kernels that hide from it."""
+    return torch_count(model, example_inputs).get_total_flops() // 2
+
+
+def torch_count(model, example_inputs):
+    """Torch's counter after such a call; it has the count of each module, too."""
     fast, training = torch.backends.mha.get_fastpath_enabled(), model.training
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            Example(example_inputs).run(model.eval())
+            Example(example_inputs).copied().run(model.eval())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         model.train(training)
-    return counter.get_total_flops() // 2
+    return counter

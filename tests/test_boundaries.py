@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.calibration import moments
+from tdecomp.files import tensors
 from tests.unchanged import unchanged
 
 QUIET = {"progress": False}
@@ -201,7 +201,7 @@ def test_files_are_written_wholly_or_not_at_all(kind, tmp_path, monkeypatch):
         draft.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(moments, "save_file", crash)
+    monkeypatch.setattr(tensors, "save_file", crash)
     monkeypatch.setattr(Path, "write_text", crash)
     with pytest.raises(OSError, match="disk full"):
         held.save(file)

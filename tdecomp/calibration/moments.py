@@ -1,22 +1,21 @@
 """The moments of the inputs of one layer, and of all layers of a model."""
 
-import json
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.files.tensors import read_tensors, write_tensors
+from tdecomp.files.typed import typed
+from tdecomp.files.whole_file import named_in_errors
+from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.model.sites import Site
-from tdecomp.scope import whole_file
 
-_FORMAT = 1
+_FORMAT, _KEY = 1, "tdecomp_moments"
 _TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
 Value = TypeVar("Value")
 
@@ -241,59 +240,56 @@ class Moments(Mapping[str, LayerMoments]):
             }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
         header |= {"samples": self.samples, "peak_bytes": self.peak_bytes}
-        with whole_file(file) as draft:
-            save_file(tensors, draft, {"tdecomp_moments": json.dumps(header)})
+        write_tensors(file, _KEY, header, tensors)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Moments":
         """Read what `save` wrote; a ValueError for a file that is damaged or another's."""
-        try:
-            with safe_open(file, "pt") as opened:
-                text = (opened.metadata() or {}).get("tdecomp_moments")
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a safetensors file: {error}") from error
-        if text is None:
-            raise ValueError(f"{file}: holds no moments; expected a file that Moments.save wrote")
-        try:
-            header = json.loads(text)
-            if (found := header["format"]) != _FORMAT:
-                raise ValueError(f"{file}: moments format {found!r}; this version reads {_FORMAT}")
+        with named_in_errors(file):
+            header, tensors = read_tensors(file, _KEY, "moments", _FORMAT)
             layers = {}
-            for name, entry in header["layers"].items():
+            for name, entry in typed(dict[str, _Entry], header.get("layers"), "layers").items():
                 keys = {part: f"{name}/{part}" for part in _TENSORS}
-                held = {part: tensors[key] for part, key in keys.items() if key in tensors}
+                held = {part: tensors.pop(key) for part, key in keys.items() if key in tensors}
                 needed = ("mean", "rows" if "rows" in held else "matrix")
                 if lacking := [keys[part] for part in needed if part not in held]:
-                    raise ValueError(f"{file}: damaged: it lacks the moments {lacking}")
-                spec, sizes = LayerSpec.from_dict(entry["spec"]), map(tuple, entry["sizes"])
-                layers[name] = LayerMoments(spec, entry["count"], sizes=tuple(sizes), **held)
+                    raise ValueError(f"damaged: it lacks the moments {lacking}")
+                layers[name] = LayerMoments(entry.spec, entry.count, sizes=entry.sizes, **held)
                 if problem := _problem(layers[name]):
-                    raise ValueError(f"{file}: damaged: layer {name!r}: {problem}")
-            return cls(layers, tuple(header["unreached"]), header["samples"], header["peak_bytes"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file}: not the header that Moments.save writes for moments: {error!r}"
-            ) from error
+                    raise ValueError(f"damaged: layer {name!r}: {problem}")
+            if tensors:
+                raise ValueError(f"damaged: no layer has the moments {[*tensors]}")
+            unreached = typed(tuple[str, ...], header.get("unreached"), "unreached")
+            counts = (typed(int, header.get(name), name) for name in ("samples", "peak_bytes"))
+            return cls(layers, unreached, *counts)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the header says of a layer."""
+
+    spec: LayerSpec
+    count: int
+    sizes: tuple[tuple[int, ...], ...]
 
 
 def _problem(moments: LayerMoments) -> str | None:
     """What cannot be true of any layer's inputs; None if nothing is found."""
     spec = moments.spec
-    rows = 0 if moments.rows is None else moments.rows.shape[1]
     shapes = {
         "mean": (spec.groups, spec.fan_in),
         "matrix": (spec.groups, spec.fan_in, spec.fan_in),
-        "rows": (spec.groups, rows, spec.fan_in),
+        "rows": (spec.groups, moments.count, spec.fan_in),
         "gradient": (spec.out_channels, spec.out_channels),
     }
     for part, tensor in moments.tensors().items():
         if tuple(tensor.shape) != shapes[part]:
             return f"{part} of shape {tuple(tensor.shape)}, expected {shapes[part]}"
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if tensor.dtype not in (torch.float32, torch.float64) or not bool(tensor.isfinite().all()):
             return f"{part} holds NaN or infinities, or no floating-point numbers"
         if part in ("matrix", "gradient") and bool((tensor.diagonal(dim1=-2, dim2=-1) < 0).any()):
             return f"{part} has squares below 0 on its diagonal"
-    if rows and rows != moments.count:
-        return f"{rows} rows, expected {moments.count}"
+    for size in moments.sizes:
+        if not spec.takes(Call(1, size)):
+            return f"inputs of size {size}"
     return None if moments.count > 0 else f"{moments.count} patches, expected some"

@@ -187,7 +187,8 @@ class FactorizedConv2d(Factorized):
         57
         """
         sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        return max_latent(LayerSpec(in_channels, out_channels, tuple(sizes)))
+        rest = ((1, 1), (0, 0), (1, 1), (0, 0))  # stride, padding, dilation, output_padding
+        return max_latent(LayerSpec(in_channels, out_channels, tuple(sizes), *rest))
 
     max_allowed_latent_features = max_allowed_latent_channels
 

@@ -16,6 +16,7 @@ class Cost:
     params: int
     macs: int | None = None
     latency: float | None = None
+    uncounted: str = ""  # the operators whose work `macs` leaves out, in words
 
     def __add__(self, other: "Cost") -> "Cost":
         return self._with(other, operator.add)
@@ -26,7 +27,8 @@ class Cost:
     def _with(self, other: "Cost", act: Callable[[Any, Any], Any]) -> "Cost":
         pairs = ((self.macs, other.macs), (self.latency, other.latency))
         macs, latency = (None if a is None or b is None else act(a, b) for a, b in pairs)
-        return Cost(act(self.params, other.params), macs, latency)
+        uncounted = self.uncounted or other.uncounted
+        return Cost(act(self.params, other.params), macs, latency, uncounted)
 
     @property
     def amount(self) -> int:

@@ -5,11 +5,16 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tdecomp.files.typed import typed
+
+# What has one entry for each dimension, and the least that each may be.
+_LEAST = {"kernel_size": 0, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 # Shown in the text of a convolution where they differ from torch's defaults.
 _SHOWN = ("stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
 
@@ -48,6 +53,12 @@ class LayerSpec:
     kind: str = ""
 
     def __post_init__(self) -> None:
+        into, out, groups = self.in_channels, self.out_channels, self.groups
+        whole = type(into) is type(out) is type(groups) is int and min(into, out, groups - 1) >= 0
+        if not whole or into % groups or out % groups:
+            raise ValueError(f"expected multiples of groups={groups!r}, got {into!r}→{out!r}")
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation, self.output_padding)
+        _check_sizes(sizes, self.transposed)
         if not self.kind:
             convolution = f"Conv{'Transpose' if self.transposed else ''}{self.ndim}d"
             object.__setattr__(self, "kind", convolution if self.ndim else "Linear")
@@ -114,6 +125,13 @@ class LayerSpec:
             least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in along]
             return tuple(map(operator.add, least, self.output_padding))
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
+
+    def takes(self, call: Call) -> bool:
+        """Whether there can be such a call."""
+        sizes = (call.batch, *call.size)
+        if len(call.size) != self.ndim or not _whole(sizes, 0):
+            return False
+        return _whole(self.output_size(call.size), 0)
 
     def call(self, input_shape: Iterable[int]) -> Call:
         """The `Call` that an input of this shape (batched or not) makes."""
@@ -207,8 +225,24 @@ class LayerSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LayerSpec":
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        tuples = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-        return cls(**{**data, **tuples})
+        spec: LayerSpec = typed(cls, {"kind": "", **data}, "layer")
+        return spec
+
+
+@lru_cache(1024)  # chains of all ranks have few geometries
+def _check_sizes(sizes: tuple[Any, ...], transposed: bool) -> None:
+    for (name, least), given in zip(_LEAST.items(), sizes, strict=True):
+        if name == "padding" and given in ("same", "valid") and not transposed:
+            continue
+        if not (isinstance(given, tuple) and len(given) == len(sizes[0]) and _whole(given, least)):
+            raise ValueError(
+                f"expected {name} to have a whole number of at least {least} for each dimension of "
+                f"the kernel, got {given!r}"
+            )
+
+
+def _whole(numbers: Iterable[Any], least: int) -> bool:
+    return all(isinstance(number, int) and number >= least for number in numbers)
 
 
 class LayerKind(ABC):

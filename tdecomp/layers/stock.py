@@ -1,5 +1,6 @@
 """The kinds of torch's own layers: Linear, and convolutions in one to three dimensions."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +36,8 @@ class Linear(_Stock):
 
     def spec_of(self, module: nn.Module) -> LayerSpec:
         assert isinstance(module, nn.Linear)
-        return LayerSpec(module.in_features, module.out_features, bias=module.bias is not None)
+        into, out = int(module.in_features), int(module.out_features)
+        return LayerSpec(into, out, bias=module.bias is not None)
 
     def attributes(self, spec: LayerSpec) -> dict[str, Any]:
         return {"in_features": spec.in_channels, "out_features": spec.out_channels}
@@ -53,14 +55,16 @@ class Convolution(_Stock):
 
     def spec_of(self, module: nn.Module) -> LayerSpec:
         assert isinstance(module, nn.modules.conv._ConvNd)
-        values = {name: getattr(module, name) for name in (*_SIZES, *_OPTIONS)}
-        sizes = {name: tuple(v) for name, v in values.items() if not isinstance(v, (str, int))}
+        ndim = module.weight.dim() - 2
+        sizes: dict[str, Any] = {name: _each(getattr(module, name), ndim) for name in _SIZES}
         return LayerSpec(
-            module.in_channels,
-            module.out_channels,
+            int(module.in_channels),
+            int(module.out_channels),
+            groups=int(module.groups),
+            padding_mode=module.padding_mode,
             bias=module.bias is not None,
             transposed=module.transposed,
-            **(values | sizes),
+            **sizes,
         )
 
     def attributes(self, spec: LayerSpec) -> dict[str, Any]:
@@ -89,6 +93,13 @@ class TransposedConvolution(Convolution):
         grouped = kernel.reshape(spec.groups, spec.group_out, spec.group_in, *spec.kernel_size)
         stored = (spec.in_channels, spec.group_out, *spec.kernel_size)
         return grouped.transpose(1, 2).reshape(stored)
+
+
+def _each(size: Any, ndim: int) -> str | tuple[int, ...]:
+    """One whole number for each dimension, of what torch takes: also False, or NumPy's numbers."""
+    if isinstance(size, str):
+        return size
+    return tuple(map(int, size)) if isinstance(size, Sequence) else (int(size),) * ndim
 
 
 STOCK_KINDS = (

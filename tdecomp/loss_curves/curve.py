@@ -12,9 +12,11 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.loss_curves.losses import LayerLosses, Lost, only_rank
-from tdecomp.ranks.base import LARGEST_SHARE, Option, as_tuple, spread
+from tdecomp.ranks.base import Option, as_tuple, spread
 from tdecomp.ranks.grid import ANY_RANK, Rounding, rank_steps
 
+# The largest share of a layer's cost at which a chain is worth an iterative fit.
+_LARGEST = 0.9
 # An iterative method is fitted first at this share of the largest cost worth considering. If it
 # loses more than `_DOMINATED` times as much as another method that costs at most `_ABOUT` times as
 # much, it is dominated, and is not fitted at the ends of its range of ranks.
@@ -23,11 +25,11 @@ _ABOUT = 1.15
 _DOMINATED = 1.05
 # A method is pointless beside another that contains it and costs at most this many times as much.
 _AS_CHEAP = 1.02
-# The smallest rank of an iterative method, as a share of the largest that pays.
-_SMALLEST = 0.06
+# A small share of that cost at which it is fitted, too: few budgets are smaller.
+_SMALL = 0.06
 # The number of ranks on a curve, fitted or interpolated.
 _POINTS = 48
-# Losses below this share of the whole are raised to it, so that their logarithm exists.
+# Losses below this share of the largest are raised to it, so that their logarithm exists.
 _LEAST = 1e-12
 
 
@@ -57,20 +59,15 @@ class LossCurve:
 def layer_curves(
     losses: LayerLosses,
     methods: Sequence[Decomposer],
-    *,
-    largest_share: float = LARGEST_SHARE,
     rounding: Rounding = ANY_RANK,
 ) -> dict[str, LossCurve]:
-    """The curve of each method, with no more fits than tell which methods are worth considering.
-
-    An iterative method is fitted up to `largest_share` of the layer's cost.
-    """
+    """The curve of each method, with no more fits than tell which methods are worth considering."""
     drafts: dict[str, _Draft] = {}
     notes: dict[str, str] = {}
     for method in methods:
         container = _container(losses, method, methods)
         if container is None:
-            drafts[method.name] = _Draft(losses, method, largest_share, rounding)
+            drafts[method.name] = _Draft(losses, method, rounding)
         else:
             notes[method.name] = f"{container} loses no more at the same cost"
     exact = [draft for draft in drafts.values() if draft.exact]
@@ -105,15 +102,14 @@ def _container(
 class _Draft:
     """A curve in the making."""
 
-    def __init__(
-        self, losses: LayerLosses, method: Decomposer, largest_share: float, rounding: Rounding
-    ) -> None:
+    def __init__(self, losses: LayerLosses, method: Decomposer, rounding: Rounding) -> None:
         nested = losses.nested(method)
         self.losses, self.method, self.exact = losses, method, nested is not None
-        self.limit = (LARGEST_SHARE if self.exact else largest_share) * losses.before.amount
+        # Where losses are known without a fit, every rank that saves anything is offered.
+        before = losses.before.amount
+        self.limit = before - 1 if self.exact else _LARGEST * before
         largest, cost = method.max_rank(losses.spec), partial(losses.cost, method)
-        smallest = 0.0 if self.exact else _SMALLEST
-        self.ranks = rank_steps(largest, cost, self.limit, smallest, _POINTS, rounding)
+        self.ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
         self.costs = [cost(rank) for rank in self.ranks]
         # By the index of the rank: what it loses as far as is known, and which of these are fits.
         self.known: dict[int, Lost] = {}
@@ -122,12 +118,16 @@ class _Draft:
         if nested is not None:
             self.known = {i: nested[only_rank(rank)] for i, rank in enumerate(self.ranks)}
 
+    def _nearest(self, share: float) -> int:
+        """The index of the rank whose cost is nearest to a share of the largest one."""
+        gaps = [abs(cost.amount - share * self.limit) for cost in self.costs]
+        return gaps.index(min(gaps))
+
     def probe(self, exact: Sequence["_Draft"]) -> str | None:
         """Fit once, unless singular values already name a method that dominates this one."""
         if self.exact or not self.ranks:
             return None
-        gaps = [abs(cost.amount - _PROBE * self.limit) for cost in self.costs]
-        self.probed = gaps.index(min(gaps))
+        self.probed = self._nearest(_PROBE)
         least = self.losses.least(self.method, self.ranks[self.probed]) if exact else None
         for other in exact:
             if least is not None and least > _DOMINATED * other.least_at(self.costs[self.probed]):
@@ -158,9 +158,10 @@ class _Draft:
         return min(affordable, default=math.inf)
 
     def complete(self) -> None:
-        """Fit at both ends, or extrapolate to the expensive one."""
+        """Fit at both ends and near the cheap one, or extrapolate to the expensive one."""
         if self.ranks:
             self._fit(0)
+            self._fit(self._nearest(_SMALL))
             if not self._extrapolated():
                 self._fit(len(self.ranks) - 1)
 
@@ -175,11 +176,12 @@ class _Draft:
         if self.exact or losses.fits_to_data(method) or not method.exact_at_parity(losses.spec):
             return False
         shares = np.array([cost.params / losses.before.params for cost in self.costs])
-        (_, low), (loss, error) = self.known[0], self.known[probe]
-        if not (shares[0] < shares[probe] and shares[-1] < 1 and 0 < error < low < math.inf):
+        small = self._nearest(_SMALL)
+        (_, low), (loss, error) = self.known[small], self.known[probe]
+        if not (shares[small] < shares[probe] and shares[-1] < 1 and 0 < error < low < math.inf):
             return False
-        known = np.log([low, error]) - 2 * np.log1p(-shares[[0, probe]])
-        slope = np.diff(known) / np.diff(np.log(shares[[0, probe]]))
+        known = np.log([low, error]) - 2 * np.log1p(-shares[[small, probe]])
+        slope = np.diff(known) / np.diff(np.log(shares[[small, probe]]))
         errors = np.exp(known[1] + slope * np.log(shares / shares[probe]) + 2 * np.log1p(-shares))
         for i, value in enumerate(errors.tolist()):
             if i > probe:
@@ -195,7 +197,8 @@ class _Draft:
         lines = []
         for values in zip(*(self.known[i] for i in places), strict=True):
             # A larger rank never has to lose more.
-            falling = np.log(np.minimum.accumulate(np.maximum(values, _LEAST)))
+            least = max(_LEAST * max(values), np.finfo(np.float64).tiny)
+            falling = np.log(np.minimum.accumulate(np.maximum(values, least)))
             if len(places) > 2:
                 lines.append(np.exp(PchipInterpolator(sizes[places], falling)(sizes)))
             else:

@@ -16,7 +16,7 @@ from tdecomp.loss_curves.curve import LossCurve, layer_curves
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
 from tdecomp.model.sites import Site, check_weight
 from tdecomp.parallel import on_cpu, parallel_map
-from tdecomp.ranks.base import LARGEST_SHARE, Candidate, Choice
+from tdecomp.ranks.base import Candidate, Choice
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 
 # A site that may be decomposed, with the methods that can.
@@ -59,7 +59,6 @@ def offer_ranks(
     moments: Moments | None,
     *,
     curves: bool,
-    largest_share: float = LARGEST_SHARE,
     rounding: Rounding = ANY_RANK,
     progress: bool = False,
 ) -> list[Offer]:
@@ -69,7 +68,7 @@ def offer_ranks(
 
     def draw(item: tuple[Able, LayerLosses]) -> dict[str, LossCurve]:
         (_, methods), mine = item
-        return layer_curves(mine, methods, largest_share=largest_share, rounding=rounding)
+        return layer_curves(mine, methods, rounding=rounding)
 
     def size(item: tuple[Able, LayerLosses]) -> int:
         return fit_size(item[0][0], moments)

@@ -99,18 +99,35 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 def copied(batch: Any) -> Any:
     """The batch with copies of its tensors, for a model that changes its inputs in place."""
-    return each_tensor(batch, torch.clone)
+    return each_tensor(batch, torch.clone, _copied_object)
 
 
-def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with every tensor in them changed."""
+def _copied_object(value: Any) -> Any:
+    """A copy of an object that holds tensors, such as a cache of keys; others as they are."""
+    if isinstance(value, nn.Module) or next(_tensors_in(value), None) is None:
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whatever its class raises: the model gets the object itself
+        return value
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def each_tensor(
+    value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = _same
+) -> Any:
+    """The same containers with every tensor in them changed, and every other object by `other`."""
     if isinstance(value, Tensor):
         return change(value)
+    each = partial(each_tensor, change=change, other=other)
     if isinstance(value, Mapping):
-        return _mapping_like(value, {k: each_tensor(item, change) for k, item in value.items()})
+        return _mapping_like(value, {key: each(item) for key, item in value.items()})
     if isinstance(value, tuple):
-        return tuple_like(value, [each_tensor(item, change) for item in value])
-    return [each_tensor(item, change) for item in value] if isinstance(value, list) else value
+        return tuple_like(value, [each(item) for item in value])
+    return [each(item) for item in value] if isinstance(value, list) else other(value)
 
 
 def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

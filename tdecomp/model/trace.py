@@ -30,6 +30,7 @@ class Trace:
     total_macs: int  # of the whole pass
     macs: Mapping[str, int]  # of each row; what belongs to none is left out
     oddities: Mapping[str, str]  # how a layer is used, if not by a call with its input alone
+    uncounted: str  # the operators whose MACs are not known
 
 
 def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any) -> Trace:
@@ -72,7 +73,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
                 "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
                 "forward=lambda model, inputs: ... says how else to call it"
             ) from error
-    return Trace(calls, counter.macs, shares.macs, oddities)
+    return Trace(calls, counter.macs, shares.macs, oddities, ", ".join(sorted(counter.uncounted)))
 
 
 # Reads of these need no values of a weight, and a chain answers them as the layer does.
@@ -108,6 +109,8 @@ class _Shares(TorchDispatchMode):
     is, or as a copy made of nothing else (cast, normalised, transposed).
     """
 
+    supports_higher_order_operators = True
+
     def __init__(
         self, counter: MacCounter, running: Sequence[str], rows: Sequence[Weights]
     ) -> None:
@@ -130,8 +133,8 @@ class _Shares(TorchDispatchMode):
             return out
         given = [value for value in _flat((args, kwargs or {})) if _is_plain_float(value)]
         owners = [self._owner(tensor) for tensor in given]
-        if macs and any(owners):
-            named = [self._owner(tensor, copies=False) for tensor in given]
+        if macs and any(owners[:3]):  # those after three, such as a mask, are only added
+            named = [self._owner(tensor, copies=False) for tensor in given[:3]]
             self.macs[next(filter(None, (*named, *owners)))] += macs
         elif not macs and len(set(owners)) == 1 and owners[0] and func not in _LOOK_UPS:
             for made in filter(_is_plain_float, _flat(out)):

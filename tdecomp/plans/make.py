@@ -17,6 +17,7 @@ from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, find_sites
+from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
@@ -83,11 +84,13 @@ def make_plan(
     moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
     times = _profile(model, request, sites)
     offers = offer_ranks(
-        able, moments, curves=weighs, largest_share=selector.largest_share,
-        rounding=_rounding(selector, times), progress=request.progress,
+        able, moments, curves=weighs, rounding=_rounding(selector, times),
+        progress=request.progress,
     )  # fmt: skip
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-    whole = Cost(params, None if found.trace is None else found.trace.total_macs)
+    whole = Cost(params)
+    if found.trace is not None:
+        whole = Cost(params, found.trace.total_macs, uncounted=found.trace.uncounted)
     try:
         chosen = _choose(model, request, times, offers, whole)
     except UnmetError as unmet:
@@ -108,7 +111,11 @@ def make_plan(
     counted: set[int] = set()
     rows = [_row(site, choices[site.name], counted, chosen.seconds) for site in sites]
     rest = replace(whole - total(row.before for row in rows), latency=chosen.rest)
-    plan = Plan(rows, rest, {method.name: method for method in request.methods}, chosen.speed)
+    loss = None
+    if chosen.least_loss is not None:
+        loss = ExpectedLoss(sum(choice.loss for choice in chosen.choices), chosen.least_loss)
+    methods = {method.name: method for method in request.methods}
+    plan = Plan(rows, rest, methods, chosen.speed, loss)
     return Planned(plan, found, moments, fits)
 
 
@@ -148,8 +155,9 @@ def _choose(
     rest = whole - total(offer.losses.before for offer in offers)
     guard: Callable[[Choice], Choice] = (lambda c: c) if request.allow_expansion else guarded
     if times is None or example is None:
-        chosen = checked_choices(selector, [offer.candidates for offer in offers], rest)
-        return TimedChoices([guard(choice) for choice in chosen])
+        candidates = [offer.candidates for offer in offers]
+        chosen = list(map(guard, checked_choices(selector, candidates, rest)))
+        return TimedChoices(chosen, least_loss=selector.least_loss(candidates, rest))
     return choose_with_times(LayoutTimes(
         offers, selector, rest, times, example, model, request.only_if_faster, guard
     ))  # fmt: skip

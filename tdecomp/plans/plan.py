@@ -7,10 +7,13 @@ from typing import Any
 
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import get_decomposer, registered
+from tdecomp.files.typed import parsed, typed
+from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.model.sites import Site
+from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.row import Row
-from tdecomp.plans.table import Table, read_json
+from tdecomp.plans.table import FORMAT, Table
 from tdecomp.ranks.base import spread
 from tdecomp.timing.speed import Speed
 
@@ -30,6 +33,8 @@ class Plan(Table):
         The methods that the rows name, with their options.
     speed : Speed or None
         With a profile, the time of the whole model with such chains.
+    loss : ExpectedLoss or None
+        With a `Budget`, the sum that it makes small, beside a lower bound.
     """
 
     title = "layers to be"
@@ -40,8 +45,10 @@ class Plan(Table):
         everything_else: Cost,
         decomposers: Mapping[str, Decomposer],
         speed: Speed | None = None,
+        loss: ExpectedLoss | None = None,
     ) -> None:
         super().__init__(rows, everything_else, speed)
+        self.loss = loss
         used = {row.method for row in rows}
         self.decomposers = {name: d for name, d in decomposers.items() if name in used}
 
@@ -92,13 +99,18 @@ class Plan(Table):
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         return Plan(rows, self.everything_else, self.decomposers, speed)
 
+    def summary(self) -> str:
+        """One line: how many layers, parameters and MACs, and with a budget what is lost."""
+        return super().summary() + (f"; {self.loss}" if self.loss else "")
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with the options of its methods.
 
         A ValueError names a method that cannot be rebuilt from its options.
         """
         options = {name: _options(d) for name, d in self.decomposers.items()}
-        return {"methods": options, **super().to_dict()}
+        loss = None if self.loss is None else self.loss.to_dict()
+        return {"methods": options, **super().to_dict(), "loss": loss}
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -107,15 +119,31 @@ class Plan(Table):
         A ValueError refuses a text that is no plan or one of another format, and a method or a
         rank that cannot be.
         """
-        with read_json("plan", text) as data:
-            methods = {name: _with_options(name, known) for name, known in data["methods"].items()}
-            for name in {row["method"] for row in data["rows"]} - {None, *methods}:
-                methods[name] = get_decomposer(name)
-            rows = [_counted_anew(Row.from_dict(row), methods) for row in data["rows"]]
-            if len({row.name for row in rows}) < len(rows):
-                raise TypeError("a layer has two rows")
-            speed = None if data["speed"] is None else Speed.from_dict(data["speed"])
-            return cls(rows, Cost(**data["everything_else"]), methods, speed)
+        with named_in_errors("plan"):
+            return cls.from_dict(parsed(text, "plan", FORMAT))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
+        """The inverse of `to_dict`, as `from_json`; an entry of a wrong type is a TypeError."""
+        options = typed(dict[str, dict[str, Any]], data.get("methods"), "methods")
+        rows = typed(tuple[Row, ...], data.get("rows"), "rows")
+        methods = {name: _with_options(name, known) for name, known in options.items()}
+        methods |= {row.method: get_decomposer(row.method) for row in rows
+                    if row.method not in {None, *methods}}  # fmt: skip
+        names = [name for row in rows for name in row.names]
+        if len({*names}) < len(names):
+            raise ValueError(f"expected one row for each layer, got the names {names}")
+        counted = [_counted_anew(row, methods) for row in rows]
+        loss = typed(ExpectedLoss | None, data.get("loss"), "loss")
+        if any(a.after != b.after for a, b in zip(rows, counted, strict=True)):
+            loss = None  # it was that of other choices
+        return cls(
+            counted,
+            typed(Cost, data.get("everything_else"), "everything_else"),
+            methods,
+            typed(Speed | None, data.get("speed"), "speed"),
+            loss,
+        )
 
 
 _EXPECTED = "expected a model of the architecture that was planned for"
@@ -210,9 +238,7 @@ def _read(options: dict[str, Any]) -> dict[str, Any]:
 
 def _with_options(name: str, options: dict[str, Any]) -> Decomposer:
     decomposer = get_decomposer(name)
-    if not is_dataclass(decomposer) or not options:
-        return decomposer
-    unknown = set(options) - {f.name for f in fields(decomposer)}
-    if unknown:
-        raise ValueError(f"plan: {name!r} has no option {', '.join(map(repr, sorted(unknown)))}")
-    return replace(decomposer, **_read(options))
+    known = {f.name for f in fields(decomposer)} if is_dataclass(decomposer) else set[str]()
+    if unknown := options.keys() - known:
+        raise ValueError(f"{name!r} has no option {', '.join(map(repr, sorted(unknown)))}")
+    return replace(decomposer, **_read(options)) if options else decomposer  # type: ignore[type-var]

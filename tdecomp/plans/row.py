@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tdecomp.files.typed import typed
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import Call, LayerSpec
@@ -39,6 +40,19 @@ class Row:
     component_norms: float | None = None  # of CP, over the kernel's: far above √rank they cancel
     calls: tuple[Call, ...] | None = None
 
+    def __post_init__(self) -> None:
+        problem = f"its names are {self.names}" if self.names[:1] != (self.name,) else None
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and value < 0:
+                problem = f"{name} is {value}"
+        if (self.method is None) != (self.rank is None):
+            problem = f"its method is {self.method!r}, its rank {self.rank}"
+        for call in self.calls or ():
+            if self.layer is not None and not self.layer.takes(call):
+                problem = f"{self.layer} cannot have been called with {call}"
+        if problem:
+            raise ValueError(f"layer {self.name!r}: {problem}; expected the row of a real layer")
+
     @property
     def before(self) -> Cost:
         return Cost(self.params_before, self.macs_before, self.latency_before)
@@ -60,17 +74,7 @@ class Row:
     def from_dict(cls, data: dict[str, Any]) -> "Row":
         """The inverse of `to_dict`, also after a round trip through JSON.
 
-        A missing entry raises a KeyError, an unknown one or one of a wrong kind a TypeError.
+        An entry that is missing, unknown or of a wrong type raises a TypeError.
         """
-        counts = [data["params_before"], data["params_after"]]
-        counts += [data["macs_before"] or 0, data["macs_after"] or 0]
-        if not isinstance(data["name"], str) or not all(isinstance(n, int) for n in counts):
-            raise TypeError(f"expected a name and whole counts, got {data['name']!r} and {counts}")
-        layer, rank, calls = data["layer"], data["rank"], data["calls"]
-        known = {
-            "names": tuple(data["names"]),
-            "layer": None if layer is None else LayerSpec.from_dict(layer),
-            "rank": tuple(rank) if isinstance(rank, list) else rank,
-            "calls": None if calls is None else tuple(Call(n, tuple(size)) for n, size in calls),
-        }
-        return cls(**{**data, **known})
+        row: Row = typed(cls, data, "row")
+        return row

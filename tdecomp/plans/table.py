@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -18,30 +17,6 @@ if TYPE_CHECKING:
 
 # Of plans, reports and files; 1 was that of tdecomp 0.1.
 FORMAT = 2
-
-
-@contextmanager
-def read_json(what: str, text: str) -> Iterator[dict[str, Any]]:
-    """The plain data in a JSON text; a ValueError where it is none of this format."""
-    try:
-        data = json.loads(text)
-        check_format(what, data["format"])
-        yield data
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not a {what}'s JSON: {type(error).__name__}: {error}") from error
-
-
-def check_format(what: str, found: Any, version: str | None = None) -> None:
-    """Refuse data that another version of tdecomp wrote."""
-    if type(found) is not int:
-        raise TypeError(f"expected format {FORMAT}, got {found!r}")
-    if found != FORMAT:
-        older = found < FORMAT
-        writer = version or ("0.1" if older else "(a later version)")
-        raise ValueError(
-            f"{what} format {found!r}, written by tdecomp {writer}: this version reads format "
-            f"{FORMAT}; {'make it anew' if older else 'update tdecomp'}"
-        )
 
 
 class Table:
@@ -126,6 +101,9 @@ class Table:
         )
         if before.macs is not None and after.macs is not None:
             macs = f"MACs {_change(before.macs, after.macs)}"
+            if before.uncounted:
+                remedy = "torch.utils.flop_counter.register_flop_formula takes their formulas"
+                macs += f" without those of {before.uncounted} ({remedy})"
         changed = f"{self._changed()} of {len(self)} layers decomposed"
         words = [changed, f"parameters {_change(before.params, after.params)}", macs]
         return "; ".join(words if self.speed is None else [*words, str(self.speed)])

@@ -15,8 +15,6 @@ from tdecomp.layers.cost import Cost
 from tdecomp.linalg.spectrum import Spectrum
 
 NOTHING = Cost(0, 0)
-# The largest share of a layer's cost at which a chain is still worth considering.
-LARGEST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -86,17 +84,19 @@ class RankSelector(ABC):
     latency: float | None = None
     round_to: int | None = None
 
-    @property
-    def largest_share(self) -> float:
-        """The largest share of a layer's cost at which its chain is worth an iterative fit."""
-        return LARGEST_SHARE
-
     @abstractmethod
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         """One choice for each site, from its candidates in the order of the user's methods.
 
         `rest` is the cost of everything in the model outside these sites.
         """
+
+    def least_loss(
+        self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING
+    ) -> float | None:
+        """A lower bound on the summed losses of any choice; None where losses do not decide."""
+        del sites, rest
+        return None
 
 
 def checked_choices(

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, total
 from tdecomp.ranks.base import (
-    LARGEST_SHARE,
     NOTHING,
     Candidate,
     Choice,
@@ -25,14 +24,11 @@ from tdecomp.ranks.base import (
     is_positive_int,
 )
 from tdecomp.ranks.grid import last
-from tdecomp.ranks.knapsack import Choices, least_cost, least_costs, least_loss, spend_rest, spent
+from tdecomp.ranks.knapsack import least_cost, least_loss, spent
+from tdecomp.ranks.relaxation import Choices, least_costs, relax
 
-# In this order: the first one is met by an exact search.
 _NAMES = ("latency", "macs", "params")
 _PER_SECOND = 1e9
-
-# A chain that needs more than this many times the layer's part of the budget is not considered.
-_LARGEST_PART = 3.0
 
 Amounts = NDArray[np.int64]  # (budgets,)
 
@@ -46,7 +42,8 @@ class Budget(RankSelector):
 
     Each layer gets a method and a rank, or is kept as it is, so that the sum of the expected losses
     is least. With moments (``data=``) the loss of a layer is the variance of its output's error,
-    weighted by the output's gradients; without, the share of its squared weights.
+    weighted by the output's gradients; without, the share of its squared weights. The plan has this
+    sum beside a lower bound (``plan.loss``).
 
     Parameters
     ----------
@@ -84,29 +81,36 @@ class Budget(RankSelector):
             allowed = "above 0 and at most 1, a share of the whole model's"
             check_share(f"Budget: expected {name}", share, allowed)
 
-    @property
-    def largest_share(self) -> float:
-        """Chains of several times the layer's part of the budget are not worth a fit."""
-        return min(LARGEST_SHARE, _LARGEST_PART * max(share for _, share in self._named()))
-
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
-        whole = rest + total(candidates[0].before for candidates in sites)
-        limits = self._limits(whole) - self._amounts(rest)
-        layers = [self._choices_of(candidates) for candidates in sites]
+        layers, limits = self._problem(sites, rest)
         picks = least_loss(layers, limits)
         if picks is None:
+            whole = rest + total(candidates[0].before for candidates in sites)
             raise UnmetError(
                 f"Budget: {self._shortage(layers, limits, whole, rest)} of the model with these "
                 "methods and layers. Expected a larger budget, more methods (methods='auto') or "
                 "fewer layers left alone",
                 "params" if self.macs is None and self.latency is None else "macs",
             )
-        spend_rest(layers, picks, limits)
         choices = [layer.choice(pick) for layer, pick in zip(layers, picks, strict=True)]
         if self.latency is None:  # times are known at the options only
             costs = [layer.costs[pick] for layer, pick in zip(layers, picks, strict=True)]
             self._raise_ranks(choices, costs, limits - spent(layers, picks))
         return choices
+
+    def least_loss(
+        self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING
+    ) -> float | None:
+        layers, limits = self._problem(sites, rest)
+        return relax(layers, limits).bound
+
+    def _problem(
+        self, sites: Sequence[Sequence[Candidate]], rest: Cost
+    ) -> tuple[list["_LayerChoices"], Amounts]:
+        """All that the layers may become, and what all of them may cost together."""
+        whole = rest + total(candidates[0].before for candidates in sites)
+        limits = self._limits(whole) - self._amounts(rest)
+        return [self._choices_of(candidates) for candidates in sites], limits
 
     def _named(self) -> list[tuple[str, float]]:
         shares = ((name, getattr(self, name)) for name in _NAMES)

@@ -55,7 +55,7 @@ def rank_steps(
     count: int,
     rounding: Rounding = ANY_RANK,
 ) -> list[Rank]:
-    """About `count` ranks at most, ascending on a log scale, whose cost is within the limit.
+    """About `count` ranks at most, ascending, whose cost is within the limit.
 
     `smallest` is where to begin, as a share: of the largest rank within the limit, or of the limit
     itself where there are several ranks; 0 is rank 1. Several ranks are a common fraction of their
@@ -69,12 +69,13 @@ def rank_steps(
         most = last(0, largest, lambda rank: size(rank) <= limit)
         ranks: list[Rank] = list(_spaced(math.ceil(smallest * most), most, count))
     else:
-        fractions = np.geomspace(1 / max(largest), 1.0, 2 * count).tolist()
+        fractions = [rank / max(largest) for rank in _spaced(1, max(largest), 2 * count)]
         scaled: Iterable[Rank] = dict.fromkeys(
             tuple(max(1, round(fraction * most)) for most in largest) for fraction in fractions
         )
         within = [r for r in sorted(scaled, key=size) if smallest * limit <= size(r) <= limit]
-        ranks = [within[i - 1] for i in _spaced(1, len(within), count)]
+        places = np.linspace(0, len(within) - 1, min(count, len(within)))
+        ranks = [within[round(place)] for place in places.tolist()]
     rounded = dict.fromkeys(rounding.nearest(rank, largest) for rank in ranks)
     return sorted((rank for rank in rounded if size(rank) <= limit), key=size)
 
@@ -105,8 +106,13 @@ def last(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 
 def _spaced(low: int, high: int, count: int) -> list[int]:
-    """At most `count` whole numbers from `low` to `high`, evenly spaced on a log scale."""
+    """At most `count` whole numbers from `low` to `high`, evenly spaced in their cube roots.
+
+    Steps on a log scale are wide near `high`, where large budgets choose; even ones near 1.
+    """
     if high < 1:
         return []
     low = max(1, min(low, high))
-    return sorted({round(x) for x in np.geomspace(low, high, count).tolist()})
+    return sorted(
+        {round(x) for x in (np.linspace(np.cbrt(low), np.cbrt(high), count) ** 3).tolist()}
+    )

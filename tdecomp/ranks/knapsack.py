@@ -3,26 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Levels that the first budget is divided into. What rounding up to levels leaves is spent later.
-_LEVELS = 8192
-# Decimal logarithms of the Lagrange multipliers that are searched, and the steps of the bisection.
-_MULTIPLIERS = (-9.0, 6.0)
-_BISECTIONS = 24
+from tdecomp.ranks.relaxation import Choices, Losses, Relaxation, least_costs, relax
 
-Losses = Sequence[NDArray[Any]]  # of each layer's choices
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What one layer may become."""
-
-    costs: NDArray[np.int64]  # (choices, budgets)
-    losses: NDArray[np.float64]  # (choices,)
+# How much more than the lower bound is close enough to it, as a share of what is found.
+_CLOSE = 1e-4
+# How many partial choices are followed at a time; the many are tried where the few are not enough.
+_WIDTHS = (128, 8192)
 
 
 def least_loss(
@@ -32,41 +22,25 @@ def least_loss(
 
     Limits are for all layers together; costs of budgets beyond them are ignored. `losses` are
     minimised instead of the layers' own if they are given.
-
-    The first limit is met by dynamic programming, exact up to its levels. Each further one is met
-    by adding its cost, times a Lagrange multiplier, to the losses: the smallest multiplier at
-    which the sum fits, found by bisection (Shoham and Gersho 1988, "Efficient bit allocation for
-    an arbitrary set of quantizers").
     """
-    losses = [layer.losses for layer in layers] if losses is None else losses
-    last = len(limits) - 1
     if np.any(least_costs(layers, limits) > limits):
         return None
-    if last == 0:
-        return _dynamic_programming(layers, losses, limits[0])
-    unit = sum(float(loss.max()) for loss in losses) / max(limits[last], 1.0)
-
-    def picks_at(multiplier: float) -> list[int] | None:
-        pairs = zip(layers, losses, strict=True)
-        penalised = [loss + multiplier * unit * layer.costs[:, last] for layer, loss in pairs]
-        return least_loss(layers, limits[:last], penalised)
-
-    def fits(picks: Sequence[int] | None) -> bool:
-        return picks is not None and bool(spent(layers, picks)[last] <= limits[last])
-
-    unlimited = picks_at(0.0)
-    if unlimited is None or fits(unlimited):
-        return unlimited
-    best = least_cost(layers, last, limits)
-    if not fits(best):
-        return None
-    low, high = _MULTIPLIERS
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if fits(picks := picks_at(10**middle)):
-            best, high = picks, middle
-        else:
-            low = middle
+    losses = [layer.losses for layer in layers] if losses is None else losses
+    relaxed = relax(layers, limits, losses)
+    best, least, ceiling = None, math.inf, math.inf
+    for width in _WIDTHS:
+        picks, certain = _search(relaxed, losses, ceiling, width)
+        if picks is not None:
+            found = sum(float(loss[pick]) for loss, pick in zip(losses, picks, strict=True))
+            if found < least:
+                best, least = picks, found
+            ceiling = least - relaxed.bound - _CLOSE * abs(least)
+        if certain or ceiling <= 0:
+            return best
+    if best is None and len(limits) > 1:  # only what costs least may fit
+        cheapest = least_cost(layers, len(limits) - 1, limits)
+        if cheapest is not None and np.all(spent(layers, cheapest)[: len(limits)] <= limits):
+            return cheapest
     return best
 
 
@@ -77,66 +51,65 @@ def least_cost(
     return least_loss(layers, limits[:budget], [layer.costs[:, budget] for layer in layers])
 
 
-def least_costs(layers: Sequence[Choices], limits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The least sum of each cost, whatever the others are."""
-    least = (layer.costs.min(axis=0)[: len(limits)] for layer in layers)
-    return sum(least, np.zeros_like(limits))
-
-
 def spent(layers: Sequence[Choices], picks: Sequence[int]) -> NDArray[np.int64]:
     """The sum of each cost over the choices that were picked."""
     costs = [layer.costs[pick] for layer, pick in zip(layers, picks, strict=True)]
     return np.asarray(np.sum(costs, axis=0), dtype=np.int64)
 
 
-def spend_rest(layers: Sequence[Choices], picks: list[int], limits: NDArray[np.int64]) -> None:
-    """Exchange picks in place, each time the one that saves most for its cost, while one fits."""
-    scale = np.maximum(limits, 1.0)
-    while True:
-        left = limits - spent(layers, picks)
-        best, best_gain = None, 0.0
-        for i, (layer, pick) in enumerate(zip(layers, picks, strict=True)):
-            extra = layer.costs - layer.costs[pick]
-            saved = layer.losses[pick] - layer.losses
-            allowed = np.all(extra <= left, axis=1) & (saved > 0)
-            if not allowed.any():
-                continue
-            share = np.maximum((extra / scale).max(axis=1), 1e-12)
-            gains = np.where(allowed, saved / share, 0.0)
-            j = int(np.argmax(gains))
-            if gains[j] > best_gain:
-                best, best_gain = (i, j), gains[j]
-        if best is None:
-            return
-        picks[best[0]] = best[1]
+@dataclass(frozen=True)
+class _Partial:
+    """Choices for some of the layers, many side by side."""
+
+    regret: NDArray[np.float64]  # (partial,), beyond the lower bound
+    loss: NDArray[np.float64]  # (partial,)
+    cost: NDArray[np.int64]  # (partial, budgets), beyond the least
+    parent: NDArray[np.intp]  # (partial,), the place of what a layer was added to
+    choice: NDArray[np.intp]  # (partial,), of that layer
+
+    def only(self, places: NDArray[np.intp]) -> "_Partial":
+        return _Partial(*(values[places] for values in vars(self).values()))
 
 
-def _dynamic_programming(layers: Sequence[Choices], losses: Losses, limit: int) -> list[int]:
-    """The picks of least loss whose first costs stay within a limit that the least costs meet."""
-    least = [layer.costs[:, 0].min() for layer in layers]
-    spare = limit - sum(least)
-    pairs = zip(layers, least, strict=True)
-    levels = [_levels(layer.costs[:, 0] - base, spare) for layer, base in pairs]
-    reached = np.zeros(_LEVELS + 1)  # the least loss of the layers so far, by levels spent at most
-    taken = np.zeros((len(layers), _LEVELS + 1), dtype=np.int32)
-    for needed, loss, row in zip(levels, losses, taken, strict=True):
-        following = np.full(_LEVELS + 1, math.inf)
-        for i in np.argsort(needed, kind="stable"):
-            if needed[i] > _LEVELS:
-                break
-            with_it = reached[: _LEVELS + 1 - needed[i]] + loss[i]
-            better = with_it < following[needed[i] :]
-            following[needed[i] :][better] = with_it[better]
-            row[needed[i] :][better] = i
-        reached = following
-    picks, level = [], _LEVELS
-    for needed, row in zip(reversed(levels), taken[::-1], strict=True):
-        picks.append(int(row[level]))
-        level -= int(needed[picks[-1]])
-    return picks[::-1]
+def _search(
+    relaxed: Relaxation, losses: Losses, ceiling: float, width: int
+) -> tuple[list[int] | None, bool]:
+    """The picks of least loss of those whose regret is below the ceiling, and if that is certain.
+
+    Layer by layer every choice is added to each of the partial choices that can still fit. Of
+    more than `width` of them those of the smallest regret are followed on, and nothing is certain.
+    """
+    none, nowhere = np.zeros(1), np.zeros(1, dtype=np.intp)
+    last = _Partial(none, none, np.zeros((1, len(relaxed.room)), np.int64), nowhere, nowhere)
+    useful = [np.flatnonzero(regrets < ceiling) for regrets in relaxed.regrets]
+    order = sorted(range(len(useful)), key=lambda i: len(useful[i]))
+    steps, certain = [], True
+    for i in order:
+        regrets, extra = relaxed.regrets[i][useful[i]], relaxed.extra[i][useful[i]]
+        sums = last.regret[:, None] + regrets
+        fits = sums < ceiling
+        for budget, most in enumerate(relaxed.room):
+            fits &= last.cost[:, budget, None] + extra[:, budget] <= most
+        parent, place = np.nonzero(fits)
+        choice = useful[i][place]
+        loss, cost = last.loss[parent] + losses[i][choice], last.cost[parent] + extra[place]
+        last = _Partial(sums[parent, place], loss, cost, parent, choice)
+        if len(parent) > width and i != order[-1]:
+            last, certain = last.only(_promising(last, relaxed.room, width)), False
+        steps.append(last)
+    if not len(last.loss):
+        return None, certain
+    at, picks = int(np.lexsort((last.cost.sum(axis=1), last.loss))[0]), [0] * len(order)
+    for i, step in zip(reversed(order), reversed(steps), strict=True):
+        picks[i], at = int(step.choice[at]), int(step.parent[at])
+    return picks, certain
 
 
-def _levels(extra: NDArray[np.int64], spare: int) -> NDArray[np.int64]:
-    """The levels that each cost takes, rounded up, in integers; too many for what does not fit."""
-    rounded: NDArray[np.int64] = -(-extra * _LEVELS // max(spare, 1))
-    return np.where(extra > spare, _LEVELS + 1, rounded)
+def _promising(partial: _Partial, room: NDArray[np.int64], width: int) -> NDArray[np.intp]:
+    """The places of the smallest regrets, one for each cost, and of the one that costs least."""
+    near = min(4 * width, len(partial.regret))
+    found = np.argpartition(partial.regret, near - 1)[:near]
+    found = found[np.lexsort((partial.loss[found], *partial.cost[found].T))]
+    found = found[np.append(True, np.any(np.diff(partial.cost[found], axis=0) != 0, axis=1))]
+    found = found[np.argsort(partial.regret[found], kind="stable")[: width - 1]]
+    return np.append(found, np.argmin((partial.cost / np.maximum(room, 1)).max(axis=1)))

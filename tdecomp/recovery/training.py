@@ -99,7 +99,8 @@ class Training:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.trained, _MAX_GRADIENT_NORM)
-                optimizer.step()
+                with torch.device(device):  # where Adam of some releases makes its counters
+                    optimizer.step()
                 schedule.step()
                 bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
                 if step % stretch == 0 or step == steps:

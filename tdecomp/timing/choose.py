@@ -36,6 +36,7 @@ class TimedChoices:
     seconds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     speed: Speed | None = None  # predicted, of the whole model
     rest: float | None = None  # seconds of one pass of the original outside these layers
+    least_loss: float | None = None  # no choice loses less, as far as the selector knows
 
     @property
     def share(self) -> float:
@@ -98,6 +99,7 @@ def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoice
         [_with_times(c, offer.losses, layer, times, factor) for c in offer.candidates]
         for offer, layer in zip(offers, layers, strict=True)
     ]
+    least_loss = selector.least_loss(candidates, rest)
     penalize = times.only_if_faster and selector.weighs_layers and selector.latency is None
     select = partial(choose_with_time_penalty if penalize else checked_choices, selector)
     while True:
@@ -118,13 +120,14 @@ def _choose_once(times: LayoutTimes, predictor: LatencyPredictor) -> TimedChoice
     if times.only_if_faster and (speed.predicted or 1.0) > 1:
         reason = f"the model with these chains takes {speed.predicted:.2f} of its time"
         choices = [c if c.candidate is None else Choice(reason=reason) for c in choices]
-        compared = [None] * len(choices)
+        compared, least_loss = [None] * len(choices), None
         speed = rehearse(times, choices)
     seconds = {
         offer.site.name: (found.before, found.after) if found else (layer, layer)
         for offer, layer, found in zip(offers, layers, compared, strict=True)
     }
-    return TimedChoices(choices, seconds, speed, max(0.0, times.original - sum(layers)))
+    outside = max(0.0, times.original - sum(layers))
+    return TimedChoices(choices, seconds, speed, outside, least_loss)
 
 
 def _aimed(times: LayoutTimes, predictor: LatencyPredictor) -> RankSelector:

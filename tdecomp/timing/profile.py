@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from tabulate import tabulate
 from torch import nn
 
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.files.typed import parsed, typed
+from tdecomp.files.whole_file import named_in_errors, whole_file
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stage import StageId, id_of
-from tdecomp.model.example import Example
+from tdecomp.model.example import LAYOUTS, Example
 from tdecomp.ranks.grid import Rounding, rank_steps
-from tdecomp.scope import whole_file
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import THIS_MACHINE, Setting, Stages, Stopwatch
 
@@ -30,7 +31,7 @@ Key = tuple[str, tuple[StageId, ...], Call]
 Calls = Sequence[Call]  # those of one pass
 Curve = list[tuple[float, float]]  # MACs and seconds of a method's timed chains, ascending
 # The fields that a saved profile holds as they are.
-_PLAIN = ("model", "inputs", "round_to", "points")
+_PLAIN = {"model": str, "inputs": str, "round_to": int, "points": int}
 
 
 @dataclass
@@ -53,6 +54,14 @@ class Profile:
     # Takes all further measurements made with this profile; it is not saved.
     stopwatch: Stopwatch = field(default=THIS_MACHINE, repr=False, compare=False)
     _curves: dict[Any, Curve] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        layouts = {*self.whole, *(layout for layout, _, _ in self.times)}
+        if not self.whole or layouts - LAYOUTS.keys() or min(self.round_to, self.points) < 1:
+            raise ValueError(
+                f"expected times in layouts of {[*LAYOUTS]}, round_to and points of 1 or more, got "
+                f"{sorted(layouts)}, {self.round_to} and {self.points}"
+            )
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -170,20 +179,15 @@ class Profile:
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Profile":
         """Read what `save` wrote; a ValueError if it is no profile, or of a newer format."""
-        try:
-            data = json.loads(Path(file).read_text(encoding="utf-8"))
-            got = data["format"]
-            if got != _FORMAT:
-                raise ValueError(f"profile format {got!r}: this version reads format {_FORMAT}")
+        with named_in_errors(file):
+            data = parsed(Path(file).read_bytes(), "profile", _FORMAT)
+            entries = typed(tuple[_Entry, ...], data.get("times"), "times")
             return cls(
-                setting=Setting(**data["setting"]),
-                whole={layout: Quartiles(**time) for layout, time in data["whole"].items()},
-                times=dict(map(_entry, data["times"])),
-                **{name: data[name] for name in _PLAIN},
+                typed(Setting, data.get("setting"), "setting"),
+                whole=typed(dict[str, Quartiles], data.get("whole"), "whole"),
+                times=dict(entry.timed for entry in entries),
+                **{name: typed(kind, data.get(name), name) for name, kind in _PLAIN.items()},
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{os.fspath(file)!r} is no profile: {reason}") from error
 
     def __str__(self) -> str:
         rows = []
@@ -248,8 +252,21 @@ def _replaces(chain: Sequence[StageId], spec: LayerSpec) -> bool:
     return (*ends, *volume) == (spec.in_channels, spec.out_channels, *spec.kernel_size)
 
 
-def _entry(data: Mapping[str, Any]) -> tuple[Key, Quartiles]:
-    stages = tuple(s if isinstance(s, str) else LayerSpec.from_dict(s) for s in data["stages"])
-    batch, size = data["call"]
-    time = Quartiles(data["median"], data["low"], data["high"])
-    return (data["layout"], stages, Call(batch, tuple(size))), time
+@dataclass(frozen=True)
+class _Entry(Quartiles):
+    """A time as the file holds it, with its key."""
+
+    layout: str
+    stages: tuple[StageId, ...]
+    call: Call
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ndims = {stage.ndim for stage in self.stages if isinstance(stage, LayerSpec)}
+        if not self.stages or ndims - {len(self.call.size)}:
+            raise ValueError(f"no stages, or stages that {self.call} does not fit")
+
+    @property
+    def timed(self) -> tuple[Key, Quartiles]:
+        time = Quartiles(self.median, self.low, self.high)
+        return (self.layout, self.stages, self.call), time

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tdecomp.files.typed import typed
+from tdecomp.model.example import LAYOUTS
+
 
 @dataclass(frozen=True)
 class Quartiles:
@@ -15,6 +18,10 @@ class Quartiles:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.median <= self.high:
+            raise ValueError(f"expected quartiles above 0 in their order, got {self}")
+
     @classmethod
     def over(cls, values: NDArray[np.float64]) -> "Quartiles":
         low, median, high = np.percentile(values, [25, 50, 75]).tolist()
@@ -23,7 +30,7 @@ class Quartiles:
     @property
     def spread(self) -> float:
         """The distance between the quartiles, as a share of the median."""
-        return (self.high - self.low) / self.median if self.median else 0.0
+        return (self.high - self.low) / self.median
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,11 @@ class Speed:
     compiled: bool = False  # whether both models ran compiled
     tried: tuple[str, ...] = ()  # the layouts that were tried
 
+    def __post_init__(self) -> None:
+        unknown = {self.layout_before, self.layout, *self.tried} - LAYOUTS.keys()
+        if unknown or (self.budget is not None and self.budget <= 0):
+            raise ValueError(f"expected layouts of {[*LAYOUTS]}, a budget above 0, got {self!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
@@ -46,8 +58,8 @@ class Speed:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Speed":
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        measured = None if data["measured"] is None else Quartiles(**data["measured"])
-        return cls(**{**data, "measured": measured, "tried": tuple(data["tried"])})
+        speed: Speed = typed(cls, data, "speed")
+        return speed
 
     def __str__(self) -> str:
         measured, budget, parts = self.measured, self.budget, []

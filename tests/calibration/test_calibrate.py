@@ -411,17 +411,17 @@ def test_saved_moments_come_back(tmp_path):
 def test_file_that_holds_no_moments(tmp_path):
     file = tmp_path / "other.safetensors"
     file.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match=r"other\.safetensors: damaged or no safetensors file"):
         Moments.load(file)
     save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="holds no moments"):
+    with pytest.raises(ValueError, match="no moments"):
         Moments.load(file)
     for header in ("{}", "[1]", "nonsense", '{"format": 1, "layers": {"0": {}}}'):
         save_file({"x": torch.zeros(1)}, file, {"tdecomp_moments": header})
-        with pytest.raises(ValueError, match=r"other.safetensors: .*moments"):
+        with pytest.raises(ValueError, match=r"other\.safetensors: "):
             Moments.load(file)
     save_file({"x": torch.zeros(1)}, file, {"tdecomp_moments": '{"format": 99}'})
-    with pytest.raises(ValueError, match="moments format 99; this version reads 1"):
+    with pytest.raises(ValueError, match=r"moments format 99, .*this version reads format 1"):
         Moments.load(file)
     with pytest.raises(FileNotFoundError):
         Moments.load(tmp_path / "nowhere.safetensors")

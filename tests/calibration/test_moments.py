@@ -313,7 +313,7 @@ def test_modes_of_the_caller_do_not_matter(mode):
         ("mean", lambda t: t[:, :-1], "mean of shape"),
         ("matrix", lambda t: -t, "matrix has squares below 0"),
         ("matrix", lambda t: t[:, :-1], "matrix of shape"),
-        ("rows", lambda t: t[:, :-1], "rows, expected"),
+        ("rows", lambda t: t[:, :-1], "rows of shape"),
         ("rows", lambda t: t.long(), "no floating-point numbers"),
         ("gradient", lambda t: -t, "gradient has squares below 0"),
         ("gradient", lambda t: t[:1], "gradient of shape"),

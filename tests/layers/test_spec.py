@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -148,3 +149,44 @@ def test_fan_in_counts_what_one_output_sees():
 def test_only_linear_layers_and_convolutions_have_a_spec():
     with pytest.raises(TypeError, match=r"known kind \(Linear, .*\), got BatchNorm2d"):
         LayerSpec.of(nn.BatchNorm2d(3))
+
+
+GEOMETRY = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+NONSENSE = [
+    {"groups": 0},
+    {"groups": False},
+    {"groups": 3},
+    {"in_channels": -4},
+    {"out_channels": 4.0},
+    {"kernel_size": 3},
+    {"kernel_size": (3,)},
+    {"stride": False},
+    {"stride": (0, 1)},
+    {"dilation": ()},
+    {"padding": "all"},
+    {"padding": (-1, 0)},
+    {"output_padding": None},
+    {"padding": "same", "transposed": True},
+]
+
+
+@pytest.mark.parametrize("change", NONSENSE, ids=str)
+def test_sizes_that_no_layer_has_are_refused(change):
+    sizes = {"in_channels": 4, "out_channels": 4, **GEOMETRY, "output_padding": (0, 0), **change}
+    with pytest.raises(ValueError, match=r"expected .* got "):
+        LayerSpec(**sizes)
+
+
+def test_sizes_as_torch_takes_them_are_whole_numbers():
+    conv = nn.Conv2d(np.int64(4), np.int64(6), np.int64(3), padding=False)
+    conv.stride = 1  # set afterwards, as to dilate a trained model
+    assert LayerSpec.of(conv) == LayerSpec.of(nn.Conv2d(4, 6, 3))
+    json.dumps(LayerSpec.of(conv).to_dict())
+    json.dumps(LayerSpec.of(nn.Linear(np.int64(4), 3)).to_dict())
+
+
+def test_calls_that_a_layer_takes():
+    spec = LayerSpec.of(nn.Conv2d(4, 6, 3))
+    assert spec.takes(Call(0, (3, 3)))
+    for call in (Call(1, (3,)), Call(1, (1, 3)), Call(-1, (3, 3)), Call(1, (3, -3)), Call(1)):
+        assert not spec.takes(call)

@@ -30,6 +30,18 @@ def test_without_data_errors_are_those_of_the_weights():
     assert point.error == pytest.approx(row.weight_error, rel=1e-4)
 
 
+def test_losses_of_a_model_with_tiny_outputs_are_the_same_shares():
+    scale, losses = 1e-8, []
+    for factor in (1.0, scale):
+        model = mlp()
+        with torch.no_grad():
+            model[4].weight.mul_(factor)
+        table = tdecomp.sensitivity(model, "svd", data=vectors(), **QUIET)
+        losses.append([[point.loss for point in layer["svd"].points] for layer in table.values()])
+    for full, tiny in zip(*losses, strict=True):
+        assert tiny == pytest.approx([scale**2 * loss for loss in full], rel=1e-3, abs=0)
+
+
 def test_as_data_it_says_what_was_computed_and_what_interpolated():
     model, batches = convnet(), images()
     table = tdecomp.sensitivity(

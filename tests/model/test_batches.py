@@ -1,3 +1,4 @@
+import threading
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -6,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import tdecomp
 from tdecomp.model.batches import (
     call_model,
+    copied,
     count_samples,
     device_of,
     in_parts,
@@ -143,3 +146,39 @@ def test_device_is_that_of_the_first_tensor():
     assert device_of(nn.Linear(2, 2, device="meta")).type == "meta"
     assert device_of(nn.BatchNorm1d(3, affine=False, device="meta")).type == "meta"
     assert device_of(nn.ReLU()) == CPU
+
+
+class Cache:
+    """Grows with each call of a model, as a cache of keys and values does."""
+
+    def __init__(self):
+        self.seen = [torch.zeros(2, 4)]
+
+    def __len__(self):
+        return sum(map(len, self.seen))
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, cache):
+        if len(cache) > 4:
+            raise ValueError("too much is remembered")
+        cache.seen.append(self.fc(x))
+        return torch.cat(cache.seen)
+
+
+def test_an_object_that_a_model_changes_stays_as_it_was():
+    model, cache = Remembers(), Cache()
+    inputs = {"x": torch.ones(2, 4), "cache": cache}
+    result = tdecomp.decompose(
+        model, "svd", rank=1, example_inputs=inputs, data=[inputs], progress=False
+    )
+    assert result.report["fc"].method == "svd"
+    assert len(cache) == 2
+    # What holds no tensor, is a model, or cannot be copied, is handed over as it is.
+    cache.lock = threading.Lock()
+    for value in ("text", object(), model, cache):
+        assert copied(value) is value

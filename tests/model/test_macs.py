@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils import flop_counter
 
 import tdecomp
 from tdecomp.model.macs import MacCounter
+from tdecomp.torch_state import no_fast_path
 
 
 def counted(function, *args, **options):
@@ -69,10 +72,105 @@ def test_grouped_products_are_those_of_the_rows():
         (lambda a, b: torch.einsum("bij,bjk->bik", a, b), [(2, 3, 4), (2, 4, 5)], 2 * 3 * 4 * 5),
         (nn.Linear(4, 5), [(2, 3, 4)], 2 * 3 * 4 * 5),
         (nn.Conv2d(4, 8, 3, groups=2), [(2, 4, 6, 6)], 2 * 16 * 8 * 2 * 9),
+        (torch.cdist, [(2, 5, 4), (2, 3, 4)], 2 * 5 * 3 * 4),
+        (torch.cdist, [(40, 4), (30, 4)], 40 * 30 * 4),
+        (torch.pdist, [(5, 4)], 10 * 4),
     ],
 )
 def test_other_products(function, shapes, macs):
     assert counted(function, *map(torch.randn, shapes)) == macs
+
+
+@torch.library.custom_op("tdecomp_tests::product", mutates_args=())
+def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x @ y
+
+
+@torch.library.custom_op("tdecomp_tests::shifted", mutates_args=())
+def shifted(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return x + by
+
+
+def named(function, *args):
+    with torch.no_grad(), MacCounter() as counter:
+        function(*args)
+    assert not counter.macs
+    return counter.uncounted
+
+
+SQUARE, HALF = torch.rand(4, 4) + torch.eye(4), torch.ones(4, 32, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "function, args, operator",
+    [
+        (torch.linalg.solve, (SQUARE, SQUARE), "aten::_linalg_solve_ex"),
+        (torch.linalg.pinv, (SQUARE,), "aten::linalg_pinv"),
+        (torch.linalg.qr, (SQUARE,), "aten::linalg_qr"),
+        (torch.matrix_exp, (SQUARE,), "aten::linalg_matrix_exp"),
+        (torch.fft.rfft, (SQUARE,), "aten::_fft_r2c"),
+        (torch.sparse.mm, (torch.eye(4).to_sparse(), SQUARE), "aten::_sparse_addmm"),
+        (torch.conv_tbc, (SQUARE[None], SQUARE[None], SQUARE[0]), "aten::conv_tbc"),
+        (torch._weight_int8pack_mm, (HALF, HALF.char(), HALF[:, 0]), "aten::_weight_int8pack_mm"),
+        (product, (SQUARE, SQUARE), "tdecomp_tests::product"),
+    ],
+)  # fmt: skip
+def test_operators_that_nobody_can_count_are_named(function, args, operator):
+    assert named(function, *args) == {operator}
+
+
+def test_operators_without_products_are_not_named():
+    def rest(x):
+        x = nn.functional.layer_norm(torch.cat([x, x]).softmax(-1) * x.repeat(2, 1), (4,))
+        x = nn.functional.interpolate(x[None, None], scale_factor=2, mode="bilinear")[0]
+        x = nn.functional.grid_sample(x[None], torch.zeros(1, 3, 3, 2), align_corners=False)
+        x.new_zeros(x.shape).index_copy_(0, torch.tensor([0]), x)
+        shifted(x, torch.ones(1))
+        return torch.linalg.vector_norm(x).clamp(max=1).cumsum(0)
+
+    assert named(rest, SQUARE) == set()
+
+
+def test_a_plan_names_what_it_cannot_count_until_there_is_a_formula(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.mix = nn.Linear(8, 8), nn.Parameter(torch.eye(8))
+
+        def forward(self, x):
+            return product(self.fc(x), self.mix)
+
+    def plan():
+        return tdecomp.plan(Net(), "svd", rank=2, example_inputs=torch.ones(3, 8))
+
+    words = "MACs 192 → 96 (0.500) without those of tdecomp_tests::product"
+    assert words in plan().summary()
+    assert words in tdecomp.Plan.from_json(plan().to_json()).summary()
+    assert words in tdecomp.apply(Net(), plan(), progress=False).report.summary()
+    monkeypatch.setattr(flop_counter, "flop_registry", dict(flop_counter.flop_registry))
+    flop_counter.register_flop_formula(torch.ops.tdecomp_tests.product)(
+        lambda a, b, **_: 2 * a[0] * a[1] * b[1]
+    )
+    assert plan().summary().endswith("MACs 384 → 288 (0.750)")
+    assert plan()["mix"].macs_before == 192
+
+
+def test_a_formula_that_fails_is_that_of_an_operator_that_is_not_known(monkeypatch):
+    registry = {**flop_counter.flop_registry, torch.ops.aten.mm: lambda *_, **__: 1 / 0}
+    monkeypatch.setattr(flop_counter, "flop_registry", registry)
+    assert named(torch.mm, SQUARE, SQUARE) == {"aten::mm"}
+
+
+def test_tensors_of_a_class_are_counted_by_the_operators_that_they_stand_for():
+    rows = torch.nested.nested_tensor([torch.ones(3, 8), torch.ones(2, 8)], layout=torch.jagged)
+    assert counted(nn.Linear(8, 4), rows) == 5 * 8 * 4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_of_higher_order():
+    q, k = torch.ones(1, 4, 16, 8), torch.ones(1, 2, 16, 8)
+    with no_fast_path():
+        assert counted(flex_attention, q, k, k, enable_gqa=True) == 4 * 16 * 16 * (8 + 8)
 
 
 class Attention(nn.Module):

@@ -285,3 +285,21 @@ def test_a_layer_that_never_runs_is_judged_by_its_parameters():
     assert plan["spare"].rank == plan["used"].rank == 3
     assert "by parameters" in plan["spare"].note
     assert plan["used"].note is None
+
+
+@torch.no_grad()
+def test_compiled_functions_are_watched_as_they_are_written_and_stay_compiled():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    # With `fullgraph` torch raises an error where it has given up compiling.
+    scores = torch.compile(lambda x: x @ x.T, backend=backend, fullgraph=True)
+    model, x = Reads(lambda fc, x: fc(scores(x))), torch.randn(8, 8)
+    expected = model(x)
+    plan = tdecomp.plan(model, "svd", rank=2, example_inputs=x, data=[x], progress=False)
+    assert plan.everything_else.macs == 8 * 8 * 8
+    torch.testing.assert_close(model(x), expected)
+    assert len(graphs) == 1

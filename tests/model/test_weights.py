@@ -49,6 +49,18 @@ class OutputOf(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
+class Biased(nn.Module):
+    """Attention with a learned bias, which a fused kernel is given as the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(5, 5))
+
+    def forward(self, x):
+        x = x[None, None]
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=self.bias.exp())[0, 0]
+
+
 # The rows of a module that gets inputs of (5, 16), with their MACs.
 _SQUARE = 5 * 16 * 16
 ROWS = {
@@ -65,6 +77,7 @@ ROWS = {
     "in turn": (lambda: Experts(False), {"up": 2 * _SQUARE, "down": _SQUARE}),
     "own": (Own, {"": _SQUARE}),
     "parametrized": (lambda: parametrizations.weight_norm(Own()), {"": _SQUARE}),
+    "mask": (Biased, {"bias": 0}),
     "norm of maps": (lambda: nn.LayerNorm((5, 16)), {"": 0}),
 }
 
@@ -80,7 +93,8 @@ def test_a_weight_of_no_known_layer_is_a_row_with_its_macs_and_a_reason(kind):
     assert [row.name for row in report] == [*names, "1"]
     assert [report[name].macs_before for name in names] == list(expected.values())
     assert all(report[name].reason and report[name].method is None for name in names)
-    assert report.everything_else.macs == (2 * 5 * 5 * 16 if kind == "attention" else 0)
+    attention = kind in ("attention", "mask")
+    assert report.everything_else.macs == (2 * 5 * 5 * 16 if attention else 0)
     assert report.before.params == sum(p.numel() for p in model.parameters())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import SVD
+from tdecomp.layers.spec import Call
 from tdecomp.plans.row import Row
 from tests.recovery.networks import QUIET, mlp, vectors
 
@@ -98,3 +99,26 @@ def test_a_plan_never_comes_back_as_another_method():
     ):
         with pytest.raises(ValueError, match=words):
             tdecomp.plan(model, method, rank=4, **QUIET).to_json()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"names": ("b", "a")}, r"its names are \('b', 'a'\)"),
+        ({"params_before": -1}, "params_before is -1"),
+        ({"latency_after": -0.5}, r"latency_after is -0\.5"),
+        ({"rank": None}, "its method is 'svd', its rank None"),
+        ({"calls": (Call(2, (3,)),)}, r"Linear\(16→24\) cannot have been called"),
+    ],
+)
+def test_a_row_that_no_layer_has_is_refused(change, words):
+    row = next(iter(tdecomp.plan(mlp(), "svd", rank=4, **QUIET)))
+    with pytest.raises(ValueError, match=f"layer '0': {words}"):
+        replace(row, **change)
+
+
+def test_a_layer_has_one_row():
+    plain = tdecomp.plan(mlp(), "svd", rank=4, **QUIET).to_dict()
+    plain["rows"].append(plain["rows"][0])
+    with pytest.raises(ValueError, match="one row for each layer"):
+        tdecomp.Plan.from_dict(plain)

@@ -150,7 +150,7 @@ def test_saved_and_loaded(profiled, model, x, tmp_path):
 def test_no_profile(tmp_path, text):
     file = tmp_path / "times.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"is no profile|reads format 1"):
+    with pytest.raises(ValueError, match=r"times\.json: .*(not JSON|expected|reads format 1)"):
         tdecomp.Profile.load(file)
 
 
@@ -223,3 +223,10 @@ class TestRefused:
                 profile=times,
                 progress=False,
             )
+
+
+@pytest.mark.parametrize("change", [{"round_to": 0}, {"points": 0}, {"whole": {}}], ids=str)
+def test_a_profile_that_cannot_be(profiled, model, x, change):
+    times = profiled(model, x, "lowrank")
+    with pytest.raises(ValueError, match="expected times in layouts"):
+        replace(times, **change)

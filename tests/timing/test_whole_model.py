@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
@@ -50,8 +51,9 @@ def test_a_result_in_the_mode_of_its_plan(stopwatch):
 
 def test_plain_data():
     speed = Speed(
-        0.5, "contiguous", "channels_last", 0.5, Quartiles(0.6, 0.5, 0.7), 0.4, True, ("a",)
-    )
+        0.5, "contiguous", "channels_last", 0.5, Quartiles(0.6, 0.5, 0.7), 0.4, True,
+        ("contiguous",),
+    )  # fmt: skip
     assert Speed.from_dict(speed.to_dict()) == speed
     bare = Speed(0.5, "contiguous", "contiguous")
     assert Speed.from_dict(bare.to_dict()) == bare
@@ -74,3 +76,13 @@ def test_words():
     met = Speed(0.5, "contiguous", "contiguous", 0.5, Quartiles(0.5, 0.5, 0.5), 0.5)
     assert "missed" not in str(met)
     assert "predicted 0.500 of the original's time" in str(replace(met, measured=None))
+
+
+def test_times_and_layouts_that_cannot_be():
+    for quartiles in ((0.0, 0.0, 1.0), (2.0, 1.0, 1.5), (1.0, 0.5, float("nan"))):
+        with pytest.raises(ValueError, match="expected quartiles above 0 in their order"):
+            Quartiles(*quartiles)
+    with pytest.raises(ValueError, match="expected layouts of"):
+        Speed(1.0, "contiguous", "upside down")
+    with pytest.raises(ValueError, match="a budget above 0"):
+        Speed(1.0, "contiguous", "contiguous", budget=0)

@@ -1,0 +1,96 @@
+"""Values of known types from the plain data of a JSON text, which may be damaged."""
+
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from itertools import zip_longest
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+# The Python types that a JSON value may have where a float or a tuple is expected.
+_ALSO: dict[Any, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
+_IN_WORDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+    NoneType: "null", tuple: "a list", dict: "an object",
+}  # fmt: skip
+
+
+def parsed(text: str | bytes, kind: str, form: int) -> dict[str, Any]:
+    """The JSON object in a text; refuses one whose `format` is not `form`, in words."""
+    try:
+        data: dict[str, Any] = typed(dict[str, Any], json.loads(text), kind)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    found = typed(int, data.get("format"), "format")
+    if found != form:
+        version, remedy = ("0.1", "make it anew") if found < form else ("later", "update tdecomp")
+        version = data["version"] if isinstance(data.get("version"), str) else version
+        raise ValueError(
+            f"{kind} format {found}, written by tdecomp {version}: this version reads format "
+            f"{form}; {remedy}"
+        )
+    return data
+
+
+def typed(hint: Any, value: Any, place: str) -> Any:
+    """The value as one of a type: lists become tuples, and objects dataclasses.
+
+    >>> typed(tuple[str, ...] | None, ["fc", "head"], "names")
+    ('fc', 'head')
+
+    Unions, tuples of any length, dicts, dataclasses (all fields have to be there, by name or in
+    order), plain types and Any. Anything else is a TypeError that says where it was, as are numbers
+    that are not finite or beyond 64 bits.
+    """
+    if hint is Any:
+        return value
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next((kind for kind in kinds if type(value) in _forms(kind)), None)
+    number = isinstance(value, (int, float))
+    if kind is None or (number and not abs(value) < 2**63):
+        expected = " or ".join(_IN_WORDS[_base(kind)] for kind in kinds)
+        raise TypeError(f"{place}: expected {expected}, got {reprlib.repr(value)}")
+    if is_dataclass(kind):
+        return _record(kind, value, place)
+    if isinstance(value, dict):
+        key_kind, kind = get_args(kind)
+        return {
+            typed(key_kind, key, place): typed(kind, entry, f"{place}.{key}")
+            for key, entry in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        kind = get_args(kind)[0]
+        return tuple(typed(kind, entry, f"{place}[{i}]") for i, entry in enumerate(value))
+    if isinstance(value, str):
+        value.encode()  # refuses half a surrogate pair, which nothing can print
+    return value
+
+
+def _base(kind: Any) -> Any:
+    return dict if is_dataclass(kind) else get_origin(kind) or kind
+
+
+def _forms(kind: Any) -> tuple[type, ...]:
+    base = _base(kind)
+    return _ALSO.get(base, (base,)) if not is_dataclass(kind) else (dict, list, tuple)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind) if field.init}
+
+
+def _record(kind: Any, value: Any, place: str) -> Any:
+    hints = _hints(kind)
+    given = value if isinstance(value, Mapping) else dict(zip_longest(hints, value))
+    if given.keys() != hints.keys():
+        wrong = reprlib.repr(sorted(map(str, hints.keys() ^ given.keys())))
+        raise TypeError(f"{place}: entries missing or unknown: {wrong}")
+    entries = {name: typed(hint, given[name], f"{place}.{name}") for name, hint in hints.items()}
+    try:
+        return kind(**entries)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error

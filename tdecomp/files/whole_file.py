@@ -1,0 +1,30 @@
+"""Files that are written wholly or not at all, and whose faults are told with their name."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """A draft to write, which takes the file's place at the end; on an error nothing changes."""
+    target = Path(file)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {target.parent}")
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield draft
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_in_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever is wrong with what is read inside is a ValueError that names the source."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(source)}: {error}") from error

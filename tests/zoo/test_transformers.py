@@ -1,0 +1,77 @@
+"""What people do next: generate, train with checkpoints, add to the vocabulary, store."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tdecomp
+from tdecomp.model.batches import tensors_of
+from tests.zoo.of_transformers import MODELS, VOCABULARY
+
+pytestmark = pytest.mark.slow
+
+
+def decomposed(name, **options):
+    case = MODELS[name]
+    return tdecomp.decompose(
+        case.build(), "auto", rank=0.5, example_inputs=case.inputs(), progress=False, **options
+    ).model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "t5", "whisper"])
+def test_generates_with_a_cache_what_it_does_without(name):
+    model = decomposed(name)
+    inputs = MODELS[name].inputs()
+    key = "input_features" if name == "whisper" else "input_ids"
+    with_cache, without = (
+        model.generate(inputs[key], max_new_tokens=6, do_sample=False, use_cache=cached)
+        for cached in (True, False)
+    )
+    assert with_cache.shape[0] == 2
+    assert torch.equal(with_cache, without)
+    assert model.generate(inputs[key], max_new_tokens=6, num_beams=2).shape[0] == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_trains_with_activations_made_again(name, reentrant):
+    plain = decomposed(name).train()
+    saving = copy.deepcopy(plain)
+    saving.activation_checkpointing_enable({"use_reentrant": reentrant})
+    gradients = []
+    for model in (plain, saving):
+        torch.manual_seed(0)
+        options = {} if name == "bert" else {"use_cache": False}
+        out = model(**MODELS[name].inputs(), **options)
+        sum(x.square().mean() for x in tensors_of(out) if x.requires_grad).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "qwen2", "t5", "whisper"])
+def test_the_vocabulary_can_grow(name):
+    # transformers resizes a head of its own only where it is a Linear.
+    model = decomposed(name, exclude="lm_head" if name == "qwen2" else ())
+    model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    assert model.get_input_embeddings().num_embeddings == VOCABULARY + 8
+    if name != "bert":
+        logits = model(**MODELS[name].inputs()).logits
+        assert logits.shape[-1] == VOCABULARY + 8
+        assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_save_pretrained_writes_the_values_of_the_factors(name, tmp_path):
+    model = decomposed(name)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    saved, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    assert saved.keys() <= state.keys()
+    torch.testing.assert_close(saved, {key: state[key] for key in saved}, rtol=0, atol=0)
+    left_out = {key for key in state if key not in saved}
+    assert all(
+        key.endswith(("lm_head.weight", "proj_out.weight", "embed_tokens.weight"))
+        for key in left_out
+    )
