@@ -23,7 +23,7 @@ from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.surgery import copy_with, tensors_in
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.table import FORMAT
-from tdecomp.torch_state import restoring
+from tdecomp.torch_state import no_inference_mode, restoring
 
 _KEY = "tdecomp"
 
@@ -80,7 +80,7 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     ValueError
         If the file is damaged, of a newer format, or of another architecture; names the tensors.
     """
-    with restoring(model):
+    with restoring(model), no_inference_mode():
         sites = find_sites(model)
         with named_in_errors(file):
             return _rebuilt(_read(file), model, sites)

@@ -18,6 +18,7 @@ from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
 from tdecomp.model.weights import is_plain
 from tdecomp.scope import interrupts_deferred
+from tdecomp.torch_state import no_inference_mode
 
 Put = Callable[[Any], None]  # puts a module or another object into a certain place
 
@@ -43,7 +44,8 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
             if buffer.layout is not torch.strided:  # `deepcopy` cannot copy all of these
                 memo[id(buffer)] = buffer.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        with no_inference_mode():  # the copies made in it could not be trained
+            return copy.deepcopy(model, memo)
     except Exception as error:
         remedy = "use inplace=True, without recovery, on a model that you no longer need as it is"
         raise ValueError(f"the model cannot be deep-copied ({error!r}): {remedy}") from error
@@ -87,7 +89,8 @@ def swap(
         if layout is not None:
             for kernel in tensors_in(model).values():
                 undo.callback(setattr, kernel, "data", kernel.data)
-                kernel.data = images_in_layout(kernel.data, layout)
+                with no_inference_mode():
+                    kernel.data = images_in_layout(kernel.data, layout)
         for optimizer in optimizers:
             undo.callback(restorer(optimizer))
             follow(optimizer, chains)

@@ -95,6 +95,15 @@ def test_decomposed_under_a_ratio(name, methods, rank):
 
 
 @each_model
+def test_decomposed_by_data_alone(name):
+    case = ZOO[name]
+    model = case.build()
+    tdecomp.decompose(model, "svd", rank=0.5, data=[case.inputs()], inplace=True, progress=False)
+    assert any(isinstance(module, tdecomp.Chain) for module in model.modules())
+    assert all(tensor.isfinite().all() for tensor in outputs(model, case.inputs()))
+
+
+@each_model
 def test_at_half_of_its_macs(name, tmp_path):
     case = ZOO[name]
     result = decompose(
