@@ -30,19 +30,19 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
     """
     # With the replacements in the memo, old weights are not copied, and no slot is missed.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
-    if share:
-        memo |= {id(t): t for t in tensors_in(model).values() if not is_lazy(t)}
     for module in model.modules():
         # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-        for parameter in module.parameters(recurse=False):
+        for parameter in module.parameters(recurse=False) if not share else ():
             if not parameter.requires_grad and not _can_be_copied(parameter):
                 memo[id(parameter)] = parameter  # it is frozen: both models may have it
-        for buffer in module.buffers(recurse=False):
+        for buffer in module.buffers(recurse=False) if not share else ():
             if buffer.layout is not torch.strided:  # `deepcopy` cannot copy all of these
                 memo[id(buffer)] = buffer.detach().clone()
+    if share:
+        memo |= {id(t): t for t in tensors_in(model).values() if not is_lazy(t)}
     try:
         with no_inference_mode():  # the copies made in it could not be trained
             return copy.deepcopy(model, memo)
