@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tdecomp.layers.patches import dense
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
@@ -52,7 +53,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
         if extra:
             oddities[name] = "it is called with more than its input"
         if isinstance(value, Tensor):  # if not, the layer itself is about to complain
-            calls[name].append(specs[name].call(value.shape))
+            calls[name].append(specs[name].call(dense(value).shape))
 
     def after(*_: Any) -> None:
         running.pop()
