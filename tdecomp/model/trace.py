@@ -1,6 +1,6 @@
 """One watched forward pass: the calls of the layers, the MACs of each row, odd uses of weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -96,10 +96,15 @@ class Reads(TorchFunctionMode, Generic[Owner]):
         self._owners = {id(tensor): owner for owner, own in tensors.items() for tensor in own}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in () if func in _METADATA else _flat((args, kwargs or {})):
+        if func not in _METADATA:
+            self.look_at(_flat((args, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def look_at(self, values: Iterable[Any]) -> None:
+        """Call `read` for those that are among the tensors."""
+        for value in values:
             if id(value) in self._owners:
                 self._read(self._owners[id(value)])
-        return func(*args, **(kwargs or {}))
 
 
 class _Shares(TorchDispatchMode):

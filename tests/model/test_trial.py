@@ -1,5 +1,7 @@
 """The result runs once before it is handed over; layers that it does not run without stay."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -167,12 +169,75 @@ def test_what_cannot_be_reached_stays():
         def forward(self, x):
             return self.call(self.first(x))
 
-    for inplace in (True, False):
+    class Partly(Closure):
+        def forward(self, x):
+            return self.second(super().forward(x))
+
+    for kind, inplace in itertools.product((Closure, Partly), (True, False)):
         for inputs in ({"example_inputs": X}, {"data": [X]}):
-            model = Closure()
-            result = tdecomp.decompose(model, "svd", rank=4, inplace=inplace, **inputs, **QUIET)
-            assert "would not be reached" in result.report["second"].reason
+            result = tdecomp.decompose(kind(), "svd", rank=4, inplace=inplace, **inputs, **QUIET)
+            assert "where it cannot be replaced" in result.report["second"].reason
             assert result.report["first"].method == "svd"
+
+
+class Kept(Net):
+    """Holds the middle layer's weight in a list, and uses or returns it in training."""
+
+    def __init__(self, use):
+        super().__init__(use)
+        self.kept = [self.layers[2].weight]
+
+    def forward(self, x):
+        out = super().forward(x)
+        return self.use_kept(out) if self.training else out
+
+
+@each_way
+@each_input
+@pytest.mark.parametrize("way", ["used", "returned", "its own forward"])
+def test_a_weight_that_the_model_keeps_for_itself_stays(way, inputs, inplace):
+    model = Kept(lambda _net, layer, x: layer(x)).train()
+    layer = model.layers[2]
+    model.use_kept = {
+        "used": lambda out: out + model.kept[0].sum(),
+        "returned": lambda out: (out, {"penalty": model.layers[2].weight}),
+        "its own forward": layer.forward,
+    }[way]
+    result = tdecomp.decompose(model, "svd", rank=4, inplace=inplace, **inputs, **QUIET)
+    assert [row.name for row in result.report if row.method is None] == ["layers.2"]
+
+
+def test_a_layer_that_training_skips_is_decomposed():
+    def skips(net, layer, x):
+        return x if net.training else layer(x)
+
+    model = Net(skips).train()
+    result = tdecomp.decompose(model, "svd", rank=4, example_inputs=X, **QUIET)
+    assert all(row.method == "svd" for row in result.report)
+
+
+def test_a_module_that_copies_itself_keeps_its_layers():
+    class Own(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return Own(nn.Linear(32, 32))
+
+    model = nn.Sequential(Own(nn.Linear(32, 32)), nn.Linear(32, 32))
+    report = tdecomp.decompose(model, "svd", rank=4, **QUIET).report
+    assert "has a __deepcopy__ of its own; use inplace=True" in report["0.0"].reason
+    assert report["1"].method == "svd"
+    report = tdecomp.decompose(model, "svd", rank=4, inplace=True, **QUIET).report
+    assert report["0.0"].method == "svd"
+
+
+def test_layers_that_are_found_by_their_type_stay():
+    class Picky(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(x) if isinstance(layer, nn.Linear) else x
+            return x
+
+    report = tdecomp.decompose(Picky(nn.Linear(32, 32)), "svd", rank=4, data=[X], **QUIET).report
+    assert "found by their type" in report["0"].reason
 
 
 def test_a_layer_that_takes_no_part_is_decomposed_all_the_same():
