@@ -61,7 +61,8 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     ends = [partial(m.register_forward_hook, after, always_call=True) for m in layers]
     watched = {name: tuple(m.parameters(recurse=False)) for m, name in layers.items()}
     counter = MacCounter()
-    shares = _Shares(counter, running, weights_of(model))
+    constants = (*model.parameters(), *model.buffers())
+    shares = _Shares(counter, running, weights_of(model), constants)
     with evaluating(model), hooks(starts), hooks(ends):
         try:
             with torch.no_grad(), no_fast_path(), Reads(watched, read), counter, shares:
@@ -107,27 +108,37 @@ class Reads(TorchFunctionMode, Generic[Owner]):
                 self._read(self._owners[id(value)])
 
 
+_Entry = tuple[StorageWeakRef, str | None]
+
+
 class _Shares(TorchDispatchMode):
     """Gives the MACs of each operator to a row.
 
     That is the layer that is running, or else the row whose parameter the operator is given: as it
-    is, or as a copy made of nothing else (cast, normalised, transposed).
+    is, or as a copy made of it and of other constants alone (cast, transposed, masked, scaled).
     """
 
     supports_higher_order_operators = True
 
     def __init__(
-        self, counter: MacCounter, running: Sequence[str], rows: Sequence[Weights]
+        self,
+        counter: MacCounter,
+        running: Sequence[str],
+        rows: Sequence[Weights],
+        constants: Iterable[Tensor],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs = {row.names[0]: 0 for row in rows}
         self._counter, self._running = counter, running
         # By the number of a storage, which is not given away again while a weak reference lives.
-        self._weights: dict[int, tuple[StorageWeakRef, str]] = {}
-        self._copies: dict[int, tuple[StorageWeakRef, str]] = {}
+        # A constant that belongs to no row has no name.
+        self._weights: dict[int, _Entry] = {}
+        self._copies: dict[int, _Entry] = {}
         for row in rows:
-            for parameter in filter(_is_plain_float, row.parameters):
+            for parameter in filter(_is_plain, row.parameters):
                 self._weights.setdefault(*_entry(parameter, row.names[0]))
+        for constant in filter(_is_plain, constants):
+            self._weights.setdefault(*_entry(constant, None))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self._counter.macs
@@ -136,29 +147,27 @@ class _Shares(TorchDispatchMode):
         if self._running:
             self.macs[self._running[-1]] += macs
             return out
-        given = [value for value in _flat((args, kwargs or {})) if _is_plain_float(value)]
-        owners = [self._owner(tensor) for tensor in given]
-        if macs and any(owners[:3]):  # those after three, such as a mask, are only added
-            named = [self._owner(tensor, copies=False) for tensor in given[:3]]
-            self.macs[next(filter(None, (*named, *owners)))] += macs
-        elif not macs and len(set(owners)) == 1 and owners[0] and func not in _LOOK_UPS:
-            for made in filter(_is_plain_float, _flat(out)):
-                if self._owner(made) is None:
-                    self._copies.setdefault(*_entry(made, owners[0]))
+        given = [value for value in _flat((args, kwargs or {})) if _is_plain(value)]
+        weights = [self._weights.get(_number(tensor)) for tensor in given]
+        found = [w or self._copies.get(_number(t)) for w, t in zip(weights, given, strict=True)]
+        # Those after three, such as a mask, are only added.
+        named = [entry[1] for entry in (*weights[:3], *found[:3]) if entry and entry[1] is not None]
+        owners = {entry[1] for entry in found if entry} - {None}
+        if macs and named:
+            self.macs[named[0]] += macs
+        elif not macs and found and all(found) and len(owners) < 2 and func not in _LOOK_UPS:
+            for made in filter(_is_plain, _flat(out)):
+                if _number(made) not in self._weights:
+                    self._copies.setdefault(*_entry(made, next(iter(owners), None)))
         return out
-
-    def _owner(self, tensor: Tensor, *, copies: bool = True) -> str | None:
-        number = _number(tensor)
-        found = self._weights.get(number) or (self._copies.get(number) if copies else None)
-        return None if found is None else found[1]
 
 
 _LOOK_UPS = {torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default}
 
 
-def _is_plain_float(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-    return plain and value.is_floating_point() and not value.is_meta
+    return plain and (value.is_floating_point() or value.is_complex()) and not value.is_meta
 
 
 def _number(tensor: Tensor) -> int:
@@ -166,7 +175,7 @@ def _number(tensor: Tensor) -> int:
     return number
 
 
-def _entry(tensor: Tensor, name: str) -> tuple[int, tuple[StorageWeakRef, str]]:
+def _entry(tensor: Tensor, name: str | None) -> tuple[int, _Entry]:
     return _number(tensor), (StorageWeakRef(tensor.untyped_storage()), name)
 
 
