@@ -15,6 +15,7 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
 from tdecomp.model.weights import Weights, weights_of
+from tdecomp.scope import Scope
 from tdecomp.torch_state import evaluating, hooks, no_fast_path
 
 Owner = TypeVar("Owner")
@@ -39,33 +40,23 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     layers = {m: name for name, m in model.named_modules() if name in specs}
     calls: dict[str, list[Call]] = {name: [] for name in specs}
     oddities: dict[str, str] = {}
-    running: list[str] = []
-
-    def read(name: str) -> None:
-        if name not in running:
-            oddities.setdefault(name, READ_OUTSIDE)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = layers[layer]
-        running.append(name)
         value, *extra = (*args, *kwargs.values()) or (None,)
         if extra:
             oddities[name] = "it is called with more than its input"
         if isinstance(value, Tensor):  # if not, the layer itself is about to complain
             calls[name].append(specs[name].call(value.shape))
 
-    def after(*_: Any) -> None:
-        running.pop()
-
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
-    ends = [partial(m.register_forward_hook, after, always_call=True) for m in layers]
-    watched = {name: tuple(m.parameters(recurse=False)) for m, name in layers.items()}
+    reads = ReadsOutside({name: layer for layer, name in layers.items()})
     counter = MacCounter()
     constants = (*model.parameters(), *model.buffers())
-    shares = _Shares(counter, running, weights_of(model), constants)
-    with evaluating(model), hooks(starts), hooks(ends):
+    shares = _Shares(counter, reads.running, weights_of(model), constants)
+    with evaluating(model), hooks(starts):
         try:
-            with torch.no_grad(), no_fast_path(), Reads(watched, read), counter, shares:
+            with torch.no_grad(), no_fast_path(), reads, counter, shares:
                 example.copied().run(model)
         except Exception as error:
             raise ValueError(
@@ -74,6 +65,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
                 "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
                 "forward=lambda model, inputs: ... says how else to call it"
             ) from error
+    oddities = {**dict.fromkeys(reads.found, READ_OUTSIDE), **oddities}
     return Trace(calls, counter.macs, shares.macs, oddities, ", ".join(sorted(counter.uncounted)))
 
 
@@ -106,6 +98,42 @@ class Reads(TorchFunctionMode, Generic[Owner]):
         for value in values:
             if id(value) in self._owners:
                 self._read(self._owners[id(value)])
+
+
+class ReadsOutside(Scope):
+    """Inside, notes the layers whose weights are read outside their own forward.
+
+    Attributes
+    ----------
+    found : dict of str to None
+        Their names.
+    running : list of str
+        The layers that are running now, the innermost last.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.found: dict[str, None] = {}
+        self.running: list[str] = []
+        self._layers = layers
+
+    def change(self) -> None:
+        for name, layer in self._layers.items():
+            start = partial(layer.register_forward_pre_hook, partial(self._begin, name))
+            end = partial(layer.register_forward_hook, self._end, always_call=True)
+            self.undo.enter_context(hooks([start, end]))
+        weights = {name: tuple(m.parameters(recurse=False)) for name, m in self._layers.items()}
+        self.undo.enter_context(Reads(weights, self._read))
+
+    def _begin(self, name: str, *_: Any) -> None:
+        self.running.append(name)
+
+    def _end(self, *_: Any) -> None:
+        self.running.pop()
+
+    def _read(self, name: str) -> None:
+        if name not in self.running:
+            self.found[name] = None
 
 
 _Entry = tuple[StorageWeakRef, str | None]

@@ -207,6 +207,34 @@ def test_a_weight_that_the_model_keeps_for_itself_stays(way, inputs, inplace):
     assert [row.name for row in result.report if row.method is None] == ["layers.2"]
 
 
+def by_batch(_net, layer, x):
+    return layer(x) + (layer.weight.sum() if len(x) == 5 else 0)
+
+
+def scales_all(_net, layer, x):
+    scaled = {name: 2 * value for name, value in layer.named_parameters()}
+    return torch.func.functional_call(layer, scaled, x)
+
+
+@each_way
+@pytest.mark.parametrize("use", [by_batch, scales_all], ids=lambda use: use.__name__)
+def test_reads_in_every_batch_count(use, inplace, tmp_path):
+    model, data = Net(use).eval(), [X, torch.cat([X, X[:1]])]
+    result = tdecomp.decompose(model, "svd", rank=4, data=data, inplace=False, **QUIET)
+    assert [row.name for row in result.report if row.method is None] == ["layers.2"]
+    assert result.report["layers.2"].reason == "its weight is read outside its own forward"
+
+    moments = tdecomp.calibrate(model, data, **QUIET) + tdecomp.calibrate(model, data[:1], **QUIET)
+    moments.save(tmp_path / "moments.safetensors")
+    moments = tdecomp.Moments.load(tmp_path / "moments.safetensors")
+    plan = tdecomp.plan(model, "svd", rank=4, data=moments, **QUIET)
+    assert plan["layers.2"].reason == "its weight is read outside its own forward"
+
+    unaware = tdecomp.plan(model, "svd", rank=4, **QUIET)
+    result = tdecomp.apply(model, unaware, data=data, inplace=inplace, **QUIET)
+    assert [row.name for row in result.report if row.method is None] == ["layers.2"]
+
+
 def test_a_layer_that_training_skips_is_decomposed():
     def skips(net, layer, x):
         return x if net.training else layer(x)
