@@ -20,7 +20,6 @@ from tdecomp.model.example import Example, in_layout
 from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
-from tdecomp.model.trace import READ_OUTSIDE
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.parallel import parallel_map
@@ -97,8 +96,8 @@ def _broken(
     runs: list[Run] = [] if example is None else [lambda model: example.copied().run(model)]
     if isinstance(data, Batches):
         runs += data.first_runs()
-    read = set() if planned.moments is None else set(planned.moments.read_outside)
-    known = {row.name: READ_OUTSIDE for row, _ in fitted if row.name in read}  # the plan did not
+    odd = {} if planned.moments is None else planned.moments.oddities
+    known = {row.name: odd[row.name] for row, _ in fitted if row.name in odd}  # the plan did not
     chains = {planned.sites[r.name].module: chain for r, chain in fitted if r.name not in known}
     sites = [planned.sites[row.name] for row, _ in fitted]
     names = {site.module: site.name for site in sites}

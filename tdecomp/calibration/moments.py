@@ -159,8 +159,8 @@ class Moments(Mapping[str, LayerMoments]):
     layers : dict of str to LayerMoments
     unreached : tuple of str
         Layers that no batch reached; they are fitted by their weights.
-    read_outside : tuple of str
-        Layers whose weight the model reads itself; they are left alone.
+    oddities : dict of str to str
+        How the model uses layers in a way that no chain could follow; they are left alone.
     samples : int
         The number of samples that were run.
     peak_bytes : int
@@ -171,7 +171,7 @@ class Moments(Mapping[str, LayerMoments]):
     unreached: tuple[str, ...] = ()
     samples: int = 0
     peak_bytes: int = 0
-    read_outside: tuple[str, ...] = ()
+    oddities: dict[str, str] = field(default_factory=dict)
     # Losses and drafts already computed, so that the next plan finds them.
     fits: FitCache = field(default_factory=FitCache, init=False)
 
@@ -206,8 +206,8 @@ class Moments(Mapping[str, LayerMoments]):
             both[name] = mine.merged(others, self.samples / max(self.samples + other.samples, 1))
         unreached = tuple(name for name in self.unreached if name not in both)
         peak = max(self.peak_bytes, other.peak_bytes)
-        read = tuple({*self.read_outside, *other.read_outside})
-        return Moments(both, unreached, self.samples + other.samples, peak, read)
+        odd = self.oddities | other.oddities
+        return Moments(both, unreached, self.samples + other.samples, peak, odd)
 
     def check_fit(self, sites: Sequence[Site]) -> None:
         """Refuse moments of other layers than these, or of inputs of other sizes."""
@@ -243,7 +243,7 @@ class Moments(Mapping[str, LayerMoments]):
                 "sizes": layer.sizes,
             }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
-        header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "read_outside")}
+        header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities")}
         write_tensors(file, _KEY, header, tensors)
 
     @classmethod
@@ -265,8 +265,8 @@ class Moments(Mapping[str, LayerMoments]):
                 raise ValueError(f"damaged: no layer has the moments {[*tensors]}")
             unreached = typed(tuple[str, ...], header.get("unreached"), "unreached")
             samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
-            read = typed(tuple[str, ...], header.get("read_outside", ()), "read_outside")
-            return cls(layers, unreached, samples, peak, read)
+            odd = typed(dict[str, str], header.get("oddities", {}), "oddities")
+            return cls(layers, unreached, samples, peak, odd)
 
 
 @dataclass(frozen=True)

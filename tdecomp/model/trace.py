@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,13 +51,13 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
             calls[name].append(specs[name].call(value.shape))
 
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
-    reads = ReadsOutside({name: layer for layer, name in layers.items()})
+    uses = OddUses({name: layer for layer, name in layers.items()})
     counter = MacCounter()
     constants = (*model.parameters(), *model.buffers())
-    shares = _Shares(counter, reads.running, weights_of(model), constants)
+    shares = _Shares(counter, uses.running, weights_of(model), constants)
     with evaluating(model), hooks(starts):
         try:
-            with torch.no_grad(), no_fast_path(), reads, counter, shares:
+            with torch.no_grad(), no_fast_path(), uses, counter, shares:
                 example.copied().run(model)
         except Exception as error:
             raise ValueError(
@@ -65,7 +66,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
                 "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
                 "forward=lambda model, inputs: ... says how else to call it"
             ) from error
-    oddities = {**dict.fromkeys(reads.found, READ_OUTSIDE), **oddities}
+    oddities = {**uses.found, **oddities}
     return Trace(calls, counter.macs, shares.macs, oddities, ", ".join(sorted(counter.uncounted)))
 
 
@@ -100,40 +101,49 @@ class Reads(TorchFunctionMode, Generic[Owner]):
                 self._read(self._owners[id(value)])
 
 
-class ReadsOutside(Scope):
-    """Inside, notes the layers whose weights are read outside their own forward.
+class OddUses(Scope):
+    """Inside, notes the layers that a model uses in a way that no chain could follow.
 
     Attributes
     ----------
-    found : dict of str to None
-        Their names.
+    found : dict of str to str
+        How, by the layers' names.
     running : list of str
         The layers that are running now, the innermost last.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.found: dict[str, None] = {}
+        self.found: dict[str, str] = {}
         self.running: list[str] = []
         self._layers = layers
 
     def change(self) -> None:
         for name, layer in self._layers.items():
-            start = partial(layer.register_forward_pre_hook, partial(self._begin, name))
+            begin = partial(self._begin, name)
+            start = partial(layer.register_forward_pre_hook, begin, with_kwargs=True)
             end = partial(layer.register_forward_hook, self._end, always_call=True)
             self.undo.enter_context(hooks([start, end]))
         weights = {name: tuple(m.parameters(recurse=False)) for name, m in self._layers.items()}
         self.undo.enter_context(Reads(weights, self._read))
 
-    def _begin(self, name: str, *_: Any) -> None:
+    def _begin(self, name: str, _: Any, args: Any, kwargs: Any) -> None:
         self.running.append(name)
+        if any(map(is_transformed, (*args, *kwargs.values()))):
+            self.found.setdefault(name, "it is called inside torch.func's vmap or gradients")
 
     def _end(self, *_: Any) -> None:
         self.running.pop()
 
     def _read(self, name: str) -> None:
         if name not in self.running:
-            self.found[name] = None
+            self.found.setdefault(name, READ_OUTSIDE)
+
+
+def is_transformed(value: Any) -> bool:
+    """Whether it stands for a part of a tensor, which torch.func's transforms hide."""
+    wrapped: bool = isinstance(value, Tensor) and is_functorch_wrapped_tensor(value)
+    return wrapped
 
 
 _Entry = tuple[StorageWeakRef, str | None]

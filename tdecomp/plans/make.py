@@ -17,7 +17,6 @@ from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, Sites, find_sites
-from tdecomp.model.trace import READ_OUTSIDE
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
@@ -81,8 +80,8 @@ def make_plan(
     wanted = {site.name for site, _ in able}
     weighs = selector.weighs_layers
     moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
-    if moments is not None and moments.read_outside:
-        sites = _leave(found, dict.fromkeys(moments.read_outside, READ_OUTSIDE))
+    if moments is not None and moments.oddities:
+        sites = _leave(found, moments.oddities)
         able, choices = able_sites(sites, request.methods)
     times = _profile(model, request, sites)
     offers = offer_ranks(

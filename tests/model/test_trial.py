@@ -235,6 +235,18 @@ def test_reads_in_every_batch_count(use, inplace, tmp_path):
     assert [row.name for row in result.report if row.method is None] == ["layers.2"]
 
 
+def in_vmap(_net, layer, x):
+    return torch.vmap(layer)(x)
+
+
+@pytest.mark.parametrize("rank", [4, tdecomp.Budget(params=0.8)])
+@each_input
+def test_a_layer_whose_input_is_not_to_be_seen_stays(inputs, rank):
+    report = tdecomp.decompose(Net(in_vmap), "svd", rank=rank, **inputs, **QUIET).report
+    assert report["layers.2"].reason == "it is called inside torch.func's vmap or gradients"
+    assert any(row.method == "svd" for row in report)
+
+
 def test_a_layer_that_training_skips_is_decomposed():
     def skips(net, layer, x):
         return x if net.training else layer(x)
