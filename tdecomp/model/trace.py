@@ -120,15 +120,19 @@ class OddUses(Scope):
 
     def change(self) -> None:
         for name, layer in self._layers.items():
-            begin = partial(self._begin, name)
+            begin = partial(self._begin, name, layer._parameters.get("weight"))
             start = partial(layer.register_forward_pre_hook, begin, with_kwargs=True)
             end = partial(layer.register_forward_hook, self._end, always_call=True)
             self.undo.enter_context(hooks([start, end]))
         weights = {name: tuple(m.parameters(recurse=False)) for name, m in self._layers.items()}
         self.undo.enter_context(Reads(weights, self._read))
 
-    def _begin(self, name: str, _: Any, args: Any, kwargs: Any) -> None:
+    def _begin(
+        self, name: str, own: Any, layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
         self.running.append(name)
+        if layer._parameters.get("weight") is not own:  # as by functional_call
+            self.found.setdefault(name, "it is called with another weight than its own")
         if any(map(is_transformed, (*args, *kwargs.values()))):
             self.found.setdefault(name, "it is called inside torch.func's vmap or gradients")
 

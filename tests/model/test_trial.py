@@ -235,6 +235,36 @@ def test_reads_in_every_batch_count(use, inplace, tmp_path):
     assert [row.name for row in result.report if row.method is None] == ["layers.2"]
 
 
+class Ensemble(nn.Module):
+    """Runs one block with the weights of two, stacked or in turn."""
+
+    def __init__(self, stacked, device):
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(32, 32)) for _ in range(2)]
+        self.values, _ = torch.func.stack_module_state(blocks)
+        self.block, self.head, self.stacked = blocks[0].to(device), nn.Linear(32, 32), stacked
+
+    def forward(self, x):
+        def run(values):
+            return torch.func.functional_call(self.block, values, (x,))
+
+        if self.stacked:
+            return self.head(torch.vmap(run)(self.values).mean(0))
+        return self.head(run({name: value[0] for name, value in self.values.items()}))
+
+
+@each_way
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_that_is_called_with_other_weights_stays(device, stacked, inplace):
+    inputs = {"data": [X]} if device == "cpu" else {"example_inputs": X}
+    model = Ensemble(stacked, device).eval()
+    result = tdecomp.decompose(model, "svd", rank=4, inplace=inplace, **inputs, **QUIET)
+    assert result.report["block.0"].reason == "it is called with another weight than its own"
+    assert result.report["head"].method == "svd"
+    result.model(X)
+
+
 def in_vmap(_net, layer, x):
     return torch.vmap(layer)(x)
 
