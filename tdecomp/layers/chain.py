@@ -67,6 +67,12 @@ class Chain(nn.Sequential):
             self.mirror_weight()
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # As `functional_call` does with values that the stages would not see.
+        if name in ("weight", "bias") and isinstance(value, torch.Tensor):
+            raise _no_parameter(name)
+        super().__setattr__(name, value)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.partition("_")[0] in ("weight", "bias"):
             raise _no_parameter(name)

@@ -109,6 +109,9 @@ def test_pruning_and_weight_norm_are_refused():
                 norm(chain)
         with pytest.raises(ValueError, match="weight"):
             parametrizations.weight_norm(chain)
+        values = {"weight": torch.ones(16, 16)}
+        with pytest.raises(ValueError, match="a chain has no parameter 'weight'"):
+            torch.func.functional_call(chain, values, torch.ones(3, 16))
 
 
 @pytest.mark.parametrize("inplace", [True, False])
