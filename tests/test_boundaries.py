@@ -1,5 +1,9 @@
 """Inputs at the boundary of what makes sense: they work, or are refused in words."""
 
+import threading
+from collections import deque
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -120,6 +124,75 @@ def test_a_model_that_changes_its_inputs_changes_no_batch_and_no_example():
     expected = tdecomp.decompose(plain, "svd", data=same[:2], example_inputs=same[2], **options)
     for one, other in zip(result.report.recovery, expected.report.recovery, strict=True):
         assert one.error_after == pytest.approx(other.error_after, rel=1e-3)
+
+
+class Own(MutableMapping):
+    """A mapping that keeps its items in an attribute."""
+
+    def __init__(self, **items):
+        self.items_held = items
+
+    def __getitem__(self, key):
+        return self.items_held[key]
+
+    def __setitem__(self, key, value):
+        self.items_held[key] = value
+
+    def __delitem__(self, key):
+        del self.items_held[key]
+
+    def __iter__(self):
+        return iter(self.items_held)
+
+    def __len__(self):
+        return len(self.items_held)
+
+
+@dataclass
+class Holder:
+    x: object
+
+
+@dataclass(slots=True)
+class InSlots:
+    x: object
+
+
+@pytest.mark.parametrize(
+    "wrap, unwrap",
+    [
+        (lambda x: Own(x=x), lambda batch: batch["x"]),
+        (lambda x: Own(x=x, lock=threading.Lock()), lambda batch: batch["x"]),
+        (Holder, lambda batch: batch.x),
+        (lambda x: Holder(2 * x.requires_grad_()), lambda batch: batch.x),
+        (InSlots, lambda batch: batch.x),
+        (lambda x: (Holder(deque([x])), "label"), lambda batch: batch[0].x[0]),
+        (lambda x: x.numpy(), torch.from_numpy),
+        (lambda x: [Holder({"a": x.numpy()})], lambda batch: torch.from_numpy(batch[0].x["a"])),
+    ],
+    ids=[
+        "mapping",
+        "mapping with a lock",
+        "object",
+        "computed",
+        "slots",
+        "deque",
+        "array",
+        "array in an object",
+    ],
+)
+def test_a_model_that_changes_what_a_batch_holds_changes_no_batch(wrap, unwrap):
+    model, batch = InPlace(), wrap(X.clone())
+    held = unwrap(batch)
+    before = held.detach().clone()
+
+    def forward(m, batch):
+        return m(unwrap(batch))
+
+    options = {"rank": 4, "forward": forward, "example_inputs": batch, **QUIET}
+    tdecomp.decompose(model, "svd", data=[batch], recover=["refit"], **options)
+    assert torch.equal(unwrap(batch), before)
+    assert unwrap(batch).data_ptr() == held.data_ptr()
 
 
 def test_an_augment_that_works_in_place_changes_no_batch():

@@ -4,9 +4,9 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from tdecomp.model.batches import tuple_like
+from tdecomp.model.batches import in_slots, tuple_like
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
 from tdecomp.model.weights import is_plain
@@ -168,7 +168,7 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module
             elif not isinstance(value, _OPAQUE):
                 if isinstance(getattr(value, "__dict__", None), dict):
                     queue.append((vars(value), put))
-                queue += _in_slots(value)
+                queue += in_slots(value)
     return found
 
 
@@ -194,15 +194,6 @@ def _put_key(mapping: MutableMapping[Any, Any], current: list[Any], new: Any) ->
     current[0] = new
     mapping.clear()
     mapping.update(items)  # in the same order
-
-
-def _in_slots(value: Any) -> Iterator[tuple[Any, Put]]:
-    """What an object holds in the attributes of its class's `__slots__`."""
-    for kind in type(value).__mro__:
-        for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
-            if isinstance(slot, MemberDescriptorType):
-                with suppress(AttributeError):  # it was never set
-                    yield slot.__get__(value), partial(slot.__set__, value)
 
 
 def _put_weakly(put: Put, new: Any) -> None:
