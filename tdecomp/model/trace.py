@@ -77,20 +77,30 @@ _METADATA = {
     *(Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
+# These, too, but only where they are not of the weight by which a chain describes its layer's.
+_PLACE = {*(getattr(Tensor, name).__get__ for name in ("device", "is_cuda")), Tensor.get_device}
 
 
 class Reads(TorchFunctionMode, Generic[Owner]):
-    """Calls `read` with the owner of each tensor that a torch function is given for its values."""
+    """Calls `read` with the owner of each tensor that a torch function is given for its values.
+
+    Tensors that only describe others have no device to ask for, either.
+    """
 
     def __init__(
-        self, tensors: Mapping[Owner, Sequence[Tensor]], read: Callable[[Owner], None]
+        self,
+        tensors: Mapping[Owner, Sequence[Tensor]],
+        read: Callable[[Owner], None],
+        *,
+        describe: bool = False,
     ) -> None:
         super().__init__()
         self._read = read
+        self._harmless = _METADATA if describe else _METADATA | _PLACE
         self._owners = {id(tensor): owner for owner, own in tensors.items() for tensor in own}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _METADATA:
+        if func not in self._harmless:
             self.look_at(_flat((args, kwargs or {})))
         return func(*args, **(kwargs or {}))
 

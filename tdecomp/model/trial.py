@@ -111,7 +111,7 @@ class _Trial:
             for layer, chain in chains.items()
         }
         modes = {module: module.training for module in model.modules()}
-        reads = Reads(absent, _raise_read)
+        reads = Reads(absent, _raise_read, describe=True)
         with evaluating(model), hooks(registrations), no_fast_path(), torch.no_grad(), reads:
             for run, training in self.runs:
                 for module, mode in modes.items():
