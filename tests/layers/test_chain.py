@@ -181,3 +181,7 @@ def test_models_that_read_what_layers_are_like_go_on(inplace, inputs):
     )
     assert all(row.method is not None for row in result.report)
     assert result.model(x).shape == (16, 8)
+    compiled = torch.compile(result.model, fullgraph=True, backend="eager")
+    exported = torch.export.export(result.model, (x,)).module()
+    for way in (compiled, exported):
+        assert torch.equal(way(x), result.model(x))
