@@ -78,6 +78,13 @@ def test_an_empty_weight_is_left_alone():
     only_the_last(model, "its weight is empty, as where it is sharded")
 
 
+def test_a_layer_that_was_given_a_weight_of_another_size_is_left_alone():
+    model = net()
+    model[0] = nn.Linear(16, 8)
+    model[0].weight, model[0].bias = nn.Parameter(torch.ones(16, 16)), nn.Parameter(torch.ones(16))
+    only_the_last(model, "its weight is of shape (16, 16), by its attributes of (8, 16)")
+
+
 class Adapter(nn.Module):
     def __init__(self, base_layer):
         super().__init__()
