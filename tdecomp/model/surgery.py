@@ -146,6 +146,8 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module
     # Modules, containers, namespaces and what they hold; each `put` replaces its `value`.
     queue: list[tuple[Any, Put]] = [(m, lambda _: None) for m in model.modules()]
     for value, put in queue:  # which grows meanwhile
+        if type(value) in weakref.ProxyTypes:
+            continue  # it passes for what it stands for, and does not say what that is
         if isinstance(value, nn.Module) and value in replacements:
             found.append((value, put))
         elif isinstance(value, (tuple, frozenset)):

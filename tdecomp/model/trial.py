@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import tensors_of
+from tdecomp.model.kept import KeptParameters
 from tdecomp.model.surgery import copy_with, swap
 from tdecomp.model.trace import READ_OUTSIDE, Reads
 from tdecomp.model.weights import is_lazy
@@ -112,7 +113,8 @@ class _Trial:
         }
         modes = {module: module.training for module in model.modules()}
         reads = Reads(absent, _raise_read, describe=True)
-        with evaluating(model), hooks(registrations), no_fast_path(), torch.no_grad(), reads:
+        kept = KeptParameters(model)
+        with evaluating(model), kept, hooks(registrations), no_fast_path(), torch.no_grad(), reads:
             for run, training in self.runs:
                 for module, mode in modes.items():
                     module.training = mode and training

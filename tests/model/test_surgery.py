@@ -137,6 +137,13 @@ def test_a_weak_reference_follows_in_place():
     assert model.again[0]() is model.fc
 
 
+def test_a_weak_proxy_does_not_get_in_the_way():
+    model = Everywhere("list")
+    model.again = [weakref.proxy(model.fc)]
+    result = decompose(model, example_inputs=torch.randn(2, 12))
+    assert isinstance(result.model.fc, Chain)
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_namedtuple_stays_one(inplace):
     result = decompose(Everywhere("namedtuple"), inplace=inplace).model

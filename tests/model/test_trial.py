@@ -1,5 +1,6 @@
 """The result runs once before it is handed over; layers that it does not run without stay."""
 
+import copy
 import itertools
 
 import pytest
@@ -233,6 +234,49 @@ def test_reads_in_every_batch_count(use, inplace, tmp_path):
     unaware = tdecomp.plan(model, "svd", rank=4, **QUIET)
     result = tdecomp.apply(model, unaware, data=data, inplace=inplace, **QUIET)
     assert [row.name for row in result.report if row.method is None] == ["layers.2"]
+
+
+class Average(nn.Module):
+    """Moves a copy of itself in training, as a momentum encoder does."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
+        self.teacher, self.move = copy.deepcopy(self.student), move
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                for parameter in self.teacher.parameters():
+                    self.move(parameter)
+        return self.student(x) + self.teacher(x)
+
+
+MOVES = {
+    "in place": lambda p: p.lerp_(p + 1, 0.5),
+    "through data": lambda p: setattr(p, "data", p.data + 1),
+    "several": lambda p: torch._foreach_add_([p], 1.0),
+    "view": lambda p: p.view(-1)[0].fill_(9),
+    "out": lambda p: torch.add(p, 1, out=p),
+}
+
+
+@each_way
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_parameters_that_training_moves_are_put_back(move, inplace):
+    torch.manual_seed(0)
+    model = Average(move).train()
+    before, held = copy.deepcopy(model.state_dict()), list(model.parameters())
+    places = [parameter.data_ptr() for parameter in held]
+    result = tdecomp.decompose(model, "svd", rank=4, example_inputs=X, inplace=inplace, **QUIET)
+    after = result.model.state_dict()
+    assert result.report["teacher.0"].method == "svd"
+    assert all(torch.equal(after[name], v) for name, v in before.items() if name in after)
+    assert [parameter.data_ptr() for parameter in held] == places
+    # The chains are those that are made where nothing runs.
+    alike = tdecomp.decompose(copy.deepcopy(model).eval(), "svd", rank=4, **QUIET).model
+    assert inplace or all(map(torch.equal, after.values(), alike.state_dict().values()))
+    assert inplace or all(map(torch.equal, model.state_dict().values(), before.values()))
 
 
 class Ensemble(nn.Module):
