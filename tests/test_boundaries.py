@@ -47,6 +47,42 @@ def test_batches_on_the_meta_device_are_refused():
         tdecomp.calibrate(net(), [X.to("meta")], **QUIET)
 
 
+def test_sparse_batches_are_as_good_as_dense_ones(pair):
+    model, original = pair
+    batch = X * (X > 0)
+    both = (batch, batch.to_sparse())
+    moments = [tdecomp.calibrate(original, [b], gradients=False, **QUIET) for b in both]
+    assert torch.equal(moments[0]["0"].matrix, moments[1]["0"].matrix)
+    recovery = tdecomp.refit(model, original, [batch.to_sparse()], **QUIET)
+    assert recovery.error_after < recovery.error_before
+
+
+def test_nested_batches_are_refused_in_words(pair):
+    model, original = pair
+    batch = torch.nested.nested_tensor([X[:3], X[:2]], layout=torch.jagged)
+    for run in (
+        lambda: tdecomp.calibrate(original, [batch], **QUIET),
+        lambda: tdecomp.refit(model, original, [batch], **QUIET),
+        lambda: tdecomp.distill(model, original, [batch], steps=2, **QUIET),
+        lambda: tdecomp.plan(original, "svd", rank=2, example_inputs=batch, **QUIET),
+    ):
+        with pytest.raises(ValueError, match="got a nested tensor; expected padded ones"):
+            run()
+
+
+def test_what_is_no_model_is_refused_by_name(pair):
+    model, original = pair
+    result = tdecomp.decompose(original, "svd", rank=4, **QUIET)
+    for run in (tdecomp.refit, tdecomp.distill):
+        for got in ((result, original), (model, "original")):
+            with pytest.raises(TypeError, match=f"{run.__name__}: expected models .*, got"):
+                run(*got, [X], **QUIET)
+    with pytest.raises(TypeError, match=r"recalibrate_batchnorm: expected models .*, got Decomp"):
+        tdecomp.recalibrate_batchnorm(result, [X], **QUIET)
+    with pytest.raises(TypeError, match=r"reduce_ranks: expected what .*, got Sequential"):
+        tdecomp.reduce_ranks(model, rank=2, **QUIET)
+
+
 @pytest.mark.parametrize("option", ["include", "exclude"])
 @pytest.mark.parametrize("given", [3, [3], ["0", None]], ids=str)
 def test_what_are_no_names(option, given):
@@ -95,9 +131,18 @@ def test_outputs_that_depend_on_nothing_that_can_be_trained():
         tdecomp.distill(model, original, [X], steps=3, **QUIET)
 
 
-def test_numbers_too_large_to_be_squared_are_told_from_nan():
+def test_numbers_too_large_to_be_squared_are_told_from_nan(pair):
     with pytest.raises(ValueError, match=r"layer '0' .*too large to be squared"):
         tdecomp.calibrate(net(), [X * 1e25], **QUIET)
+    with pytest.raises(ValueError, match=r"refit: layer '0' .*too large to be squared"):
+        tdecomp.refit(*pair, [X * 1e25], **QUIET)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1e-25, 1e-20])
+@pytest.mark.parametrize("varied", [True, False])
+def test_inputs_too_small_to_say_anything_are_refitted_to(pair, size, varied):
+    recovery = tdecomp.refit(*pair, [size * (X if varied else torch.ones_like(X))], **QUIET)
+    assert recovery.error_after <= recovery.error_before + 1e-6
 
 
 class InPlace(nn.Module):

@@ -1,6 +1,7 @@
 """Values of known types from the plain data of a JSON text, which may be damaged."""
 
 import json
+import math
 import reprlib
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -40,14 +41,14 @@ def typed(hint: Any, value: Any, place: str) -> Any:
 
     Unions, tuples of any length, dicts, dataclasses (all of their fields have to be there), plain
     types and Any. Anything else is a TypeError that says where it was, as are numbers that are not
-    finite or beyond 64 bits.
+    finite and whole ones beyond 64 bits.
     """
     if hint is Any:
         return value
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next((k for k in kinds if type(value) in _FORMS.get(_base(k), (_base(k),))), None)
-    number = isinstance(value, (int, float))
-    if kind is None or (number and not abs(value) < 2**63):
+    number, most = isinstance(value, (int, float)), math.inf if type(value) is float else 2**63
+    if kind is None or (number and not abs(value) < most):
         expected = " or ".join(_IN_WORDS[_base(kind)] for kind in kinds)
         raise TypeError(f"{place}: expected {expected}, got {reprlib.repr(value)}")
     if is_dataclass(kind):

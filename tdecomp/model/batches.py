@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdecomp.layers.patches import dense
+
 # How a model is called with one batch.
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -54,12 +56,12 @@ def device_of(model: nn.Module) -> torch.device:
 def count_samples(batch: Any) -> int:
     """The length of the first tensor in a batch; 1 for a batch without tensors."""
     tensor = next(_tensors_in(batch), None)
-    return len(tensor) if tensor is not None and tensor.dim() else 1
+    return tensor.size(0) if tensor is not None and tensor.dim() else 1
 
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Every floating-point tensor in a model's output, in the order of the output."""
-    return [tensor for tensor in _tensors_in(output) if tensor.is_floating_point()]
+    return [dense(tensor) for tensor in _tensors_in(output) if tensor.is_floating_point()]
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -183,7 +185,8 @@ def tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
 def describe(value: Any) -> str:
     """A short description of inputs, for messages."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+        shape = "several sizes" if value.is_nested else f"shape {tuple(value.shape)}"
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of {shape}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (tuple, list)):

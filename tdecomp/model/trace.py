@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tdecomp.layers.patches import dense
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
@@ -48,7 +49,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
         if extra:
             oddities[name] = "it is called with more than its input"
         if isinstance(value, Tensor):  # if not, the layer itself is about to complain
-            calls[name].append(specs[name].call(value.shape))
+            calls[name].append(specs[name].call(dense(value).shape))
 
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
     uses = OddUses({name: layer for layer, name in layers.items()})

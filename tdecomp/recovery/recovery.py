@@ -69,6 +69,10 @@ def run_on_copy(
     """
     given = batches_for(step.name, batches, **options)
     models = [model] if original is None else [model, original]
+    for got in models:
+        if not isinstance(got, nn.Module):
+            words = f"expected models (of a result, result.model), got {type(got).__name__}"
+            raise TypeError(f"{step.name}: {words}")
     with restoring(*models, seed=given.seed):
         copy = copy_with(model, {})
         recovery = step.run(copy, original, given, HeldOut(original, given))

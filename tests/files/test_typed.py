@@ -42,6 +42,10 @@ def test_lists_become_tuples_and_objects_records():
     assert typed(Record, json.loads(json.dumps(PLAIN)), "row") == RECORD
 
 
+def test_numbers_may_be_as_large_as_floats_are():
+    assert typed(Record, {**PLAIN, "share": 1e300}, "row").share == 1e300
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
