@@ -98,14 +98,16 @@ def _broken(
     runs: list[Run] = [] if example is None else [lambda model: example.copied().run(model)]
     if isinstance(data, Batches):
         runs += data.first_runs()
+    odd = {} if planned.moments is None else planned.moments.oddities
+    known = {row.name: odd[row.name] for row, _ in fitted if row.name in odd}  # the plan did not
+    chains = {planned.sites[r.name].module: chain for r, chain in fitted if r.name not in known}
     sites = [planned.sites[row.name] for row, _ in fitted]
     names = {site.module: site.name for site in sites}
-    chains = {site.module: chain for site, (_, chain) in zip(sites, fitted, strict=True)}
     ran = None
     if example is not None and all(site.calls is not None for site in sites):
         ran = [site.module for site in sites if site.calls]
     broken = broken_layers(model, chains, runs, inplace=inplace, ran=ran)
-    return {names[layer]: reason for layer, reason in broken.items()}
+    return known | {names[layer]: reason for layer, reason in broken.items()}
 
 
 def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:

@@ -13,6 +13,7 @@ from tdecomp.calibration.moments import LayerMoments
 from tdecomp.layers.patches import dense, patches, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
+from tdecomp.model.trace import is_transformed
 from tdecomp.torch_state import frozen, full_precision, hooks
 
 # A symmetric product is computed from the diagonal downwards only, in at most _BLOCKS blocks of at
@@ -151,6 +152,8 @@ class OutputGradients:
         anchors: list[Tensor] = []
 
         def mark(name: str, _: Any, __: Any, output: Tensor) -> Tensor:
+            if is_transformed(output):
+                return output
             if not output.requires_grad:  # no earlier layer is marked: the graph begins here
                 output = output.detach().requires_grad_()
                 anchors.append(output)

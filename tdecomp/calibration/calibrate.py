@@ -18,6 +18,7 @@ from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
+from tdecomp.model.trace import OddUses, is_transformed
 from tdecomp.torch_state import evaluating, exact_passes, hooks, no_inference_mode, restoring
 
 _GRADIENT_SAMPLES = 128  # weighing layers needs output gradients of no more samples
@@ -154,6 +155,7 @@ def _add_pass(
     """Add what one pass over the batches, and further ones over variants, show of these layers."""
     sums = {name: Accumulator(spec) for name, (_, spec) in layers.items()}
     slopes = OutputGradients(layers, batches) if gradients else None
+    uses = OddUses({name: layer for name, (layer, _) in layers.items()})
     moments.samples = 0
 
     def add(name: str, x: Tensor) -> None:
@@ -161,7 +163,7 @@ def _add_pass(
 
     def run(batch: Any, names: Iterable[str]) -> None:
         rows.begin(batch)
-        with _shown(add, {name: layers[name] for name in names}), torch.no_grad():
+        with _shown(add, {name: layers[name] for name in names}), torch.no_grad(), uses:
             batches.run(model, batch)
         moments.peak_bytes = max(moments.peak_bytes, sum(s.nbytes for s in sums.values()))
 
@@ -182,6 +184,7 @@ def _add_pass(
             if not few:
                 break
             run(batch, few)
+    moments.oddities |= uses.found
     importance = {} if slopes is None else slopes.finish()
     for name in layers:
         found = sums.pop(name).finish(importance.get(name))
@@ -194,7 +197,9 @@ def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:
     """Inside, `show` gets the name and the input of each layer that is about to run."""
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        show(name, next(iter((*args, *kwargs.values()))))
+        x = next(iter((*args, *kwargs.values())))
+        if not is_transformed(x):
+            show(name, x)
 
     return hooks(
         partial(layer.register_forward_pre_hook, partial(before, name), with_kwargs=True)

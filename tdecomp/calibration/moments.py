@@ -159,6 +159,8 @@ class Moments(Mapping[str, LayerMoments]):
     layers : dict of str to LayerMoments
     unreached : tuple of str
         Layers that no batch reached; they are fitted by their weights.
+    oddities : dict of str to str
+        How the model uses layers in a way that no chain could follow; they are left alone.
     samples : int
         The number of samples that were run.
     peak_bytes : int
@@ -169,6 +171,7 @@ class Moments(Mapping[str, LayerMoments]):
     unreached: tuple[str, ...] = ()
     samples: int = 0
     peak_bytes: int = 0
+    oddities: dict[str, str] = field(default_factory=dict)
     # Losses and drafts already computed, so that the next plan finds them.
     fits: FitCache = field(default_factory=FitCache, init=False)
 
@@ -203,7 +206,8 @@ class Moments(Mapping[str, LayerMoments]):
             both[name] = mine.merged(others, self.samples / max(self.samples + other.samples, 1))
         unreached = tuple(name for name in self.unreached if name not in both)
         peak = max(self.peak_bytes, other.peak_bytes)
-        return Moments(both, unreached, self.samples + other.samples, peak)
+        odd = self.oddities | other.oddities
+        return Moments(both, unreached, self.samples + other.samples, peak, odd)
 
     def check_fit(self, sites: Sequence[Site]) -> None:
         """Refuse moments of other layers than these, or of inputs of other sizes."""
@@ -239,7 +243,7 @@ class Moments(Mapping[str, LayerMoments]):
                 "sizes": layer.sizes,
             }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
-        header |= {"samples": self.samples, "peak_bytes": self.peak_bytes}
+        header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities")}
         write_tensors(file, _KEY, header, tensors)
 
     @classmethod
@@ -260,8 +264,9 @@ class Moments(Mapping[str, LayerMoments]):
             if tensors:
                 raise ValueError(f"damaged: no layer has the moments {[*tensors]}")
             unreached = typed(tuple[str, ...], header.get("unreached"), "unreached")
-            counts = (typed(int, header.get(name), name) for name in ("samples", "peak_bytes"))
-            return cls(layers, unreached, *counts)
+            samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
+            odd = typed(dict[str, str], header.get("oddities", {}), "oddities")
+            return cls(layers, unreached, samples, peak, odd)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,12 @@ class Reasons:
         if not is_layer(module):
             return self._readers.get(module) or f"no layer of a known kind: {row}"
         reason = _own_reason(module) or self._tie(module) or self._readers.get(module)
-        if reason is None and spec is not None and spec.depthwise:
-            return "depthwise: each of its filters sees a single channel already"
+        if reason is None and spec is not None:
+            shape = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
+            if shape != spec.weight_shape:
+                return f"its weight is of shape {shape}, by its attributes of {spec.weight_shape}"
+            if spec.depthwise:
+                return "depthwise: each of its filters sees a single channel already"
         return reason
 
     def _tie(self, module: nn.Module) -> str | None:
@@ -122,7 +126,7 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
             for name, child in parent.named_children():
                 if name in ("qkv", "proj"):
                     reasons[child] = "shifted-window attention reads its weight itself"
-        elif isinstance(getattr(parent, "base_layer", None), nn.Module):
+        elif "base_layer" in parent._modules or any(n.startswith("lora_") for n in parent._modules):
             reason = "part of an adapter: merge it first (merge_and_unload), or adapt the result"
             reasons |= dict.fromkeys(parent.modules(), reason)
         elif isinstance(parent, Chain):

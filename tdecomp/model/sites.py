@@ -77,15 +77,17 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
 
 
 def _traced(model: nn.Module, specs: Mapping[str, LayerSpec], example: Any) -> Trace:
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False):
-            if parameter.is_meta and not hasattr(module, "_hf_hook"):  # which brings the values
-                raise ValueError(
-                    f"{name!r} is on the meta device, example_inputs cannot run: {_LOAD}"
-                )
     # A forward pass would give the user's lazy layers their sizes: run a copy.
     lazy = any(is_lazy(module) for module in model.modules())
-    return trace(copy.deepcopy(model) if lazy else model, specs, example)
+    try:
+        return trace(copy.deepcopy(model) if lazy else model, specs, example)
+    except ValueError as error:
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if parameter.is_meta and not hasattr(module, "_hf_hook"):  # which brings the values
+                    words = f"{name!r} is on the meta device, example_inputs cannot run"
+                    raise ValueError(f"{words}: {_LOAD}") from error
+        raise
 
 
 def check_weight(site: Site) -> None:

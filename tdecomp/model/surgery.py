@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -45,7 +46,10 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
         memo |= {id(t): t for t in tensors_in(model).values() if not is_lazy(t)}
     try:
         with no_inference_mode():  # the copies made in it could not be trained
-            return copy.deepcopy(model, memo)
+            twin = copy.deepcopy(model, memo)
+        if not isinstance(twin, nn.Module):  # as where __getattr__ answers for __deepcopy__
+            raise TypeError(f"its copy is {twin!r}")
+        return twin
     except Exception as error:
         remedy = "use inplace=True, without recovery, on a model that you no longer need as it is"
         raise ValueError(f"the model cannot be deep-copied ({error!r}): {remedy}") from error
@@ -142,6 +146,8 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module
     # Modules, containers, namespaces and what they hold; each `put` replaces its `value`.
     queue: list[tuple[Any, Put]] = [(m, lambda _: None) for m in model.modules()]
     for value, put in queue:  # which grows meanwhile
+        if type(value) in weakref.ProxyTypes:
+            continue  # it passes for what it stands for, and does not say what that is
         if isinstance(value, nn.Module) and value in replacements:
             found.append((value, put))
         elif isinstance(value, (tuple, frozenset)):
@@ -159,6 +165,8 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module
                 queue += [(item, partial(value.__setitem__, at)) for at, item in enumerate(value)]
             elif isinstance(value, set):
                 queue += [(item, partial(_put_in_set, value, [item])) for item in value]
+            elif type(value) is weakref.ref:
+                queue.append((value(), partial(_put_weakly, put)))
             elif not isinstance(value, _OPAQUE):
                 if isinstance(getattr(value, "__dict__", None), dict):
                     queue.append((vars(value), put))
@@ -188,6 +196,10 @@ def _put_key(mapping: MutableMapping[Any, Any], current: list[Any], new: Any) ->
     current[0] = new
     mapping.clear()
     mapping.update(items)  # in the same order
+
+
+def _put_weakly(put: Put, new: Any) -> None:
+    put(weakref.ref(new))
 
 
 def _put_in_frozen(old: Any, items: list[Any], at: int, put: Put, new: Any) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.layers.chain import Chain
+from tdecomp.model.batches import tensors_of
+from tdecomp.model.kept import KeptParameters
 from tdecomp.model.surgery import copy_with, swap
 from tdecomp.model.trace import READ_OUTSIDE, Reads
 from tdecomp.model.weights import is_lazy
 from tdecomp.scope import Scope
-from tdecomp.torch_state import evaluating, hooks
+from tdecomp.torch_state import evaluating, hooks, no_fast_path
 
 Run = Callable[[nn.Module], Any]
 
@@ -30,40 +32,49 @@ def broken_layers(
     Each of `runs` calls it once, in the mode that it is in. `ran` are the layers that take part, if
     that is known. The model stays as it is; with `inplace` its chains are in place meanwhile.
     """
-    reasons: dict[nn.Module, str] = {}
+    # Those that a copy of the model would not hold.
+    copied = set() if inplace else set(copy_with(model, chains, share=True).modules())
+    reasons = {m: _COPIED for m, chain in chains.items() if not inplace and chain not in copied}
     trial = _Trial(model, runs, inplace)
     known = False  # whether the model itself makes these runs
     while trial.runs and (tried := {m: c for m, c in chains.items() if m not in reasons}):
         try:
             reached = trial.run(tried)
-        except _Read as read:
-            reasons[read.layer] = READ_OUTSIDE
-        except Exception:
+        except _Used as used:
+            reasons[used.layer] = used.reason
+        except Exception as failure:
             if known:
-                layer, error = trial.first_failing(tried)
+                layer, error = trial.first_failing(tried, failure)
                 problem = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
-                reasons[layer] = f"the model does not run with its chain: {problem}"
+                broken = f"the model does not run with its chain: {problem}"
+                reasons[layer] = error.reason if isinstance(error, _Used) else broken
             else:
                 trial.drop_what_the_model_fails_at()
                 known = True
         else:
             missed = tried.keys() - reached
-            if missed and ran is None:
-                ran = trial.run({}, watched=missed)
-            missed &= set(ran or ())
+            if ran is not None:
+                missed &= set(ran)
+            if missed:  # in train mode a model may skip layers that it runs in eval mode
+                missed &= trial.run({}, watched=missed)
             if not missed:
                 return reasons
-            elsewhere = "the model holds it, too, where it cannot be replaced"
-            reasons |= dict.fromkeys(missed, f"its chain would not be reached: {elsewhere}")
+            reasons |= dict.fromkeys(missed, _PASSED_BY)
     return reasons
 
 
-class _Read(BaseException):  # which no model takes for an error of its own
-    """A model needs the values of a weight that its chain does not have."""
+_UNREACHED = "its chain would not be reached:"
+_COPIED = f"{_UNREACHED} a module around it has a __deepcopy__ of its own; use inplace=True"
+_HELD = f"{_UNREACHED} the model holds it, too, where it cannot be replaced"
+_PASSED_BY = f"{_UNREACHED} the model passes by it, as where layers are found by their type"
 
-    def __init__(self, layer: nn.Module) -> None:
+
+class _Used(BaseException):  # which no model takes for an error of its own
+    """A model uses the layer itself, or values of a weight that its chain does not have."""
+
+    def __init__(self, layer: nn.Module, reason: str = READ_OUTSIDE) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.reason = layer, reason
 
 
 class _Trial:
@@ -95,18 +106,29 @@ class _Trial:
             partial(module.register_forward_pre_hook, lambda *_, layer=layer: reached.add(layer))
             for layer, module in (*chains.items(), *((module, module) for module in watched))
         ]
-        described = {layer: _described(chain) for layer, chain in chains.items()}
+        registrations += [partial(m.register_forward_pre_hook, _raise_held) for m in chains]
+        absent = {
+            layer: (*_described(chain), *layer.parameters(recurse=False))
+            for layer, chain in chains.items()
+        }
         modes = {module: module.training for module in model.modules()}
-        with evaluating(model), hooks(registrations), torch.no_grad(), Reads(described, _raise):
+        reads = Reads(absent, _raise_read, describe=True)
+        kept = KeptParameters(model)
+        with evaluating(model), kept, hooks(registrations), no_fast_path(), torch.no_grad(), reads:
             for run, training in self.runs:
                 for module, mode in modes.items():
                     module.training = mode and training
-                run(model)
+                reads.look_at(tensors_of(run(model)))
         return reached
 
-    def first_failing(self, chains: Mapping[nn.Module, Chain]) -> tuple[nn.Module, BaseException]:
-        """The first layer with whose chain, and those before it, the model fails."""
-        listed, error = list(chains.items()), self._error(chains)
+    def first_failing(
+        self, chains: Mapping[nn.Module, Chain], error: BaseException
+    ) -> tuple[nn.Module, BaseException]:
+        """The first layer with whose chain, and those before it, the model fails, and how.
+
+        With all chains it failed with `error`.
+        """
+        listed = list(chains.items())
         runs, fails = 0, len(listed)
         while fails - runs > 1:
             middle = (runs + fails) // 2
@@ -115,13 +137,12 @@ class _Trial:
                 runs = middle
             else:
                 fails, error = middle, problem
-        assert error is not None
         return listed[fails - 1][0], error
 
     def _error(self, chains: Mapping[nn.Module, Chain]) -> BaseException | None:
         try:
             self.run(chains)
-        except (_Read, Exception) as error:
+        except (_Used, Exception) as error:
             return error
         return None
 
@@ -157,5 +178,9 @@ def _described(chain: nn.Module) -> tuple[Tensor, ...]:
     return tuple(value for value in values if isinstance(value, Tensor))
 
 
-def _raise(layer: nn.Module) -> None:
-    raise _Read(layer)
+def _raise_read(layer: nn.Module) -> None:
+    raise _Used(layer)
+
+
+def _raise_held(layer: nn.Module, _: Any) -> None:
+    raise _Used(layer, _HELD)

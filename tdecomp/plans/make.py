@@ -16,7 +16,7 @@ from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
-from tdecomp.model.sites import Site, find_sites
+from tdecomp.model.sites import Site, Sites, find_sites
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
@@ -73,15 +73,16 @@ def make_plan(
     selector = request.selector
     _check_timing(request)
     found = find_sites(model, request.filters, request.example)
-    for name, reason in request.left_alone.items():
-        found[name] = replace(found[name], reason=reason)
-    sites = list(found.values())
+    sites = _leave(found, request.left_alone)
     able, choices = able_sites(sites, request.methods)
     if isinstance(selector, ByLayer):
         _check_keys(selector, sites, choices)
     wanted = {site.name for site, _ in able}
     weighs = selector.weighs_layers
     moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
+    if moments is not None and moments.oddities:
+        sites = _leave(found, moments.oddities)
+        able, choices = able_sites(sites, request.methods)
     times = _profile(model, request, sites)
     offers = offer_ranks(
         able, moments, curves=weighs, rounding=_rounding(selector, times),
@@ -119,6 +120,13 @@ def make_plan(
     methods = {method.name: method for method in request.methods}
     plan = Plan(rows, rest, methods, chosen.speed, loss)
     return Planned(plan, found, moments, fits)
+
+
+def _leave(found: Sites, reasons: Mapping[str, str]) -> list[Site]:
+    """The rows, with a reason for some that have none of their own."""
+    for name in reasons.keys() & found.keys():
+        found[name] = replace(found[name], reason=found[name].reason or reasons[name])
+    return list(found.values())
 
 
 def _check_timing(request: Request) -> None:

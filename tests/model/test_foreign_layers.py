@@ -78,6 +78,13 @@ def test_an_empty_weight_is_left_alone():
     only_the_last(model, "its weight is empty, as where it is sharded")
 
 
+def test_a_layer_that_was_given_a_weight_of_another_size_is_left_alone():
+    model = net()
+    model[0] = nn.Linear(16, 8)
+    model[0].weight, model[0].bias = nn.Parameter(torch.ones(16, 16)), nn.Parameter(torch.ones(16))
+    only_the_last(model, "its weight is of shape (16, 16), by its attributes of (8, 16)")
+
+
 class Adapter(nn.Module):
     def __init__(self, base_layer):
         super().__init__()
@@ -89,12 +96,28 @@ class Adapter(nn.Module):
         return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
 
 
-def test_adapters_are_left_whole():
+class OwnAdapter(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.original = layer
+        self.lora_down, self.lora_up = nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+
+    def forward(self, x):
+        return self.original(x) + self.lora_up(self.lora_down(x))
+
+
+@pytest.mark.parametrize(
+    "adapter, parts",
+    [
+        (Adapter, ("base_layer", "lora_A.default", "lora_B.default")),
+        (OwnAdapter, ("original", "lora_down", "lora_up")),
+    ],
+)
+def test_adapters_are_left_whole(adapter, parts):
     model = net()
-    model[0] = Adapter(model[0])
+    model[0] = adapter(model[0])
     report = tdecomp.decompose(model, "svd", rank=2, example_inputs=X, **QUIET).report
-    for name in ("0.base_layer", "0.lora_A.default", "0.lora_B.default"):
-        assert "merge it first" in report[name].reason
+    assert all("merge it first" in report[f"0.{name}"].reason for name in parts)
     assert report["2"].method == "svd"
 
 

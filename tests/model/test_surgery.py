@@ -6,6 +6,7 @@ import inspect
 import signal
 import sys
 import types
+import weakref
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +130,20 @@ def test_the_chain_stands_in_every_slot(place, inplace):
         assert words == [key for key in Everywhere(place).again if isinstance(key, str)]
 
 
+def test_a_weak_reference_follows_in_place():
+    model = Everywhere("list")
+    model.again = [weakref.ref(model.fc)]
+    model = decompose(model, inplace=True).model
+    assert model.again[0]() is model.fc
+
+
+def test_a_weak_proxy_does_not_get_in_the_way():
+    model = Everywhere("list")
+    model.again = [weakref.proxy(model.fc)]
+    result = decompose(model, example_inputs=torch.randn(2, 12))
+    assert isinstance(result.model.fc, Chain)
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_namedtuple_stays_one(inplace):
     result = decompose(Everywhere("namedtuple"), inplace=inplace).model
@@ -183,6 +198,15 @@ def test_a_model_that_cannot_be_copied_says_what_to_do():
         decompose(model, inplace=False)
     assert "use inplace=True" in str(caught.value)
     assert isinstance(decompose(model).model[0], Chain)
+
+
+def test_a_model_whose_copy_is_no_module_says_what_to_do():
+    class Answers(Everywhere):
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name in ("fc", "again") else lambda *_: None
+
+    with pytest.raises(ValueError, match=r"its copy is None.*use inplace=True"):
+        decompose(Answers("list"), inplace=False)
 
 
 def test_old_weights_are_not_copied(monkeypatch):

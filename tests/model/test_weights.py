@@ -61,6 +61,19 @@ class Biased(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=self.bias.exp())[0, 0]
 
 
+class Scaled(nn.Module):
+    """A weight that is masked, scaled by a vector of its own and, with `dtype`, complex."""
+
+    def __init__(self, dtype=None):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(16, 16, dtype=dtype))
+        self.scale = nn.Parameter(torch.zeros(16))
+        self.register_buffer("mask", torch.ones(16, 16).tril())
+
+    def forward(self, x):
+        return (x.to(self.matrix.dtype) @ (self.matrix * self.mask * self.scale.exp()).T).real
+
+
 # The rows of a module that gets inputs of (5, 16), with their MACs.
 _SQUARE = 5 * 16 * 16
 ROWS = {
@@ -77,6 +90,8 @@ ROWS = {
     "in turn": (lambda: Experts(False), {"up": 2 * _SQUARE, "down": _SQUARE}),
     "own": (Own, {"": _SQUARE}),
     "parametrized": (lambda: parametrizations.weight_norm(Own()), {"": _SQUARE}),
+    "scaled": (Scaled, {"matrix": _SQUARE}),
+    "complex": (lambda: Scaled(torch.cfloat), {"matrix": _SQUARE}),
     "mask": (Biased, {"bias": 0}),
     "norm of maps": (lambda: nn.LayerNorm((5, 16)), {"": 0}),
 }
