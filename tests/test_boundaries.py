@@ -110,6 +110,7 @@ def test_any_default_device(pair):
         assert tdecomp.refit(model, original, [X], **QUIET).error_after < 1
         assert tdecomp.distill(model, original, [X], steps=3, **QUIET).error_after < 1
         varied = tdecomp.flip_and_shift(images, torch.Generator("cpu"))
+        assert tdecomp.profile(original, X, "svd", **QUIET).fastest > 0
     assert varied.device.type == "cpu"
 
 

@@ -108,11 +108,12 @@ def interleaved(
     threads = torch.get_num_threads()
     # torch's own timer waits for GPUs, holds off the garbage collector and warms up.
     timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    repeats = [max(1, round(min_block / timer.timeit(1).mean)) for timer in timers]
+    # `times` holds one number; `mean` would be computed on the default device, which may be meta.
+    repeats = [max(1, round(min_block / timer.timeit(1).times[0])) for timer in timers]
     seconds, order = np.empty((rounds, len(timers))), range(len(timers))
     for i in trange(rounds, desc=progress, leave=False, disable=progress is None):
         for j in order if i % 2 == 0 else reversed(order):
-            seconds[i, j] = timers[j].timeit(repeats[j]).mean
+            seconds[i, j] = timers[j].timeit(repeats[j]).times[0]
     return seconds
 
 
