@@ -44,7 +44,8 @@ class Row:
     def __post_init__(self) -> None:
         problem = f"its names are {self.names}" if self.names[:1] != (self.name,) else None
         for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and value < 0:
+            large = isinstance(value, int) and value >= 2**63  # it could not be read back
+            if large or (isinstance(value, (int, float)) and value < 0):
                 problem = f"{name} is {value}"
         if (self.method is None) != (self.rank is None):
             problem = f"its method is {self.method!r}, its rank {self.rank}"

@@ -106,6 +106,7 @@ def test_a_plan_never_comes_back_as_another_method():
     [
         ({"names": ("b", "a")}, r"its names are \('b', 'a'\)"),
         ({"params_before": -1}, "params_before is -1"),
+        ({"macs_after": 2**63}, "macs_after is 9223372036854775808"),
         ({"latency_after": -0.5}, r"latency_after is -0\.5"),
         ({"rank": None}, "its method is 'svd', its rank None"),
         ({"calls": (Call(2, (3,)),)}, r"Linear\(16→24\) cannot have been called"),
