@@ -21,9 +21,10 @@ from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.chain import Chain
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.surgery import copy_with, tensors_in
+from tdecomp.model.weights import is_plain
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.table import FORMAT
-from tdecomp.torch_state import restoring
+from tdecomp.torch_state import no_inference_mode, restoring
 
 _KEY = "tdecomp"
 
@@ -38,10 +39,9 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
         )
     state = model.state_dict()
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{key!r} of the state dict is a {type(value).__name__}; only tensors can be saved"
-            )
+        if found := _unsaved(value):
+            words = "only tensors can be saved, plain and dense and with values"
+            raise ValueError(f"{key!r} of the state dict is a {found}; {words}")
     shared = _shared(state)
     strides = {
         key: list(value.stride())
@@ -80,7 +80,7 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     ValueError
         If the file is damaged, of a newer format, or of another architecture; names the tensors.
     """
-    with restoring(model):
+    with restoring(model), no_inference_mode():
         sites = find_sites(model)
         with named_in_errors(file):
             return _rebuilt(_read(file), model, sites)
@@ -91,6 +91,16 @@ class _Saved(NamedTuple):
     shared: dict[str, str]  # the names that share the tensor of an earlier name
     strides: dict[str, tuple[int, ...]]  # of tensors that are not contiguous
     tensors: dict[str, Tensor]
+
+
+def _unsaved(value: Any) -> str | None:
+    """What it is, if safetensors cannot hold it; else None."""
+    if not isinstance(value, Tensor) or not is_plain(value):
+        return type(value).__name__
+    dense = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+    if dense and value.dtype not in (torch.complex32, torch.complex128):
+        return None
+    return f"{value.dtype} tensor ({value.layout}, on {value.device})"
 
 
 def _shared(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -33,6 +33,7 @@ from tdecomp.result import Decomposition
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.stopwatch import THIS_MACHINE, Stopwatch
 from tdecomp.timing.whole_model import measured_speed
+from tdecomp.torch_state import no_inference_mode
 
 
 def carry_out(
@@ -73,7 +74,8 @@ def carry_out(
     report = Report(rows, plan.everything_else, recovered, speed)
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:
-        result = changed if layout is None else in_layout(changed, layout)
+        with no_inference_mode():  # whose tensors could not be trained
+            result = changed if layout is None else in_layout(changed, layout)
         return Decomposition(result, report, plan)
     _warn_of_unoptimized(model, chains, optimizers)
     # The copy that was recovered goes; its values are the model's own now.

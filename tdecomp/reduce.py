@@ -75,6 +75,9 @@ def reduce_ranks(
     ValueError
         If a rank is above a chain's current one, or nothing was decomposed.
     """
+    if not isinstance(decomposition, Decomposition):
+        words = f"expected what decompose() returned, got {type(decomposition).__name__}"
+        raise TypeError(f"reduce_ranks: {words}")
     model, plan = decomposition.model, decomposition.plan
     listed = check_optimizers(optimizers, inplace)
     selector = get_selector(rank)

@@ -71,20 +71,34 @@ class evaluating(exclusive):
         super().change()
         for module in {m: None for model in self._models for m in model.modules()}:
             self.undo.callback(setattr, module, "training", module.training)
-            for name, buffer in module._buffers.items():
+            self.undo.callback(_put_back, module, dict(vars(module)), dict(module._buffers))
+            for buffer in module._buffers.values():
                 if buffer is not None:
                     with suppress(NotImplementedError):  # of 4 bits: torch cannot change it either
                         saved = buffer.data, _version(buffer), buffer.detach().clone()
-                        self.undo.callback(_restore, module, name, buffer, *saved)
+                        self.undo.callback(_restore, buffer, *saved)
         _keep_random_state(self._models, self.undo)
         for model in self._models:
             model.eval()
 
 
-def _restore(
-    module: nn.Module, name: str, buffer: Tensor, data: Tensor, version: int, value: Tensor
+def _put_back(
+    module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Tensor | None]
 ) -> None:
-    module._buffers[name] = buffer  # forward may have put another one in its place
+    """The buffers that there were; if others took their place, plain attributes may tell of it."""
+    mine, held = module._buffers, vars(module)
+    if list(map(id, mine.values())) == list(map(id, buffers.values())):
+        return
+    if isinstance(mine, dict):  # else it is a scripted module's, whose names are fixed
+        mine.clear()
+    for name, buffer in buffers.items():
+        mine[name] = buffer
+    for name in held.keys() - attributes.keys():
+        del held[name]
+    held.update(attributes)
+
+
+def _restore(buffer: Tensor, data: Tensor, version: int, value: Tensor) -> None:
     if buffer.is_inference():
         return  # it cannot be changed outside of inference mode
     changed = _version(buffer) != version

@@ -1,5 +1,6 @@
 """Calls in a pool of threads, on one model or on several, against the same calls in turn."""
 
+import copy
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,18 @@ def decompose(s, draw):
     rank, recover = draw.choice([1, 2, 3, 4, 0.3, 0.5]), draw.choice([(), "refit"])
     return partial(
         tdecomp.decompose, s.model, draw.choice(["svd", "lowrank", METHODS]), rank=rank,
-        data=s.batches, recover=recover, **QUIET,
+        data=s.batches, recover=recover, seed=draw.choice([None, 3, 4]), **QUIET,
     )  # fmt: skip
+
+
+def decompose_in_place(s, draw):
+    copies = [copy.deepcopy(s.model) for _ in range(2)]  # one for each time that it is called
+    options = {"rank": draw.choice([2, 3]), "data": s.batches, "recover": "refit", **QUIET}
+    return lambda: tdecomp.decompose(copies.pop(), "svd", inplace=True, **options)
+
+
+def timed(s, _):
+    return partial(tdecomp.decompose, s.model, METHODS, **BUDGET, **QUIET)
 
 
 def plan(s, draw):
@@ -47,17 +58,19 @@ def recalibrate(s, draw):
 
 def distill(s, draw):
     smaller = tdecomp.decompose(s.model, "svd", rank=draw.choice([1, 2, 3]), **QUIET).model
-    return partial(tdecomp.distill, smaller, s.model, s.batches, steps=2, **QUIET)
+    options = {"steps": 2, "seed": draw.choice([None, 3, 4]), **QUIET}
+    return partial(tdecomp.distill, smaller, s.model, s.batches, **options)
 
 
-def sweep(seed, calls=5):
+def sweep(seed, calls=4):
     """One sweep; an AssertionError says which call's result was another one, or what leaked."""
     draw = random.Random(seed)
     build = draw.choice([in_training, in_training, transformer, wide])
     subjects = [Case(None, build).subject() for _ in range(draw.choice([1, 3]))]
-    kinds = [decompose, plan, calibrate, refit, distill]
-    kinds += [budget, recalibrate] * (build is in_training)
-    chosen = [draw.choice(kinds)(draw.choice(subjects), draw) for _ in range(calls)]
+    kinds = [decompose, decompose_in_place, plan, calibrate, refit, distill]
+    kinds += [budget, recalibrate, timed] * (build is in_training)
+    drawn = [draw.choice(kinds) for _ in range(calls)]
+    chosen = [kind(draw.choice(subjects), draw) for kind in drawn]
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(draw.choice([1, 1, 2]))
     torch.set_float32_matmul_precision(draw.choice(["highest", "medium"]))
@@ -70,8 +83,8 @@ def sweep(seed, calls=5):
             futures = [pool.submit(call) for call in chosen]
             found = [_plain(future.result(timeout=120)) for future in futures]
         assert threading.active_count() == alive
-        for call, one, other in zip(chosen, wanted, found, strict=True):
-            assert same_state(one, other), f"sweep {seed}: {call} gives another result in a thread"
+        for kind, one, other in zip(drawn, wanted, found, strict=True):
+            assert same_state(one, other), f"sweep {seed}: {kind.__name__} differs in a thread"
     finally:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])

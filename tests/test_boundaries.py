@@ -1,5 +1,9 @@
 """Inputs at the boundary of what makes sense: they work, or are refused in words."""
 
+import threading
+from collections import deque
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -41,6 +45,42 @@ def test_an_empty_batch_among_others_changes_nothing(pair):
 def test_batches_on_the_meta_device_are_refused():
     with pytest.raises(ValueError, match=r"calibrate: a batch .*\(64, 16\).*that hold values"):
         tdecomp.calibrate(net(), [X.to("meta")], **QUIET)
+
+
+def test_sparse_batches_are_as_good_as_dense_ones(pair):
+    model, original = pair
+    batch = X * (X > 0)
+    both = (batch, batch.to_sparse())
+    moments = [tdecomp.calibrate(original, [b], gradients=False, **QUIET) for b in both]
+    assert torch.equal(moments[0]["0"].matrix, moments[1]["0"].matrix)
+    recovery = tdecomp.refit(model, original, [batch.to_sparse()], **QUIET)
+    assert recovery.error_after < recovery.error_before
+
+
+def test_nested_batches_are_refused_in_words(pair):
+    model, original = pair
+    batch = torch.nested.nested_tensor([X[:3], X[:2]], layout=torch.jagged)
+    for run in (
+        lambda: tdecomp.calibrate(original, [batch], **QUIET),
+        lambda: tdecomp.refit(model, original, [batch], **QUIET),
+        lambda: tdecomp.distill(model, original, [batch], steps=2, **QUIET),
+        lambda: tdecomp.plan(original, "svd", rank=2, example_inputs=batch, **QUIET),
+    ):
+        with pytest.raises(ValueError, match="got a nested tensor; expected padded ones"):
+            run()
+
+
+def test_what_is_no_model_is_refused_by_name(pair):
+    model, original = pair
+    result = tdecomp.decompose(original, "svd", rank=4, **QUIET)
+    for run in (tdecomp.refit, tdecomp.distill):
+        for got in ((result, original), (model, "original")):
+            with pytest.raises(TypeError, match=f"{run.__name__}: expected models .*, got"):
+                run(*got, [X], **QUIET)
+    with pytest.raises(TypeError, match=r"recalibrate_batchnorm: expected models .*, got Decomp"):
+        tdecomp.recalibrate_batchnorm(result, [X], **QUIET)
+    with pytest.raises(TypeError, match=r"reduce_ranks: expected what .*, got Sequential"):
+        tdecomp.reduce_ranks(model, rank=2, **QUIET)
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
@@ -91,9 +131,18 @@ def test_outputs_that_depend_on_nothing_that_can_be_trained():
         tdecomp.distill(model, original, [X], steps=3, **QUIET)
 
 
-def test_numbers_too_large_to_be_squared_are_told_from_nan():
+def test_numbers_too_large_to_be_squared_are_told_from_nan(pair):
     with pytest.raises(ValueError, match=r"layer '0' .*too large to be squared"):
         tdecomp.calibrate(net(), [X * 1e25], **QUIET)
+    with pytest.raises(ValueError, match=r"refit: layer '0' .*too large to be squared"):
+        tdecomp.refit(*pair, [X * 1e25], **QUIET)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1e-25, 1e-20])
+@pytest.mark.parametrize("varied", [True, False])
+def test_inputs_too_small_to_say_anything_are_refitted_to(pair, size, varied):
+    recovery = tdecomp.refit(*pair, [size * (X if varied else torch.ones_like(X))], **QUIET)
+    assert recovery.error_after <= recovery.error_before + 1e-6
 
 
 class InPlace(nn.Module):
@@ -120,6 +169,75 @@ def test_a_model_that_changes_its_inputs_changes_no_batch_and_no_example():
     expected = tdecomp.decompose(plain, "svd", data=same[:2], example_inputs=same[2], **options)
     for one, other in zip(result.report.recovery, expected.report.recovery, strict=True):
         assert one.error_after == pytest.approx(other.error_after, rel=1e-3)
+
+
+class Own(MutableMapping):
+    """A mapping that keeps its items in an attribute."""
+
+    def __init__(self, **items):
+        self.items_held = items
+
+    def __getitem__(self, key):
+        return self.items_held[key]
+
+    def __setitem__(self, key, value):
+        self.items_held[key] = value
+
+    def __delitem__(self, key):
+        del self.items_held[key]
+
+    def __iter__(self):
+        return iter(self.items_held)
+
+    def __len__(self):
+        return len(self.items_held)
+
+
+@dataclass
+class Holder:
+    x: object
+
+
+@dataclass(slots=True)
+class InSlots:
+    x: object
+
+
+@pytest.mark.parametrize(
+    "wrap, unwrap",
+    [
+        (lambda x: Own(x=x), lambda batch: batch["x"]),
+        (lambda x: Own(x=x, lock=threading.Lock()), lambda batch: batch["x"]),
+        (Holder, lambda batch: batch.x),
+        (lambda x: Holder(2 * x.requires_grad_()), lambda batch: batch.x),
+        (InSlots, lambda batch: batch.x),
+        (lambda x: (Holder(deque([x])), "label"), lambda batch: batch[0].x[0]),
+        (lambda x: x.numpy(), torch.from_numpy),
+        (lambda x: [Holder({"a": x.numpy()})], lambda batch: torch.from_numpy(batch[0].x["a"])),
+    ],
+    ids=[
+        "mapping",
+        "mapping with a lock",
+        "object",
+        "computed",
+        "slots",
+        "deque",
+        "array",
+        "array in an object",
+    ],
+)
+def test_a_model_that_changes_what_a_batch_holds_changes_no_batch(wrap, unwrap):
+    model, batch = InPlace(), wrap(X.clone())
+    held = unwrap(batch)
+    before = held.detach().clone()
+
+    def forward(m, batch):
+        return m(unwrap(batch))
+
+    options = {"rank": 4, "forward": forward, "example_inputs": batch, **QUIET}
+    tdecomp.decompose(model, "svd", data=[batch], recover=["refit"], **options)
+    assert torch.equal(unwrap(batch), before)
+    assert unwrap(batch).data_ptr() == held.data_ptr()
 
 
 def test_an_augment_that_works_in_place_changes_no_batch():

@@ -721,6 +721,43 @@ class WithExtraState(nn.Module):
         pass
 
 
+class Subclass(torch.Tensor):
+    """As quantizers have them."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to("meta"),
+        lambda x: x.to(torch.complex128),
+        lambda x: x.as_subclass(Subclass),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "csr", "meta", "complex", "subclass", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_tensors_that_cannot_be_saved_are_refused_by_name(file, make):
+    result = decomposed(net())
+    result.model.register_buffer("odd", make(torch.eye(3)))
+    with pytest.raises(ValueError, match=r"'odd' of the state dict is a .*only tensors can be"):
+        result.save(file)
+    assert not file.exists()
+
+
+def test_a_link_stays_one_and_a_name_may_be_long(tmp_path):
+    result, target = decomposed(net()), tmp_path / ("n" * 250)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    for name in (target, link):
+        result.save(name)
+        assert_same(tdecomp.load(name, net()), result.model)
+    assert link.is_symlink()
+    assert set(tmp_path.iterdir()) == {target, link}
+
+
 def test_state_that_is_no_tensor_is_refused_by_name(file):
     result = tdecomp.decompose(WithExtraState(), "svd", rank=4, progress=False)
     with pytest.raises(ValueError, match=r"'_extra_state'.*dict.*only tensors"):

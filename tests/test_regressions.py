@@ -69,11 +69,22 @@ def test_autocast_stays_out_of_the_fit(method):
         assert full(layer, method).report[""].weight_error < 1e-5
 
 
-def test_inference_mode_stays_out_of_the_result():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inference_mode_stays_out_of_the_result(tmp_path, inplace, layout):
+    def net():
+        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).to(memory_format=layout)
+
+    model, x = net(), torch.randn(4, 8, 5, 5)
     with torch.inference_mode():
-        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-        result = full(model, example_inputs=torch.randn(4, 8))
-    assert not any(p.is_inference() for p in result.model[0].parameters())
+        result = full(model, "lowrank", example_inputs=x, inplace=inplace)
+        result.save(tmp_path / "small")
+        models = [result.model, tdecomp.load(tmp_path / "small", net())]
+    with torch.inference_mode():  # and with a model that was made in it
+        models.append(full(net(), "lowrank", example_inputs=x).model)
+    for made in models:
+        assert not any(t.is_inference() for t in (*made.parameters(), *made.buffers()))
+        made(x).sum().backward()
 
 
 @pytest.mark.parametrize("method", ["lowrank", "tucker2", "cp", "cp-separable"])

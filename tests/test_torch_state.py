@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -165,6 +166,52 @@ def test_untouched_models_are_as_they_were(error, batches):
         assert not other.norm.training
         other.norm.running_mean = torch.ones(8)
         raise error
+
+
+class Late(nn.Module):
+    """It makes its buffers in its first call."""
+
+    def __init__(self, *, known):
+        super().__init__()
+        self.ready = False
+        if known:
+            self.register_buffer("first", None)
+        self.register_buffer("second", torch.zeros(3))
+
+    def forward(self, x):
+        if not self.ready:
+            self.register_buffer("first", torch.ones(3))
+            self.ready = True
+        return x + self.first + self.second
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["None before", "no such buffer before"])
+def test_buffers_made_in_a_call_are_gone(known):
+    model = Late(known=known).eval()
+    with unchanged(model):
+        for _ in range(2):
+            with evaluating(model):
+                model(torch.zeros(3))
+    assert not model.ready
+    assert list(model.state_dict()) == ["second"]
+
+
+def test_a_scripted_module_has_its_buffers_again():
+    class Replacing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return x + self.calls
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script
+        model = torch.jit.script(Replacing())
+    with evaluating(model):
+        model(torch.zeros(3))
+    assert float(model.calls) == 0
 
 
 def test_frozen_parameters_are_trained_again():

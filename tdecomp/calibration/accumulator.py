@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdecomp.calibration.data import Batches, CountedRows
 from tdecomp.calibration.moments import LayerMoments
-from tdecomp.layers.patches import patches, to_kernel_order
+from tdecomp.layers.patches import dense, patches, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.model.trace import is_transformed
@@ -199,7 +199,7 @@ def _add_product(matrix: Tensor, rows: Tensor) -> None:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return dense(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:

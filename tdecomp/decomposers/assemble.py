@@ -50,10 +50,10 @@ def assemble(
         write_factors(chain, method, factors)
         if isinstance(bias, nn.Parameter):
             chain[-1].get_parameter("bias").copy_(bias if shift is None else bias + shift)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-    # A kernel of size 1 is contiguous in every format, which says nothing about the layer.
-    if last and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
-        chain.to(memory_format=last)  # type: ignore[call-overload]
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+        # A kernel of size 1 is contiguous in every format, which says nothing about the layer.
+        if last and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
+            chain.to(memory_format=last)  # type: ignore[call-overload]
     return chain
 
 

@@ -1,16 +1,15 @@
 """Values of known types from the plain data of a JSON text, which may be damaged."""
 
 import json
+import math
 import reprlib
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from itertools import zip_longest
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-# The Python types that a JSON value may have where a float or a tuple is expected.
-_ALSO: dict[Any, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
+# The types that a value of plain data may have where this is not the expected type alone.
+_FORMS: dict[Any, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 _IN_WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text",
     NoneType: "null", tuple: "a list", dict: "an object",
@@ -40,16 +39,16 @@ def typed(hint: Any, value: Any, place: str) -> Any:
     >>> typed(tuple[str, ...] | None, ["fc", "head"], "names")
     ('fc', 'head')
 
-    Unions, tuples of any length, dicts, dataclasses (all fields have to be there, by name or in
-    order), plain types and Any. Anything else is a TypeError that says where it was, as are numbers
-    that are not finite or beyond 64 bits.
+    Unions, tuples of any length, dicts, dataclasses (all of their fields have to be there), plain
+    types and Any. Anything else is a TypeError that says where it was, as are numbers that are not
+    finite and whole ones beyond 64 bits.
     """
     if hint is Any:
         return value
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    kind = next((kind for kind in kinds if type(value) in _forms(kind)), None)
-    number = isinstance(value, (int, float))
-    if kind is None or (number and not abs(value) < 2**63):
+    kind = next((k for k in kinds if type(value) in _FORMS.get(_base(k), (_base(k),))), None)
+    number, most = isinstance(value, (int, float)), math.inf if type(value) is float else 2**63
+    if kind is None or (number and not abs(value) < most):
         expected = " or ".join(_IN_WORDS[_base(kind)] for kind in kinds)
         raise TypeError(f"{place}: expected {expected}, got {reprlib.repr(value)}")
     if is_dataclass(kind):
@@ -72,11 +71,6 @@ def _base(kind: Any) -> Any:
     return dict if is_dataclass(kind) else get_origin(kind) or kind
 
 
-def _forms(kind: Any) -> tuple[type, ...]:
-    base = _base(kind)
-    return _ALSO.get(base, (base,)) if not is_dataclass(kind) else (dict, list, tuple)
-
-
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
@@ -85,11 +79,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _record(kind: Any, value: Any, place: str) -> Any:
     hints = _hints(kind)
-    given = value if isinstance(value, Mapping) else dict(zip_longest(hints, value))
-    if given.keys() != hints.keys():
-        wrong = reprlib.repr(sorted(map(str, hints.keys() ^ given.keys())))
+    if value.keys() != hints.keys():
+        wrong = reprlib.repr(sorted(map(str, hints.keys() ^ value.keys())))
         raise TypeError(f"{place}: entries missing or unknown: {wrong}")
-    entries = {name: typed(hint, given[name], f"{place}.{name}") for name, hint in hints.items()}
+    entries = {name: typed(hint, value[name], f"{place}.{name}") for name, hint in hints.items()}
     try:
         return kind(**entries)
     except ValueError as error:

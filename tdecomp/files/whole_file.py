@@ -10,10 +10,10 @@ from pathlib import Path
 @contextmanager
 def whole_file(file: str | os.PathLike[str]) -> Iterator[Path]:
     """A draft to write, which takes the file's place at the end; on an error nothing changes."""
-    target = Path(file)
+    target = Path(os.path.realpath(file))  # a link stays one
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {target.parent}")
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    draft = target.with_name(f".{uuid.uuid4().hex}.draft")  # however long the name
     try:
         yield draft
         draft.replace(target)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tdecomp.layers.spec import LayerSpec
 
@@ -55,7 +56,8 @@ class Chain(nn.Sequential):
         if first is not None and spec is not None:
             shapes = {"weight": spec.weight_shape, "bias": (spec.out_channels,)}
             for name, shape in shapes.items():
-                described = torch.empty(shape, dtype=first.dtype, device="meta")
+                empty = torch.empty(shape, dtype=first.dtype, device="meta")
+                described = empty.as_subclass(_Described)
                 described.requires_grad_(first.requires_grad and first.is_floating_point())
                 vars(self)[name] = described if spec.bias or name == "weight" else None
 
@@ -78,6 +80,30 @@ class Chain(nn.Sequential):
 
     def extra_repr(self) -> str:
         return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"
+
+
+class _Described(Tensor):
+    """The weight of a replaced layer without its values, on the meta device.
+
+    Torch multiplies ordinary tensors by those on the meta device without an error, and returns
+    whatever is in memory: here that is refused.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        if not all(isinstance(tensor, cls) for tensor in tensors):
+            raise ValueError(
+                "something needs the values of a decomposed layer's weight, which are gone: leave "
+                "that layer alone (exclude=[...]); with example_inputs those of the model's own "
+                "forward are found"
+            )
+        described: Any = super().__torch_function__
+        return described(func, types, args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.detach().clone().requires_grad_(self.requires_grad)
 
 
 class _NoParameters(dict[str, nn.Parameter | None]):

@@ -8,10 +8,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tdecomp.layers.spec import LayerSpec
+
+
+def dense(x: Tensor) -> Tensor:
+    """The same values in a plain tensor; refuses samples of several lengths."""
+    if x.is_nested:
+        raise ValueError(
+            "got a nested tensor; expected padded ones, nested.to_padded_tensor(0.0), and for rows "
+            "that do not count Data(batches, mask=...)"
+        )
+    return x if x.layout is torch.strided else x.to_dense()
 
 
 def patches(

@@ -16,6 +16,8 @@ from torch import Tensor
 # in directions that the data never showed. Far below the precision of float32 inputs, and far above
 # the round-off of float64.
 _RIDGE = 1e-10
+# A power below this is that of inputs that say nothing.
+_LEAST = 1e-290
 # The factor by which the ridge grows until a matrix is positive definite.
 _RIDGE_GROWTH = 4.0
 
@@ -38,7 +40,10 @@ class SecondMoment:
     @property
     def ridge(self) -> float:
         """The number that is added to the diagonal."""
-        return _RIDGE * (self.trace / self.fan_in or 1.0)
+        power = self.trace / self.fan_in
+        # Round-off may leave inputs that never vary a power below 0; the least of floats has no
+        # share that is one.
+        return _RIDGE * (power if power > _LEAST else 1.0)
 
     @property
     def trace(self) -> float:
@@ -84,9 +89,9 @@ class SecondMoment:
 
     @cached_property
     def _definite_ridge(self) -> float:
-        ridge = self.ridge
+        ridge, most = self.ridge, float(self._matrix.abs().sum())  # no eigenvalue is larger
         # A matrix that is not finite never becomes definite; the fit then raises an error.
-        while ridge < self.trace and torch.linalg.cholesky_ex(_ridged(self._matrix, ridge)).info:
+        while ridge < most and torch.linalg.cholesky_ex(_ridged(self._matrix, ridge)).info:
             ridge *= _RIDGE_GROWTH
         return ridge
 

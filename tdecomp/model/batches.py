@@ -2,12 +2,18 @@
 
 import copy
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from functools import partial
+from types import MemberDescriptorType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tdecomp.layers.patches import dense
 
 # How a model is called with one batch.
 Forward = Callable[[nn.Module, Any], Any]
@@ -50,22 +56,44 @@ def device_of(model: nn.Module) -> torch.device:
 def count_samples(batch: Any) -> int:
     """The length of the first tensor in a batch; 1 for a batch without tensors."""
     tensor = next(_tensors_in(batch), None)
-    return len(tensor) if tensor is not None and tensor.dim() else 1
+    return tensor.size(0) if tensor is not None and tensor.dim() else 1
 
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Every floating-point tensor in a model's output, in the order of the output."""
-    return [tensor for tensor in _tensors_in(output) if tensor.is_floating_point()]
+    return [dense(tensor) for tensor in _tensors_in(output) if tensor.is_floating_point()]
 
 
-def _tensors_in(value: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """All tensors in containers and in attributes of objects; `within` holds the ids around."""
-    if isinstance(value, Tensor):
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    return (held for held in _arrays_in(value) if isinstance(held, Tensor))
+
+
+def _arrays_in(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """Tensors and NumPy arrays in containers and in attributes; `within` holds the ids around."""
+    if isinstance(value, (Tensor, np.ndarray)):
         yield value
     elif id(value) not in within:
-        named = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-        for part in value if isinstance(value, (tuple, list)) else named.values():
-            yield from _tensors_in(part, (*within, id(value)))
+        for part in _parts(value):
+            yield from _arrays_in(part, (*within, id(value)))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list, deque, set, frozenset)):
+        yield from value
+    elif isinstance(value, Mapping):
+        yield from value.values()
+    else:
+        yield from getattr(value, "__dict__", {}).values()
+        yield from (held for held, _ in in_slots(value))
+
+
+def in_slots(value: Any) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+    """What an object holds in its class's `__slots__`, each with the way to put another there."""
+    for kind in type(value).__mro__:
+        for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
+            if isinstance(slot, MemberDescriptorType):
+                with suppress(AttributeError):  # it was never set
+                    yield slot.__get__(value), partial(slot.__set__, value)
 
 
 def in_parts(batch: Any, size: int, most: int) -> list[Any]:
@@ -104,10 +132,11 @@ def copied(batch: Any) -> Any:
 
 def _copied_object(value: Any) -> Any:
     """A copy of an object that holds tensors, such as a cache of keys; others as they are."""
-    if isinstance(value, nn.Module) or next(_tensors_in(value), None) is None:
+    held = list(_arrays_in(value))
+    if isinstance(value, nn.Module) or not held:
         return value
-    try:
-        return copy.deepcopy(value)
+    try:  # `deepcopy` refuses to copy tensors that were computed with gradients
+        return copy.deepcopy(value, {id(x): x.clone() for x in held if isinstance(x, Tensor)})
     except Exception:  # whatever its class raises: the model gets the object itself
         return value
 
@@ -134,7 +163,15 @@ def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A mapping of the same type, such as a tokenizer's output; a dict where it takes no items."""
     if type(value) is dict or not isinstance(value, MutableMapping):
         return items
-    twin = copy.copy(value)
+    if isinstance(value, dict) or hasattr(value, "__copy__"):
+        twin = copy.copy(value)
+    else:  # its shallow copy would share what holds the items
+        given = list(value.values())  # which live as long as their ids are used
+        memo = {id(old): new for old, new in zip(given, items.values(), strict=True)}
+        try:
+            twin = copy.deepcopy(value, memo)
+        except Exception:  # whatever its class raises
+            return items
     for key, item in items.items():
         twin[key] = item
     return twin
@@ -148,7 +185,8 @@ def tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
 def describe(value: Any) -> str:
     """A short description of inputs, for messages."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+        shape = "several sizes" if value.is_nested else f"shape {tuple(value.shape)}"
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of {shape}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (tuple, list)):

@@ -4,9 +4,9 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from tdecomp.model.batches import tuple_like
+from tdecomp.model.batches import in_slots, tuple_like
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
 from tdecomp.model.weights import is_plain
 from tdecomp.scope import interrupts_deferred
+from tdecomp.torch_state import no_inference_mode
 
 Put = Callable[[Any], None]  # puts a module or another object into a certain place
 
@@ -30,21 +31,22 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
     """
     # With the replacements in the memo, old weights are not copied, and no slot is missed.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
-    if share:
-        memo |= {id(t): t for t in tensors_in(model).values() if not is_lazy(t)}
     for module in model.modules():
         # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-        for parameter in module.parameters(recurse=False):
+        for parameter in module.parameters(recurse=False) if not share else ():
             if not parameter.requires_grad and not _can_be_copied(parameter):
                 memo[id(parameter)] = parameter  # it is frozen: both models may have it
-        for buffer in module.buffers(recurse=False):
+        for buffer in module.buffers(recurse=False) if not share else ():
             if buffer.layout is not torch.strided:  # `deepcopy` cannot copy all of these
                 memo[id(buffer)] = buffer.detach().clone()
+    if share:
+        memo |= {id(t): t for t in tensors_in(model).values() if not is_lazy(t)}
     try:
-        twin = copy.deepcopy(model, memo)
+        with no_inference_mode():  # the copies made in it could not be trained
+            twin = copy.deepcopy(model, memo)
         if not isinstance(twin, nn.Module):  # as where __getattr__ answers for __deepcopy__
             raise TypeError(f"its copy is {twin!r}")
         return twin
@@ -91,7 +93,8 @@ def swap(
         if layout is not None:
             for kernel in tensors_in(model).values():
                 undo.callback(setattr, kernel, "data", kernel.data)
-                kernel.data = images_in_layout(kernel.data, layout)
+                with no_inference_mode():
+                    kernel.data = images_in_layout(kernel.data, layout)
         for optimizer in optimizers:
             undo.callback(restorer(optimizer))
             follow(optimizer, chains)
@@ -167,7 +170,7 @@ def _slots(model: nn.Module, replacements: Replacements) -> list[tuple[nn.Module
             elif not isinstance(value, _OPAQUE):
                 if isinstance(getattr(value, "__dict__", None), dict):
                     queue.append((vars(value), put))
-                queue += _in_slots(value)
+                queue += in_slots(value)
     return found
 
 
@@ -193,15 +196,6 @@ def _put_key(mapping: MutableMapping[Any, Any], current: list[Any], new: Any) ->
     current[0] = new
     mapping.clear()
     mapping.update(items)  # in the same order
-
-
-def _in_slots(value: Any) -> Iterator[tuple[Any, Put]]:
-    """What an object holds in the attributes of its class's `__slots__`."""
-    for kind in type(value).__mro__:
-        for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
-            if isinstance(slot, MemberDescriptorType):
-                with suppress(AttributeError):  # it was never set
-                    yield slot.__get__(value), partial(slot.__set__, value)
 
 
 def _put_weakly(put: Put, new: Any) -> None:

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tdecomp.layers.patches import dense
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
@@ -48,7 +49,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
         if extra:
             oddities[name] = "it is called with more than its input"
         if isinstance(value, Tensor):  # if not, the layer itself is about to complain
-            calls[name].append(specs[name].call(value.shape))
+            calls[name].append(specs[name].call(dense(value).shape))
 
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
     uses = OddUses({name: layer for layer, name in layers.items()})
@@ -78,20 +79,30 @@ _METADATA = {
     *(Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
+# These, too, but only where they are not of the weight by which a chain describes its layer's.
+_PLACE = {*(getattr(Tensor, name).__get__ for name in ("device", "is_cuda")), Tensor.get_device}
 
 
 class Reads(TorchFunctionMode, Generic[Owner]):
-    """Calls `read` with the owner of each tensor that a torch function is given for its values."""
+    """Calls `read` with the owner of each tensor that a torch function is given for its values.
+
+    Tensors that only describe others have no device to ask for, either.
+    """
 
     def __init__(
-        self, tensors: Mapping[Owner, Sequence[Tensor]], read: Callable[[Owner], None]
+        self,
+        tensors: Mapping[Owner, Sequence[Tensor]],
+        read: Callable[[Owner], None],
+        *,
+        describe: bool = False,
     ) -> None:
         super().__init__()
         self._read = read
+        self._harmless = _METADATA if describe else _METADATA | _PLACE
         self._owners = {id(tensor): owner for owner, own in tensors.items() for tensor in own}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _METADATA:
+        if func not in self._harmless:
             self.look_at(_flat((args, kwargs or {})))
         return func(*args, **(kwargs or {}))
 

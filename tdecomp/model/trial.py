@@ -112,7 +112,7 @@ class _Trial:
             for layer, chain in chains.items()
         }
         modes = {module: module.training for module in model.modules()}
-        reads = Reads(absent, _raise_read)
+        reads = Reads(absent, _raise_read, describe=True)
         kept = KeptParameters(model)
         with evaluating(model), kept, hooks(registrations), no_fast_path(), torch.no_grad(), reads:
             for run, training in self.runs:

@@ -39,9 +39,9 @@ def is_lazy(module: nn.Module) -> bool:
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
-def is_plain(parameter: nn.Parameter) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether its values are those of an ordinary tensor, not of a class as quantizers have."""
-    return type(parameter.data) in (Tensor, nn.Parameter)
+    return type(tensor.data) in (Tensor, nn.Parameter)
 
 
 def refuse_lazy(model: nn.Module, caller: str) -> None:

@@ -114,7 +114,9 @@ def make_plan(
     rest = replace(whole - total(row.before for row in rows), latency=chosen.rest)
     loss = None
     if chosen.least_loss is not None:
-        loss = ExpectedLoss(sum(choice.loss for choice in chosen.choices), chosen.least_loss)
+        lost = sum(choice.loss for choice in chosen.choices)
+        # Round-off may lift the bound a little above what is lost, or drop it below 0.
+        loss = ExpectedLoss(lost, min(max(chosen.least_loss, 0.0), lost))
     methods = {method.name: method for method in request.methods}
     plan = Plan(rows, rest, methods, chosen.speed, loss)
     return Planned(plan, found, moments, fits)

@@ -1,6 +1,7 @@
 """One layer's row: plain data, and back."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from tdecomp.files.typed import typed
@@ -62,13 +63,9 @@ class Row:
         return Cost(self.params_after, self.macs_after, self.latency_after)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data; `Row.from_dict` brings it back."""
-        plain = {**vars(self), "names": list(self.names)}
-        plain["layer"] = None if self.layer is None else self.layer.to_dict()
-        plain["rank"] = list(self.rank) if isinstance(self.rank, tuple) else self.rank
-        if self.calls is not None:
-            plain["calls"] = [[call.batch, list(call.size)] for call in self.calls]
-        return plain
+        """The row as plain data, without NaN and infinities; `Row.from_dict` brings it back."""
+        plain = asdict(self).items()
+        return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in plain}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Row":

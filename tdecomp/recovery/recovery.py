@@ -10,7 +10,7 @@ from torch import nn
 from tdecomp.calibration.data import Batches, batches_for
 from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.torch_state import no_inference_mode, restoring
+from tdecomp.torch_state import restoring
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,11 @@ def run_on_copy(
     """
     given = batches_for(step.name, batches, **options)
     models = [model] if original is None else [model, original]
+    for got in models:
+        if not isinstance(got, nn.Module):
+            words = f"expected models (of a result, result.model), got {type(got).__name__}"
+            raise TypeError(f"{step.name}: {words}")
     with restoring(*models, seed=given.seed):
-        with no_inference_mode():  # the copy of an inference tensor could not be trained
-            copy = copy_with(model, {})
+        copy = copy_with(model, {})
         recovery = step.run(copy, original, given, HeldOut(original, given))
         return replace(recovery, model=adopt(model, copy)) if inplace else recovery

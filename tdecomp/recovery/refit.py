@@ -240,16 +240,17 @@ def _layer_sums(
         inputs = _seen(model, layer.chain, batch, batches, calls, lambda args, _: args[0])
         # Both models make the same calls; a batch may make fewer of them than the first one did.
         for x, y in zip(inputs, wanted, strict=False):
-            x, y = (rows.of_layer(tensor, layer.spec) for tensor in (x, y))
-            if not (x.isfinite().all() and y.isfinite().all()):
-                raise ValueError(
-                    f"refit: {layer}: its inputs or the original's outputs hold NaN or infinities; "
-                    "expected finite activations. Look at the batches and at the layers before it"
-                )
-            sums.add(x, y)
+            sums.add(*(rows.of_layer(tensor, layer.spec) for tensor in (x, y)))
         samples += count_samples(batch)
         if samples >= _SAMPLES and sums.count >= _PATCHES * layer.spec.fan_in:
             break
+    held = (sums.total, sums.matrix, *sums.output_sums)
+    if not all(bool(tensor.isfinite().all()) for tensor in held if tensor is not None):
+        raise ValueError(
+            f"refit: {layer}: its inputs or the original's outputs hold NaN or infinities, or "
+            "numbers too large to be squared; expected finite activations. Look at the batches and "
+            "at the layers before it"
+        )
     return sums
 
 

@@ -167,7 +167,7 @@ class Profile:
                 {
                     "layout": layout,
                     "stages": [s if isinstance(s, str) else s.to_dict() for s in stages],
-                    "call": [call.batch, list(call.size)],
+                    "call": asdict(call),
                     **asdict(time),
                 }
                 for (layout, stages, call), time in self.times.items()

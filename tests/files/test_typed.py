@@ -32,7 +32,7 @@ PLAIN = {
     "name": "fc",
     "rank": [2, 3],
     "share": 1,
-    "sizes": [[1, [4, 4]], {"batch": 2, "sides": []}],
+    "sizes": [{"batch": 1, "sides": [4, 4]}, {"batch": 2, "sides": []}],
     "options": {"cp": {"tol": 1e-3, "anything": [None]}},
 }
 RECORD = Record("fc", (2, 3), 1, (Size(1, (4, 4)), Size(2)), PLAIN["options"])
@@ -40,6 +40,10 @@ RECORD = Record("fc", (2, 3), 1, (Size(1, (4, 4)), Size(2)), PLAIN["options"])
 
 def test_lists_become_tuples_and_objects_records():
     assert typed(Record, json.loads(json.dumps(PLAIN)), "row") == RECORD
+
+
+def test_numbers_may_be_as_large_as_floats_are():
+    assert typed(Record, {**PLAIN, "share": 1e300}, "row").share == 1e300
 
 
 @pytest.mark.parametrize(
@@ -54,9 +58,9 @@ def test_lists_become_tuples_and_objects_records():
         ({"share": float("nan")}, r"row\.share: expected a number, got nan"),
         ({"share": float("inf")}, r"row\.share: expected a number, got inf"),
         ({"share": False}, r"row\.share: expected a number, got False"),
-        ({"sizes": [[1]]}, r"row\.sizes\[0\]\.sides: expected a list, got None"),
-        ({"sizes": [[1, [], 2]]}, r"row\.sizes\[0\]: entries missing or unknown"),
-        ({"sizes": [[-1, []]]}, r"row\.sizes\[0\]: a batch of -1"),
+        ({"sizes": [{"batch": 1}]}, r"row\.sizes\[0\]: entries missing or unknown: \['sides'\]"),
+        ({"sizes": [[1, []]]}, r"row\.sizes\[0\]: expected an object, got \[1, \[\]\]"),
+        ({"sizes": [{"batch": -1, "sides": []}]}, r"row\.sizes\[0\]: a batch of -1"),
         ({"options": {"cp": 3}}, r"row\.options\.cp: expected an object, got 3"),
         ({"more": 1}, r"row: entries missing or unknown: \['more'\]"),
     ],

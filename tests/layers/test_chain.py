@@ -80,6 +80,25 @@ def test_initialisers_reach_the_stages_and_not_the_description():
     assert all((p == 0.5).all() for n, p in chain.named_parameters() if "weight" in n)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        nn.functional.linear,
+        lambda x, w: x @ w.T,
+        lambda x, w: x @ w.detach().float().chunk(2)[0].T,
+        lambda x, w: torch.addmm(x, x, w),
+        lambda x, w: nn.functional.conv1d(x[..., None], w[..., None]),
+        lambda x, w: nn.functional.linear(x, torch.cat([w, w])),
+        lambda x, w: x @ nn.Linear(16, 16, device=w.device).weight.data.copy_(w),
+    ],
+)
+def test_values_that_are_gone_are_refused(use):
+    chain = chain_for(nn.Linear(16, 16))
+    for twin in (chain, copy.deepcopy(chain), pickle.loads(pickle.dumps(chain)).half().float()):
+        with pytest.raises(ValueError, match="needs the values of a decomposed layer's weight"):
+            use(torch.ones(16, 16), twin.weight)
+
+
 def test_pruning_and_weight_norm_are_refused():
     chain = chain_for(nn.Linear(16, 16))
     with unchanged(chain):
@@ -162,3 +181,7 @@ def test_models_that_read_what_layers_are_like_go_on(inplace, inputs):
     )
     assert all(row.method is not None for row in result.report)
     assert result.model(x).shape == (16, 8)
+    compiled = torch.compile(result.model, fullgraph=True, backend="eager")
+    exported = torch.export.export(result.model, (x,)).module()
+    for way in (compiled, exported):
+        assert torch.equal(way(x), result.model(x))

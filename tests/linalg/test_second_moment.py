@@ -75,6 +75,19 @@ def test_zero_moment_falls_back_on_the_weights():
         assert distance(outputs @ outputs.T @ kernel, best) < 1e-6
 
 
+@pytest.mark.parametrize("power", [1e-318, -1e-20], ids=["too small", "round-off"])
+def test_power_that_says_nothing_falls_back_on_the_weights(power):
+    matrix = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64) * power
+    kernel = torch.eye(2, dtype=torch.float64)
+    assert SecondMoment(matrix=matrix).solved(kernel, 0.0).diagonal().min() > 0
+
+
+def test_round_off_off_the_diagonal_becomes_definite():
+    matrix = torch.tensor([[1e-20, 1e-9], [1e-9, 1e-20]], dtype=torch.float64)
+    kernel = torch.eye(2, dtype=torch.float64)
+    assert SecondMoment(matrix=matrix).solved(kernel, 0.0).isfinite().all()
+
+
 def test_rounded_matrix_becomes_definite():
     rows = gaussian(200, 6).float()
     rows = torch.cat([rows, rows @ gaussian(6, 6, seed=1).float()], dim=1)

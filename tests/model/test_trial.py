@@ -370,3 +370,20 @@ def test_an_interrupt_in_the_run_changes_nothing():
     model = Net(press)
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         tdecomp.decompose(model, "svd", rank=4, example_inputs=X, inplace=True, **QUIET)
+
+
+def test_where_the_parameters_are_may_be_asked_of_a_parameter():
+    """As `self.device` of transformers' models does."""
+
+    class Moves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            parameter = next(self.parameters())
+            return self.second(self.first(x.to(parameter.device, parameter.dtype)))
+
+    for inputs in ({"example_inputs": X}, {"data": [X]}):
+        result = tdecomp.decompose(Moves(), "svd", rank=4, **inputs, **QUIET)
+        assert all(row.method == "svd" for row in result.report)

@@ -122,3 +122,14 @@ def test_a_layer_has_one_row():
     plain["rows"].append(plain["rows"][0])
     with pytest.raises(ValueError, match="one row for each layer"):
         tdecomp.Plan.from_dict(plain)
+
+
+def test_what_is_not_finite_is_not_known_in_plain_data(tmp_path):
+    layer = nn.Linear(16, 12, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(1e200)  # its squares overflow
+    result = tdecomp.decompose(layer, "svd", rank=4, **QUIET)
+    row = replace(result.plan[""], weight_error=float("inf"))
+    assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["weight_error"] is None
+    result.save(tmp_path / "file")
+    assert torch.equal(tdecomp.load(tmp_path / "file", layer)[0].weight, result.model[0].weight)

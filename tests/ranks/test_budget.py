@@ -15,7 +15,7 @@ from torch import nn
 import tdecomp
 from tdecomp import Budget, Plan
 from tdecomp.layers.cost import Cost
-from tdecomp.ranks.base import Candidate, Option
+from tdecomp.ranks.base import NOTHING, Candidate, Option
 from tests.geometries import case
 from tests.models import MODELS, torch_macs
 from tests.ranks.brute_force import problems
@@ -463,6 +463,30 @@ def test_a_plan_says_what_is_lost_beside_a_lower_bound():
         data = plan.to_json().replace(json.dumps(plan.loss.bound), damaged)
         with pytest.raises(ValueError, match=r"plan: loss"):
             Plan.from_json(data)
+
+
+class RoundedUp(Budget):
+    """Its bound is off by as much as round-off is, and a little more."""
+
+    def least_loss(self, sites, rest=NOTHING):
+        return super().least_loss(sites, rest) + 1e-3
+
+
+def test_round_off_puts_no_bound_above_what_is_lost():
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
+    for share in (0.5, 1.0):
+        loss = tdecomp.plan(model, "svd", rank=RoundedUp(params=share), **QUIET).loss
+        assert 0 <= loss.bound <= loss.chosen
+
+
+def test_plans_of_huge_losses_can_be_read_back():
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
+    with torch.no_grad():
+        model[0].weight.mul_(1e12)
+    data = [torch.randn(64, 40, generator=torch.Generator().manual_seed(0))]
+    plan = tdecomp.plan(model, "svd", rank=Budget(params=0.5), data=data, **QUIET)
+    assert plan.loss.chosen > 2**63
+    assert Plan.from_json(plan.to_json()).loss == plan.loss
 
 
 def test_what_loses_nothing_near_the_break_even_is_found():
