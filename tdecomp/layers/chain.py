@@ -100,7 +100,16 @@ class _Described(Tensor):
                 "forward are found"
             )
         described: Any = super().__torch_function__
-        return described(func, types, args, kwargs)
+        if not torch.jit.is_tracing():
+            return described(func, types, args, kwargs)
+        # The tracer would copy the values, for a shape that is the same in every call.
+        tracer: Any = torch._C
+        state = tracer._get_tracing_state()
+        tracer._set_tracing_state(None)
+        try:
+            return described(func, types, args, kwargs)
+        finally:
+            tracer._set_tracing_state(state)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.detach().clone().requires_grad_(self.requires_grad)

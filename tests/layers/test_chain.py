@@ -183,5 +183,7 @@ def test_models_that_read_what_layers_are_like_go_on(inplace, inputs):
     assert result.model(x).shape == (16, 8)
     compiled = torch.compile(result.model, fullgraph=True, backend="eager")
     exported = torch.export.export(result.model, (x,)).module()
-    for way in (compiled, exported):
+    with quiet():  # of what it compares, which is the same in every call
+        traced = torch.jit.trace(result.model, x)
+    for way in (compiled, exported, traced):
         assert torch.equal(way(x), result.model(x))
