@@ -134,7 +134,7 @@ class OddUses(Scope):
         for name, layer in self._layers.items():
             begin = partial(self._begin, name, layer._parameters.get("weight"))
             start = partial(layer.register_forward_pre_hook, begin, with_kwargs=True)
-            end = partial(layer.register_forward_hook, self._end, always_call=True)
+            end = partial(layer.register_forward_hook, partial(self._end, name), always_call=True)
             self.undo.enter_context(hooks([start, end]))
         weights = {name: tuple(m.parameters(recurse=False)) for name, m in self._layers.items()}
         self.undo.enter_context(Reads(weights, self._read))
@@ -148,8 +148,9 @@ class OddUses(Scope):
         if any(map(is_transformed, (*args, *kwargs.values()))):
             self.found.setdefault(name, "it is called inside torch.func's vmap or gradients")
 
-    def _end(self, *_: Any) -> None:
-        self.running.pop()
+    def _end(self, name: str, *_: Any) -> None:
+        if self.running[-1:] == [name]:  # not where a hook failed before it was noted
+            self.running.pop()
 
     def _read(self, name: str) -> None:
         if name not in self.running:
