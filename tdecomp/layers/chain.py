@@ -48,6 +48,8 @@ class Chain(nn.Sequential):
         chain.rank, chain.replaced = rank, replaced
         vars(chain).update(replaced.attributes, _parameters=_NoParameters())
         chain.mirror_weight()
+        # Loading may assign tensors of another type.
+        chain.register_load_state_dict_post_hook(_mirror)  # type: ignore[no-untyped-call]
         return chain
 
     def mirror_weight(self) -> None:
@@ -80,6 +82,10 @@ class Chain(nn.Sequential):
 
     def extra_repr(self) -> str:
         return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"
+
+
+def _mirror(chain: Chain, _: Any) -> None:
+    chain.mirror_weight()
 
 
 class _Described(Tensor):

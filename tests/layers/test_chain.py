@@ -65,6 +65,9 @@ def test_the_description_follows_the_weights(tmp_path):
         assert twin[0].weight.shape == (16, 16)
     half = copy.deepcopy(result.model).to(torch.bfloat16)
     assert half[0].weight.dtype == torch.bfloat16
+    assigned = copy.deepcopy(result.model)
+    assigned.load_state_dict(half.state_dict(), assign=True)
+    assert assigned[0].weight.dtype == torch.bfloat16
     tdecomp.Decomposition(half, result.report, result.plan).save(tmp_path / "half")
     assert tdecomp.load(tmp_path / "half", model)[0].weight.dtype == torch.bfloat16
 
