@@ -21,7 +21,7 @@ from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.chain import Chain
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.surgery import copy_with, tensors_in
-from tdecomp.model.weights import is_plain
+from tdecomp.model.weights import is_plain, refuse_lazy
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.table import FORMAT
 from tdecomp.torch_state import no_inference_mode, restoring
@@ -37,6 +37,7 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
             f"the model has {chains} chains and the plan another number, so it was decomposed in "
             "several steps; a file holds one plan: decompose the original in one step to save it"
         )
+    refuse_lazy(model, "save")
     state = model.state_dict()
     for key, value in state.items():
         if found := _unsaved(value):

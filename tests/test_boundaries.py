@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,25 @@ def test_an_augment_that_works_in_place_changes_no_batch():
     tdecomp.refit(model, original, [batch], augment=noisy, **QUIET)
     tdecomp.distill(model, original, [batch], augment=noisy, steps=3, **QUIET)
     assert torch.equal(batch, X)
+
+
+class OneBuffer:
+    """A loader that fills one tensor again for each batch."""
+
+    def __init__(self, batches):
+        self.batches, self.buffer = batches, batches[0].clone()
+
+    def __iter__(self):
+        for batch in self.batches:
+            yield self.buffer.copy_(batch)
+
+
+@pytest.mark.parametrize("run", [tdecomp.refit, partial(tdecomp.distill, steps=3, augment=None)])
+def test_a_loader_that_reuses_its_buffer(pair, run):
+    batches = [X, 3 * X.flip(0)]
+    recoveries = [run(*pair, given, **QUIET) for given in (batches, OneBuffer(batches))]
+    errors = [(one.error_before, one.error_after) for one in recoveries]
+    assert errors[0] == errors[1]
 
 
 def lazy():

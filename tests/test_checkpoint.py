@@ -747,6 +747,13 @@ def test_tensors_that_cannot_be_saved_are_refused_by_name(file, make):
     assert not file.exists()
 
 
+def test_lazy_layers_are_refused_by_name(file):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16))
+    result = tdecomp.decompose(model, "svd", rank=4, progress=False)
+    with pytest.raises(ValueError, match=r"save: layer '1' is lazy"):
+        result.save(file)
+
+
 def test_a_link_stays_one_and_a_name_may_be_long(tmp_path):
     result, target = decomposed(net()), tmp_path / ("n" * 250)
     link = tmp_path / "link"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdecomp.files.typed import parsed
 from tdecomp.files.whole_file import whole_file
+from tdecomp.scope import interrupts_deferred
 
 _HASH = "sha256"
 
@@ -41,8 +42,11 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            # Copies, since the file is mapped and may change later.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            tensors = {}
+            for name in opened.keys():  # noqa: SIM118
+                with interrupts_deferred():  # which safetensors may take for damage
+                    # A copy, since the file is mapped and may change later.
+                    tensors[name] = opened.get_tensor(name).clone()
     except SafetensorError as error:
         raise ValueError(f"damaged or no safetensors file: {error}") from error
     if key not in metadata:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from tdecomp.layers.patches import dense
 
@@ -25,7 +26,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     A tuple or list usually holds inputs and labels: its first items are the arguments that the
     model's `forward` has no defaults for.
     """
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         batch = tuple(batch[: _required(model, len(batch))])
     return call_with(model, batch)
 
@@ -34,7 +35,8 @@ def call_with(model: nn.Module, inputs: Any) -> Any:
     """The output for a tuple of positional arguments, a mapping of named ones, or the only one."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    several = isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence)
+    return model(*inputs) if several else model(inputs)
 
 
 def _required(model: nn.Module, available: int) -> int:
@@ -154,6 +156,9 @@ def each_tensor(
     each = partial(each_tensor, change=change, other=other)
     if isinstance(value, Mapping):
         return _mapping_like(value, {key: each(item) for key, item in value.items()})
+    if isinstance(value, PackedSequence):  # whose sizes stay on the CPU
+        held = {name: each(item) for name, item in value._asdict().items() if name != "batch_sizes"}
+        return value._replace(**held)
     if isinstance(value, tuple):
         return tuple_like(value, [each(item) for item in value])
     return [each(item) for item in value] if isinstance(value, list) else other(value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.data import Batches
-from tdecomp.model.batches import count_samples, device_of, tensors_of
+from tdecomp.model.batches import copied, count_samples, device_of, tensors_of
 from tdecomp.torch_state import evaluating, exact_passes
 
 # The error is taken on the first batches that hold at least this many samples together.
@@ -55,7 +55,8 @@ class HeldOut:
         samples = 0
         with evaluating(self._original), exact_passes(), torch.no_grad():
             for given in self._batches.on(device_of(self._original)):
-                batch = given if self._vary is None else self._vary(given)
+                # Kept in a copy: a loader may fill the same tensors again for the next batch.
+                batch = copied(given if self._vary is None else self._vary(given))
                 outputs = tensors_of(self._batches.run(self._original, batch))
                 calls.append((batch, [y.clone() for y in outputs]))
                 samples += count_samples(batch)

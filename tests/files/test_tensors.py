@@ -1,6 +1,9 @@
 """Tensors with a header in one file: what comes back, and what the hash covers."""
 
 import json
+import random
+import signal
+import time
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tdecomp.files.tensors import content_hash, read_tensors, write_tensors
+from tests.injections import Alarm
 
 HEADER = {"format": 1, "words": "ß"}
 
@@ -35,6 +39,22 @@ def test_what_was_written_comes_back(file):
     for name, value in tensors().items():
         assert read[name].dtype == value.dtype
         assert torch.equal(read[name].to(torch.complex64), value.to(torch.complex64))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="a system without timers")
+def test_an_interrupt_is_no_damage(file):
+    """Nor where safetensors has torch look into a storage, in which errors become others."""
+    rng, interrupted = random.Random(0), 0
+    start = time.perf_counter()
+    read_tensors(file, "key", "data", 1)
+    most = time.perf_counter() - start
+    for _ in range(200):
+        try:
+            with Alarm(most * rng.random()):
+                read_tensors(file, "key", "data", 1)
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 0
 
 
 def test_every_bit_counts(file):

@@ -6,6 +6,7 @@ from types import MappingProxyType
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tdecomp
 from tdecomp.model.batches import (
@@ -91,6 +92,35 @@ def test_any_mapping_is_keyword_arguments(kind):
     assert batch["x"] is ONE
     assert count_samples(batch) == 2
     assert [len(part["x"]) for part in in_parts(batch, 1, 2)] == [1, 1]
+
+
+class Recurrent(nn.Module):
+    """It scales its packed input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, packed):
+        packed.data.mul_(2)
+        return self.head(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0])
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,)], ids=["lone", "in a tuple"])
+def test_a_packed_sequence_is_one_input(wrap):
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    packed = pack_padded_sequence(x, [3, 5, 2], batch_first=True, enforce_sorted=False)
+    before = packed.data.clone()
+    result = tdecomp.decompose(
+        Recurrent(), "svd", rank=2, example_inputs=wrap(packed), data=[wrap(packed)],
+        recover=["refit"], progress=False,
+    )  # fmt: skip
+    assert result.report["head"].method == "svd"
+    assert torch.equal(packed.data, before)
+    there = moved(packed, torch.device("meta"))
+    assert there.data.is_meta
+    assert there.sorted_indices.is_meta
+    assert there.batch_sizes is packed.batch_sizes
 
 
 def test_inference_tensors_become_ordinary_ones():
