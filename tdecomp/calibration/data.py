@@ -177,7 +177,8 @@ class Batches:
                 f"{self.caller}: the model rejected a batch ({describe(batch)}): "
                 f"{type(error).__name__}: {error}. Expected what the model takes as its first "
                 "argument, a tuple that starts with it, or a dict of keyword arguments; "
-                "forward=lambda model, batch: ... says how else to call it"
+                "forward=lambda model, batch: ... says how else to call it, as with gradients "
+                "(torch.enable_grad()), which are off here"
             ) from error
 
     def first_runs(self) -> list[Callable[[nn.Module], Any]]:

@@ -23,9 +23,9 @@ def write_tensors(
     file: str | os.PathLike[str], key: str, header: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write contiguous tensors, with the header as JSON under this key of the metadata."""
-    text = json.dumps(header)
+    # Under one key: safetensors writes several in any order, and files would not be the same.
     with whole_file(file) as draft:
-        save_file(dict(tensors), draft, metadata={key: text, _HASH: content_hash(text, tensors)})
+        save_file(dict(tensors), draft, metadata={key: sealed(header, tensors)})
 
 
 def read_tensors(
@@ -52,15 +52,22 @@ def read_tensors(
     if key not in metadata:
         raise ValueError(f"its metadata has no {kind}; expected a file that tdecomp saved")
     header = parsed(metadata[key], kind, form)
-    if metadata.get(_HASH) != content_hash(metadata[key], tensors):
+    if header.get(_HASH) != _content_hash(header, tensors):
         raise ValueError(
             "damaged: its SHA-256 is not the one that was written with it; save or copy it anew"
         )
+    del header[_HASH]
     return header, tensors
 
 
-def content_hash(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of the header, and of each tensor's name, dtype, shape and bytes."""
+def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The header as JSON, with the hash of itself and of the tensors."""
+    return json.dumps({**header, _HASH: _content_hash(header, tensors)})
+
+
+def _content_hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of the header without a hash, and of each tensor's name, dtype, shape and bytes."""
+    text = json.dumps({name: entry for name, entry in header.items() if name != _HASH})
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}".encode())

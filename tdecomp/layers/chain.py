@@ -48,6 +48,8 @@ class Chain(nn.Sequential):
         chain.rank, chain.replaced = rank, replaced
         vars(chain).update(replaced.attributes, _parameters=_NoParameters())
         chain.mirror_weight()
+        # Loading may assign tensors of another type.
+        chain.register_load_state_dict_post_hook(_mirror)  # type: ignore[no-untyped-call]
         return chain
 
     def mirror_weight(self) -> None:
@@ -82,6 +84,10 @@ class Chain(nn.Sequential):
         return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"
 
 
+def _mirror(chain: Chain, _: Any) -> None:
+    chain.mirror_weight()
+
+
 class _Described(Tensor):
     """The weight of a replaced layer without its values, on the meta device.
 
@@ -100,7 +106,16 @@ class _Described(Tensor):
                 "forward are found"
             )
         described: Any = super().__torch_function__
-        return described(func, types, args, kwargs)
+        if not torch.jit.is_tracing():
+            return described(func, types, args, kwargs)
+        # The tracer would copy the values, for a shape that is the same in every call.
+        tracer: Any = torch._C
+        state = tracer._get_tracing_state()
+        tracer._set_tracing_state(None)
+        try:
+            return described(func, types, args, kwargs)
+        finally:
+            tracer._set_tracing_state(state)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.detach().clone().requires_grad_(self.requires_grad)

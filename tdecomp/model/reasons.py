@@ -126,7 +126,7 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
             for name, child in parent.named_children():
                 if name in ("qkv", "proj"):
                     reasons[child] = "shifted-window attention reads its weight itself"
-        elif "base_layer" in parent._modules or any(n.startswith("lora_") for n in parent._modules):
+        elif any(name.startswith(("base_layer", "lora_")) for name, _ in parent.named_children()):
             reason = "part of an adapter: merge it first (merge_and_unload), or adapt the result"
             reasons |= dict.fromkeys(parent.modules(), reason)
         elif isinstance(parent, Chain):

@@ -65,7 +65,8 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
                 f"the model rejected example_inputs ({example.describe()}): "
                 f"{type(error).__name__}: {error}. Expected a tensor, a tuple of positional or a "
                 "dict of keyword arguments of the model, or what forward(model, inputs) takes: "
-                "forward=lambda model, inputs: ... says how else to call it"
+                "forward=lambda model, inputs: ... says how else to call it, as with gradients "
+                "(torch.enable_grad()), which are off here"
             ) from error
     oddities = {**uses.found, **oddities}
     return Trace(calls, counter.macs, shares.macs, oddities, ", ".join(sorted(counter.uncounted)))

@@ -65,6 +65,9 @@ def test_the_description_follows_the_weights(tmp_path):
         assert twin[0].weight.shape == (16, 16)
     half = copy.deepcopy(result.model).to(torch.bfloat16)
     assert half[0].weight.dtype == torch.bfloat16
+    assigned = copy.deepcopy(result.model)
+    assigned.load_state_dict(half.state_dict(), assign=True)
+    assert assigned[0].weight.dtype == torch.bfloat16
     tdecomp.Decomposition(half, result.report, result.plan).save(tmp_path / "half")
     assert tdecomp.load(tmp_path / "half", model)[0].weight.dtype == torch.bfloat16
 
@@ -183,5 +186,7 @@ def test_models_that_read_what_layers_are_like_go_on(inplace, inputs):
     assert result.model(x).shape == (16, 8)
     compiled = torch.compile(result.model, fullgraph=True, backend="eager")
     exported = torch.export.export(result.model, (x,)).module()
-    for way in (compiled, exported):
+    with quiet():  # of what it compares, which is the same in every call
+        traced = torch.jit.trace(result.model, x)
+    for way in (compiled, exported, traced):
         assert torch.equal(way(x), result.model(x))

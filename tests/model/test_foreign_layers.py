@@ -85,6 +85,21 @@ def test_a_layer_that_was_given_a_weight_of_another_size_is_left_alone():
     only_the_last(model, "its weight is of shape (16, 16), by its attributes of (8, 16)")
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_and_traced_parts_are_left_as_they_are(inplace):
+    for compiled in (torch.jit.script(net()), torch.jit.trace(net(), X)):
+        model = nn.Sequential(compiled, nn.Linear(16, 16)).eval()
+        result = tdecomp.decompose(
+            model, "svd", rank=2, example_inputs=X, data=[X], inplace=inplace, **QUIET
+        )
+        reasons = [row.reason for row in result.report]
+        assert reasons[2] is None
+        assert all("no layer of a known kind" in reason for reason in reasons[:2])
+        assert all(row.macs_before == 8 * 16 * 16 for row in result.report)
+        result.model(X)
+
+
 class Adapter(nn.Module):
     def __init__(self, base_layer):
         super().__init__()

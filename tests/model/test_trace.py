@@ -1,6 +1,7 @@
 """One watched forward pass: what it counts, what it notices, and that it leaves no trace."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -203,6 +204,32 @@ def test_inputs_that_the_model_rejects(model, x, got):
     assert got in message
     assert "Expected a tensor, a tuple of positional or a dict of keyword arguments" in message
     assert caught.value.__cause__ is not None
+
+
+class Force(nn.Module):
+    """The slope of an energy, for which it needs gradients in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize("way", ["example_inputs", "data"])
+def test_a_model_that_needs_gradients_is_told_how_to_get_them(way):
+    def with_gradients(model, x):
+        with torch.enable_grad():
+            return model(x)
+
+    call = partial(tdecomp.decompose, Force(), "svd", rank=2, progress=False)
+    batch = torch.ones(3, 16)
+    inputs = {way: batch if way == "example_inputs" else [batch]}
+    with pytest.raises(ValueError, match=r"torch.enable_grad\(\)"):
+        call(**inputs)
+    assert call(**inputs, forward=with_gradients).report["energy.0"].method == "svd"
 
 
 # Who reads a weight ------------------------------------------------------------------------------
