@@ -48,7 +48,9 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
         value, *extra = (*args, *kwargs.values()) or (None,)
         if extra:
             oddities[name] = "it is called with more than its input"
-        if isinstance(value, Tensor):  # if not, the layer itself is about to complain
+        if isinstance(value, Tensor) and value.is_nested:
+            oddities[name] = "it is called with a nested tensor"
+        elif isinstance(value, Tensor):  # if not, the layer itself is about to complain
             calls[name].append(specs[name].call(dense(value).shape))
 
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
