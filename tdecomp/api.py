@@ -109,8 +109,10 @@ def decompose(
     Returns
     -------
     Decomposition
-        With `.model`, `.report` and `.plan`. Where ranks come from a `Budget`, or with measured
-        times, the result is timed against the original on `example_inputs`.
+        With `.model`, `.report` and `.plan`. With example inputs or batches the result runs once,
+        in the mode that the model is in, before it is returned or replaced; a layer that it does
+        not run with is left alone, and its row says why. Where ranks come from a `Budget`, or with
+        measured times, the result is timed against the original on `example_inputs`.
 
     Raises
     ------

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tdecomp.model.trace import storage_number
 from tdecomp.model.weights import is_plain
 from tdecomp.scope import Scope
 
@@ -30,11 +31,6 @@ class KeptParameters(Scope):
         self.undo.enter_context(_Writes(values, self.undo))
 
 
-def _number(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
-    return number
-
-
 class _Writes(TorchDispatchMode):
     """Notes in `undo` how to put tensors back before anything is written to their memory."""
 
@@ -45,7 +41,7 @@ class _Writes(TorchDispatchMode):
         self._undo = undo
         self._values: dict[int, list[Tensor]] = {}  # that share a storage, by its number
         for value in values:
-            self._values.setdefault(_number(value), []).append(value)
+            self._values.setdefault(storage_number(value), []).append(value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -56,6 +52,6 @@ class _Writes(TorchDispatchMode):
             written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
             for tensor in tree_leaves([named.get(name) for name in written]):
                 if type(tensor) in (Tensor, nn.Parameter):
-                    for value in self._values.pop(_number(tensor), ()):
+                    for value in self._values.pop(storage_number(tensor), ()):
                         self._undo.callback(value.copy_, value.clone())
         return func(*args, **kwargs)

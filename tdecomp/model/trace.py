@@ -205,8 +205,10 @@ class _Shares(TorchDispatchMode):
             self.macs[self._running[-1]] += macs
             return out
         given = [value for value in _flat((args, kwargs or {})) if _is_plain(value)]
-        weights = [self._weights.get(_number(tensor)) for tensor in given]
-        found = [w or self._copies.get(_number(t)) for w, t in zip(weights, given, strict=True)]
+        weights = [self._weights.get(storage_number(tensor)) for tensor in given]
+        found = [
+            w or self._copies.get(storage_number(t)) for w, t in zip(weights, given, strict=True)
+        ]
         # Those after three, such as a mask, are only added.
         named = [entry[1] for entry in (*weights[:3], *found[:3]) if entry and entry[1] is not None]
         owners = {entry[1] for entry in found if entry} - {None}
@@ -214,7 +216,7 @@ class _Shares(TorchDispatchMode):
             self.macs[named[0]] += macs
         elif not macs and found and all(found) and len(owners) < 2 and func not in _LOOK_UPS:
             for made in filter(_is_plain, _flat(out)):
-                if _number(made) not in self._weights:
+                if storage_number(made) not in self._weights:
                     self._copies.setdefault(*_entry(made, next(iter(owners), None)))
         return out
 
@@ -227,13 +229,14 @@ def _is_plain(value: Any) -> bool:
     return plain and (value.is_floating_point() or value.is_complex()) and not value.is_meta
 
 
-def _number(tensor: Tensor) -> int:
+def storage_number(tensor: Tensor) -> int:
+    """The number of the memory that the tensor is in."""
     number: int = tensor.untyped_storage()._cdata
     return number
 
 
 def _entry(tensor: Tensor, name: str | None) -> tuple[int, _Entry]:
-    return _number(tensor), (StorageWeakRef(tensor.untyped_storage()), name)
+    return storage_number(tensor), (StorageWeakRef(tensor.untyped_storage()), name)
 
 
 def _flat(value: Any) -> Iterator[Any]:
