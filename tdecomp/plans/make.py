@@ -95,8 +95,7 @@ def make_plan(
     try:
         chosen = _choose(model, request, times, offers, whole)
     except UnmetError as unmet:
-        alone = [site for site in sites if site.name in choices]
-        raise ValueError(f"{unmet}{_largest(alone, choices, whole, unmet.unit)}") from unmet
+        raise ValueError(f"{unmet}{_largest(sites, choices, whole, unmet.unit)}") from unmet
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses
@@ -176,15 +175,17 @@ def _choose(
 def _largest(
     sites: Sequence[Site], left_alone: Mapping[str, Choice], whole: Cost, unit: str
 ) -> str:
-    """In words, the layers left alone that cost most in a unit, with their reasons."""
-    costs = [Cost(sum(p.numel() for p in site.parameters), site.macs) for site in sites]
-    amounts = [
-        (getattr(cost, unit) or 0, site.name) for cost, site in zip(costs, sites, strict=True)
-    ]
+    """In words, what is left alone and costs most in a unit, and why."""
+    counted: set[int] = set()
+    rows = [_row(site, left_alone.get(site.name, Choice()), counted, {}) for site in sites]
+    rest = whole - total(row.before for row in rows)
+    found = [(row.before, repr(row.name), row.reason) for row in rows if row.name in left_alone]
+    found.append((rest, "everything else", "no layer's, such as attention's scores"))
+    amounts = [(getattr(cost, unit) or 0, name, why) for cost, name, why in found]
     costly = [
-        f"{name!r} ({amount / getattr(whole, unit):.1%}: {left_alone[name].reason})"
-        for amount, name in sorted(amounts, reverse=True)[:_SHOWN]
-        if amount
+        f"{name} ({amount / getattr(whole, unit):.1%}: {why})"
+        for amount, name, why in sorted(amounts, key=lambda entry: -entry[0])[:_SHOWN]
+        if amount > 0
     ]
     named = "MACs" if unit == "macs" else "parameters"
     return f". The largest left alone, of all {named}: {'; '.join(costly)}" if costly else ""

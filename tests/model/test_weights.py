@@ -151,3 +151,34 @@ def test_a_budget_that_cannot_be_met_names_the_largest_of_what_is_left_alone():
         tdecomp.plan(tokens, "svd", rank=tdecomp.Budget(params=0.5), example_inputs=ids)
     with pytest.raises(ValueError, match=r"of all MACs: '1.module' \(88\.9%: .*LSTM\(64×16, 64×16"):
         tdecomp.plan(tokens, "svd", rank=tdecomp.Budget(macs=0.5), example_inputs=ids)
+
+
+def test_attention_that_no_budget_reaches_is_named():
+    class Scores(nn.Linear):
+        """Its class is that of a layer, what it does is not."""
+
+        def forward(self, x):
+            return (x @ x.mT).softmax(-1) @ super().forward(x)
+
+    model = nn.Sequential(nn.Linear(16, 16), Scores(16, 16))
+    words = r"of all MACs: '1' \(.*Scores overrides forward\)$"
+    with pytest.raises(ValueError, match=words):
+        tdecomp.plan(
+            model, "svd", rank=tdecomp.Budget(macs=0.5), example_inputs=torch.randn(64, 16)
+        )
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+    with pytest.raises(ValueError, match=r"of all MACs: everything else \(84\.2%: no layer's"):
+        tdecomp.plan(
+            Attention(),
+            "svd",
+            rank=tdecomp.Budget(macs=0.5),
+            example_inputs=torch.randn(1, 128, 16),
+        )
