@@ -86,11 +86,13 @@ class Budget(RankSelector):
         picks = least_loss(layers, limits)
         if picks is None:
             whole = rest + total(candidates[0].before for candidates in sites)
+            above, named = least_costs(layers, limits) > limits, self._named()
+            missed = [name for (name, _), over in zip(named, above, strict=True) if over]
             raise UnmetError(
                 f"Budget: {self._shortage(layers, limits, whole, rest)} of the model with these "
                 "methods and layers. Expected a larger budget, more methods (methods='auto') or "
                 "fewer layers left alone",
-                "params" if self.macs is None and self.latency is None else "macs",
+                "params" if (missed or [named[0][0]])[0] == "params" else "macs",
             )
         choices = [layer.choice(pick) for layer, pick in zip(layers, picks, strict=True)]
         if self.latency is None:  # times are known at the options only

@@ -149,6 +149,9 @@ def test_a_budget_that_cannot_be_met_names_the_largest_of_what_is_left_alone():
     ids = torch.arange(5)
     with pytest.raises(ValueError, match=r"of all parameters: '0' \(86\.\d%: .*Embedding\(999×16"):
         tdecomp.plan(tokens, "svd", rank=tdecomp.Budget(params=0.5), example_inputs=ids)
+    both = tdecomp.Budget(macs=1.0, params=0.5)
+    with pytest.raises(ValueError, match=r"params=0.5 cannot be met.*of all parameters: '0'"):
+        tdecomp.plan(tokens, "svd", rank=both, example_inputs=ids)
     with pytest.raises(ValueError, match=r"of all MACs: '1.module' \(88\.9%: .*LSTM\(64×16, 64×16"):
         tdecomp.plan(tokens, "svd", rank=tdecomp.Budget(macs=0.5), example_inputs=ids)
 
