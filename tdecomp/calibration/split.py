@@ -86,8 +86,11 @@ def _split_rows(batch: Any, share: float) -> list[Part]:
     held = _spread(samples, share)
 
     def cut(rows: list[int], tensor: Tensor) -> Tensor:
-        long = tensor.dim() > 0 and len(tensor) == samples and not tensor.is_nested
-        return tensor[torch.tensor(rows, device=tensor.device)] if long else tensor
+        can_be = tensor.layout in (torch.strided, torch.sparse_coo) and not tensor.is_nested
+        can_be = can_be and not tensor.is_meta
+        if not can_be or not tensor.dim() or len(tensor) != samples:
+            return tensor
+        return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
     sides = [row for row in range(samples) if row not in held], sorted(held)
     if not held or _packed(batch):
