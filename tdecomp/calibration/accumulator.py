@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdecomp.calibration.data import Batches, CountedRows
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import LayerMoments
 from tdecomp.layers.patches import count_patches, dense, patches, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
