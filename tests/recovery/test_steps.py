@@ -283,6 +283,6 @@ def test_a_result_as_plain_data():
     assert plain["step"] == "refit"
     assert plain["error_after"] == recovery.error_after < plain["error_before"]
     assert plain["layers"] == {name: list(errors) for name, errors in recovery.layers.items()}
-    assert plain["notes"] == []
+    assert plain["notes"] == list(recovery.notes)
     alone = tdecomp.recalibrate_batchnorm(decomposed(original), batches, **QUIET).to_dict()
     assert json.loads(json.dumps(alone, allow_nan=False))["error_before"] is None
