@@ -108,8 +108,8 @@ def test_any_default_device(pair):
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.device("meta"):
         assert torch.equal(tdecomp.decompose(original, "auto", **budget).model(X), expected)
-        assert tdecomp.refit(model, original, [X], **QUIET).error_after < 1
-        assert tdecomp.distill(model, original, [X], steps=3, **QUIET).error_after < 1
+        assert tdecomp.refit(model, original, [X], **QUIET).error_after < 2
+        assert tdecomp.distill(model, original, [X], steps=3, **QUIET).error_after < 2
         varied = tdecomp.flip_and_shift(images, torch.Generator("cpu"))
         assert tdecomp.profile(original, X, "svd", **QUIET).fastest > 0
     assert varied.device.type == "cpu"

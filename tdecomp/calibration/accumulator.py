@@ -1,16 +1,18 @@
 """Sums over batches: of a layer's input patches and outputs, and of gradients at its outputs."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdecomp.calibration.data import Batches, CountedRows
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import LayerMoments
-from tdecomp.layers.patches import dense, patches, to_kernel_order
+from tdecomp.layers.patches import count_patches, dense, patches, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.model.trace import is_transformed
@@ -20,6 +22,9 @@ from tdecomp.torch_state import frozen, full_precision, hooks
 # least _BLOCK columns each.
 _BLOCK = 96
 _BLOCKS = 4
+_ROWS = 2048  # that are gathered at a time
+# Of more gradients in a part of the samples than this for each output, a random sample is taken.
+_PART = 8
 _SAMPLES_AT_A_TIME = 16  # whose activations are kept for the backward pass
 Layers = Mapping[str, tuple[nn.Module, LayerSpec]]  # by name
 
@@ -30,10 +35,17 @@ class Accumulator:
 
     Products of a slice of patches are float32 (float64 for a float64 layer). The mean of the first
     slice is subtracted first: else rounding would hide the variance of inputs with a large mean.
+
+    Of many more patches than `most`, the sums are estimated from a random sample: each call's share
+    of it is the call's share of all patches until then, or of the `expected` ones if these are
+    more. At least fan_in are taken.
     """
 
     spec: LayerSpec
-    count: int = 0
+    most: float = math.inf
+    expected: int = 0
+    seed: int = 0
+    count: int = 0  # of all patches, those that were not taken included
     sizes: set[tuple[int, ...]] = field(default_factory=set)
     origin: Tensor | None = None  # (groups, 1, fan_in), subtracted from all patches in the sums
     total: Tensor | None = None  # (groups, fan_in)
@@ -41,40 +53,60 @@ class Accumulator:
     rows: list[Tensor] = field(default_factory=list)
     # The sums of y xᵀ (groups, out / groups, fan_in), y and y yᵀ; empty without outputs.
     output_sums: tuple[Tensor, ...] = ()
+    generator: torch.Generator | None = None  # from the first call on of which a sample is taken
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
         with full_precision(x.device):  # this runs inside the model's forward pass, in any mode
             spec = self.spec
             self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
-            targets = None if outputs is None else output_rows(_wide(outputs), spec)
-            for rows in patches(_wide(x), spec):
+            x = _wide(x)
+            y = None if outputs is None else _wide(outputs)
+            present = count_patches(x, spec)
+            self.count += present
+            places = self._places(present)
+            if places is None:
+                slices, weight = patches(x, spec), 1.0
+                targets = None if y is None else output_rows(y, spec)
+            else:
+                places, weight = places.to(x.device), present / len(places)
+                slices = (patches_at(x, spec, some) for some in places.split(_ROWS))
+                targets = None if y is None else patches_at(y, _each_output(spec), places)[0]
+            for rows in slices:
                 if not rows.shape[1]:
                     continue
                 if self.origin is None or self.total is None:
                     self.origin = rows.mean(dim=1, keepdim=True)
                     self.total = torch.zeros_like(self.origin[:, 0], dtype=torch.float64)
                 centred = rows - self.origin
-                self.total += centred.sum(dim=1)
+                self.total.add_(centred.sum(dim=1), alpha=weight)
                 if targets is not None:
-                    self._add_outputs(centred, targets[: rows.shape[1]])
+                    self._add_outputs(centred, targets[: rows.shape[1]], weight)
                     targets = targets[rows.shape[1] :]
-                self.count += rows.shape[1]
-                self._add_rows(rows, centred, self.origin)
+                self._add_rows(rows, centred, self.origin, weight)
 
-    def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor) -> None:
+    def _places(self, present: int) -> Tensor | None:
+        """The places of one call's patches that are taken; None for all of them."""
+        share = max(self.most, self.spec.fan_in) / max(self.count, self.expected, 1)
+        if share >= 1 or not present:
+            return None
+        if self.generator is None:
+            self.generator = torch.Generator("cpu").manual_seed(self.seed)
+        return spread(present, math.ceil(share * present), self.generator)
+
+    def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor, weight: float) -> None:
+        if self.count < self.spec.fan_in:
+            self.rows.append(rows.clone())
+            return
         if self.matrix is None:
-            if sum(chunk.shape[1] for chunk in (*self.rows, rows)) < self.spec.fan_in:
-                self.rows.append(rows.clone())
-                return
             fan_in = self.spec.fan_in
             self.matrix = rows.new_zeros(self.spec.groups, fan_in, fan_in, dtype=torch.float64)
             if self.rows:
                 _add_product(self.matrix, torch.cat(self.rows, dim=1) - origin)
                 self.rows.clear()
-        _add_product(self.matrix, centred)
+        _add_product(self.matrix, centred, weight)
 
-    def _add_outputs(self, rows: Tensor, targets: Tensor) -> None:
+    def _add_outputs(self, rows: Tensor, targets: Tensor, weight: float) -> None:
         groups, out = self.spec.groups, self.spec.group_out
         targets = targets.unflatten(1, (groups, out)).transpose(0, 1)
         if not self.output_sums:
@@ -82,9 +114,9 @@ class Accumulator:
             square = cross.new_zeros(groups, out, out)
             self.output_sums = cross, cross.new_zeros(groups, out), square
         cross, total, square = self.output_sums
-        cross += targets.transpose(1, 2) @ rows
-        total += targets.sum(dim=1)
-        square += targets.transpose(1, 2) @ targets
+        cross.add_(targets.transpose(1, 2) @ rows, alpha=weight)
+        total.add_(targets.sum(dim=1), alpha=weight)
+        square.add_(targets.transpose(1, 2) @ targets, alpha=weight)
 
     @property
     def nbytes(self) -> int:
@@ -178,8 +210,15 @@ class OutputGradients:
     def _take(self, name: str, slope: Tensor) -> None:
         spec = self._layers[name][1]
         with full_precision(slope.device):
-            rows = output_rows(self._rows.of_layer(slope, spec), spec).float()
-            product = (rows.T @ rows).double()
+            slope = self._rows.of_layer(slope, spec).float()
+            present = slope.numel() // spec.out_channels
+            taken = max(_ROWS, _PART * spec.out_channels)
+            if present <= taken:
+                rows, weight = output_rows(slope, spec), 1.0
+            else:
+                places = spread(present, taken, self._generator).to(slope.device)
+                rows, weight = patches_at(slope, _each_output(spec), places)[0], present / taken
+            product = (rows.T @ rows).double() * weight
             self._sums[name] = self._sums[name] + product if name in self._sums else product
 
     def finish(self) -> dict[str, Tensor]:
@@ -188,18 +227,31 @@ class OutputGradients:
         return {name: g for name, g in found.items() if bool(torch.isfinite(g).all())}
 
 
-def _add_product(matrix: Tensor, rows: Tensor) -> None:
-    """Add each group's ``rows.T @ rows`` to the lower triangle of its matrix."""
+def _add_product(matrix: Tensor, rows: Tensor, weight: float = 1.0) -> None:
+    """Add each group's ``weight · rows.T @ rows`` to the lower triangle of its matrix."""
     fan_in = matrix.shape[1]
     width = max(_BLOCK, -(-fan_in // _BLOCKS))
     for total, group in zip(matrix, rows, strict=True):
         for start in range(0, fan_in, width):
             end = start + width
-            total[start:, start:end] += group[:, start:].T @ group[:, start:end]
+            product = group[:, start:].T @ group[:, start:end]
+            total[start:, start:end].add_(product, alpha=weight)
+
+
+def spread(present: int, taken: int, generator: torch.Generator) -> Tensor:
+    """Random ones of `present` places, one from each of `taken` stretches of the same length."""
+    starts = torch.arange(taken, dtype=torch.float64, device="cpu")
+    inside = torch.rand(taken, generator=generator, dtype=torch.float64, device="cpu")
+    return ((starts + inside) * (present / taken)).long().clamp_max(present - 1)
 
 
 def _wide(x: Tensor) -> Tensor:
     return dense(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _each_output(spec: LayerSpec) -> LayerSpec:
+    """The layer whose patches are the outputs of `spec`, one by one."""
+    return replace(spec.pointwise(spec.out_channels, spec.out_channels), groups=1)
 
 
 def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients
 from tdecomp.calibration.augment import Augment
-from tdecomp.calibration.data import PASSES, Batches, CountedRows, batches_for
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import PASSES, Batches, batches_for
 from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of

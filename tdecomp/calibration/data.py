@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.moments import Moments
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.calibration.split import Part, held_among, split_by_position, split_by_samples
 from tdecomp.model.batches import (
     Forward,
     call_model,
     copied,
-    count_samples,
     describe,
     device_of,
+    fingerprint,
     moved,
     tensors_of,
 )
@@ -55,13 +55,17 @@ class Data:
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches at random, for `refit`, `distill` and the fits before them; everything else
         uses the batches as they are. None for batches that must not be varied.
+    held_out : float
+        The share of the batches that nothing is fitted to, up to 0.5; errors are theirs. At least
+        one batch is held out, or rows of the only one. Of a DataLoader's data set samples are, as
+        one that shuffles has others in each pass. With 0, errors are of what was fitted to.
 
     Raises
     ------
     TypeError
         If `batches` cannot be iterated over, or `mask` or `augment` cannot be called.
     ValueError
-        If a limit is not a whole number of at least 1.
+        If a limit is not a whole number of at least 1, or `held_out` not a number from 0 to 0.5.
     """
 
     batches: Any
@@ -69,6 +73,7 @@ class Data:
     max_memory: int | None = None
     mask: Mask | None = None
     augment: Augment | None = flip_and_shift
+    held_out: float = 0.2
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Moments):
@@ -81,10 +86,32 @@ class Data:
             if limit is not None and not (type(limit) is int and limit >= 1):
                 expected = f"{name} to be a whole number of at least 1"
                 raise ValueError(f"data: expected {expected}, got {limit!r}")
+        share = self.held_out
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 0.5:
+            raise ValueError(f"data: expected held_out to be a share from 0 to 0.5, got {share!r}")
         for name, call in (("mask", "mask(batch)"), ("augment", "augment(batch, generator)")):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"data: expected None or a callable {call}, got {name}={value!r}")
+
+    @cached_property
+    def sides(self) -> tuple[Iterable[Any], Iterable[Any]] | None:
+        """The batches to fit to and those held out, where the samples of each are known."""
+        return split_by_samples(self.batches, self.held_out, self.max_batches)
+
+
+@dataclass(eq=False)
+class Seen:
+    """What passes through the batches have shown."""
+
+    first: list[Any] = field(default_factory=list)  # the first batch, once a pass has begun
+    held: str | None = None  # what the first batch that is held out looks like, once there is one
+    steady: bool = True  # False once it looked different in another pass
+
+    def add_held(self, looks: str) -> None:
+        """Note how the first batch that is held out looks in a pass."""
+        self.steady = self.steady and self.held in (None, looks)
+        self.held = looks
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +123,7 @@ class Batches:
     forward: Forward = call_model
     seed: int | None = None  # all random numbers derive from it; None for those of seed 0
     progress: bool = True  # whether to show bars
-    first: list[Any] = field(default_factory=list)  # the first batch, once a pass has begun
+    seen: Seen = field(default_factory=Seen)
 
     def called_by(self, caller: str) -> "Batches":
         """The same batches, used by another function."""
@@ -117,25 +144,59 @@ class Batches:
             )
 
     def __len__(self) -> int:
-        """How many there are; 0 if this is not known."""
+        """How many there are, with those held out; 0 if this is not known."""
         batches, limit = self._iterable(), self.data.max_batches
         known = len(batches) if isinstance(batches, Sized) else 0
         return known if limit is None else min(known, limit)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether a pass has come to samples that are held out."""
+        return self.seen.held is not None
+
     def on(self, device: torch.device) -> Iterator[Any]:
-        """Yield the batches that hold samples, every tensor in them on `device`."""
-        empty = True
-        for batch in islice(self._iterable(), self.data.max_batches):
-            if count_samples(batch):
-                if empty and not self.first:
-                    self.first.append(batch)
-                empty = False
-                yield self._moved(batch, device)
-        if empty:
+        """Yield the batches that may be fitted to, every tensor in them on `device`."""
+        yield from (batch for batch, held in self.parts(device, held=False) if not held)
+
+    def held_out_on(self, device: torch.device) -> Iterator[Any]:
+        """Yield the batches that are held out; the same as `on` yields if none are."""
+        none = True
+        for batch, held in self.parts(device, fit=False):
+            if held:
+                none = False
+                yield batch
+        if none:
+            yield from self.on(device)
+
+    def parts(
+        self, device: torch.device, *, fit: bool = True, held: bool = True
+    ) -> Iterator[tuple[Any, bool]]:
+        """Yield all batches that hold samples, and whether each is held out.
+
+        Without `fit` or `held` the others are left out where that saves reading them.
+        """
+        empty = none_held = True
+        for batch, outside in self._parts(fit, held):
+            if empty and not self.seen.first:
+                self.seen.first.append(batch)
+            empty = False
+            there = self._moved(batch, device)
+            if outside and none_held:
+                none_held = False
+                self.seen.add_held("" if self.data.sides else fingerprint(there))
+            yield there, outside
+        if empty and fit:
             raise ValueError(
                 f"{self.caller}: got no batches; expected at least one that holds samples (an "
                 "exhausted generator has none left: pass a DataLoader or a list)"
             )
+
+    def _parts(self, fit: bool, held: bool) -> Iterator[Part]:
+        data = self.data
+        if data.sides is None:
+            return split_by_position(self._iterable(), data.held_out, data.max_batches)
+        sides = zip(data.sides, (False, True), (fit, held), strict=True)
+        return ((batch, outside) for side, outside, asked in sides if asked for batch in side)
 
     def _moved(self, batch: Any, device: torch.device) -> Any:
         try:
@@ -148,7 +209,8 @@ class Batches:
 
     def bar(self, device: torch.device, title: str) -> Iterator[Any]:
         """`on`, with a progress bar."""
-        total, hidden = len(self) or None, not self.progress
+        total = len(self) - held_among(len(self), self.data.held_out) or None
+        hidden = not self.progress
         yield from tqdm(self.on(device), title, total, unit="batch", disable=hidden)
 
     def variants(self, device: torch.device) -> Iterator[Any]:
@@ -185,9 +247,9 @@ class Batches:
         """A run of a model on the first batch of a pass that was made; none before the first."""
 
         def run(model: nn.Module) -> Any:
-            return self.forward(model, copied(moved(self.first[0], device_of(model))))
+            return self.forward(model, copied(moved(self.seen.first[0], device_of(model))))
 
-        return [run] if self.first else []
+        return [run] if self.seen.first else []
 
     def generator(self, number: int) -> torch.Generator:
         """A random generator in its first state: each number and each seed has its own."""
@@ -200,59 +262,6 @@ class Batches:
 
 class BatchError(ValueError):
     """A batch that the model or the mask rejects."""
-
-
-class CountedRows:
-    """Selects the rows that count by the mask of the data, batch by batch."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._caller, self._mask_of = batches.caller, batches.data.mask
-        self._mask: Tensor | None = None
-        self._shapes: set[tuple[int, ...]] = set()
-        self._used = False
-
-    def begin(self, batch: Any) -> None:
-        """Take the mask of the next batch; BatchError if it fails or is no bool tensor."""
-        if self._mask_of is None:
-            return
-        try:
-            mask = self._mask_of(batch)
-        except Exception as error:
-            words = f"the mask failed on a batch ({describe(batch)})"
-            raise BatchError(f"{self._caller}: {words}: {error!r}") from error
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() == 0:
-            raise BatchError(
-                f"{self._caller}: the mask returned {describe(mask)}; expected a bool tensor of "
-                "shape (batch,) or (batch, length), True for the rows that count"
-            )
-        self._mask = mask
-        self._shapes.add(tuple(mask.shape))
-
-    def of_layer(self, x: Tensor, spec: LayerSpec) -> Tensor:
-        """The rows that count of a layer's input, of its output, or of a gradient there."""
-        return self._select(x, int(x.dim() == spec.ndim + 2) if spec.ndim else x.dim() - 1)
-
-    def of_output(self, z: Tensor) -> Tensor:
-        """The rows that count of an output of the whole model."""
-        return self._select(z, z.dim())
-
-    def check_used(self) -> None:
-        """Raise a ValueError if the mask fits no layer, or keeps none of the rows."""
-        if self._mask_of is not None and not self._used:
-            shapes = " or ".join(map(str, sorted(self._shapes)))
-            raise ValueError(
-                f"{self._caller}: the mask, of shape {shapes}, keeps no row of any layer's input; "
-                "expected shape (batch,) or (batch, length), as the inputs of Linear layers begin, "
-                "or (batch,) for convolutions, and True for the rows that count"
-            )
-
-    def _select(self, x: Tensor, leading: int) -> Tensor:
-        """All rows, unless the mask has the shape of some of the first `leading` dimensions."""
-        mask = self._mask
-        if mask is None or mask.dim() > leading or x.shape[: mask.dim()] != mask.shape:
-            return x
-        self._used = self._used or bool(mask.any())
-        return x[mask.to(x.device)]
 
 
 def batches_for(

@@ -38,7 +38,7 @@ def patches(
         flat = x.reshape(1, -1, spec.in_channels)
         yield from flat.split(rows, dim=1)
         return
-    batch = x if x.dim() == spec.ndim + 2 else x[None]
+    batch = _batched(x, spec)
     pointwise = spec.kernel_volume == 1 and set(spec.stride) == {1} and not any(_padding(spec))
     out = spec.output_size(tuple(batch.shape[2:]))
     per_image = max(math.prod(out), 1)
@@ -51,6 +51,36 @@ def patches(
         for lines in windows.split(max(1, rows * out[0] // per_image), dim=1):
             grouped = lines.unflatten(-1, (spec.groups, spec.group_in)).movedim(-2, 0)
             yield grouped.reshape(spec.groups, -1, spec.fan_in)
+
+
+def count_patches(x: Tensor, spec: LayerSpec) -> int:
+    """The number of positions that `patches` yields for this input."""
+    if spec.ndim == 0:
+        return x.numel() // spec.in_channels
+    batch = _batched(x, spec)
+    return len(batch) * math.prod(spec.output_size(tuple(batch.shape[2:])))
+
+
+def patches_at(x: Tensor, spec: LayerSpec, places: Tensor) -> Tensor:
+    """The rows (groups, places, fan_in) of `patches` at some places, without making the others."""
+    if spec.ndim == 0:
+        return x.reshape(-1, spec.in_channels)[places][None]
+    batch = _batched(x, spec)
+    # What the layer sees of an image whose pixels are their own numbers, from 1 on.
+    size = batch.shape[2:]
+    numbers = torch.arange(1, size.numel() + 1, dtype=torch.float64, device=x.device)
+    plane = replace(spec, in_channels=1, out_channels=1, groups=1)
+    seen = _windows(numbers.reshape(1, 1, *size), plane).reshape(-1, spec.kernel_volume).long() - 1
+    pixels = seen[places % len(seen)]  # (places, kernel), -1 in the padding
+    images = (places // len(seen))[:, None]
+    rows = batch.flatten(2)[images, :, pixels.clamp_min(0)]  # (places, kernel, in)
+    rows = rows.masked_fill((pixels < 0)[..., None], 0.0)
+    grouped: Tensor = rows.unflatten(-1, (spec.groups, spec.group_in))
+    return grouped.movedim(-2, 0).flatten(2)
+
+
+def _batched(x: Tensor, spec: LayerSpec) -> Tensor:
+    return x if x.dim() == spec.ndim + 2 else x[None]
 
 
 def _windows(images: Tensor, spec: LayerSpec) -> Tensor:

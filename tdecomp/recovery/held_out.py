@@ -54,7 +54,7 @@ class HeldOut:
         calls: list[tuple[Any, list[Tensor]]] = []
         samples = 0
         with evaluating(self._original), exact_passes(), torch.no_grad():
-            for given in self._batches.on(device_of(self._original)):
+            for given in self._batches.held_out_on(device_of(self._original)):
                 # Kept in a copy: a loader may fill the same tensors again for the next batch.
                 batch = copied(given if self._vary is None else self._vary(given))
                 outputs = tensors_of(self._batches.run(self._original, batch))

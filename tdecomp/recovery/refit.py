@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from tdecomp.calibration.accumulator import Accumulator, OutputGradients
 from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.data import Batches, CountedRows
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import Batches
 from tdecomp.decomposers.assemble import factors_of_chain, write_factors
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization

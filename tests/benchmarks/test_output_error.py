@@ -17,8 +17,9 @@ def model():
 def test_it_agrees_with_what_the_fits_say_of_the_same_batches(model):
     batches = [torch.randn(6, 3, 8, 8) + 1 for _ in range(4)]
     result = tdecomp.decompose(
-        model, ["lowrank", "svd"], rank=3, data=batches, progress=False, allow_expansion=True
-    )
+        model, ["lowrank", "svd"], rank=3, data=tdecomp.Data(batches, held_out=0),
+        progress=False, allow_expansion=True,
+    )  # fmt: skip
     errors = output_errors(model, result.model, ["0", "3"], batches)
     for name, error in errors.items():
         assert error > 1e-3

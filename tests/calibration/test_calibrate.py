@@ -24,8 +24,14 @@ from tests.models import MODELS, TwoInputs
 from tests.unchanged import unchanged
 
 
-def taken(model, batches, **options):
-    return calibrate(model, batches, progress=False, **options)
+def whole(batches, **limits):
+    """Batches of which nothing is held out."""
+    return tdecomp.Data(batches, held_out=0, **limits)
+
+
+def taken(model, batches, *, max_batches=None, max_memory=None, **options):
+    data = whole(batches, max_batches=max_batches, max_memory=max_memory)
+    return calibrate(model, data, progress=False, **options)
 
 
 def images(count=8, seed=0):
@@ -177,7 +183,7 @@ def test_fast_paths_hide_nothing_and_are_on_again_afterwards(model):
 
 
 def test_bar_over_the_batches(capsys):
-    calibrate(small(), [images()] * 2)
+    calibrate(small(), whole([images()] * 2))
     assert "calibrate: 100%" in capsys.readouterr().err
     taken(small(), [images()])
     assert capsys.readouterr().err == ""
@@ -296,7 +302,7 @@ def test_model_without_layers_and_data_that_are_none():
 
 def test_layers_in_groups_see_the_same(capsys):
     batches = list(images(12).split(4))
-    whole = taken(small(), batches)
+    plain = taken(small(), batches)
     limit = 8 * 54 * 55
     calls = []
 
@@ -305,13 +311,13 @@ def test_layers_in_groups_see_the_same(capsys):
         return model(batch)
 
     with unchanged(model := small()):
-        grouped = calibrate(model, batches, forward=counted, max_memory=limit)
+        grouped = calibrate(model, whole(batches, max_memory=limit), forward=counted)
     assert "calibrate 3/3" in capsys.readouterr().err
     # Once to count patches, then with and without gradients.
     assert len(calls) == 3 + 3 * 2 * 3
-    check_same(grouped, whole, bound=1e-12)
-    assert grouped.samples == whole.samples == 12
-    assert grouped.peak_bytes < whole.peak_bytes
+    check_same(grouped, plain, bound=1e-12)
+    assert grouped.samples == plain.samples == 12
+    assert grouped.peak_bytes < plain.peak_bytes
     assert grouped.peak_bytes <= limit
 
 
@@ -330,7 +336,7 @@ def test_the_limit_is_kept_whatever_batch_comes_first(sizes, limit):
 
 
 def test_enough_memory_takes_one_pass(capsys):
-    calibrate(small(), [images()], max_memory=10**6)
+    calibrate(small(), whole([images()], max_memory=10**6))
     assert "calibrate: 100%" in capsys.readouterr().err
 
 
@@ -668,7 +674,7 @@ def test_options_reach_the_calibration_of_a_plan(capsys):
         calls.append(1)
         return model(torch.zeros(2, 12), example.image)
 
-    data = tdecomp.Data(iter([batch] * 5), max_batches=2)
+    data = whole(iter([batch] * 5), max_batches=2)
     tdecomp.plan(model, "svd", rank=2, data=data, forward=forward, progress=False)
     assert len(calls) == 2
     assert capsys.readouterr().err == ""
@@ -687,21 +693,21 @@ def mirrored(batch, _):
 def test_layers_that_see_few_patches_see_variants_too():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
     batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
-    plain = calibrate(model, batches, progress=False)
-    moments = calibrate(model, batches, augment=mirrored, progress=False)
+    plain = calibrate(model, whole(batches), progress=False)
+    moments = calibrate(model, whole(batches), augment=mirrored, progress=False)
     # The convolution has 288 patches of 27 entries, the Linear 8 inputs of 144: only it goes on.
     assert (plain["0"].count, moments["0"].count) == (288, 16 * 27)
     assert (plain["3"].count, moments["3"].count) == (8, 4 * 8)
     assert moments.samples == plain.samples == 8
     both = [*batches, *(3 * [x.flip(-1) for x in batches])]
-    expected = calibrate(model, both, progress=False)
+    expected = calibrate(model, whole(both), progress=False)
     torch.testing.assert_close(moments["3"].rows, expected["3"].rows)
     assert torch.equal(moments["3"].gradient, plain["3"].gradient)
 
 
 def test_batches_that_augment_leaves_alone_are_seen_once():
     model, batches = nn.Linear(12, 2), [torch.randn(4, 12)]
-    moments = calibrate(model, batches, augment=tdecomp.flip_and_shift, progress=False)
+    moments = calibrate(model, whole(batches), augment=tdecomp.flip_and_shift, progress=False)
     assert moments[""].count == 4
 
 

@@ -1,5 +1,7 @@
 """A mask of rows: what counts, where it fits, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -28,7 +30,9 @@ def tokens(seed=0):
 
 
 def masked(batches):
-    return Data([{"input": x, "mask": m} for x, m in batches], mask=lambda batch: batch["mask"])
+    return Data(
+        [{"input": x, "mask": m} for x, m in batches], mask=lambda batch: batch["mask"], held_out=0
+    )
 
 
 def forward(model, batch):
@@ -50,15 +54,18 @@ def check_same(one, other, bound=1e-6):
 def test_only_rows_that_count_are_in_the_moments():
     batches = [sequences(seed=seed) for seed in range(2)]
     moments = calibrate(tokens(), masked(batches), forward=forward, gradients=False, **QUIET)
-    check_same(moments, calibrate(tokens(), [x[m] for x, m in batches], gradients=False, **QUIET))
+    check_same(
+        moments,
+        calibrate(tokens(), Data([x[m] for x, m in batches], held_out=0), gradients=False, **QUIET),
+    )
 
 
 def test_a_mask_of_the_batch_drops_whole_samples_of_every_layer():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     x, keep = torch.randn(9, 3, 8, 8), torch.arange(9) % 3 > 0
-    data = Data([x], mask=lambda batch: batch.flatten(1).any(1) & keep[: len(batch)])
+    data = Data([x], mask=lambda batch: batch.flatten(1).any(1) & keep, held_out=0)
     moments = calibrate(model, data, gradients=False, **QUIET)
-    check_same(moments, calibrate(model, [x[keep]], gradients=False, **QUIET))
+    check_same(moments, calibrate(model, Data([x[keep]], held_out=0), gradients=False, **QUIET))
 
 
 def gradient(name, data):
@@ -78,7 +85,7 @@ def test_only_rows_that_count_are_in_the_gradients():
     rows = float(mask.sum()) / len(x)
     assert distance(gradient("2", masked([(x, mask)])), rows * torch.eye(4).double()) < 0.05
     # Rows of other layers act on the outputs of their own row only.
-    alone = gradient("0", [{"input": x[mask]}])
+    alone = gradient("0", Data([{"input": x[mask]}], held_out=0))
     assert distance(gradient("0", masked([(x, mask)])), rows * alone) < 0.05
 
 
@@ -93,7 +100,7 @@ def test_outputs_that_do_not_count_are_not_in_the_gradients():
     ends[:, 0] = True  # the first output depends on the first row alone
     data = masked([(x, ends)])
     moments = calibrate(tokens(), data, forward=summed, **QUIET)
-    alone = calibrate(tokens(), [x[:, 0]], **QUIET)
+    alone = calibrate(tokens(), Data([x[:, 0]], held_out=0), **QUIET)
     assert distance(moments["2"].gradient, alone["2"].gradient) < 0.4
 
 
@@ -121,7 +128,7 @@ def test_all_rows_count_where_the_mask_does_not_fit():
 
 def test_it_holds_when_layers_are_taken_in_groups():
     x, mask = sequences()
-    data = Data([{"input": x, "mask": mask}] * 2, max_memory=3000, mask=lambda batch: batch["mask"])
+    data = replace(masked([(x, mask)] * 2), max_memory=3000)
     grouped = calibrate(Mixed(), data, forward=forward, gradients=False, **QUIET)
     assert grouped["rows"].count == 2 * int(mask.sum())
 
@@ -131,8 +138,12 @@ def test_refit_solves_for_the_rows_that_count():
     batches = [sequences(40, seed=seed) for seed in range(2)]
     model = decompose(original, "svd", rank={"0": 3}, **QUIET).model
     counted = refit(model, original, masked(batches), forward=forward, gradients=False, **QUIET)
-    alone = refit(model, original, [x[m] for x, m in batches], gradients=False, **QUIET)
-    everything = refit(model, original, [x for x, _ in batches], gradients=False, **QUIET)
+    alone = refit(
+        model, original, Data([x[m] for x, m in batches], held_out=0), gradients=False, **QUIET
+    )
+    everything = refit(
+        model, original, Data([x for x, _ in batches], held_out=0), gradients=False, **QUIET
+    )
     for a, b in zip(counted.model.parameters(), alone.model.parameters(), strict=True):
         assert distance(a, b) < 1e-4
     assert counted.layers["0"] == pytest.approx(alone.layers["0"], rel=1e-4)
@@ -173,7 +184,7 @@ def test_rows_that_do_not_count_may_be_nan():
     ids=["numbers", "none", "scalar", "fails", "shape", "nothing"],
 )
 def test_a_mask_that_cannot_be(mask, words):
-    original, data = tokens(), Data([sequences()[0]], mask=mask)
+    original, data = tokens(), Data([sequences()[0]], mask=mask, held_out=0)
     with pytest.raises(ValueError, match=f"calibrate: {words}"):
         calibrate(original, data, **QUIET)
     model = decompose(original, "svd", rank={"0": 3}, **QUIET).model

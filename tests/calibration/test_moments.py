@@ -330,3 +330,54 @@ def test_moments_that_cannot_be_are_refused(tmp_path, part, change, words):
         ValueError, match=rf"moments\.safetensors: damaged: layer '{name}': .*{words}"
     ):
         tdecomp.Moments.load(tmp_path / "moments.safetensors")
+
+
+def sampled(geometry, most, *, expected=0, seed=0):
+    """Sums over a sample of the patches of batches of several sizes, and over all of them."""
+    spec, layer = geometry.spec, geometry.layer()
+    batches = [skewed(geometry.input(n)) for n in (2, 40, 9)]
+    some, every = Accumulator(spec, most, expected, seed), Accumulator(spec)
+    for x in batches:
+        for sums in (some, every):
+            sums.add(x, layer(x))
+    return layer, some, every
+
+
+@pytest.mark.parametrize("geometry", PLAIN, ids=str)
+def test_of_many_patches_a_sample_stands_for_all(geometry):
+    layer, some, every = sampled(geometry, geometry.spec.fan_in)
+    cross, _, _ = some.mean_cross()
+    moments = some.finish()
+    assert moments.count == every.count
+    bias = (
+        layer.bias.detach() if layer.bias is not None else torch.zeros(geometry.spec.out_channels)
+    )
+    parts = zip(moments.kernels(layer.weight), bias.chunk(len(cross)), strict=True)
+    for group, (kernel, shift) in enumerate(parts):
+        # The outputs are those at the very places of the patches.
+        wanted = kernel @ full_matrix(moments)[group] + shift[:, None] * moments.mean[group]
+        assert distance(cross[group], wanted) < 1e-10
+
+
+def test_a_sample_of_patches_is_unbiased_whatever_the_sizes_of_the_batches():
+    geometry = next(g for g in PLAIN if g.spec.ndim == 2)
+    for expected in (0, 10_000):
+        found = [sampled(geometry, 60, expected=expected, seed=seed)[1:] for seed in range(60)]
+        matrices = torch.stack([full_matrix(some.finish()) for some, _ in found])
+        every = full_matrix(found[0][1].finish())
+        alone, together = distance(matrices[0], every), distance(matrices.mean(0), every)
+        assert alone > 0.02
+        assert together < 0.3 * alone
+
+
+def test_the_same_seed_takes_the_same_sample():
+    geometry = next(g for g in PLAIN if g.spec.ndim == 2)
+    first, again, other = (sampled(geometry, 60, seed=seed)[1].finish() for seed in (3, 3, 4))
+    assert torch.equal(first.matrix, again.matrix)
+    assert not torch.equal(first.matrix, other.matrix)
+
+
+def test_no_sample_is_smaller_than_a_patch():
+    geometry = next(g for g in PLAIN if g.spec.ndim == 2)
+    _, some, _ = sampled(geometry, 1)
+    assert torch.linalg.matrix_rank(some.finish().matrix[0]) == geometry.spec.fan_in

@@ -1,6 +1,7 @@
 """Decomposing with data: what a user sees of it, from `decompose` to the report's rows."""
 
 import copy
+from types import NoneType
 
 import pytest
 import torch
@@ -41,7 +42,13 @@ def images(count=40, seed=1):
     return x * torch.tensor([2.0, 0.5, 1.0])[:, None, None] + 0.5
 
 
+def whole(batches):
+    """Data of which nothing is held out: errors are those of all batches."""
+    return tdecomp.Data(batches, held_out=0)
+
+
 def decomposed(methods, data, **options):
+    data = data if isinstance(data, (tdecomp.Moments, NoneType)) else whole(data)
     return tdecomp.decompose(
         model(), methods, rank=2, data=data, allow_expansion=True, progress=False, **options
     )
@@ -96,7 +103,7 @@ def check_fit_to_data(geometry):
     layer, x = geometry.layer(), geometry.input(9).relu() + 0.2
     method = "lowrank" if geometry.spec.ndim else "svd"
     result = tdecomp.decompose(
-        nn.Sequential(layer), method, rank=1, data=[x], allow_expansion=True, progress=False
+        nn.Sequential(layer), method, rank=1, data=whole([x]), allow_expansion=True, progress=False
     )
     row = result.report["0"]
     error = measured(layer, result.model[0], x, geometry.spec.bias)
@@ -113,7 +120,7 @@ def check_fit_to_data(geometry):
 
 @pytest.mark.parametrize("method", ["lowrank", "tucker2", "spatial", "cp", "cp-separable"])
 def test_data_lowers_the_output_error(method):
-    moments = calibrate(model(), [images()], progress=False)
+    moments = calibrate(model(), whole([images()]), progress=False)
     by_data = decomposed(method, moments).report
     by_weight = decomposed(method, None)
     for row in by_data:
@@ -133,7 +140,7 @@ def _kernel(chain):
 
 def test_batches_and_their_moments_give_the_same():
     x = images()
-    moments = calibrate(model(), [x], progress=False)
+    moments = calibrate(model(), whole([x]), progress=False)
     by_batches, by_moments = decomposed("lowrank", [x]), decomposed("lowrank", moments)
     for one, other in zip(by_batches.report, by_moments.report, strict=True):
         assert (one.output_error is None) == (other.output_error is None)
@@ -144,7 +151,7 @@ def test_batches_and_their_moments_give_the_same():
     plan = tdecomp.plan(
         model(), "lowrank", rank=2, data=moments, allow_expansion=True, progress=False
     )
-    for data in (moments, [x], iter([x])):
+    for data in (moments, whole([x]), whole(iter([x]))):
         applied = tdecomp.apply(model(), plan, data=data, progress=False)
         assert distance(applied.model(x), by_moments.model(x)) < 1e-6
     without = tdecomp.apply(model(), plan, progress=False)
@@ -154,7 +161,7 @@ def test_batches_and_their_moments_give_the_same():
 
 def test_moments_that_were_merged_or_saved_serve_as_well(tmp_path):
     x = images()
-    halves = [calibrate(model(), [part], progress=False) for part in x.split(20)]
+    halves = [calibrate(model(), whole([part]), progress=False) for part in x.split(20)]
     (halves[0] + halves[1]).save(tmp_path / "moments")
     loaded = tdecomp.Moments.load(tmp_path / "moments")
     assert (
@@ -164,13 +171,13 @@ def test_moments_that_were_merged_or_saved_serve_as_well(tmp_path):
 
 def test_model_and_moments_are_left_alone():
     original, x = model().train(), images()
-    moments = calibrate(original, [x], progress=False)
+    moments = calibrate(original, whole([x]), progress=False)
     before = copy.deepcopy(moments.layers)
     with unchanged(original):
         tdecomp.decompose(
             original, "tucker2", rank=2, data=moments, allow_expansion=True, progress=False
         )
-        tdecomp.decompose(original, "lowrank", rank=2, data=[x], progress=False)
+        tdecomp.decompose(original, "lowrank", rank=2, data=whole([x]), progress=False)
     for name, layer in moments.items():
         assert torch.equal(layer.mean, before[name].mean)
 
@@ -181,7 +188,7 @@ def test_full_rank_changes_nothing():
         original,
         ["lowrank", "svd"],
         rank=tdecomp.Ratio(1.0, of="rank"),
-        data=[x],
+        data=whole([x]),
         allow_expansion=True,
         progress=False,
     )
@@ -203,7 +210,7 @@ def test_row_says_that_there_were_few_samples():
 def test_row_says_that_a_transposed_convolution_has_no_moments():
     up = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3))
     result = tdecomp.decompose(
-        up, "lowrank", rank=2, data=[images(4)], allow_expansion=True, progress=False
+        up, "lowrank", rank=2, data=whole([images(4)]), allow_expansion=True, progress=False
     )
     assert result.report["1"].method == "lowrank"
     assert result.report["1"].output_error is None
@@ -217,7 +224,7 @@ def test_row_says_that_no_batch_reached_the_layer():
         layers,
         "svd",
         rank=2,
-        data=[torch.randn(20, 9, generator=torch.Generator().manual_seed(0))],
+        data=whole([torch.randn(20, 9, generator=torch.Generator().manual_seed(0))]),
         forward=lambda m, x: m["used"](x),
         progress=False,
     )
@@ -233,7 +240,7 @@ def test_row_says_that_no_batch_reached_the_layer():
 def test_dtypes(dtype):
     x = images().to(dtype)
     result = tdecomp.decompose(
-        model().to(dtype), "lowrank", rank=2, data=[x], allow_expansion=True, progress=False
+        model().to(dtype), "lowrank", rank=2, data=whole([x]), allow_expansion=True, progress=False
     )
     assert {p.dtype for p in result.model.parameters()} == {dtype}
     usual = decomposed("lowrank", [images()])
@@ -252,7 +259,7 @@ def test_inputs_that_depend_on_each_other(method, rank):
         x = torch.randn(64, 4, 8, 8)
     rank = {"cp": 8 * rank, "cp-separable": 6 * rank, "spatial": 3 * rank}.get(method, rank)
     result = tdecomp.decompose(
-        layers, method, rank={"1": rank}, data=[x], allow_expansion=True, progress=False
+        layers, method, rank={"1": rank}, data=whole([x]), allow_expansion=True, progress=False
     )
     assert 0 <= result.report["1"].output_error < 0.6
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
@@ -264,8 +271,8 @@ def test_inputs_of_a_large_mean(method):
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Conv2d(6, 8, 3))
         x = torch.randn(50, 6, 8, 8) + 300.0
-    near = tdecomp.decompose(layers, method, rank=4, data=[x - 300.0], progress=False)
-    far = tdecomp.decompose(layers, method, rank=4, data=[x], progress=False)
+    near = tdecomp.decompose(layers, method, rank=4, data=whole([x - 300.0]), progress=False)
+    far = tdecomp.decompose(layers, method, rank=4, data=whole([x]), progress=False)
     error = near.report["0"].output_error
     assert far.report["0"].output_error == pytest.approx(error, rel=1e-2)
     assert measured(layers[0], far.model[0], x, bias=True) == pytest.approx(error, rel=5e-2)
@@ -281,7 +288,7 @@ def test_dead_layer():
         layers = nn.Sequential(Dead(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     for method in ("lowrank", "tucker2", "cp"):
         result = tdecomp.decompose(
-            layers, method, rank=2, data=[images(8)], allow_expansion=True, progress=False
+            layers, method, rank=2, data=whole([images(8)]), allow_expansion=True, progress=False
         )
         by_weight = tdecomp.decompose(layers, method, rank=2, allow_expansion=True, progress=False)
         row = result.report["1"]
@@ -326,7 +333,7 @@ def test_fine_tuning_of_chains_fitted_to_data_is_stable(method):
     """Components come out balanced; with all norm in one factor the same steps destroy them."""
     teacher = wide()
     student = tdecomp.decompose(
-        teacher, method, rank=12, data=[images(64)], allow_expansion=True, progress=False
+        teacher, method, rank=12, data=whole([images(64)]), allow_expansion=True, progress=False
     ).model
     for chain in (student[0], student[2], student[4]):
         (factors,) = _factors(chain)
@@ -361,7 +368,7 @@ def test_a_fit_to_data_is_no_worse_than_one_to_the_weights_after_rounding(method
         model = nn.Sequential(nn.Conv2d(6, 6, 3)).requires_grad_(False)
         model[0].weight.copy_(torch.einsum("or,ir,hr,wr->oihw", *modes))
         x = torch.randn(4, 6, 8, 8, generator=g) * torch.logspace(0, -3, 6)[:, None, None] + 3
-        seen = tdecomp.calibrate(model, [x], gradients=False, progress=False).layers["0"]
+        seen = tdecomp.calibrate(model, whole([x]), gradients=False, progress=False).layers["0"]
         weight = model[0].weight.to(dtype)
         by_data = fit_layer(weight, spec, chosen, 3, seen).output_error
         by_weights = fit_layer(weight, spec, chosen, 3).factors.to(torch.float64).to_kernel()

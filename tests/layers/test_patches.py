@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tdecomp.calibration.accumulator import output_rows
-from tdecomp.layers.patches import patches, to_kernel_order
+from tdecomp.layers.patches import count_patches, patches, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import SAME_PADDING_OF_EVEN_KERNELS, distance
 from tests.geometries import DEPTHWISE, GEOMETRIES, case, geometries
@@ -102,3 +102,19 @@ def test_kernel_order_of_several_dimensions():
     vector = torch.arange(spec.fan_in).reshape(2, 3, 3).permute(2, 0, 1).reshape(-1)
     values = torch.randn(1, spec.fan_in, spec.fan_in, generator=torch.Generator().manual_seed(0))
     assert torch.equal(to_kernel_order(values, spec, (1, 2)), values[:, vector][:, :, vector])
+
+
+@pytest.mark.parametrize("geometry", PLAIN, ids=str)
+def test_patches_at_some_places_are_those_of_all(geometry):
+    for batch in ((), (3,)):
+        x, spec = geometry.input(*batch), geometry.spec
+        every = torch.cat(list(patches(x, spec)), dim=1)
+        assert count_patches(x, spec) == every.shape[1]
+        places = torch.arange(every.shape[1] - 1, -1, -3)
+        assert torch.equal(patches_at(x, spec, places), every[:, places])
+
+
+def test_patches_at_some_places_have_no_padding_that_is_not_zero():
+    x = torch.full((1, 2, 3, 3), torch.inf)
+    spec = LayerSpec.of(nn.Conv2d(2, 4, 3, padding=1))
+    assert patches_at(x, spec, torch.tensor([0])).isnan().sum() == 0

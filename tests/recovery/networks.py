@@ -54,5 +54,10 @@ def vectors(count=3, size=64, seed=1):
     return [torch.randn(size, 16, generator=generator) for _ in range(count)]
 
 
+def whole(batches):
+    """Data of which nothing is held out: errors are those of all batches."""
+    return tdecomp.Data(batches, held_out=0)
+
+
 def decomposed(model, method="svd", rank=3, **options):
     return tdecomp.decompose(model, method, rank=rank, **QUIET, **options).model

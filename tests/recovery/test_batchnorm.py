@@ -9,7 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import recalibrate_batchnorm
-from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors
+from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors, whole
 from tests.unchanged import unchanged
 
 
@@ -30,7 +30,7 @@ def by_torch(model, batches):
 def test_the_statistics_are_the_plain_average_over_the_batches():
     batches = images()
     model = nn.Sequential(nn.Dropout(0.5), *decomposed(convnet(), "lowrank"))
-    recovery = recalibrate_batchnorm(model, batches, **QUIET)
+    recovery = recalibrate_batchnorm(model, whole(batches), **QUIET)
     for name, value in by_torch(model, batches).items():
         assert torch.equal(recovery.model.state_dict()[name], value), name
     assert recovery.model[2].num_batches_tracked == len(batches)

@@ -9,7 +9,7 @@ from torch import nn
 import tdecomp
 from tdecomp import Chain, refit
 from tests.models import Twice
-from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors
+from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors, whole
 from tests.unchanged import unchanged
 
 
@@ -25,7 +25,7 @@ def outputs_lost(model, original, batches):
 def test_it_lowers_every_layer_s_error_and_the_model_s(method, rank):
     original, batches = convnet(), images()
     model = decomposed(original, [method, "svd"], rank, data=batches, allow_expansion=True)
-    recovery = refit(model, original, batches, **QUIET)
+    recovery = refit(model, original, whole(batches), **QUIET)
     assert list(recovery.layers) == ["0", "3", "8"]
     for before, after in recovery.layers.values():
         assert after <= before
@@ -42,7 +42,7 @@ def test_it_lowers_every_layer_s_error_and_the_model_s(method, rank):
 def test_the_layers_errors_are_those_of_their_outputs_on_their_own_inputs():
     original, batches = mlp(), vectors()
     model = decomposed(original, rank=4)
-    recovery = refit(model, original, batches, gradients=False, **QUIET)
+    recovery = refit(model, original, whole(batches), gradients=False, **QUIET)
     with torch.no_grad():
         x = torch.cat(batches)
         wanted = original[:3](x)
@@ -90,7 +90,7 @@ def test_of_full_rank_it_is_least_squares_on_the_inputs_that_the_layer_really_ge
     original = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 6)).double()
     batches = [torch.randn(4000, 16).double()]
     model = decomposed(original, rank={"0": 8, "1": 6}, allow_expansion=True)
-    recovery = refit(model, original, batches, **QUIET)
+    recovery = refit(model, original, whole(batches), **QUIET)
     with torch.no_grad():
         inputs = recovery.model[0](batches[0])
         ones = torch.ones(len(inputs), 1).double()
@@ -304,7 +304,7 @@ def test_a_chain_is_refitted_by_its_own_method_with_its_options():
     method = Noting(tol=1e-2, l2_reg=1e-3)
     model = decomposed(original, [method, "svd"], rank=8, allow_expansion=True)
     FITS.clear()
-    recovery = refit(model, original, batches, **QUIET)
+    recovery = refit(model, original, whole(batches), **QUIET)
     assert list(recovery.layers) == ["0", "3", "8"]
     assert recovery.notes == ()
     assert len(FITS) == 2
@@ -342,13 +342,13 @@ def test_one_sample_and_outputs_without_a_dimension_for_them():
     original = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 1), nn.Flatten(0))
     model = decomposed(original, rank=2, include="0")
     batches = vectors()
-    recovery = refit(model, original, batches, **QUIET)
+    recovery = refit(model, original, whole(batches), **QUIET)
     assert recovery.error_before == pytest.approx(outputs_lost(model, original, batches), rel=1e-4)
     # Another mean of the outputs is no other error.
     with torch.no_grad():
         original[2].bias.add_(100.0)
         model[2].bias.add_(100.0)
-    moved = refit(model, original, batches, **QUIET)
+    moved = refit(model, original, whole(batches), **QUIET)
     assert moved.error_before == pytest.approx(recovery.error_before, rel=1e-3)
     alone = refit(model, original, [batches[0][:1]], **QUIET)
     assert alone.error_after <= alone.error_before < 1.0
