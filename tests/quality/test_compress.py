@@ -87,6 +87,15 @@ def test_a_quality_that_never_falls_gives_the_least_share():
     assert "1 at" in result.summary()
 
 
+def test_no_evaluation_is_spent_on_the_same_model_twice():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    sizes = []
+    quality = tdecomp.Quality(lambda m: float(sizes.append(params(m)) or params(m) > 100), drop=0.5)
+    result = tdecomp.compress_to(model, quality, "svd", data=[X[:, :8]], recover=(), **QUIET)
+    assert len({*sizes[2:]}) == len(result.trials)
+    assert len(sizes) == result.evaluations < 10
+
+
 def test_where_nothing_will_do_the_original_comes_back_in_words():
     model = net()
     small = tdecomp.Quality(lambda m: float(params(m) == params(model)), drop=0.5)
