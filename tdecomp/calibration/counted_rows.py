@@ -38,7 +38,18 @@ class CountedRows:
 
     def of_layer(self, x: Tensor, spec: LayerSpec) -> Tensor:
         """The rows that count of a layer's input, of its output, or of a gradient there."""
-        return self._select(x, int(x.dim() == spec.ndim + 2) if spec.ndim else x.dim() - 1)
+        return self._select(x, _leading(x, spec))
+
+    def of_samples(self, x: Tensor, spec: LayerSpec, samples: range) -> tuple[Tensor, Tensor]:
+        """The rows that count of a layer's input, and the number of the sample that each is of.
+
+        All are of the first one if the input does not begin with a dimension for the samples.
+        """
+        mask = self._mask_of_rows(x, _leading(x, spec))
+        length = len(x) if _leading(x, spec) else 1
+        rows = torch.arange(length, device="cpu") if mask is None else mask.nonzero()[:, 0].cpu()
+        each = length // len(samples) if length % len(samples) == 0 else length
+        return x if mask is None else x[mask], samples.start + rows // each
 
     def of_output(self, z: Tensor) -> Tensor:
         """The rows that count of an output of the whole model."""
@@ -69,3 +80,8 @@ class CountedRows:
             return None
         self._used = self._used or bool(mask.any())
         return mask.to(x.device)
+
+
+def _leading(x: Tensor, spec: LayerSpec) -> int:
+    """How many dimensions of a layer's input or output a mask may have."""
+    return int(x.dim() == spec.ndim + 2) if spec.ndim else x.dim() - 1
