@@ -50,8 +50,8 @@ class Data:
         Which rows count, e.g. tokens that are not padding: a bool tensor (batch,) or
         (batch, length). It holds for moments, gradients and the sums of `refit`, in layers whose
         input begins with the shape of the mask: a Linear on (batch, ..., features) or
-        (batch, length, ..., features), and, for a mask (batch,), a convolution. All rows count in
-        other layers, in `recalibrate_batchnorm`, `distill` and the errors of the whole model.
+        (batch, length, ..., features), and, for a mask (batch,), a convolution; in `distill` and
+        errors, for outputs that begin with it. All rows count elsewhere, and for batch norms.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches at random, for `refit`, `distill` and the fits before them; everything else
         uses the batches as they are. None for batches that must not be varied.

@@ -134,6 +134,23 @@ class Interrupted:
             yield batch
 
 
+def test_rows_that_do_not_count_teach_nothing():
+    original = mlp()
+    model = decomposed(original)
+    x = torch.stack(vectors(8, 40)).flatten(0, 1).reshape(40, 8, 16)
+    mask = torch.arange(8).expand(40, 8) < torch.arange(1, 41)[:, None] % 8 + 1
+    results = []
+    for padding in (0.0, 100.0):
+        batch = {"x": torch.where(mask[..., None], x, padding), "mask": mask}
+        data = tdecomp.Data([batch] * 3, mask=lambda b: b["mask"])
+        results.append(
+            distill(model, original, data, forward=lambda m, b: m(b["x"]), lr=1e-3, **SHORT)
+        )
+    assert results[0].error_after < results[0].error_before
+    for a, b in zip(*(weights(found.model) for found in results), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_an_interrupt_keeps_the_best_so_far(inplace):
     original, batches = mlp(), vectors(4, size=256)
