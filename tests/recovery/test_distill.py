@@ -10,7 +10,7 @@ from torch import nn
 import tdecomp
 from tdecomp import distill
 from tdecomp.recovery.training import hinted
-from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors
+from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors, whole
 from tests.unchanged import unchanged
 
 SHORT = {"steps": 12, **QUIET}
@@ -116,7 +116,7 @@ def test_models_that_view_their_maps_in_one_layout_only():
     original, batches = Viewing(), images()
     with pytest.raises(RuntimeError, match="view"):
         original(batches[0].contiguous(memory_format=torch.channels_last))
-    recovery = distill(decomposed(original, "lowrank"), original, batches, **SHORT)
+    recovery = distill(decomposed(original, "lowrank"), original, whole(batches), **SHORT)
     assert recovery.error_after < recovery.error_before
 
 
