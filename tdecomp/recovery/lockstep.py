@@ -19,6 +19,13 @@ from tdecomp.scope import Scope, interrupts_deferred
 from tdecomp.torch_state import hooks
 
 Place = TypeVar("Place")
+# What is taken of the arguments, and of the named ones, that a module is called with.
+Pick = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first of a module's inputs, however it is given."""
+    return next(iter((*args, *kwargs.values())))
 
 
 class Ended(BaseException):
@@ -30,7 +37,7 @@ class _Pass(Generic[Place]):
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.at: Place | None = None
-        self.shown: dict[Place, Tensor] = {}
+        self.shown: dict[Place, Any] = {}
         self.over = False
         self._error: BaseException | None = None
         self._leaving = False
@@ -54,10 +61,10 @@ class _Pass(Generic[Place]):
         if self._error is not None:
             raise self._error
 
-    def wait(self, place: Place, tensor: Tensor) -> None:
+    def wait(self, place: Place, value: Any) -> None:
         """In the pass itself: show this, and stop until `go_on`."""
         if not self._leaving:
-            self.at, self.shown[place] = place, tensor
+            self.at, self.shown[place] = place, value
             self._back.release()
             self._go.acquire()
         if self._leaving:
@@ -103,14 +110,17 @@ class Passes(Scope, Generic[Place]):
         *,
         before: bool,
         patience: float = -1.0,
+        pick: Pick = first_input,
     ) -> None:
         super().__init__()
+        self._pick = pick
         self.places = dict(places)
         self._runs, self._before, self._patience = runs, before, patience
         self._running: _Pass[Place] | None = None
 
     def change(self) -> None:
-        self.undo.enter_context(shown_at(self.places, self._stop, before=self._before))
+        stops = shown_at(self.places, self._stop, before=self._before, pick=self._pick)
+        self.undo.enter_context(stops)
         self.all = [_Pass[Place](run) for run in self._runs]
         self.undo.callback(self._end)
         for one in self.all:
@@ -122,9 +132,9 @@ class Passes(Scope, Generic[Place]):
         one.go_on(self._patience)
         self._running = None
 
-    def _stop(self, place: Place, tensor: Tensor) -> None:
+    def _stop(self, place: Place, value: Any) -> None:
         if self._running is not None and place in self.places:
-            self._running.wait(place, tensor)
+            self._running.wait(place, value)
 
     def _end(self) -> None:
         for one in self.all:
@@ -134,14 +144,18 @@ class Passes(Scope, Generic[Place]):
 
 
 def shown_at(
-    places: Mapping[Place, nn.Module], show: Callable[[Place, Tensor], None], *, before: bool
+    places: Mapping[Place, nn.Module],
+    show: Callable[[Place, Any], None],
+    *,
+    before: bool,
+    pick: Pick = first_input,
 ) -> hooks:
-    """Inside, `show` gets each module's first input before it runs, or its output afterwards."""
+    """Inside, `show` gets a module's inputs, by default the first, or its output afterwards."""
 
     def enter(place: Place, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        show(place, next(iter((*args, *kwargs.values()))))
+        show(place, pick(args, kwargs))
 
-    def leave(place: Place, _: Any, __: Any, output: Tensor) -> None:
+    def leave(place: Place, _: Any, __: Any, output: Any) -> None:
         show(place, output)
 
     return hooks(
@@ -154,7 +168,7 @@ def shown_at(
 
 def meetings(
     mine: Passes[Place], theirs: Passes[Place], order: Sequence[Place]
-) -> Iterator[tuple[Place, list[tuple[int, Tensor, Tensor]]]]:
+) -> Iterator[tuple[Place, list[tuple[int, Any, Any]]]]:
     """Each place that passes come to, with the number of each batch there and what both show.
 
     All of `mine` wait at some place or are over; those at the first place in `order` meet there

@@ -59,20 +59,14 @@ class Training:
 
     @cached_property
     def _sizes(self) -> list[float]:
-        """Factors of the rate: Adam's steps are as long for small entries as for large ones."""
-        sizes = [float(p.detach().double().square().mean().sqrt()) for p in self.trained]
-        return [min(1.0, size / _USUAL_SIZE) if size > 0 else 1.0 for size in sizes]
+        return usual_sizes(self.trained)
 
     def stretches(self, steps: int | None, lr: float | None) -> Iterator[None]:
         """Train, yielding after each of a few stretches; None for the default steps and rate."""
         steps = self._usual_steps() if steps is None else steps
         lr = self._rate() if lr is None else lr
         model, original, batches = self.model, self.original, self.batches
-        optimizer = torch.optim.Adam([{"params": [p]} for p in self.trained], lr=lr)
-        # OneCycleLR divides by the length of the warm-up, 0 if it is exactly the first step.
-        warm_up = 0.99 * _WARM_UP if _WARM_UP * max(steps, 2) == 1 else _WARM_UP
-        rates = [lr * size for size in self._sizes]
-        schedule = OneCycleLR(optimizer, rates, total_steps=max(steps, 2), pct_start=warm_up)
+        optimizer = Adam(self.trained, lr, steps)
         device = device_of(model)
         endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
         generator = batches.generator(0)
@@ -98,12 +92,7 @@ class Training:
                         f"distill: the loss is {value} after {step - 1} steps; expected a finite "
                         f"one: try a lower rate than lr={lr:g}, and look for NaN in the batches"
                     )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.trained, _MAX_GRADIENT_NORM)
-                with torch.device(device):  # where Adam of some releases makes its counters
-                    optimizer.step()
-                schedule.step()
+                optimizer.step(loss, device)
                 bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
                 if step % stretch == 0 or step == steps:
                     yield
@@ -150,6 +139,34 @@ class Training:
             error, change = squared_distance(before, wanted), squared_distance(moved, before)
         share = error / change if change > 0 else 1.0
         return _HIGHEST_RATE * min(1.0, math.sqrt(_SHARE_OF_ERROR * share))
+
+
+class Adam:
+    """Adam with a rate that rises over the first tenth of the steps and then falls to zero."""
+
+    def __init__(self, trained: Sequence[nn.Parameter], lr: float, steps: int) -> None:
+        self._trained = trained
+        self._adam = torch.optim.Adam([{"params": [p]} for p in trained], lr=lr)
+        # OneCycleLR divides by the length of the warm-up, 0 if it is exactly the first step.
+        warm_up = 0.99 * _WARM_UP if _WARM_UP * max(steps, 2) == 1 else _WARM_UP
+        rates = [lr * size for size in usual_sizes(trained)]
+        total = max(steps, 2)
+        self._schedule = OneCycleLR(self._adam, rates, total_steps=total, pct_start=warm_up)
+
+    def step(self, loss: Tensor, device: torch.device) -> None:
+        """A step against the gradients of this loss, which are not kept."""
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM)
+        with torch.device(device):  # where Adam of some releases makes its counters
+            self._adam.step()
+        self._schedule.step()
+
+
+def usual_sizes(trained: Sequence[nn.Parameter]) -> list[float]:
+    """Factors of the rate: Adam's steps are as long for small entries as for large ones."""
+    sizes = [float(p.detach().double().square().mean().sqrt()) for p in trained]
+    return [min(1.0, size / _USUAL_SIZE) if size > 0 else 1.0 for size in sizes]
 
 
 def variant(batches: Batches, batch: Any, generator: torch.Generator) -> Any:

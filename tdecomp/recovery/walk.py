@@ -142,20 +142,21 @@ class Walk:
         What is changed at a layer holds for the later ones.
         """
         order = [layer for layer in self.calls if layer in layers]
-        turns = self._take_turns(order, items)
+        turns = self.takes_turns(order, items)
         for together, some in groupby(order, lambda layer: turns and self.calls[layer] == 1):
             if together:
                 yield from self._in_lockstep([*some], items)
             else:
                 yield from ((layer, self._one_by_one(layer, items)) for layer in some)
 
-    def _take_turns(self, order: Sequence[ReplacedLayer], items: Sequence[Item]) -> bool:
+    def takes_turns(self, order: Sequence[ReplacedLayer], items: Sequence[Item]) -> bool:
+        """Whether the model's passes can run in turns, tried on a few samples."""
         few = max(1, min(_TRIED, items[0].samples // 2))
         chains = {layer: layer.chain for layer in order}
         with suppress(Exception):  # a batch may have no parts, or the model may not take them
             parts = in_parts(items[0].batch, few, 2 * few)
-            return take_turns(self._runs(self.model, parts), chains)
-        return take_turns(self._runs(self.model, [item.batch for item in items[:2]]), chains)
+            return take_turns(self.runs(self.model, parts), chains)
+        return take_turns(self.runs(self.model, [item.batch for item in items[:2]]), chains)
 
     def _in_lockstep(
         self, layers: Sequence[ReplacedLayer], items: Sequence[Item]
@@ -164,8 +165,8 @@ class Walk:
         chains = {layer: layer.chain for layer in layers}
         replaced = {layer: layer.layer for layer in layers}
         with (
-            Passes(self._runs(self.model, batches), chains, before=True) as mine,
-            Passes(self._runs(self.original, batches), replaced, before=False) as theirs,
+            Passes(self.runs(self.model, batches), chains, before=True) as mine,
+            Passes(self.runs(self.original, batches), replaced, before=False) as theirs,
         ):
             for layer, found in meetings(mine, theirs, layers):
                 yield layer, [(items[number], [(x, y)]) for number, x, y in found]
@@ -192,5 +193,6 @@ class Walk:
             self.batches.run(model, batch)
         return found
 
-    def _runs(self, model: nn.Module, batches: Sequence[Any]) -> list[Callable[[], Any]]:
+    def runs(self, model: nn.Module, batches: Sequence[Any]) -> list[Callable[[], Any]]:
+        """A pass of a model for each batch."""
         return [partial(self.batches.run, model, batch) for batch in batches]
