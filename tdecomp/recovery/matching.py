@@ -19,7 +19,7 @@ from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.layers.patches import dense
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
-from tdecomp.recovery.checks import Checks, owners_of
+from tdecomp.recovery.checks import Checks
 from tdecomp.recovery.replaced import ReplacedLayer
 from tdecomp.recovery.walk import Item
 
@@ -140,8 +140,7 @@ class Match:
         spec, x, y = self._layer.spec, dense(x), dense(y)
         if x.dim() == (spec.ndim or 0) + 1:  # a sample alone
             x, y = x[None], y[None]
-        owners = owners_of(x, spec, item.samples, rows)
-        x, y = (rows.of_layer(tensor, spec) for tensor in (x, y))
+        (x, owners), y = rows.of_samples(x, spec, range(item.samples)), rows.of_layer(y, spec)
         if item.held or not self._held_out:
             self._judge.add(x, y, owners, item.samples)
         if item.held:
@@ -149,10 +148,9 @@ class Match:
         cut = len(x) - len(x) // _FOLDS
         if self._several:
             cut = 0 if item.number % _FOLDS == _FOLDS - 1 else len(x)
-        there = len(owners) * cut // max(len(x), 1)
         self._sums[0].add(x[:cut], y[:cut])
         self._sums[1].add(x[cut:], y[cut:])
-        self._fold.add(x[cut:], y[cut:], owners[there:], item.samples)
+        self._fold.add(x[cut:], y[cut:], owners[cut:], item.samples)
 
     def refit(self, gradient: Tensor | None, samples: int) -> tuple[float, float, bool]:
         """Fit the chain; the lost shares of the outputs before and after, and whether it is kept.
