@@ -107,7 +107,7 @@ def refit(
 
     >>> original = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> smaller = tdecomp.decompose(original, "svd", rank=2, progress=False).model
-    >>> recovery = refit(smaller, original, [torch.randn(64, 16)], progress=False)
+    >>> recovery = refit(smaller, original, [torch.randn(512, 16)], progress=False)
     >>> recovery.error_after < recovery.error_before
     True
 
