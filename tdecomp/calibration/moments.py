@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +43,11 @@ class LayerMoments:
         """The tensors that are there, by the name of the field."""
         held = {name: getattr(self, name) for name in _TENSORS}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @cached_property
+    def single(self) -> list[SecondMoment]:
+        """`second_moments` in single precision, kept."""
+        return self.second_moments(torch.float32)
 
     def second_moments(self, dtype: torch.dtype = torch.float64) -> list[SecondMoment]:
         """One for each group; about the mean where the layer has a bias, which can correct it."""

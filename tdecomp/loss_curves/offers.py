@@ -68,7 +68,9 @@ def offer_ranks(
 
     def draw(item: tuple[Able, LayerLosses]) -> dict[str, LossCurve]:
         (_, methods), mine = item
-        return layer_curves(mine, methods, rounding=rounding)
+        # What its fits share is kept by a copy of the moments, and forgotten with it.
+        copy = mine.moments and replace(mine.moments)
+        return layer_curves(replace(mine, moments=copy), methods, rounding=rounding)
 
     def size(item: tuple[Able, LayerLosses]) -> int:
         return fit_size(item[0][0], moments)
