@@ -31,6 +31,9 @@ from tdecomp.model.filters import at_least
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.quality.compress import compress_to
+from tdecomp.quality.compression import Compression
+from tdecomp.quality.quality import Quality
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector, RankSelector
 from tdecomp.ranks.breakeven import BreakEven
 from tdecomp.ranks.budget import Budget
@@ -59,6 +62,7 @@ __all__ = [
     "Candidate",
     "Chain",
     "Choice",
+    "Compression",
     "Data",
     "Decomposer",
     "Decomposition",
@@ -74,6 +78,7 @@ __all__ = [
     "OutputVariance",
     "Plan",
     "Profile",
+    "Quality",
     "RankSelector",
     "Ratio",
     "RecalibrateBatchnorm",
@@ -88,6 +93,7 @@ __all__ = [
     "apply",
     "at_least",
     "calibrate",
+    "compress_to",
     "decompose",
     "distill",
     "flip_and_shift",

@@ -144,11 +144,11 @@ def fit_row(
     assert spec is not None
     assert rank is not None
     seen = None if moments is None else moments.layers.get(site.name)
+    on_device = None if seen is None else seen.to(weight.device)
     fitted = known
     if fitted is None:
         start = None if draft is None else draft.factors
         try:
-            on_device = None if seen is None else seen.to(weight.device)
             fitted = fit_layer(weight, spec, method, rank, on_device, start)
         except Exception as error:
             raise ValueError(
@@ -165,11 +165,17 @@ def fit_row(
     row = replace(
         row,
         weight_error=fitted.weight_error,
-        output_error=fitted.output_error,
         note="; ".join(note for note in notes if note) or None,
         fit_seconds=fitted.seconds,
         component_norms=fitted.component_norms,
     )
+    if estimate := fitted.held_out_error(weight, on_device):
+        row = replace(
+            row,
+            output_error=estimate.value,
+            output_error_se=estimate.se,
+            output_error_margin=estimate.margin,
+        )
     return row, assemble(site.module, method, rank, fitted.factors, fitted.shift)
 
 

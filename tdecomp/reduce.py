@@ -100,7 +100,11 @@ def reduce_ranks(
                 planned = replace(planned, note=note, expected_error=choice.error)
                 rows[name], new = fit_row(sites[name], planned, mine.decomposer, moments)
                 replacements[chains[name]] = new.train(chains[name].training)
-        unfitted = [replace(row, weight_error=None, output_error=None) for row in rows.values()]
+        unfitted = [
+            replace(row, weight_error=None, output_error=None, output_error_se=None,
+                    output_error_margin=None)
+            for row in rows.values()
+        ]  # fmt: skip
         result = Decomposition(
             model if inplace else copy_with(model, replacements),
             Report(list(rows.values()), plan.everything_else),

@@ -7,7 +7,7 @@ _TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 
 BLOCKS = re.findall(r"```python\n(.*?)```", _TEXT, re.S)
 (OUTPUT,) = re.findall(r"```\n(layer +method.*?)```", _TEXT, re.S)
-FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, TIMES, COMPOSER = (
+FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, QUALITY, TIMES, COMPOSER = (
     next(block for block in BLOCKS if block.startswith(start))
     for start in (
         "import torch, tdecomp",
@@ -15,6 +15,7 @@ FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, TIMES, COMPOSER = (
         "from benchmarks.support.data",
         "table = ",
         "moments = ",
+        "images, labels = ",
         "times = ",
         "from torch import",
     )

@@ -11,6 +11,7 @@ from tests.readme import (
     FIRST,
     LATER,
     PIPELINE,
+    QUALITY,
     SENSITIVITY,
     STEPS,
     TIMES,
@@ -42,8 +43,10 @@ def test_the_examples_with_data_run(tmp_path, monkeypatch) -> None:
         exec(PIPELINE, names)
         exec(SENSITIVITY, names)
         exec(STEPS, names)
+        exec(QUALITY, names)
         exec(TIMES, names)
     assert (tmp_path / "sensitivity.png").exists()
+    assert (tmp_path / "quality.png").exists()
     assert "of the original's" in printed.getvalue()
     assert "output error" in printed.getvalue()
     assert "refit: output error" in printed.getvalue()
@@ -57,7 +60,7 @@ def test_the_example_for_users_of_composer_runs() -> None:
 
 
 def test_every_block_is_run_but_the_sketch_of_a_method() -> None:
-    assert set(BLOCKS) - {FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, TIMES, COMPOSER} == {
+    assert set(BLOCKS) - {FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, QUALITY, TIMES, COMPOSER} == {
         block for block in BLOCKS if block.startswith("@tdecomp.register")
     }
 

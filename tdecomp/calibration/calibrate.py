@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients
 from tdecomp.calibration.augment import Augment
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import PASSES, Batches, batches_for
+from tdecomp.calibration.held_sample import HeldSample
 from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
@@ -157,10 +159,18 @@ def _add_pass(
     sums = {name: Accumulator(spec) for name, (_, spec) in layers.items()}
     slopes = OutputGradients(layers, batches) if gradients else None
     uses = OddUses({name: layer for name, (layer, _) in layers.items()})
-    moments.samples = 0
+    moments.samples, outside = 0, 0
+    held = {name: HeldSample(spec, batches.seed or 0) for name, (_, spec) in layers.items()}
 
     def add(name: str, x: Tensor) -> None:
         sums[name].add(rows.of_layer(x, sums[name].spec))
+
+    def draw(batch: Any, first: int) -> None:
+        samples = range(first, first + count_samples(batch))
+        rows.begin(batch)
+        keep = partial(_keep, held, rows, samples)
+        with _shown(keep, layers), torch.no_grad(), uses:
+            batches.run(model, batch)
 
     def run(batch: Any, names: Iterable[str]) -> None:
         rows.begin(batch)
@@ -170,7 +180,11 @@ def _add_pass(
 
     device = device_of(model)
     with evaluating(model), exact_passes(), no_inference_mode():
-        for batch in batches.bar(device, title):
+        for batch, is_held in batches.bar_of_parts(device, title):
+            if is_held:
+                draw(batch, outside)
+                outside += count_samples(batch)
+                continue
             run(batch, layers)
             if slopes is not None and moments.samples < _GRADIENT_SAMPLES:
                 try:
@@ -190,8 +204,15 @@ def _add_pass(
     for name in layers:
         found = sums.pop(name).finish(importance.get(name))
         if found is not None:
+            found = replace(found, held=held.pop(name).finish())
             _check_finite(name, found)
             moments.layers[name] = found
+
+
+def _keep(
+    held: Mapping[str, HeldSample], rows: CountedRows, samples: range, name: str, x: Tensor
+) -> None:
+    held[name].add(x, rows, samples)
 
 
 def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:
@@ -253,7 +274,8 @@ def _check_finite(name: str, moments: LayerMoments) -> None:
     mean, matrix = moments.mean, moments.matrix
     # A non-finite entry off the diagonal always shows on the diagonal too, one of rows in the mean.
     squares = mean if matrix is None else matrix.diagonal(dim1=1, dim2=2)
-    if not bool((mean.isfinite() & squares.isfinite()).all()):
+    patches = mean if moments.held is None else moments.held.rows
+    if not bool((mean.isfinite() & squares.isfinite()).all() and patches.isfinite().all()):
         raise ValueError(
             f"calibrate: layer {name!r} ({moments.spec}): its inputs hold NaN or infinities, or "
             "numbers too large to be squared; expected finite activations. Look at the batches and "

@@ -14,17 +14,17 @@ class CountedRows:
     """Selects the rows that count by the mask of the data, batch by batch."""
 
     def __init__(self, batches: Batches) -> None:
-        self._caller, self._mask_of = batches.caller, batches.data.mask
+        self._caller, self._compute = batches.caller, batches.data.mask
         self._mask: Tensor | None = None
         self._shapes: set[tuple[int, ...]] = set()
         self._used = False
 
     def begin(self, batch: Any) -> None:
         """Take the mask of the next batch; BatchError if it fails or is no bool tensor."""
-        if self._mask_of is None:
+        if self._compute is None:
             return
         try:
-            mask = self._mask_of(batch)
+            mask = self._compute(batch)
         except Exception as error:
             words = f"the mask failed on a batch ({describe(batch)})"
             raise BatchError(f"{self._caller}: {words}: {error!r}") from error
@@ -38,15 +38,30 @@ class CountedRows:
 
     def of_layer(self, x: Tensor, spec: LayerSpec) -> Tensor:
         """The rows that count of a layer's input, of its output, or of a gradient there."""
-        return self._select(x, int(x.dim() == spec.ndim + 2) if spec.ndim else x.dim() - 1)
+        return self._select(x, _leading(x, spec))
+
+    def of_samples(self, x: Tensor, spec: LayerSpec, samples: range) -> tuple[Tensor, Tensor]:
+        """The rows that count of a layer's input, and the number of the sample that each is of.
+
+        All are of the first one if the input does not begin with a dimension for the samples.
+        """
+        mask = self._mask_of_rows(x, _leading(x, spec))
+        length = len(x) if _leading(x, spec) else 1
+        rows = torch.arange(length, device="cpu") if mask is None else mask.nonzero()[:, 0].cpu()
+        each = length // len(samples) if length % len(samples) == 0 else length
+        return x if mask is None else x[mask], samples.start + rows // each
 
     def of_output(self, z: Tensor) -> Tensor:
         """The rows that count of an output of the whole model."""
         return self._select(z, z.dim())
 
+    def mask_of_output(self, z: Tensor) -> Tensor | None:
+        """The mask of an output's rows, or None if all count."""
+        return self._mask_of_rows(z, z.dim())
+
     def check_used(self) -> None:
         """Raise a ValueError if the mask fits no layer, or keeps none of the rows."""
-        if self._mask_of is not None and not self._used:
+        if self._compute is not None and not self._used:
             shapes = " or ".join(map(str, sorted(self._shapes)))
             raise ValueError(
                 f"{self._caller}: the mask, of shape {shapes}, keeps no row of any layer's input; "
@@ -56,8 +71,17 @@ class CountedRows:
 
     def _select(self, x: Tensor, leading: int) -> Tensor:
         """All rows, unless the mask has the shape of some of the first `leading` dimensions."""
+        mask = self._mask_of_rows(x, leading)
+        return x if mask is None else x[mask]
+
+    def _mask_of_rows(self, x: Tensor, leading: int) -> Tensor | None:
         mask = self._mask
         if mask is None or mask.dim() > leading or x.shape[: mask.dim()] != mask.shape:
-            return x
+            return None
         self._used = self._used or bool(mask.any())
-        return x[mask.to(x.device)]
+        return mask.to(x.device)
+
+
+def _leading(x: Tensor, spec: LayerSpec) -> int:
+    """How many dimensions of a layer's input or output a mask may have."""
+    return int(x.dim() == spec.ndim + 2) if spec.ndim else x.dim() - 1

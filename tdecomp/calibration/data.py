@@ -210,8 +210,14 @@ class Batches:
     def bar(self, device: torch.device, title: str) -> Iterator[Any]:
         """`on`, with a progress bar."""
         total = len(self) - held_among(len(self), self.data.held_out) or None
-        hidden = not self.progress
-        yield from tqdm(self.on(device), title, total, unit="batch", disable=hidden)
+        return self._with_bar(self.on(device), title, total)
+
+    def bar_of_parts(self, device: torch.device, title: str) -> Iterator[tuple[Any, bool]]:
+        """`parts`, with a progress bar."""
+        return self._with_bar(self.parts(device), title, len(self) or None)
+
+    def _with_bar(self, batches: Iterator[Any], title: str, total: int | None) -> Iterator[Any]:
+        yield from tqdm(batches, title, total, unit="batch", disable=not self.progress)
 
     def variants(self, device: torch.device) -> Iterator[Any]:
         """Yield the batches in further passes, varied by `data.augment`."""

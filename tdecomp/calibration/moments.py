@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tdecomp.calibration.estimate import Estimate
+from tdecomp.calibration.held_patches import HeldPatches
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
@@ -18,6 +20,7 @@ from tdecomp.model.sites import Site
 
 _FORMAT, _KEY = 1, "tdecomp_moments"
 _TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
+_HELD = ("held_rows", "held_owners")  # in its HeldPatches
 Value = TypeVar("Value")
 
 
@@ -33,6 +36,7 @@ class LayerMoments:
     rows: Tensor | None = None
     sizes: tuple[tuple[int, ...], ...] = ()  # the spatial sizes of the inputs
     gradient: Tensor | None = None  # E[g gᵀ], summed over positions: (out, out), float64
+    held: HeldPatches | None = None  # of samples that are held out, in none of these moments
 
     @property
     def few(self) -> bool:
@@ -41,8 +45,10 @@ class LayerMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the name of the field."""
-        held = {name: getattr(self, name) for name in _TENSORS}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        named = {name: getattr(self, name) for name in _TENSORS}
+        if self.held is not None:
+            named |= {"held_rows": self.held.rows, "held_owners": self.held.owners}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @cached_property
     def single(self) -> list[SecondMoment]:
@@ -89,6 +95,14 @@ class LayerMoments:
         gone = weight.detach().double() - approximation.detach().double()
         return self.lost(weight, gone, self.second_moments())[0]
 
+    def held_error(self, weight: Tensor, approximation: Tensor) -> Estimate | None:
+        """`output_error` on samples that are held out, the bias corrected; None without any."""
+        if self.held is None:
+            return None
+        gone = weight.detach().double() - approximation.detach().double()
+        shift = self.mean_output(gone) if self.spec.bias else None
+        return self.held.error(self.kernels(weight), self.kernels(gone), shift)
+
     def mean_output(self, weight: Tensor) -> Tensor:
         """``W E[x]`` (out_channels,), without the bias."""
         kernels = self.kernels(weight)
@@ -120,7 +134,10 @@ class LayerMoments:
             gradient = share * self.gradient + (1 - share) * other.gradient
         mean = mine * self.mean + (1 - mine) * other.mean
         sizes = tuple(sorted({*self.sizes, *other.sizes}))
-        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient)
+        held = self.held or other.held
+        if self.held is not None and other.held is not None:
+            held = self.held.merged(other.held)
+        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient, held)
 
     def _as_matrix(self) -> Tensor:
         if self.rows is not None:
@@ -130,7 +147,8 @@ class LayerMoments:
         return self.matrix
 
     def to(self, device: torch.device) -> "LayerMoments":
-        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        held = {name: getattr(self, name) for name in (*_TENSORS, "held")}
+        moved = {name: value.to(device) for name, value in held.items() if value is not None}
         return replace(self, **moved)
 
 
@@ -259,12 +277,16 @@ class Moments(Mapping[str, LayerMoments]):
             header, tensors = read_tensors(file, _KEY, "moments", _FORMAT)
             layers = {}
             for name, entry in typed(dict[str, _Entry], header.get("layers"), "layers").items():
-                keys = {part: f"{name}/{part}" for part in _TENSORS}
+                keys = {part: f"{name}/{part}" for part in (*_TENSORS, *_HELD)}
                 held = {part: tensors.pop(key) for part, key in keys.items() if key in tensors}
                 needed = ("mean", "rows" if "rows" in held else "matrix")
                 if lacking := [keys[part] for part in needed if part not in held]:
                     raise ValueError(f"damaged: it lacks the moments {lacking}")
-                layers[name] = LayerMoments(entry.spec, entry.count, sizes=entry.sizes, **held)
+                outside = [held.pop(part) for part in _HELD if part in held]
+                patches = HeldPatches(*outside) if len(outside) == len(_HELD) else None
+                layers[name] = LayerMoments(
+                    entry.spec, entry.count, sizes=entry.sizes, held=patches, **held
+                )
                 if problem := _problem(layers[name]):
                     raise ValueError(f"damaged: layer {name!r}: {problem}")
             if tensors:
@@ -293,9 +315,16 @@ def _problem(moments: LayerMoments) -> str | None:
         "rows": (spec.groups, moments.count, spec.fan_in),
         "gradient": (spec.out_channels, spec.out_channels),
     }
+    if held := moments.held:
+        count = len(held.owners) if held.owners.dim() == 1 else -1
+        shapes |= {"held_rows": (spec.groups, count, spec.fan_in), "held_owners": (count,)}
+        if held.owners.dtype != torch.int64 or not count:
+            return "held_owners holds no numbers of samples"
     for part, tensor in moments.tensors().items():
         if tuple(tensor.shape) != shapes[part]:
             return f"{part} of shape {tuple(tensor.shape)}, expected {shapes[part]}"
+        if part == "held_owners":
+            continue
         if tensor.dtype not in (torch.float32, torch.float64) or not bool(tensor.isfinite().all()):
             return f"{part} holds NaN or infinities, or no floating-point numbers"
         if part in ("matrix", "gradient") and bool((tensor.diagonal(dim1=-2, dim2=-1) < 0).any()):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization, Factors
@@ -32,6 +33,14 @@ class FittedLayer:
     component_norms: float | None  # over the kernel's norm; see `Factors.component_norms`
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def held_out_error(self, weight: Tensor, moments: LayerMoments | None) -> Estimate | None:
+        """The output error on samples that are held out; of what was fitted to without any."""
+        if moments is None or self.output_error is None:
+            return None
+        with full_precision(weight.device):
+            found = moments.held_error(weight, self.factors.to_kernel())
+        return found or Estimate(self.output_error)
 
 
 def fit_layer(

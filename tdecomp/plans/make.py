@@ -95,7 +95,8 @@ def make_plan(
     try:
         chosen = _choose(model, request, times, offers, whole)
     except UnmetError as unmet:
-        raise ValueError(f"{unmet}{_largest(sites, choices, whole, unmet.unit)}") from unmet
+        largest = _largest(sites, choices, whole, unmet.unit)
+        raise UnmetError(f"{unmet}{largest}", unmet.unit, unmet.least) from unmet
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses

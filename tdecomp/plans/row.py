@@ -34,7 +34,11 @@ class Row:
     note: str | None = None  # a remark, for example that a break-even counted parameters
     expected_error: float | None = None
     weight_error: float | None = None  # ‖W − W̃‖ / ‖W‖, of the weights as they are stored
-    output_error: float | None = None  # the lost share of the output's variance, with data
+    # With data, the lost share of the output's variance, on samples that are held out; its standard
+    # error and the half-width of its 95% interval are None where it is of what was fitted to.
+    output_error: float | None = None
+    output_error_se: float | None = None
+    output_error_margin: float | None = None
     latency_before: float | None = None
     latency_after: float | None = None
     fit_seconds: float | None = None

@@ -141,7 +141,12 @@ _ERRORS = ("expected error", "weight error", "output error")
 
 
 def _cells(row: Row) -> list[str]:
-    errors = (row.expected_error, row.weight_error, row.output_error)
+    errors = [
+        "" if error is None else f"{error:.4f}"
+        for error in (row.expected_error, row.weight_error, row.output_error)
+    ]
+    if row.output_error_margin is not None:
+        errors[-1] += f" ± {row.output_error_margin:.4f}"
     notes = [row.reason or row.note or ""]
     if row.component_norms is not None:
         notes.append(f"component norms {row.component_norms:.1f} times the kernel's")
@@ -153,7 +158,7 @@ def _cells(row: Row) -> list[str]:
         row.method or "—",
         "" if row.rank is None else str(row.rank),
         *_costs(row.before, row.after),
-        *("" if error is None else f"{error:.4f}" for error in errors),
+        *errors,
         "; ".join(note for note in notes if note),
     ]
 

@@ -28,11 +28,11 @@ class Option:
 
 
 class UnmetError(ValueError):
-    """No choice of ranks is small enough in `unit`, "macs" or "params"."""
+    """No choice of ranks is small enough in `unit`, "macs" or "params"; `least` share would do."""
 
-    def __init__(self, message: str, unit: str) -> None:
+    def __init__(self, message: str, unit: str, least: float) -> None:
         super().__init__(message)
-        self.unit = unit
+        self.unit, self.least = unit, least
 
 
 def _unknown(*_: Any) -> None:

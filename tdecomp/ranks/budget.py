@@ -86,13 +86,14 @@ class Budget(RankSelector):
         picks = least_loss(layers, limits)
         if picks is None:
             whole = rest + total(candidates[0].before for candidates in sites)
-            above, named = least_costs(layers, limits) > limits, self._named()
-            missed = [name for (name, _), over in zip(named, above, strict=True) if over]
+            least, named = least_costs(layers, limits), self._named()
+            missed = [i for i in range(len(named)) if least[i] > limits[i]] or [0]
             raise UnmetError(
                 f"Budget: {self._shortage(layers, limits, whole, rest)} of the model with these "
                 "methods and layers. Expected a larger budget, more methods (methods='auto') or "
                 "fewer layers left alone",
-                "params" if (missed or [named[0][0]])[0] == "params" else "macs",
+                "params" if named[missed[0]][0] == "params" else "macs",
+                max(self._least_share(i, least[i], whole, rest) for i in missed),
             )
         choices = [layer.choice(pick) for layer, pick in zip(layers, picks, strict=True)]
         if self.latency is None:  # times are known at the options only
@@ -140,17 +141,10 @@ class Budget(RankSelector):
 
     def _shortage(self, layers: Sequence[Choices], limits: Amounts, whole: Cost, rest: Cost) -> str:
         """Which budgets cannot be met, and the least shares that can."""
-
-        def least_share(i: int, layers_cost: int) -> str:
-            amount, reached = self._amounts(whole)[i], layers_cost + self._amounts(rest)[i]
-            digits = math.ceil(1e4 * reached / max(amount, 1))
-            while math.floor(digits / 1e4 * amount) < reached:  # as `_limits` would round it
-                digits += 1
-            return f"{digits / 1e4:.4f}"
-
         least, named = least_costs(layers, limits), self._named()
         words = [
-            f"{name}={share} cannot be met: the least is {least_share(i, least[i])}"
+            f"{name}={share} cannot be met: the least is "
+            f"{self._least_share(i, least[i], whole, rest):.4f}"
             for i, (name, share) in enumerate(named)
             if least[i] > limits[i]
         ]
@@ -162,10 +156,20 @@ class Budget(RankSelector):
         assert picks is not None
         met = " and ".join(f"{name}={share}" for name, share in named[:failing])
         name, share = named[failing]
+        least_share = self._least_share(failing, spent(layers, picks)[failing], whole, rest)
         return (
             f"{met} and {name}={share} cannot be met together: with {met} the least {name} "
-            f"is {least_share(failing, int(spent(layers, picks)[failing]))}"
+            f"is {least_share:.4f}"
         )
+
+    def _least_share(self, i: int, layers_cost: int, whole: Cost, rest: Cost) -> float:
+        """The smallest share, to four digits, under which the layers may cost this much."""
+        amount = int(self._amounts(whole)[i])
+        reached = int(layers_cost + self._amounts(rest)[i])
+        digits = math.ceil(1e4 * reached / max(amount, 1))
+        while math.floor(digits / 1e4 * amount) < reached:  # as `_limits` would round it
+            digits += 1
+        return digits / 1e4
 
     def _choices_of(self, candidates: Sequence[Candidate]) -> "_LayerChoices":
         before = candidates[0].before

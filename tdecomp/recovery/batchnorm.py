@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.model.batches import Forward, count_samples, device_of
+from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.torch_state import evaluating, exact_passes
@@ -30,7 +31,7 @@ class RecalibrateBatchnorm(RecoveryStep):
     ) -> Recovery:
         if original is not None:
             batches.require_several_passes("an error taken before and after")
-        before = held_out.error(model)
+        attempt = Attempt(model, held_out)
         norms = {
             name: module
             for name, module in model.named_modules()
@@ -46,7 +47,7 @@ class RecalibrateBatchnorm(RecoveryStep):
             notes = ["the model has no batch norm that keeps statistics"]
         if missed := [name for name in norms if name not in statistics]:
             notes.append(f"no batch reached {', '.join(missed)}")
-        return Recovery(model, self.name, before, held_out.error(model), notes=tuple(notes))
+        return attempt.finish(self.name, notes=notes)
 
 
 def recalibrate_batchnorm(

@@ -7,7 +7,6 @@ network as in Romero et al. 2015, "FitNets", and images pasted together as in Yu
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +15,10 @@ from torch import nn
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward
+from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
-from tdecomp.recovery.training import Training, hinted, variant
+from tdecomp.recovery.training import Training, hinted
 from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
 
 
@@ -52,13 +52,9 @@ class Distill(RecoveryStep):
     ) -> Recovery:
         batches.require_several_passes("a training")
         trained = _trained(model)
-        if batches.data.augment is not None:
-            # Other variants than those of the training, but the same ones for each error.
-            vary = partial(variant, batches, generator=batches.generator(1))
-            held_out = HeldOut(original, batches, vary)
-        before = held_out.error(model)
+        attempt = Attempt(model, held_out)
         # Only these: a forward pass may change buffers, which `evaluating` restores.
-        best, best_error = [p.detach().clone() for p in trained], before
+        best, best_error = [p.detach().clone() for p in trained], held_out.error(model)
         notes: tuple[str, ...] = ()
         try:
             both = evaluating(model, original)
@@ -75,7 +71,7 @@ class Distill(RecoveryStep):
             for parameter, value in zip(trained, best, strict=True):
                 parameter.copy_(value)
         model.zero_grad(set_to_none=True)
-        return Recovery(model, self.name, before, best_error, notes=notes)
+        return attempt.finish(self.name, notes=notes)
 
 
 def distill(
@@ -105,7 +101,7 @@ def distill(
     blocks inside it, each as a share of its variance. Both models run in evaluation mode. Adam
     trains all parameters that require gradients; its rate rises over the first tenth of the steps
     and then falls to zero. The result is the model, of the given one and those on the way, with the
-    lowest error on variants of the first few hundred samples; a KeyboardInterrupt ends the training
+    lowest error on samples that are held out; a KeyboardInterrupt ends the training
     with the best one so far.
 
     Parameters

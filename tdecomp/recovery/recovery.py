@@ -17,8 +17,9 @@ from tdecomp.torch_state import restoring
 class Recovery:
     """The result of one step.
 
-    Errors are the share of the variance of the original model's outputs that is lost, on the first
-    few hundred samples; NaN without an original.
+    Errors are the share of the variance of the original model's outputs that is lost, on a few
+    hundred samples that are held out; NaN without an original. A step of tdecomp that does not
+    surely lower it leaves the model as it was.
     """
 
     model: nn.Module  # a copy, or the model that was given if it was changed in place
@@ -29,18 +30,28 @@ class Recovery:
     # before and after, weighted by how much the model's outputs depend on it.
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    # None where the samples cannot tell: the standard error of `error_after`, the half-width of its
+    # 95% confidence interval, and the standard error of the gain, `error_before - error_after`.
+    error_se: float | None = None
+    error_margin: float | None = None
+    gain_se: float | None = None
+    samples: int = 0  # the number that are held out
 
     def __str__(self) -> str:
         errors = f": output error {self.error_before:.4g} → {self.error_after:.4g}"
+        if self.error_margin is not None:
+            errors += f" ± {self.error_margin:.2g} (95%, {self.samples} samples held out)"
         known = not math.isnan(self.error_before)
         return "; ".join((self.step + errors if known else self.step, *self.notes))
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model as plain data for JSON; errors that are not known are None."""
-        errors = {"error_before": self.error_before, "error_after": self.error_after}
-        known = {name: None if math.isnan(error) else error for name, error in errors.items()}
+        plain = {name: value for name, value in vars(self).items() if name != "model"}
+        for name, value in plain.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                plain[name] = None
         layers = {name: list(errors) for name, errors in self.layers.items()}
-        return {"step": self.step, **known, "layers": layers, "notes": list(self.notes)}
+        return {**plain, "layers": layers, "notes": list(self.notes)}
 
 
 class RecoveryStep(ABC):

@@ -25,6 +25,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import Forward, count_samples, device_of
+from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
@@ -59,7 +60,7 @@ class Refit(RecoveryStep):
     ) -> Recovery:
         batches.require_several_passes("a pass for each chain")
         replaced = replaced_layers(model, original, self.name)
-        before = held_out.error(model)
+        attempt = Attempt(model, held_out)
         layers: dict[str, tuple[float, float]] = {}
         rows = CountedRows(batches)
         with evaluating(model, original), exact_passes(), torch.no_grad():
@@ -88,7 +89,7 @@ class Refit(RecoveryStep):
                     layers[layer.name] = _refit_chain(layer, factors, match)
         if layers:
             rows.check_used()
-        return Recovery(model, self.name, before, held_out.error(model), layers, tuple(notes))
+        return attempt.finish(self.name, layers, notes)
 
 
 def refit(

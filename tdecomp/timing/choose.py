@@ -9,7 +9,7 @@ from operator import itemgetter
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.loss_curves.losses import LayerLosses
-from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector, checked_choices
+from tdecomp.ranks.base import Candidate, Choice, Option, RankSelector, UnmetError, checked_choices
 from tdecomp.timing.layout_times import LatencyPredictor, LayerComparison, LayoutTimes
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.whole_model import rehearse
@@ -185,10 +185,12 @@ def _fastest(
             choices.append(Choice(reason="no chain is faster"))
     least = rehearse(times, choices).predicted or 1.0
     if least > budget:
-        raise ValueError(
+        raise UnmetError(
             f"Budget: latency={budget} cannot be met: the least is {least:.3f} of the model's "
             "time, measured with these methods and layers. Expected a larger budget, more methods "
-            "or fewer layers left alone"
+            "or fewer layers left alone",
+            "macs",
+            least,
         ) from error
     return choices
 

@@ -1,0 +1,56 @@
+"""A change of a model that stays only where samples gain by it that it was not fitted to."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from tdecomp.calibration.estimate import is_sure, paired_gain
+from tdecomp.model.surgery import swap, tensors_in
+from tdecomp.recovery.held_out import HeldOut
+from tdecomp.recovery.recovery import Recovery
+
+
+class Attempt:
+    """Made before a model is changed; `finish` takes the change back unless it surely helps."""
+
+    def __init__(self, model: nn.Module, held_out: HeldOut) -> None:
+        self._model, self._held_out = model, held_out
+        self._lost = held_out.lost(model)
+        self._error = held_out.estimate(self._lost)
+        self._values = {
+            name: tensor.detach().clone()
+            for name, tensor in tensors_in(model).items()
+            if tensor.is_floating_point() or tensor.dtype == torch.int64  # steps change no others
+        }
+
+    def finish(
+        self,
+        step: str,
+        layers: Mapping[str, tuple[float, float]] | None = None,
+        notes: Sequence[str] = (),
+    ) -> Recovery:
+        """What the step `step` did; the model is as it was if its gain may be chance."""
+        held_out, before, layers = self._held_out, self._lost, dict(layers or {})
+        after, said = held_out.lost(self._model), [*notes]
+        first, last = self._error, held_out.estimate(after)
+        gain, gain_se = paired_gain(before, after)
+        scale = (first.value - last.value) / gain if gain else 1.0
+        if held_out.samples and not torch.equal(before, after) and not is_sure(before, after):
+            swap(self._model, {}, values=self._values)
+            layers = {name: (error, error) for name, (error, _) in layers.items()}
+            said.append(
+                f"left as it was: on samples that were held out, {first.value:.4g} → "
+                f"{last.value:.4g} may be chance"
+            )
+            last, gain_se = first, 0.0
+        if held_out.tells and not held_out.samples:
+            said.append("nothing was held out: errors are of what was fitted to")
+        if not held_out.steady:
+            said.append(
+                "batches differ from pass to pass: errors are too low if these are other samples"
+            )
+        return Recovery(
+            self._model, step, first.value, last.value, layers, tuple(said),
+            last.se, last.margin, scale * gain_se if held_out.samples else None, held_out.samples,
+        )  # fmt: skip
