@@ -199,3 +199,12 @@ def test_a_scalar_output_and_an_original_that_is_missing():
     held = held_out(original, batches, forward=lambda model, x: model(x).mean())
     assert len(held.lost(noisy(original))) == 1
     assert torch.isnan(held_out(None, batches).lost(original)).all()
+
+
+def test_an_embedding_as_wide_as_the_sequences_are_long_has_no_steps():
+    original, (x, mask) = nn.Linear(16, 7), sequences()
+    batch = {"x": x, "mask": mask}
+    data = Data([batch], mask=lambda b: b["mask"], held_out=0)
+    mean = lambda model, b: model(b["x"]).mean(1)  # noqa: E731
+    model, held = noisy(original), held_out(original, data, forward=mean)
+    assert held.error(model) == pytest.approx(share(mean(model, batch), mean(original, batch)))
