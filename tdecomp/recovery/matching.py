@@ -11,7 +11,7 @@ from torch import Tensor
 from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.estimate import is_sure
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.moments import LayerMoments, is_widest
 from tdecomp.decomposers.assemble import factors_of_chain, write_factors
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize
@@ -51,8 +51,8 @@ class Joint:
         return cls(moments, cross, output)
 
     def merged(self, other: "Joint | None") -> "Joint":
-        """Those of the samples of both."""
-        if other is None:
+        """Those of the samples of both; of the first alone where its sample of x and y is all."""
+        if other is None or is_widest(self.spec):
             return self
         mine = self.moments.count / (self.moments.count + other.moments.count)
         return Joint(
@@ -98,7 +98,13 @@ class Match:
         self._layer, self._several = layer, len({i.number for i in items if not i.held}) >= _FOLDS
         self._held_out = held > 0
         self._sums = [
-            Accumulator(spec, share * enough(spec), int(share * patches), seed)
+            # The patches that are held of the widest layers shall be those of the other sums.
+            Accumulator(
+                spec,
+                share * enough(spec),
+                patches if is_widest(spec) else int(share * patches),
+                seed,
+            )
             for share in (1 - 1 / _FOLDS, 1 / _FOLDS)
         ]
         generator = torch.Generator("cpu").manual_seed(seed)
