@@ -220,10 +220,13 @@ class Match:
         def lost(place: int) -> float:
             if not 0 <= place < len(_RIDGES):
                 return math.inf
-            found = [
-                _truncated(_target(*parts, _RIDGES[place]), parts[2], rank)
-                for parts in zip(kernels, missing, seconds, strict=True)
-            ]
+            try:
+                found = [
+                    _truncated(_target(*parts, _RIDGES[place]), parts[2], rank)
+                    for parts in zip(kernels, missing, seconds, strict=True)
+                ]
+            except torch.linalg.LinAlgError:  # too little for the precision
+                return math.inf
             bias = fit.best_bias(found) if fit.spec.bias else torch.zeros_like(fit.output)
             error = float(self._fold.errors(found, [*bias]).sum())
             return error if math.isfinite(error) else math.inf
