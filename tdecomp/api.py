@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from tdecomp.calibration.calibrate import site_moments
 from tdecomp.calibration.data import batches_or_moments
 from tdecomp.decomposers.registry import Methods, listed_methods
+from tdecomp.loss_curves.offers import fits_before
 from tdecomp.loss_curves.sensitivity import Sensitivity, measure_sensitivity
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import Example
@@ -262,9 +263,14 @@ def apply(
             gradients=False,
             variants=use_variants(steps),
         )
+        fits = {
+            row.name: fits_before(sites[row.name], plan.decomposers[row.method], row.rank, moments)
+            for row in plan
+            if row.method is not None and row.rank is not None
+        }
         return carry_out(
             model,
-            Planned(plan, sites, moments),
+            Planned(plan, sites, moments, fits),
             steps,
             batches,
             example=example,

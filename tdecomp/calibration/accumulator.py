@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.moments import LayerMoments, is_widest, sample_size
 from tdecomp.layers.patches import count_patches, dense, patches, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
@@ -24,6 +24,9 @@ _BLOCK = 96
 _BLOCKS = 4
 # A fit hardly gains from more patches than this for each entry of a patch, and this many in all.
 _PATCHES, _LEAST_PATCHES = 64, 2**14
+# From this number of inputs on, sums are in the precision of their products; with a mean square of
+# more than so many variances in double precision again.
+_WIDE, _LARGE_MEAN = 1024, 100.0
 _ROWS = 2048  # that are gathered at a time
 # Of more gradients in a part of the samples than this for each output, a random sample is taken.
 _PART = 8
@@ -37,6 +40,9 @@ class Accumulator:
 
     Products of a slice of patches are float32 (float64 for a float64 layer). The mean of the first
     slice is subtracted first: else rounding would hide the variance of inputs with a large mean.
+
+    Wide layers are summed up in the precision of their products. Of the widest, only a sample of
+    the patches is held, as a matrix would need more memory than its fits are worth.
 
     Of many more patches than `most`, the sums are estimated from a random sample: each call's share
     of it is the call's share of all patches until then, or of the `expected` ones if these are
@@ -55,7 +61,6 @@ class Accumulator:
     rows: list[Tensor] = field(default_factory=list)
     # The sums of y xᵀ (groups, out / groups, fan_in) and y (groups, out / groups).
     output_sums: tuple[Tensor, ...] = ()
-    generator: torch.Generator | None = None  # from the first call on of which a sample is taken
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
@@ -66,6 +71,8 @@ class Accumulator:
             y = None if outputs is None else wide(outputs)
             present = count_patches(x, spec)
             self.count += present
+            if self.rows and is_widest(spec):
+                self._thin_out((self.count - present) / self.count)
             places = self._places(present)
             if places is None:
                 slices, weight = patches(x, spec), 1.0
@@ -89,20 +96,34 @@ class Accumulator:
 
     def _places(self, present: int) -> Tensor | None:
         """The places of one call's patches that are taken; None for all of them."""
-        share = max(self.most, self.spec.fan_in) / max(self.count, self.expected, 1)
+        least = self.spec.fan_in
+        most = sample_size(self.spec) if is_widest(self.spec) else max(self.most, least)
+        share = most / max(self.count, self.expected, 1)
         if share >= 1 or not present:
             return None
-        if self.generator is None:
-            self.generator = torch.Generator("cpu").manual_seed(self.seed)
-        return spread(present, math.ceil(share * present), self.generator)
+        return spread(present, math.ceil(share * present), self._generator)
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.seed)
+
+    def _thin_out(self, share: float) -> None:
+        """Keep that share of a full sample, so that all patches are as likely to be in it."""
+        held = torch.cat(self.rows, dim=1)
+        most = math.ceil(share * sample_size(self.spec))
+        self.rows = [held]
+        if most < held.shape[1]:
+            kept = spread(held.shape[1], most, self._generator).to(held.device)
+            self.rows = [held.index_select(1, kept)]
 
     def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor, weight: float) -> None:
-        if self.count < self.spec.fan_in:
+        if self.count < self.spec.fan_in or is_widest(self.spec):
             self.rows.append(rows.clone())
             return
         if self.matrix is None:
             fan_in = self.spec.fan_in
-            self.matrix = rows.new_zeros(self.spec.groups, fan_in, fan_in, dtype=torch.float64)
+            dtype = rows.dtype if fan_in >= _WIDE else torch.float64
+            self.matrix = rows.new_zeros(self.spec.groups, fan_in, fan_in, dtype=dtype)
             if self.rows:
                 _add_product(self.matrix, torch.cat(self.rows, dim=1) - origin)
                 self.rows.clear()
@@ -136,12 +157,16 @@ class Accumulator:
             full += full.tril(-1).transpose(1, 2)
             full /= self.count
             half = (offset + origin / 2)[:, None]
+            power = float(full.diagonal(dim1=1, dim2=2).sum())
+            if float(half.square().sum()) > _LARGE_MEAN * power:  # it would hide the variance
+                full = full.double()
+            origin, half = origin.to(full.dtype), half.to(full.dtype)
             full.baddbmm_(origin[:, :, None], half)
             full.baddbmm_(half.transpose(1, 2), origin[:, None])
             matrix = to_kernel_order(full, self.spec, (1, 2))
         else:
             rows = to_kernel_order(torch.cat(self.rows, dim=1), self.spec, (2,))
-        mean = to_kernel_order(origin + offset, self.spec, (1,))
+        mean = to_kernel_order(self.origin.double()[:, 0] + offset, self.spec, (1,))
         sizes = tuple(sorted(self.sizes))
         return LayerMoments(self.spec, self.count, mean, matrix, rows, sizes, gradient)
 
@@ -236,6 +261,20 @@ def _add_product(matrix: Tensor, rows: Tensor, weight: float = 1.0) -> None:
             end = start + width
             product = group[:, start:].T @ group[:, start:end]
             total[start:, start:end].add_(product, alpha=weight)
+
+
+def sums_bytes(spec: LayerSpec, known: int, dtype: torch.dtype) -> int:
+    """The memory that the sums of a layer take, with so many patches; 0 where these are not known.
+
+    `dtype` is that of the products.
+    """
+    rows = sample_size(spec) if is_widest(spec) else spec.fan_in
+    each = dtype.itemsize
+    if not is_widest(spec) and not 0 < known < spec.fan_in:
+        each = dtype.itemsize if spec.fan_in >= _WIDE else 8
+    elif known:
+        rows = min(known, rows)
+    return spec.groups * spec.fan_in * (8 + each * rows)
 
 
 def spread(present: int, taken: int, generator: torch.Generator) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients
+from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients, sums_bytes
 from tdecomp.calibration.augment import Augment
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import PASSES, Batches, batches_for
 from tdecomp.calibration.held_sample import HeldSample
+from tdecomp.calibration.memory import free_memory
 from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
@@ -26,6 +27,10 @@ from tdecomp.torch_state import evaluating, exact_passes, hooks, no_inference_mo
 
 _GRADIENT_SAMPLES = 128  # weighing layers needs output gradients of no more samples
 _ENOUGH = 16  # patches for each entry of a patch, with which no variants are needed
+_SHARE = 0.5  # of the free memory that sums take by default
+# Patches for each entry of a patch that a fit gains from, and patches of a layer that are summed up
+# at most, as long as there are enough of them.
+_USEFUL, _MOST = 64, 2**16
 
 
 def calibrate(
@@ -58,8 +63,8 @@ def calibrate(
     forward : callable ``(model, batch) -> output``, optional
         How the model is called, if not with the batch as its arguments.
     max_memory : int, optional
-        Bytes that the sums may hold at a time: layers are done in groups, one pass over the
-        batches each, which must then be a list or a DataLoader.
+        Bytes that the sums may hold at a time, by default half of what is free: layers are done
+        in groups, one pass over the batches each, which must then be a list or a DataLoader.
     gradients : bool
         Also take, from the first few batches, the gradients at the layers' outputs, by which a
         whole-model budget weighs the layers.
@@ -157,7 +162,7 @@ def _add_pass(
     gradients: bool,
 ) -> None:
     """Add what one pass over the batches, and further ones over variants, show of these layers."""
-    sums = {name: Accumulator(spec) for name, (_, spec) in layers.items()}
+    sums = {name: Accumulator(spec, _useful(spec)) for name, (_, spec) in layers.items()}
     slopes = OutputGradients(layers, batches) if gradients else None
     uses = OddUses({name: layer for name, (layer, _) in layers.items()})
     moments.samples, outside = 0, 0
@@ -200,6 +205,7 @@ def _add_pass(
             if not few:
                 break
             run(batch, few)
+    moments.held_out = outside
     moments.oddities |= uses.found
     importance = {} if slopes is None else slopes.finish()
     for name in layers:
@@ -208,6 +214,11 @@ def _add_pass(
             found = replace(found, held=held.pop(name).finish())
             _check_finite(name, found)
             moments.layers[name] = found
+
+
+def _useful(spec: LayerSpec) -> int:
+    """The number of patches beyond which a fit hardly gains: their sums cost fan_in² each."""
+    return max(min(_USEFUL * spec.fan_in, _MOST), _ENOUGH * spec.fan_in)
 
 
 def _keep(
@@ -232,11 +243,10 @@ def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:
 
 def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Layers]:
     """Layers in groups whose sums stay under max_memory, which may take a pass to count patches."""
-    limit = batches.data.max_memory
+    limit = _limit(model, batches)
     if limit is None:
         return [layers]
-    batches.require_several_passes("a max_memory")
-    most = sum(8 * s.groups * s.fan_in * (s.fan_in + 1) for _, s in layers.values())
+    most = sum(sums_bytes(spec, 0, _dtype(layer)) for layer, spec in layers.values())
     if most <= limit:  # whatever the batches hold
         return [layers]
     passes = 1 if batches.data.augment is None else PASSES
@@ -253,11 +263,8 @@ def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Lay
     groups: list[dict[str, tuple[nn.Module, LayerSpec]]] = []
     free = 0
     for name, (layer, spec) in layers.items():
-        wide, known = spec.groups * spec.fan_in, patches[name]
-        each = 8 if next(layer.parameters()).dtype == torch.float64 else 4
-        held = each * known if 0 < known < spec.fan_in else 8 * spec.fan_in
-        need = wide * (8 + held)
-        if need > limit:
+        need = sums_bytes(spec, patches[name], _dtype(layer))
+        if need > limit and batches.data.max_memory is not None:
             raise ValueError(
                 f"calibrate: layer {name!r} ({spec}) alone needs {need:,} bytes; expected "
                 f"max_memory of at least that, got {limit:,}; fewer batches (max_batches) "
@@ -269,6 +276,21 @@ def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Lay
         groups[-1][name] = layer, spec
         free -= need
     return groups
+
+
+def _limit(model: nn.Module, batches: Batches) -> int | None:
+    """The bytes that sums may take: by default a share of what is free, where this is known."""
+    given = batches.data.max_memory
+    if given is not None:
+        batches.require_several_passes("a max_memory")
+        return given
+    free = free_memory(device_of(model))
+    return None if free is None or batches.single_pass else int(_SHARE * free)
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    """The precision of the products of a layer's inputs."""
+    return torch.promote_types(next(layer.parameters()).dtype, torch.float32)
 
 
 def _check_finite(name: str, moments: LayerMoments) -> None:

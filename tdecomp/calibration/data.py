@@ -46,13 +46,14 @@ class Data:
     max_batches : int, optional
         The number of batches to use, from the first.
     max_memory : int, optional
-        The bytes that sums over layers' inputs may take at a time; see `calibrate`.
+        The bytes that sums over layers' inputs may take at a time; by default half of what is free;
+        see `calibrate`.
     mask : callable ``(batch) -> Tensor``, optional
         Which rows count, e.g. tokens that are not padding: a bool tensor (batch,) or
         (batch, length). It holds for moments, gradients and the sums of `refit`, in layers whose
         input begins with the shape of the mask: a Linear on (batch, ..., features) or
-        (batch, length, ..., features), and, for a mask (batch,), a convolution; in `distill` and
-        errors, for outputs that begin with it. All rows count elsewhere, and for batch norms.
+        (batch, length, ..., features), and, for a mask (batch,), a convolution. It holds for
+        outputs of such shapes in `distill` and in errors. All rows count elsewhere.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches at random, for `refit`, `distill` and the fits before them; everything else
         uses the batches as they are. None for batches that must not be varied.
@@ -154,14 +155,19 @@ class Batches:
                 return replace(self, data=replace(data, held_out=0.0))
         return self
 
+    @property
+    def single_pass(self) -> bool:
+        """Whether they can be iterated over only once."""
+        # `iter` would draw a random number of a DataLoader.
+        return isinstance(self.data.batches, Iterator)
+
     def require_several_passes(self, reason: str) -> None:
         """Refuse batches that can be iterated over only once; `reason` says who needs more."""
-        batches = self.data.batches
-        if isinstance(batches, Iterator):  # `iter` would draw a random number of a DataLoader
+        if self.single_pass:
             raise ValueError(
                 f"{self.caller}: {reason} goes through the batches more than once, got "
-                f"{type(batches).__name__}, which yields them only once; expected a DataLoader or "
-                "a list"
+                f"{type(self.data.batches).__name__}, which yields them only once; expected a "
+                "DataLoader or a list"
             )
 
     def __len__(self) -> int:

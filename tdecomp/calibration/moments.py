@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from tdecomp.model.sites import Site
 _FORMAT, _KEY = 1, "tdecomp_moments"
 _TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
 _HELD = ("held_rows", "held_owners")  # in its HeldPatches
+# Entries of a matrix above which a sample of the patches is held instead, and entries of that.
+_LARGEST_MATRIX, _SAMPLE, _LEAST_SAMPLE = 2**25, 2**24, 1024
 Value = TypeVar("Value")
 
 
@@ -30,8 +33,9 @@ class LayerMoments:
     spec: LayerSpec
     count: int  # of input patches; for a Linear, of input vectors
     mean: Tensor  # (groups, fan_in), float64
-    matrix: Tensor | None = None  # E[x xᵀ], not centred: (groups, fan_in, fan_in), float64
-    # The patches (groups, count, fan_in) instead, while there are fewer of them than fan_in.
+    matrix: Tensor | None = None  # E[x xᵀ], not centred: (groups, fan_in, fan_in)
+    # The patches (groups, patches, fan_in) instead: all while there are fewer than fan_in, and a
+    # random sample in the widest layers.
     rows: Tensor | None = None
     sizes: tuple[tuple[int, ...], ...] = ()  # the spatial sizes of the inputs
     gradient: Tensor | None = None  # E[g gᵀ], summed over positions: (out, out), float64
@@ -42,6 +46,11 @@ class LayerMoments:
         """Whether there are fewer patches than entries of a patch."""
         return self.count < self.spec.fan_in
 
+    @property
+    def sampled(self) -> bool:
+        """Whether the rows are a sample of the patches."""
+        return self.rows is not None and self.rows.shape[1] < self.count
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the name of the field."""
         named = {name: getattr(self, name) for name in _TENSORS}
@@ -49,14 +58,27 @@ class LayerMoments:
             named |= {"held_rows": self.held.rows, "held_owners": self.held.owners}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def second_moments(self, dtype: torch.dtype = torch.float64) -> list[SecondMoment]:
-        """One for each group; about the mean where the layer has a bias, which can correct it."""
+    @cached_property
+    def single(self) -> list[SecondMoment]:
+        """`second_moments` in single precision, kept."""
+        return self.second_moments(torch.float32)
+
+    def second_moments(self, dtype: torch.dtype | None = None) -> list[SecondMoment]:
+        """One for each group; about the mean where the layer has a bias, which can correct it.
+
+        In double precision by default, a sample of the patches in its own.
+        """
         mean, bias = self.mean[:, None], self.spec.bias
         if self.rows is None:
-            matrix = self._as_matrix() - mean.mT * mean if bias else self._as_matrix()
-            return [SecondMoment(matrix=group.to(dtype)) for group in matrix]
+            matrix = self._as_matrix()
+            if bias:  # subtracted in the precision that the matrix was found to need
+                precise = torch.promote_types(matrix.dtype, dtype or torch.float64)
+                about = mean.to(precise)
+                matrix = matrix.to(precise, copy=True).baddbmm_(about.mT, about, alpha=-1)
+            return [SecondMoment(matrix=group.to(dtype or torch.float64)) for group in matrix]
+        dtype = dtype or (self.rows.dtype if self.sampled else torch.float64)
         rows = self.rows.to(dtype) - mean.to(dtype) if bias else self.rows.to(dtype)
-        return [SecondMoment(rows=group) for group in rows / max(self.count, 1) ** 0.5]
+        return [SecondMoment(rows=group) for group in rows / max(rows.shape[1], 1) ** 0.5]
 
     def output_variance(
         self, weight: Tensor, second: Sequence[SecondMoment] | None = None
@@ -120,7 +142,9 @@ class LayerMoments:
         other = other.to(self.mean.device)
         count = self.count + other.count
         mine, matrix, rows, gradient = self.count / count, None, None, None
-        if self.rows is not None and other.rows is not None and count < self.spec.fan_in:
+        if self.rows is not None and other.rows is not None and is_widest(self.spec):
+            rows = _sample_of_both(self.rows, other.rows, mine)
+        elif self.rows is not None and other.rows is not None and count < self.spec.fan_in:
             rows = torch.cat([self.rows, other.rows], dim=1)
         else:
             matrix = mine * self._as_matrix() + (1 - mine) * other._as_matrix()
@@ -136,7 +160,7 @@ class LayerMoments:
     def _as_matrix(self) -> Tensor:
         if self.rows is not None:
             rows = self.rows.double()
-            return rows.mT @ rows / self.count
+            return rows.mT @ rows / rows.shape[1]
         assert self.matrix is not None
         return self.matrix
 
@@ -144,6 +168,26 @@ class LayerMoments:
         held = {name: getattr(self, name) for name in (*_TENSORS, "held")}
         moved = {name: value.to(device) for name, value in held.items() if value is not None}
         return replace(self, **moved)
+
+
+def is_widest(spec: LayerSpec) -> bool:
+    """Whether a sample of the patches is held, as a matrix of moments would be too large."""
+    return spec.fan_in**2 > _LARGEST_MATRIX
+
+
+def sample_size(spec: LayerSpec) -> int:
+    """The patches that are held of one of the widest layers."""
+    return max(_SAMPLE // spec.fan_in, _LEAST_SAMPLE)
+
+
+def _sample_of_both(mine: Tensor, others: Tensor, share: float) -> Tensor:
+    """Rows of both samples in proportion."""
+    most = min(mine.shape[1] / share, others.shape[1] / (1 - share))
+    parts = []
+    for rows, part in ((mine, share), (others, 1 - share)):
+        places = torch.linspace(0, rows.shape[1] - 1, max(1, round(part * most))).long()
+        parts.append(rows[:, places.to(rows.device)])
+    return torch.cat(parts, dim=1)
 
 
 class FitCache:
@@ -183,6 +227,8 @@ class Moments(Mapping[str, LayerMoments]):
         The number of samples that were run.
     peak_bytes : int
         The largest memory that the sums took at a time.
+    held_out : int
+        The number of samples that were run and are held out.
     """
 
     layers: dict[str, LayerMoments]
@@ -190,6 +236,7 @@ class Moments(Mapping[str, LayerMoments]):
     samples: int = 0
     peak_bytes: int = 0
     oddities: dict[str, str] = field(default_factory=dict)
+    held_out: int = 0
     # Losses and drafts already computed, so that the next plan finds them.
     fits: FitCache = field(default_factory=FitCache, init=False)
 
@@ -205,6 +252,8 @@ class Moments(Mapping[str, LayerMoments]):
     def __repr__(self) -> str:
         few = sum(layer.few for layer in self.layers.values())
         words = f"moments of {len(self)} layers from {self.samples:,} samples"
+        if self.held_out:
+            words += f" ({self.held_out:,} more held out)"
         if few:
             words += f", in {few} of them fewer than fan_in"
         if self.unreached:
@@ -225,7 +274,8 @@ class Moments(Mapping[str, LayerMoments]):
         unreached = tuple(name for name in self.unreached if name not in both)
         peak = max(self.peak_bytes, other.peak_bytes)
         odd = self.oddities | other.oddities
-        return Moments(both, unreached, self.samples + other.samples, peak, odd)
+        held_out = self.held_out + other.held_out
+        return Moments(both, unreached, self.samples + other.samples, peak, odd, held_out)
 
     def check_fit(self, sites: Sequence[Site]) -> None:
         """Refuse moments of other layers than these, or of inputs of other sizes."""
@@ -261,7 +311,7 @@ class Moments(Mapping[str, LayerMoments]):
                 "sizes": layer.sizes,
             }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
-        header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities")}
+        header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities", "held_out")}
         write_tensors(file, _KEY, header, tensors)
 
     @classmethod
@@ -288,7 +338,8 @@ class Moments(Mapping[str, LayerMoments]):
             unreached = typed(tuple[str, ...], header.get("unreached"), "unreached")
             samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
             odd = typed(dict[str, str], header.get("oddities", {}), "oddities")
-            return cls(layers, unreached, samples, peak, odd)
+            held_out = typed(int, header.get("held_out", 0), "held_out")
+            return cls(layers, unreached, samples, peak, odd, held_out)
 
 
 @dataclass(frozen=True)
@@ -302,11 +353,13 @@ class _Entry:
 
 def _problem(moments: LayerMoments) -> str | None:
     """What cannot be true of any layer's inputs; None if nothing is found."""
-    spec = moments.spec
+    spec, rows = moments.spec, moments.count
+    if is_widest(spec) and moments.rows is not None:
+        rows = min(rows, moments.rows.shape[1])
     shapes = {
         "mean": (spec.groups, spec.fan_in),
         "matrix": (spec.groups, spec.fan_in, spec.fan_in),
-        "rows": (spec.groups, moments.count, spec.fan_in),
+        "rows": (spec.groups, rows, spec.fan_in),
         "gradient": (spec.out_channels, spec.out_channels),
     }
     if held := moments.held:

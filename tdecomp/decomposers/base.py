@@ -142,7 +142,7 @@ class Decomposer(ABC):
 
 @dataclass(frozen=True)
 class Iterative(Decomposer):
-    """A method whose fits to data start from a fit to the weights and improve on it."""
+    """A method whose fits to data start from factors and improve on them."""
 
     iterative = True
 
@@ -157,12 +157,10 @@ class Iterative(Decomposer):
             raise ValueError(f"{self.name}: expected tol of 0 or more, got {tol!r}")
 
     @abstractmethod
-    def improved(self, kernel: Tensor, start: Any, moment: SecondMoment) -> Factors:
-        """This method's factors `start` improved on in the norm of a moment."""
-
-    def first(self, kernel: Tensor, rank: Rank, *, draft: bool) -> Factors:
-        """What a fit to data starts from by default."""
-        return self.fit(kernel, rank, draft=draft)
+    def fitted(
+        self, kernel: Tensor, rank: Rank, moment: SecondMoment, start: Any, *, draft: bool
+    ) -> Factors:
+        """Factors in the norm of a moment; from this method's factors `start`, or from its own."""
 
     def fit_to(
         self,
@@ -173,10 +171,11 @@ class Iterative(Decomposer):
         *,
         draft: bool = False,
     ) -> Factors:
-        before = self.first(kernel, rank, draft=draft) if start is None else start
         method = self.limited(DRAFT_ITERATIONS) if draft else self
-        fitted = method.improved(kernel, before, moment)
-        return fitted if draft else better(kernel, moment, fitted, before.balanced())
+        fitted = method.fitted(kernel, rank, moment, start, draft=draft)
+        if start is None or draft:
+            return fitted
+        return better(kernel, moment, fitted, start.balanced())
 
     def limited(self, iterations: int) -> Self:
         return replace(self, n_iter_max=min(self.n_iter_max, iterations))

@@ -5,7 +5,6 @@ CP-Decomposition", equations 4 to 8; the joint form keeps the spatial modes toge
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import tensorly
@@ -17,7 +16,8 @@ from tdecomp.decomposers.base import DRAFT_ITERATIONS, Iterative
 from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.linalg.least_squares import Features, SeparableFit
+from tdecomp.linalg.features import ProductFeatures
+from tdecomp.linalg.least_squares import SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.tensorly_backend import torch_backend
 
@@ -66,24 +66,6 @@ class CPFactors(Factors):
         # A component with a zero factor is zero: all of its factors become so.
         gains = torch.where(norms > 0, share / norms, torch.zeros_like(norms))
         return replace(self, factors=tuple(f * g for f, g in zip(self.factors, gains, strict=True)))
-
-
-def cp_features() -> Features:
-    """The columns that the factor of the outputs multiplies, as a function of all other factors."""
-    return Features(
-        lambda matrix, theta: matrix @ _khatri_rao(theta),
-        lambda weights, theta: (weights * _khatri_rao(theta)).sum(),
-    )
-
-
-def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
-    """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
-    product = factors[0].new_ones(1, factors[0].shape[1])
-    for factor in factors:
-        norms = factor.norm(dim=0)
-        unit = factor / torch.where(norms > 0, norms, 1.0)
-        product = (product[:, None] * unit[None]).flatten(0, 1)
-    return product
 
 
 @dataclass(frozen=True)
@@ -152,22 +134,34 @@ class CP(Iterative):
         factors = self._als(draft).fit(kernel.reshape(self._modes(*kernel.shape)), rank, begin)
         return CPFactors(tuple(factors), tuple(kernel.shape[2:])).balanced()
 
-    def first(self, kernel: Tensor, rank: Rank, *, draft: bool) -> CPFactors:
+    def fitted(
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: CPFactors | None,
+        *,
+        draft: bool,
+    ) -> CPFactors:
+        # The factor of the outputs follows from the others. Kalle et al. 2025, "Distribution-Aware
+        # Tensor Decomposition for Compression of Convolutional Neural Networks", fit in this norm
+        # by alternating least squares.
+        begin = self._first(kernel, rank, draft=draft) if start is None else start
+        fit, tol = SeparableFit(kernel.flatten(1), moment, ProductFeatures()), self.tol * _FINER
+        out, theta = fit.minimise(
+            begin.factors[1:], n_iter_max=self.n_iter_max, tol=tol, draft=draft
+        )
+        tiny = torch.finfo(out.dtype).tiny
+        unit = [factor / factor.norm(dim=0).clamp_min(tiny) for factor in theta]
+        return replace(begin, factors=(out, *unit)).balanced()
+
+    def _first(self, kernel: Tensor, rank: Rank, *, draft: bool) -> CPFactors:
+        """What a fit to data starts from by default."""
         if not draft or not kernel.any():
             return self.fit(kernel, rank)
         assert isinstance(rank, int)
         factors = self._als(draft).few_sweeps(kernel.reshape(self._modes(*kernel.shape)), rank)
         return CPFactors(tuple(factors), tuple(kernel.shape[2:]))
-
-    def improved(self, kernel: Tensor, start: CPFactors, moment: SecondMoment) -> CPFactors:
-        # The factor of the outputs follows from the others. Kalle et al. 2025, "Distribution-Aware
-        # Tensor Decomposition for Compression of Convolutional Neural Networks", fit in this norm
-        # by alternating least squares.
-        fit, tol = SeparableFit(kernel.flatten(1), moment, cp_features()), self.tol * _FINER
-        out, theta = fit.minimise(start.factors[1:], n_iter_max=self.n_iter_max, tol=tol)
-        tiny = torch.finfo(out.dtype).tiny
-        unit = [factor / factor.norm(dim=0).clamp_min(tiny) for factor in theta]
-        return replace(start, factors=(out, *unit)).balanced()
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
         return ("svd", "lowrank", "spatial") if spec.kernel_volume == 1 else ()

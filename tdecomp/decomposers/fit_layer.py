@@ -15,7 +15,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization, Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.linalg.second_moment import SecondMoment
+from tdecomp.linalg.second_moment import SecondMoment, is_wide
 from tdecomp.linalg.spectrum import Spectrum, spectra
 from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.torch_state import full_precision
@@ -61,7 +61,7 @@ def fit_layer(
     """
     began = time.perf_counter()
     with full_precision(weight.device):
-        second = None if moments is None else moments.second_moments()
+        second = None if moments is None else _second_moments(moments, weight, draft=draft)
         factors = factorize(method, weight, spec, rank, second, start, draft=draft)
         seconds = time.perf_counter() - began
         # The factors have the weight's dtype by now; their product is not rounded once more.
@@ -84,6 +84,15 @@ def fit_layer(
         norms /= frobenius_norm(weight) or 1.0
     errors, notes = (weight_error, output_error, loss), (note,) if note else ()
     return FittedLayer(factors, *errors, shift, norms, seconds, notes)
+
+
+def _second_moments(
+    moments: LayerMoments, weight: Tensor, *, draft: bool
+) -> Sequence[SecondMoment]:
+    """Those that a fit is made and judged by: for drafts of wide layers in single precision."""
+    if draft and is_wide(moments.spec.fan_in) and weight.dtype != torch.float64:
+        return moments.single
+    return moments.second_moments()
 
 
 def factorize(

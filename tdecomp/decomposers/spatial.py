@@ -4,7 +4,6 @@ Jaderberg et al. 2014, "Speeding up Convolutional Neural Networks with Low Rank 
 section 2.1, scheme 2.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,8 @@ from tdecomp.decomposers.base import Iterative
 from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.linalg.least_squares import Features, SeparableFit
+from tdecomp.linalg.features import SpanFeatures
+from tdecomp.linalg.least_squares import SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import tails
 from tdecomp.linalg.svd import truncated_svd
@@ -44,27 +44,6 @@ class SpatialFactors(Factors):
 def _matrix(kernel: Tensor) -> Tensor:
     out, into, height, width = kernel.shape
     return kernel.permute(0, 3, 1, 2).reshape(out * width, into * height)
-
-
-def spatial_features(into: int, height: int, width: int) -> Features:
-    """What the horizontal step sees, as a function of the vertical one (rank, in, kh)."""
-
-    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        vertical = _unit(theta[0], dims=(1, 2))  # (rank, in, kh)
-        split = matrix.reshape(-1, into, height, width)
-        return torch.einsum("msij,rsi->mrj", split, vertical).flatten(1)  # (m, rank · kw)
-
-    def inner(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        split = weights.reshape(into, height, width, -1, width)
-        along = split.diagonal(dim1=2, dim2=4).sum(dim=-1)  # (in, kh, rank)
-        return (along.permute(2, 0, 1) * _unit(theta[0], dims=(1, 2))).sum()
-
-    return Features(project, inner)
-
-
-def _unit(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    norm = tensor.norm(dim=dims, keepdim=True)
-    return tensor / torch.where(norm > 0, norm, 1.0)
 
 
 @dataclass(frozen=True)
@@ -116,17 +95,30 @@ class Spatial(Iterative):
         horizontal = (u * root).reshape(out, width, -1, 1).permute(0, 2, 3, 1)
         return SpatialFactors(vertical, horizontal)
 
-    def improved(self, kernel: Tensor, start: SpatialFactors, moment: SecondMoment) -> Factors:
+    def fitted(
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: SpatialFactors | None,
+        *,
+        draft: bool,
+    ) -> SpatialFactors:
         # The horizontal step follows from the vertical one.
+        assert isinstance(rank, int)
         out, into, height, width = kernel.shape
-        fit = SeparableFit(kernel.flatten(1), moment, spatial_features(into, height, width))
-        begin = [start.vertical[..., 0]]
-        factor, (vertical,) = fit.minimise(begin, n_iter_max=self.n_iter_max, tol=self.tol)
-        horizontal = factor.reshape(out, -1, 1, width)  # (out, rank, 1, kw)
+        features, matrix = SpanFeatures(into * height, width), kernel.flatten(1)
+        if start is None:
+            begin = features.start(matrix, moment, rank)  # (in · kh, rank)
+        else:
+            begin = start.vertical.flatten(1).T
+        fit, most = SeparableFit(matrix, moment, features), self.n_iter_max
+        factor, (found,) = fit.minimise([begin], n_iter_max=most, tol=self.tol, draft=draft)
+        horizontal = factor.reshape(out, width, -1, 1).permute(0, 2, 3, 1)  # (out, rank, 1, kw)
         root = horizontal.square().sum(dim=(0, 2, 3)).sqrt().sqrt()  # (rank,)
-        vertical = _unit(vertical, dims=(1, 2)) * root[:, None, None]
+        vertical = (torch.linalg.qr(found).Q * root).T.reshape(-1, into, height, 1)
         scale = torch.where(root > 0, root, 1.0)
-        return SpatialFactors(vertical[..., None], horizontal / scale[:, None, None])
+        return SpatialFactors(vertical, horizontal / scale[:, None, None])
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None

@@ -5,7 +5,6 @@ Applications", section 3.1.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -16,7 +15,8 @@ from tdecomp.decomposers.base import DRAFT_ITERATIONS, Iterative
 from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.linalg.least_squares import Features, SeparableFit
+from tdecomp.linalg.features import SpanFeatures
+from tdecomp.linalg.least_squares import SeparableFit
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.svd import leading_vectors, truncated_svd
 from tdecomp.linalg.tensorly_backend import mode_products, unfold
@@ -58,26 +58,6 @@ def _reduced(unfolding: Tensor, factor: Tensor, other: int) -> Tensor:
     """A kernel's unfolding times that mode's factor, unfolded along the mode of size `other`."""
     product = factor.T @ unfolding  # (R, other · kernel)
     return product.reshape(len(product), other, -1).transpose(0, 1).flatten(1)
-
-
-def tucker2_features(into: int) -> Features:
-    """What core and output factor see, as a function of the input factor (in, R3)."""
-
-    def basis(theta: Sequence[Tensor]) -> Tensor:
-        # Only the span of the columns matters: orthonormal ones are the best conditioned.
-        columns: Tensor = torch.linalg.qr(theta[0]).Q  # (in, R3)
-        return columns
-
-    def project(matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        split = matrix.reshape(len(matrix), into, -1)
-        return (basis(theta).T @ split).flatten(1)  # (m, R3 · kernel)
-
-    def inner(weights: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        volume = len(weights) // into
-        split = weights.reshape(into, volume, -1, volume)
-        return (split.diagonal(dim1=1, dim2=3).sum(dim=-1) * basis(theta)).sum()  # both (in, R3)
-
-    return Features(project, inner)
 
 
 @dataclass(frozen=True)
@@ -149,16 +129,31 @@ class Tucker2(Iterative):
                 break
         return Tucker2Factors(core.reshape(rank_out, rank_in, *kernel.shape[2:]), into, out)
 
-    def improved(self, kernel: Tensor, start: Tucker2Factors, moment: SecondMoment) -> Factors:
+    def fitted(
+        self,
+        kernel: Tensor,
+        rank: Rank,
+        moment: SecondMoment,
+        start: Tucker2Factors | None,
+        *,
+        draft: bool,
+    ) -> Tucker2Factors:
         # Given the factor of the input channels, core and output factor together are a regression
         # of limited rank, which is solved in closed form.
-        rank, most, tol = start.out.shape[1], self.n_iter_max, self.tol * _FINER
-        fit = SeparableFit(kernel.flatten(1), moment, tucker2_features(kernel.shape[1]), rank)
-        factor, (channels,) = fit.minimise([start.into], n_iter_max=most, tol=tol)
+        assert isinstance(rank, tuple)
+        rank_in, rank_out = rank
+        features = SpanFeatures(kernel.shape[1], math.prod(kernel.shape[2:]))
+        matrix = kernel.flatten(1)
+        begin = features.start(matrix, moment, rank_in) if start is None else start.into
+        fit = SeparableFit(matrix, moment, features, rank_out)
+        tol = self.tol * _FINER
+        factor, (channels,) = fit.minimise(
+            [begin], n_iter_max=self.n_iter_max, tol=tol, draft=draft
+        )
         into = torch.linalg.qr(channels).Q
-        out, s, core = truncated_svd(factor, rank)  # (out, R4), (R4,), (R4, R3 · kernel)
-        core = (s[:, None] * core).reshape(-1, into.shape[1], *kernel.shape[2:])
-        missing = rank - len(core)
+        out, s, core = truncated_svd(factor, rank_out)  # (out, R4), (R4,), (R4, kernel · R3)
+        core = (s[:, None] * core).reshape(len(s), *kernel.shape[2:], -1).movedim(-1, 1)
+        missing = rank_out - len(core)
         if missing > 0:  # more ranks than the regression has: nothing is left for the others to do
             core = torch.cat([core, core.new_zeros(missing, *core.shape[1:])])
             out = torch.cat([out, out.new_zeros(len(out), missing)], dim=1)

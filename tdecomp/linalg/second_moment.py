@@ -5,9 +5,10 @@ For inputs x with second moment G, approximating a kernel K by K̃ changes the o
 squared Frobenius norm of the difference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ _RIDGE = 1e-10
 _LEAST = 1e-290
 # The factor by which the ridge grows until a matrix is positive definite.
 _RIDGE_GROWTH = 4.0
+_WIDE = 512
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,18 @@ class SecondMoment:
 
     @property
     def fan_in(self) -> int:
-        return (self._matrix if self.rows is None else self.rows).shape[1]
+        return self._held.shape[1]
+
+    @property
+    def _held(self) -> Tensor:
+        return self._matrix if self.rows is None else self.rows
 
     def applied(self, kernel: Tensor) -> Tensor:
         """``K G``, for a kernel (out, fan_in)."""
-        rows = self.rows
-        product = kernel @ self._matrix if rows is None else (kernel @ rows.T) @ rows
-        return product + self.ridge * kernel
+        rows, given = self.rows, kernel
+        kernel = kernel.to(self._held.dtype)
+        product = kernel @ self._held if rows is None else (kernel @ rows.T) @ rows
+        return (product + self.ridge * kernel).to(given.dtype)
 
     def between(self, kernel: Tensor) -> Tensor:
         """``K G Kᵀ`` (out, out): the second moment of the kernel's outputs."""
@@ -74,12 +81,36 @@ class SecondMoment:
 
     def solved(self, right: Tensor, ridge: float) -> Tensor:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
+        given, right = right, right.to(self._held.dtype)
         if self.rows is None:
-            return _solution(_ridged(self.definite()._matrix, ridge), right.T).T
+            return _solution(_ridged(self.definite()._matrix, ridge), right.T).T.to(given.dtype)
         # With fewer samples than inputs their Gram matrix is smaller (matrix inversion lemma).
         ridge += self.ridge
         inner = _solution(_ridged(self.rows @ self.rows.T, ridge), self.rows @ right.T)
-        return (right - (self.rows.T @ inner).T) / ridge
+        return ((right - (self.rows.T @ inner).T) / ridge).to(given.dtype)
+
+    def along(self, shape: Sequence[int], mode: int) -> Tensor:
+        """The moment of one mode of inputs of this shape, summed over all places of the others."""
+        before, size, after = prod(shape[:mode]), shape[mode], prod(shape[mode + 1 :])
+        if self.rows is not None:
+            unfolded = self.rows.reshape(-1, size, after).transpose(0, 1).flatten(1)
+            return unfolded @ unfolded.T
+        blocks = self._matrix.reshape(before, size, after, before, size, after)
+        return blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum(dim=(2, 3))
+
+    def normalised(self, dtype: torch.dtype) -> "SecondMoment":
+        """The moment of inputs whose mean power is 1, with the ridge, in another precision."""
+        power = self.trace / self.fan_in
+        power = power if power > _LEAST else 1.0
+        if self.rows is not None:
+            return SecondMoment(rows=(self.rows / power**0.5).to(dtype))
+        return SecondMoment(matrix=_ridged((self._matrix / power).to(dtype), _RIDGE))
+
+    def reordered(self, order: Callable[[Tensor, int], Tensor]) -> "SecondMoment":
+        """The moment of the inputs in another order, which a callable gives one dimension."""
+        if self.rows is not None:
+            return SecondMoment(rows=order(self.rows, 1))
+        return SecondMoment(matrix=order(order(self._matrix, 1), 0))
 
     def definite(self) -> "SecondMoment":
         """With a ridge against the slightly negative eigenvalues of a matrix summed in float32."""
@@ -97,10 +128,16 @@ class SecondMoment:
 
     def lost(self, difference: Tensor) -> float:
         """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
+        difference = difference.to(self._held.dtype)
         if self.rows is not None:
             return float((difference @ self.rows.T).square().sum())
         # Round-off can make the loss of an exact fit slightly negative.
         return max(float(((difference @ self._matrix) * difference).sum()), 0.0)
+
+
+def is_wide(fan_in: int) -> bool:
+    """Whether single precision saves time: with fewer inputs most of it goes to Python itself."""
+    return fan_in >= _WIDE
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.moments import FitCache, LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
@@ -21,6 +22,8 @@ from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.torch_state import full_precision
 
 Value = TypeVar("Value")
+# Weights of a chain for each output of the sampled patches, above which a fit would learn these.
+_TELLING = 0.5
 # The loss weighted by gradients (None where they are not known), and the layer's own share of its
 # output's variance or of its squared weights.
 Measured = tuple[float | None, float]
@@ -60,10 +63,17 @@ class LayerLosses:
         return chain_cost([self.spec], self.calls)
 
     def expected_error(self, method: Decomposer, rank: Rank) -> float | None:
-        """The error in a plan's row: exact for nested methods, else a bound or a draft's; or None.
+        """The error in a plan's row: exact for nested methods and where the fit itself is known.
 
-        With moments the lost share of the output's variance, without the relative weight error.
+        Else a bound or a draft's; or None. With moments the lost share of the output's variance, on
+        held-out samples where there are some; without the relative weight error.
         """
+        held = self._held_out_error(method, rank)
+        if held is not None:
+            return held.value
+        known = self.known_fit(method, rank, draft=False)
+        if known is not None and self.fits_to_data(method):
+            return known.output_error
         nested = self.nested(method)
         if nested is not None:
             return self.row_error(method, nested[only_rank(rank)][1])
@@ -72,6 +82,18 @@ class LayerLosses:
         outside = self._outside(method, rank)
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return None if outside is None else math.sqrt(min(sum(outside), 1.0))
+
+    def _held_out_error(self, method: Decomposer, rank: Rank) -> Estimate | None:
+        """By the fit, or the draft, that is known; of a nested method the fit is made now."""
+        if self.moments is None or self.moments.held is None or not method.uses_moments:
+            return None
+        if self.nested(method) is not None:
+            fit = self.fit(method, rank, draft=False)
+        else:
+            fit = self.known_fit(method, rank, draft=False) or self.known_fit(
+                method, rank, draft=True
+            )
+        return None if fit is None else fit.held_out_error(self.weight, self.moments)
 
     def least(self, method: Decomposer, rank: Rank) -> float | None:
         """A lower bound on the loss of any fit of these ranks, from singular values; or None."""
@@ -101,6 +123,13 @@ class LayerLosses:
     def fits_to_data(self, method: Decomposer) -> bool:
         """Whether the losses of this method are those of outputs, not of weights."""
         return self.moments is not None and method.uses_moments
+
+    def told(self, method: Decomposer) -> float:
+        """The number of weights that the patches can tell, where only a sample of them is held."""
+        if self.moments is None or not self.moments.sampled or not self.fits_to_data(method):
+            return math.inf
+        assert self.moments.rows is not None
+        return _TELLING * self.moments.rows.shape[1] * self.spec.out_channels
 
     def nested(self, method: Decomposer) -> list[Lost] | None:
         """Loss and share at rank 0, 1, 2 …, of a method whose best fits are nested; else None."""

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from tdecomp.calibration.moments import FitCache, Moments
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.fit_layer import FittedLayer
+from tdecomp.layers.chain import Rank
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve, layer_curves
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
@@ -68,7 +70,9 @@ def offer_ranks(
 
     def draw(item: tuple[Able, LayerLosses]) -> dict[str, LossCurve]:
         (_, methods), mine = item
-        return layer_curves(mine, methods, rounding=rounding)
+        # What its fits share is kept by a copy of the moments, and forgotten with it.
+        copy = mine.moments and replace(mine.moments)
+        return layer_curves(replace(mine, moments=copy), methods, rounding=rounding)
 
     def size(item: tuple[Able, LayerLosses]) -> int:
         return fit_size(item[0][0], moments)
@@ -105,6 +109,18 @@ def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLo
     known = [whole for whole in wholes if whole is not None]
     unit = sum(known) / len(known) if known else 1.0
     return [replace(losses, unit=unit) for losses in found]
+
+
+def fits_before(
+    site: Site, method: Decomposer, rank: Rank, moments: Moments | None
+) -> tuple[FittedLayer | None, FittedLayer | None]:
+    """The fit of a site, and the draft, that these moments were used for before."""
+    weight, spec = site.module.weight, site.spec
+    if moments is None or spec is None or not isinstance(weight, nn.Parameter):
+        return None, None
+    losses = LayerLosses(weight, spec, cache=moments.fits, key=(site.name, _digest(weight)))
+    known = partial(losses.known_fit, method, rank)
+    return known(draft=False), known(draft=True)
 
 
 def _digest(weight: nn.Parameter) -> bytes:

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from tqdm import tqdm
 
 from tdecomp.calibration.calibrate import site_moments
 from tdecomp.calibration.data import Batches
@@ -13,10 +14,11 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, total
-from tdecomp.loss_curves.offers import Offer, able_sites, offer_ranks
+from tdecomp.loss_curves.offers import Offer, able_sites, fit_size, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, Sites, find_sites
+from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
@@ -98,6 +100,8 @@ def make_plan(
     except UnmetError as unmet:
         largest = _largest(sites, choices, whole, unmet.unit)
         raise UnmetError(f"{unmet}{largest}", unmet.unit, unmet.least) from unmet
+    if expect and isinstance(data, Moments):  # which keep the fits for `apply`
+        _fit_chosen(offers, chosen.choices, moments, progress=request.progress)
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses
@@ -122,6 +126,25 @@ def make_plan(
     notes = data_notes(rows, moments)
     plan = Plan(rows, rest, methods, chosen.speed, loss, notes)
     return Planned(plan, found, moments, fits)
+
+
+def _fit_chosen(
+    offers: Sequence[Offer], choices: Sequence[Choice], moments: Moments | None, *, progress: bool
+) -> None:
+    """Fit what was chosen, so that the rows' errors are those of the result."""
+    pairs = zip(offers, choices, strict=True)
+    todo = [(offer, choice) for offer, choice in pairs if choice.candidate is not None]
+
+    def fit(item: tuple[Offer, Choice]) -> None:
+        offer, choice = item
+        if choice.candidate is not None and choice.rank is not None:
+            offer.losses.fit(choice.candidate.decomposer, choice.rank, draft=False)
+
+    def size(item: tuple[Offer, Choice]) -> int:
+        return fit_size(item[0].site, moments)
+
+    with tqdm(total=len(todo), desc="fit", unit="layer", disable=not progress) as bar:
+        parallel_map(fit, todo, size=size, done=lambda _item, _fit: bar.update())
 
 
 def _leave(found: Sites, reasons: Mapping[str, str]) -> list[Site]:

@@ -45,12 +45,12 @@ def blocks_of(
     places = {layer.name: layer for layer in chains}
 
     def inside(name: str) -> list[ReplacedLayer]:
-        return [layer for at, layer in places.items() if f"{at}.".startswith(f"{name}." if name else "")]
+        return [
+            layer for at, layer in places.items() if f"{at}.".startswith(f"{name}." if name else "")
+        ]
 
     def block(names: Sequence[str]) -> Block:
-        mine, theirs = (
-            tuple(map(whole.get_submodule, names)) for whole in (model, original)
-        )
+        mine, theirs = (tuple(map(whole.get_submodule, names)) for whole in (model, original))
         held = [layer for name in names for layer in inside(name)]
         return Block(names[0], mine, theirs, tuple(held))
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.accumulator import each_output, spread, wide
-from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.layers.patches import patches_at, to_kernel_order
+from tdecomp.layers.patches import count_patches, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 
 # About so many patches are kept of each layer's.
@@ -27,15 +26,15 @@ class Checks:
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, x: Tensor, y: Tensor, owners: Tensor, samples: int) -> None:
-        """Add a call; `owners` are the numbers of its patches' samples, below `samples`."""
-        spec, present = self.spec, len(owners)
+        """Add a call; `owners` are the numbers, below `samples`, of what each row of x is of."""
+        spec, present = self.spec, count_patches(x, self.spec)
         taken = min(present, math.ceil(_PATCHES / max(self.calls, 1)))
         if taken:
             places = spread(present, taken, self.generator).to(x.device)
             rows = to_kernel_order(patches_at(wide(x), spec, places), spec, (2,))
             targets = patches_at(wide(y), each_output(spec), places)[0]
             targets = targets.unflatten(1, (spec.groups, -1)).transpose(0, 1)
-            numbers = self.samples + owners[places]
+            numbers = self.samples + owners.to(x.device)[places // (present // len(owners))]
             shares = torch.full_like(numbers, present / taken, dtype=torch.float64)
             self.parts.append((rows, targets, numbers, shares))
         self.samples += samples
@@ -61,17 +60,3 @@ class Checks:
                 gaps = targets - rows @ kernel.T.to(rows) - shift.to(rows)
                 total.index_add_(0, owners, shares * gaps.square().sum(dim=1).double())
         return total
-
-
-def owners_of(x: Tensor, spec: LayerSpec, samples: int, rows: CountedRows) -> Tensor:
-    """The number of the sample that each patch of a layer's input, of those that count, is of."""
-    # A layer may see several parts of a sample, one after the other.
-    parts = len(x) // samples if len(x) % samples == 0 else 1
-    numbers = (torch.arange(len(x), device=x.device) // parts).clamp_max(samples - 1)
-    one = x[..., :1] if spec.ndim == 0 else x[:, :1]
-    numbers = numbers.reshape(-1, *[1] * (x.dim() - 1)).expand(one.shape)
-    kept = rows.of_layer(numbers, spec)
-    if spec.ndim == 0:
-        return kept.reshape(-1)
-    positions = math.prod(spec.output_size(tuple(x.shape[2:])))
-    return kept.flatten(1)[:, :1].expand(-1, positions).reshape(-1)

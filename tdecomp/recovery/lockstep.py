@@ -65,7 +65,7 @@ class _Pass(Generic[Place]):
         """In the pass itself: show this, and stop until `go_on`."""
         if not self._leaving:
             self.at, self.shown[place] = place, value
-            self._back.release()
+            self._tell()
             self._go.acquire()
         if self._leaving:
             raise Ended
@@ -94,7 +94,11 @@ class _Pass(Generic[Place]):
         except BaseException as error:  # raised again by `go_on`
             self._error = error
         self.over = True
-        self._back.release()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._back.locked():  # else nobody took notice of the last time
+            self._back.release()
 
 
 class Passes(Scope, Generic[Place]):

@@ -69,7 +69,9 @@ class Reconstruct(RecoveryStep):
             walk = Walk.through(model, original, replaced, batches, device)
             chains = [layer for layer in replaced if walk.calls[layer]]
             found = blocks_of(model, original, chains)
-            blocks = [b for b in found if b.parameters() and max(walk.calls[c] for c in b.chains) == 1]
+            blocks = [
+                b for b in found if b.parameters() and max(walk.calls[c] for c in b.chains) == 1
+            ]
             if len(blocks) < len(found):
                 notes.append(
                     f"{len(found) - len(blocks)} of {len(found)} blocks left as they were: called "
@@ -101,13 +103,17 @@ class Reconstruct(RecoveryStep):
                 ):  # fmt: skip
                     met = meetings(mine, theirs, blocks)
                     hidden = not batches.progress
-                    for block, calls in tqdm(met, "reconstruct", len(blocks), unit="block", disable=hidden):
+                    for block, calls in tqdm(
+                        met, "reconstruct", len(blocks), unit="block", disable=hidden
+                    ):
                         task = _Task(block, [(items[n], x, y) for n, x, y in calls], batches)
                         *lost, better = task.train(self.epochs, self.lr, device)
                         layers[block.name] = lost[0], lost[1]
                         kept += not better
             if kept:
-                notes.append(f"{kept} of {len(layers)} blocks left as they were: no gain that is sure")
+                notes.append(
+                    f"{kept} of {len(layers)} blocks left as they were: no gain that is sure"
+                )
         return attempt.finish(self.name, layers, notes)
 
 
@@ -165,7 +171,7 @@ class _Task:
             gaps = scale * (z - y).square()
             mask = self._rows.mask_of_output(gaps)
             if mask is not None:
-                gaps = gaps * mask.reshape(*mask.shape, *[1] * (gaps.dim() - mask.dim())) 
+                gaps = gaps * mask.reshape(*mask.shape, *[1] * (gaps.dim() - mask.dim()))
             each = gaps.flatten(1).mean(dim=1) if gaps.dim() > 1 else gaps
             total = each if total is None else total + each
         assert total is not None

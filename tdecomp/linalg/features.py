@@ -1,0 +1,151 @@
+"""Features ``P(θ)`` (fan_in, features) of a layer's inputs, whose weights a fit eliminates."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdecomp.linalg.cholesky import triangle_of
+from tdecomp.linalg.second_moment import SecondMoment, is_wide
+
+# On the moment of the inputs that a fit starts from, as a share of its diagonal.
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How strongly a change θ (n, columns) of a part of the parameters acts: ``tr(θᵀ L θ R)``."""
+
+    left: Tensor | None  # (n, n); None for the identity
+    right: Tensor  # (columns, columns)
+
+
+class Features(ABC):
+    """Features as functions of parameters θ, a list of matrices; P is never formed as a whole."""
+
+    def ordered(self, matrix: Tensor, dim: int) -> Tensor:  # noqa: ARG002
+        """The matrix with the inputs along one dimension in the order that all others take."""
+        return matrix
+
+    @abstractmethod
+    def project(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        """``matrix @ P(θ)``, for a matrix (m, fan_in)."""
+
+    @abstractmethod
+    def slopes(
+        self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The derivatives by θ of ``(W * P(θ)).sum()``, with ``W = left @ right - cross`` fixed.
+
+        W and `cross` are (fan_in, features).
+        """
+
+    @abstractmethod
+    def metrics(self, theta: Sequence[Tensor], gram: Tensor, moment: SecondMoment) -> list[Metric]:
+        """About how strongly changes of θ act on outputs; `gram` is ``AᵀA`` of their weights A."""
+
+
+@dataclass(frozen=True)
+class SpanFeatures(Features):
+    """``I ⊗ V``: the same combinations V (n, R) of n inputs at each of `volume` places.
+
+    Only the span of the columns of V matters. Features are in the order (volume, R).
+    """
+
+    inputs: int
+    volume: int
+
+    def ordered(self, matrix: Tensor, dim: int) -> Tensor:
+        # Places first, so that products with V are of two matrices.
+        split: Tensor = matrix.unflatten(dim, (self.inputs, self.volume))
+        return split.transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+    def project(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        # (n, R); orthonormal columns are the best conditioned.
+        basis: Tensor = torch.linalg.qr(theta[0]).Q
+        return (matrix.reshape(-1, self.inputs) @ basis).reshape(len(matrix), -1)
+
+    def slopes(
+        self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
+    ) -> list[Tensor]:
+        _, triangle = torch.linalg.qr(theta[0])
+        columns = theta[0].shape[1]
+        along = cross.new_zeros(self.inputs, columns)
+        for place in range(self.volume):  # W at the other places meets zeros of the identity
+            these = slice(place * self.inputs, (place + 1) * self.inputs)
+            features = slice(place * columns, (place + 1) * columns)
+            along.addmm_(left[these], right[:, features]).sub_(cross[these, features])
+        # By V, of which the orthonormal basis is ``V triangle⁻¹``; within the span nothing changes.
+        return [torch.linalg.solve_triangular(triangle.T, along, upper=False, left=False)]
+
+    def metrics(self, theta: Sequence[Tensor], gram: Tensor, moment: SecondMoment) -> list[Metric]:
+        columns = theta[0].shape[1]
+        shared = gram.reshape(self.volume, columns, self.volume, columns)
+        right = shared.diagonal(dim1=0, dim2=2).sum(dim=-1)  # (R, R)
+        return [Metric(moment.along((self.volume, self.inputs), 1), right)]
+
+    def start(self, kernel: Tensor, moment: SecondMoment, columns: int) -> Tensor:
+        """The best V (n, columns) if inputs at different places were independent and alike.
+
+        A singular value decomposition of the kernel (out, fan_in), in the norm of the inputs.
+        """
+        dtype = torch.float32 if is_wide(kernel.shape[1]) else torch.float64
+        along = moment.normalised(dtype).along((self.inputs, self.volume), 0)
+        triangle = triangle_of(along, _RIDGE)  # (n, n)
+        split = self.ordered(kernel.to(dtype), 1).reshape(-1, self.inputs)
+        whitened = split @ triangle  # (out · volume, n)
+        leading = torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(1)[:, :columns]
+        start: Tensor = torch.linalg.solve_triangular(triangle.T, leading, upper=True)
+        return start.to(kernel.dtype)
+
+
+@dataclass(frozen=True)
+class ProductFeatures(Features):
+    """Outer products of the columns of several matrices (size, R), scaled to norm 1."""
+
+    def project(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        return matrix @ _khatri_rao(theta)
+
+    def slopes(
+        self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
+    ) -> list[Tensor]:
+        weights = left @ right - cross
+        with torch.enable_grad():
+            parts = [part.detach().requires_grad_() for part in theta]
+            return [*torch.autograd.grad((weights * _khatri_rao(parts)).sum(), parts)]
+
+    def metrics(self, theta: Sequence[Tensor], gram: Tensor, moment: SecondMoment) -> list[Metric]:
+        sizes = tuple(len(part) for part in theta)
+        power = moment.trace / math.prod(sizes)
+        acting = []
+        for mode, part in enumerate(theta):
+            along, unit = moment.along(sizes, mode), _unit(part)
+            acting.append(unit.T @ along @ unit * (len(part) / moment.trace))
+        metrics = []
+        for mode, part in enumerate(theta):
+            others = [one for other, one in enumerate(acting) if other != mode]
+            lengths = _lengths(part)  # on which the features do not depend
+            right = torch.stack([gram, *others]).prod(dim=0) * power
+            metrics.append(Metric(None, right / (lengths[:, None] * lengths)))
+        return metrics
+
+
+def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
+    product = factors[0].new_ones(1, factors[0].shape[1])
+    for factor in factors:
+        product = (product[:, None] * _unit(factor)[None]).flatten(0, 1)
+    return product
+
+
+def _unit(factor: Tensor) -> Tensor:
+    return factor / _lengths(factor)
+
+
+def _lengths(factor: Tensor) -> Tensor:
+    """The norms of the columns, 1 for those that are zero."""
+    norms = factor.norm(dim=0)
+    return torch.where(norms > 0, norms, 1.0)
