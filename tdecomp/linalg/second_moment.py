@@ -84,9 +84,9 @@ class SecondMoment:
         if self.rows is None:
             return _solution(_ridged(self.definite()._matrix, ridge), right.T).T
         # With fewer samples than inputs their Gram matrix is smaller (matrix inversion lemma).
-        ridge += self.ridge
-        inner = _solution(_ridged(self.rows @ self.rows.T, ridge), self.rows @ right.T)
-        return (right - (self.rows.T @ inner).T) / ridge
+        ridge, rows = ridge + self.ridge, self.rows.to(right.dtype)
+        inner = _solution(_ridged(rows @ rows.T, ridge), rows @ right.T)
+        return (right - (rows.T @ inner).T) / ridge
 
     def along(self, shape: Sequence[int], mode: int) -> Tensor:
         """The moment of one mode of inputs of this shape, summed over all places of the others."""
