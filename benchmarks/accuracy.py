@@ -1,18 +1,23 @@
-"""How much accuracy is left at a share of the MACs, without any labels.
+"""How much accuracy is left at a share of the MACs, without any labels, and what that costs.
 
 One budget for the whole network (`tdecomp.Budget`), fitted to unlabelled training images, then
-refitted, then distilled. Accuracy is that on all validation images, MACs are the whole network's
-by torch's counter, and times are in units of one plain forward pass over the same images, timed
-beside each step.
+refitted, then distilled, once for each seed, which draws the images. Accuracy is that on all
+validation images, MACs are the whole network's by torch's counter, and times are in plain forward
+passes over the same images, timed beside each step.
 
     python -m benchmarks.accuracy --data FOLDER --weights resnet20=FILE vgg11_bn=FILE
+
+A line quickly: --budgets 0.3 --methods auto --seeds 0 --steps 0.
 """
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -24,42 +29,51 @@ from benchmarks.support.comparison import count_macs
 from benchmarks.support.data import Dataset, image_folder
 from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.models import input_format, load_model
+from benchmarks.support.output_error import model_error
 from benchmarks.support.training import accuracy
 from tdecomp.calibration.moments import FitCache
 
 BATCH_SIZE = 128
+FITTED, REFITTED, DISTILLED = "fitted", "refitted", "distilled"
+CALIBRATE_AND_PLAN, APPLY = "calibrate + plan", "apply"
+# For a ResNet-20.
+PASSES_BOUNDS = {CALIBRATE_AND_PLAN: 10, REFITTED: 8, DISTILLED: 60}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table."""
+    """A line of the tables, with the points that may be lost."""
 
     network: str
     methods: str
     macs: float
+    without_training: float | None = None
+    with_distill: float | None = None
 
 
 CASES = (
     Case("resnet20", "auto", 0.75),
-    Case("resnet20", "auto", 0.50),
-    Case("resnet20", "auto", 0.30),
-    Case("resnet20", "auto", 0.20),
-    Case("resnet20", "dense", 0.50),
+    Case("resnet20", "auto", 0.50, 0.3, 0.15),
+    Case("resnet20", "auto", 0.30, 1.0, 0.6),
+    Case("resnet20", "auto", 0.20, 3.0, 2.0),
+    Case("resnet20", "dense", 0.50, 0.7, 0.4),
+    Case("resnet20", "dense", 0.30, 4.0, 2.5),
     Case("vgg11_bn", "auto", 0.25),
-    Case("vgg11_bn", "auto", 0.10),
-    Case("vgg11_bn", "auto", 0.05),
+    Case("vgg11_bn", "auto", 0.10, 0.7, 0.5),
+    Case("vgg11_bn", "auto", 0.05, 2.0, 1.5),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """Drops in percentage points, times in forward passes over the unlabelled images."""
+    """One line with one seed."""
 
     case: Case
-    macs: float
-    drops: tuple[float, ...]
-    units: tuple[float, ...]
-    methods: str
+    macs: float  # the share that is left
+    drops: dict[str, float]  # percentage points lost, by stage
+    passes: dict[str, float]  # what each step took
+    errors: dict[str, tuple[float, float]]  # of the outputs, as reported and on all of `val`
+    layers: str
 
 
 class Network:
@@ -77,6 +91,10 @@ class Network:
         """Percentage points lost."""
         return 100.0 * (self.accuracy - accuracy(model, self.data.val))
 
+    def error(self, model: nn.Module) -> float:
+        """The share of the outputs' variance that is lost on all validation images."""
+        return model_error(self.model, model, (x for x, _ in self.data.val.in_order(BATCH_SIZE)))
+
     def timed(self, step: Callable[[], Any]) -> tuple[Any, float]:
         """The result of a step, and how long it took in plain forward passes beside it."""
         passes = [self._forward_pass()]
@@ -84,7 +102,7 @@ class Network:
         result = step()
         seconds = time.perf_counter() - start
         passes.append(self._forward_pass())
-        return result, seconds / (sum(passes) / len(passes))
+        return result, seconds / fmean(passes)
 
     @torch.inference_mode()
     def _forward_pass(self) -> float:
@@ -96,82 +114,103 @@ class Network:
 
 def measure(network: Network, cases: Sequence[Case], *, steps: int | None) -> Iterator[Result]:
     """Calibrate once, and take every case through plan, apply, refit and distill."""
+    model, batches = network.model, network.batches
+    quiet: dict[str, Any] = {"progress": False}
     moments, calibrating = network.timed(
-        lambda: tdecomp.calibrate(
-            network.model, network.batches, augment=tdecomp.flip_and_shift, progress=False
-        )
+        lambda: tdecomp.calibrate(model, batches, augment=tdecomp.flip_and_shift, **quiet)
     )
     for case in cases:
         moments.fits = FitCache()  # each line pays for its own plan
-        plan, planning = network.timed(
-            lambda case=case: tdecomp.plan(  # type: ignore[misc]
-                network.model,
-                case.methods,
-                rank=tdecomp.Budget(macs=case.macs),
-                example_inputs=network.example,
-                data=moments,
-                progress=False,
-            )
-        )
-        result, applying = network.timed(
-            lambda plan=plan: tdecomp.apply(  # type: ignore[misc]
-                network.model, plan, data=moments, progress=False
-            )
-        )
-        refitted, refitting = network.timed(
-            lambda model=result.model: tdecomp.refit(  # type: ignore[misc]
-                model, network.model, network.batches, progress=False
-            )
-        )
-        models = [result.model, refitted.model]
-        units = [calibrating + planning, applying, refitting]
+        budget: dict[str, Any] = {
+            "rank": tdecomp.Budget(macs=case.macs),
+            "example_inputs": network.example,
+        }
+        data: dict[str, Any] = {"data": moments, **quiet}
+        passes: dict[str, float] = {}
+        drops: dict[str, float] = {}
+        errors: dict[str, tuple[float, float]] = {}
+        plan, planning = network.timed(partial(tdecomp.plan, model, case.methods, **budget, **data))
+        passes[CALIBRATE_AND_PLAN] = calibrating + planning
+        result, passes[APPLY] = network.timed(partial(tdecomp.apply, model, plan, **data))
+        drops[FITTED] = network.drop(result.model)
+        recoveries: dict[str, Callable[..., Any]] = {REFITTED: tdecomp.refit}
         if steps != 0:
-            distilled, distilling = network.timed(
-                lambda model=refitted.model: tdecomp.distill(  # type: ignore[misc]
-                    model, network.model, network.batches, steps=steps, progress=False
-                )
+            recoveries[DISTILLED] = partial(tdecomp.distill, steps=steps)
+        for stage, recover in recoveries.items():
+            result, passes[stage] = network.timed(
+                partial(recover, result.model, model, batches, **quiet)
             )
-            models.append(distilled.model)
-            units.append(distilling)
-        counts: dict[str, int] = {}
-        for row in plan:
-            label = row.method or "whole"
-            counts[label] = counts.get(label, 0) + 1
-        yield Result(
-            case,
-            count_macs(models[-1], network.example) / network.macs,
-            tuple(network.drop(model) for model in models),
-            tuple(units),
-            ", ".join(f"{n} {method}" for method, n in sorted(counts.items())),
+            drops[stage] = network.drop(result.model)
+            errors[stage] = result.error_after, network.error(result.model)
+        counts = Counter(row.method or "whole" for row in plan)
+        layers = ", ".join(f"{n} {method}" for method, n in sorted(counts.items()))
+        left = count_macs(result.model, network.example) / network.macs
+        yield Result(case, left, drops, passes, errors, layers)
+
+
+def points_table(results: Sequence[Result]) -> str:
+    """The points lost on each line, over the seeds, beside what may be lost."""
+    rows = []
+    for case, several in _by_case(results).items():
+        drops = {s: [result.drops[s] for result in several] for s in several[0].drops}
+        rows.append(
+            [
+                *_labels(case),
+                f"{fmean(result.macs for result in several):.3f}",
+                *(mean_and_spread(drops.get(stage, ()), "+.2f") for stage in (FITTED, REFITTED)),
+                _bound(case.without_training),
+                mean_and_spread(drops.get(DISTILLED, ()), "+.2f"),
+                _bound(case.with_distill),
+                several[0].layers,
+            ]
         )
-
-
-def table(results: Sequence[Result]) -> str:
-    """The results as text."""
-    steps = ("fitted", "refitted", "distilled")
-    stages = ("calibrate\n+ plan", "apply", "refit", "distill")
-    rows = [
-        [
-            result.case.network,
-            result.case.methods,
-            f"{result.case.macs:.2f}",
-            f"{result.macs:.3f}",
-            *(f"{drop:+.2f}" for drop in result.drops),
-            *(f"{unit:.1f}" for unit in result.units),
-            result.methods,
-        ]
-        for result in results
-    ]
     headers = [
-        "network",
-        "methods",
-        "budget\n(MACs)",
-        "MACs\nkept",
-        *(f"drop,\n{step}" for step in steps[: len(results[0].drops)]),
-        *(f"units,\n{stage}" for stage in stages[: len(results[0].units)]),
-        "layers",
-    ]
+        "network", "methods", "MACs\nasked", "MACs\nleft", FITTED, REFITTED, "bound",
+        DISTILLED, "bound", "layers",
+    ]  # fmt: skip
     return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def work_table(results: Sequence[Result]) -> str:
+    """What each step took in plain passes, and how its reported error compares with the truth."""
+    stages = [stage for stage in results[0].passes if stage != FITTED]
+    recovered = list(results[0].errors)
+    rows = []
+    for case, several in _by_case(results).items():
+        passes = (mean_and_spread([r.passes[stage] for r in several], ".1f") for stage in stages)
+        errors = (_reported([r.errors[stage] for r in several]) for stage in recovered)
+        rows.append([*_labels(case), *passes, *errors])
+    bounds = [str(PASSES_BOUNDS.get(stage, "")) for stage in stages]
+    rows.append(["bound for resnet20", "", "", *bounds, *[""] * len(recovered)])
+    headers = ["network", "methods", "MACs", *stages]
+    headers += [f"error, {stage}:\nreported / on val" for stage in recovered]
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def mean_and_spread(values: Sequence[float], style: str) -> str:
+    """The mean, with the standard deviation where there are several."""
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):{style.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{fmean(values):{style}}{spread}"
+
+
+def _by_case(results: Sequence[Result]) -> dict[Case, list[Result]]:
+    cases = dict.fromkeys(result.case for result in results)
+    return {case: [result for result in results if result.case == case] for case in cases}
+
+
+def _labels(case: Case) -> list[str]:
+    return [case.network, case.methods, f"{case.macs:.2f}"]
+
+
+def _bound(points: float | None) -> str:
+    return "" if points is None else f"{points:g}"
+
+
+def _reported(errors: Sequence[tuple[float, float]]) -> str:
+    reported, true = (fmean(column) for column in zip(*errors, strict=True))
+    return f"{reported:.4f} / {true:.4f} = {reported / true:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,11 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--budgets", nargs="+", type=float, metavar="SHARE", help="only lines with these budgets"
     )
+    parser.add_argument("--methods", choices=("auto", "dense"), help="only lines with these")
     parser.add_argument("--images", type=int, default=1024, help="unlabelled (default: 1024)")
     parser.add_argument(
         "--steps", type=int, help="of the distillation (default: its own); 0 leaves it out"
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the unlabelled images")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=(0, 1, 2), help="draw the images (default: 0 1 2)"
+    )
     options = parser.parse_args(arguments)
     results: list[Result] = []
     for entry in options.weights:
@@ -206,26 +248,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cases = [
             case
             for case in CASES
-            if case.network == name and (not options.budgets or case.macs in options.budgets)
+            if case.network == name
+            and (not options.budgets or case.macs in options.budgets)
+            and options.methods in (None, case.methods)
         ]
         if not cases:
             parser.error(f"no line of the table is about {entry!r}; expected NETWORK=FILE")
-        try:
-            data = image_folder(
-                options.data, input_format(name), train_images=options.images, seed=options.seed
+        for seed in options.seeds:
+            try:
+                data = image_folder(
+                    options.data, input_format(name), train_images=options.images, seed=seed
+                )
+                network = Network(name, file, data)
+            except ValueError as error:
+                parser.error(str(error))
+            print(
+                f"{name} on {data.title}, seed {seed}: {network.accuracy:.2%} of "
+                f"{len(data.val)} images"
             )
-            network = Network(name, file, data)
-        except ValueError as error:
-            parser.error(str(error))
-        print(f"{name} on {data.title}: {network.accuracy:.2%} of {len(data.val)} images")
-        for result in measure(network, cases, steps=options.steps):
-            results.append(result)
-            print(table([result]), flush=True)
+            for result in measure(network, cases, steps=options.steps):
+                results.append(result)
+                print(points_table([result]), flush=True)
     machine, versions = describe_machine(), describe_versions()
-    print(f"\n{table(results)}\n")
+    print(f"\n{points_table(results)}\n\n{work_table(results)}\n")
     print(
-        f"* drop: percentage points; {options.images} unlabelled images; units: forward passes of "
-        "the original over them"
+        f"* percentage points lost and passes: mean ± standard deviation over the seeds "
+        f"{', '.join(map(str, options.seeds))}, each with {options.images} unlabelled images"
+    )
+    print(
+        "* passes: plain forward passes of the original over these images; errors: shares of the "
+        "outputs' variance"
     )
     print(f"* {machine['torch_threads']} threads of {machine['cpu']}; {versions}")
 

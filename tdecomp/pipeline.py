@@ -23,6 +23,7 @@ from tdecomp.model.surgery import copy_with, swap, tensors_in
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.parallel import parallel_map
+from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
@@ -71,7 +72,8 @@ def carry_out(
         speed = _speed(model, changed, chains, plan, example, stopwatch)
     finished = {row.name: row for row, _ in fitted}
     rows = [finished.get(row.name, row) for row in plan]
-    report = Report(rows, plan.everything_else, recovered, speed)
+    notes = data_notes(rows, planned.moments)
+    report = Report(rows, plan.everything_else, recovered, speed, notes)
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:
         with no_inference_mode():  # whose tensors could not be trained

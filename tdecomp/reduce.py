@@ -20,6 +20,7 @@ from tdecomp.model.batches import Forward
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap
 from tdecomp.pipeline import check_optimizers, fit_row
+from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -107,7 +108,9 @@ def reduce_ranks(
         ]  # fmt: skip
         result = Decomposition(
             model if inplace else copy_with(model, replacements),
-            Report(list(rows.values()), plan.everything_else),
+            Report(
+                list(rows.values()), plan.everything_else, notes=data_notes(rows.values(), moments)
+            ),
             Plan(unfitted, plan.everything_else, plan.decomposers),
         )
         if inplace:

@@ -132,6 +132,13 @@ def inplace(s, methods=METHODS, **options):
     )
 
 
+def compress_to(s):
+    quality = tdecomp.Quality(lambda model: model.calls.add_(1).item(), drop=1e9, evaluations=4)
+    tdecomp.compress_to(
+        s.model, quality, "svd", of="params", include="head", data=s.batches, **QUIET
+    )
+
+
 def compose(s):
     composer.apply_factorization(s.model, min_channels=8, min_features=8, optimizers=s.optimizers)
 
@@ -192,6 +199,7 @@ CASES = {
     "decompose a transformer": Case(
         partial(inplace, methods="svd", rank=4, recover="refit"), transformer
     ),
+    "compress_to": Case(compress_to),
     "composer": Case(compose),
     "reduce_ranks": Case(reduce_ranks, decomposed),
     "refit": Case(refit, decomposed),

@@ -1,4 +1,4 @@
-"""What each layer's output loses, measured by running old and new layers on the same inputs."""
+"""What the outputs of layers or of a whole model lose: old and new on the same inputs."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -54,3 +54,12 @@ def output_errors(
         for batch in batches:
             original(batch)
     return {name: loss.share for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def model_error(original: nn.Module, model: nn.Module, batches: Iterable[Tensor]) -> float:
+    """The share of the variance of the original's outputs (n, ...) that another model loses."""
+    wanted, found = zip(*((original(x).double(), model(x).double()) for x in batches), strict=True)
+    outputs, others = torch.cat(wanted), torch.cat(found)
+    about_mean = outputs - outputs.mean(dim=0)
+    return float((outputs - others).square().sum() / about_mean.square().sum())

@@ -22,6 +22,8 @@ from tdecomp.torch_state import frozen, full_precision, hooks
 # least _BLOCK columns each.
 _BLOCK = 96
 _BLOCKS = 4
+# A fit hardly gains from more patches than this for each entry of a patch, and this many in all.
+_PATCHES, _LEAST_PATCHES = 64, 2**14
 # From this number of inputs on, sums are in the precision of their products; with a mean square of
 # more than so many variances in double precision again.
 _WIDE, _LARGE_MEAN = 1024, 100.0
@@ -57,7 +59,7 @@ class Accumulator:
     total: Tensor | None = None  # (groups, fan_in)
     matrix: Tensor | None = None  # (groups, fan_in, fan_in), lower triangle
     rows: list[Tensor] = field(default_factory=list)
-    # The sums of y xᵀ (groups, out / groups, fan_in), y and y yᵀ; empty without outputs.
+    # The sums of y xᵀ (groups, out / groups, fan_in) and y (groups, out / groups).
     output_sums: tuple[Tensor, ...] = ()
     generator: torch.Generator | None = None  # from the first call on of which a sample is taken
 
@@ -66,8 +68,8 @@ class Accumulator:
         with full_precision(x.device):  # this runs inside the model's forward pass, in any mode
             spec = self.spec
             self.sizes.add(tuple(x.shape[x.dim() - spec.ndim :]))
-            x = _wide(x)
-            y = None if outputs is None else _wide(outputs)
+            x = wide(x)
+            y = None if outputs is None else wide(outputs)
             present = count_patches(x, spec)
             self.count += present
             if self.rows and is_widest(spec):
@@ -79,7 +81,7 @@ class Accumulator:
             else:
                 places, weight = places.to(x.device), present / len(places)
                 slices = (patches_at(x, spec, some) for some in places.split(_ROWS))
-                targets = None if y is None else patches_at(y, _each_output(spec), places)[0]
+                targets = None if y is None else patches_at(y, each_output(spec), places)[0]
             for rows in slices:
                 if not rows.shape[1]:
                     continue
@@ -132,12 +134,10 @@ class Accumulator:
         targets = targets.unflatten(1, (groups, out)).transpose(0, 1)
         if not self.output_sums:
             cross = rows.new_zeros(groups, out, self.spec.fan_in, dtype=torch.float64)
-            square = cross.new_zeros(groups, out, out)
-            self.output_sums = cross, cross.new_zeros(groups, out), square
-        cross, total, square = self.output_sums
+            self.output_sums = cross, cross.new_zeros(groups, out)
+        cross, total = self.output_sums
         cross.add_(targets.transpose(1, 2) @ rows, alpha=weight)
         total.add_(targets.sum(dim=1), alpha=weight)
-        square.add_(targets.transpose(1, 2) @ targets, alpha=weight)
 
     @property
     def nbytes(self) -> int:
@@ -170,12 +170,12 @@ class Accumulator:
         sizes = tuple(sorted(self.sizes))
         return LayerMoments(self.spec, self.count, mean, matrix, rows, sizes, gradient)
 
-    def mean_cross(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``E[y xᵀ]`` (groups, out / groups, fan_in), ``E[y]`` and ``E[y yᵀ]``, by groups."""
+    def mean_cross(self) -> tuple[Tensor, Tensor]:
+        """``E[y xᵀ]`` (groups, out / groups, fan_in) and ``E[y]`` (groups, out / groups)."""
         assert self.origin is not None
-        cross, mean, square = (total / self.count for total in self.output_sums)
+        cross, mean = (total / self.count for total in self.output_sums)
         cross += mean[:, :, None] * self.origin.double()
-        return to_kernel_order(cross, self.spec, (2,)), mean, square
+        return to_kernel_order(cross, self.spec, (2,)), mean
 
 
 class OutputGradients:
@@ -242,7 +242,7 @@ class OutputGradients:
                 rows, weight = output_rows(slope, spec), 1.0
             else:
                 places = spread(present, taken, self._generator).to(slope.device)
-                rows, weight = patches_at(slope, _each_output(spec), places)[0], present / taken
+                rows, weight = patches_at(slope, each_output(spec), places)[0], present / taken
             product = (rows.T @ rows).double() * weight
             self._sums[name] = self._sums[name] + product if name in self._sums else product
 
@@ -284,11 +284,17 @@ def spread(present: int, taken: int, generator: torch.Generator) -> Tensor:
     return ((starts + inside) * (present / taken)).long().clamp_max(present - 1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def enough(spec: LayerSpec) -> int:
+    """The number of patches beyond which a fit of the layer hardly gains."""
+    return max(_PATCHES * spec.fan_in, _LEAST_PATCHES)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The values in at least float32, as sums take them."""
     return dense(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _each_output(spec: LayerSpec) -> LayerSpec:
+def each_output(spec: LayerSpec) -> LayerSpec:
     """The layer whose patches are the outputs of `spec`, one by one."""
     return replace(spec.pointwise(spec.out_channels, spec.out_channels), groups=1)
 

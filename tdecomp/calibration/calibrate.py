@@ -134,6 +134,7 @@ def calibrate_layers(
     """`calibrate` for some layers, by name; `variants` are for those that see few patches."""
     if not variants:
         batches = batches.varied_by(None)
+    batches = batches.taken_by(model)
     # With the spec of a layer, or of the layer that a chain replaced.
     known = {n: (m, getattr(m, "replaced", None) or LayerSpec.of(m)) for n, m in layers.items()}
     groups = _grouped(model, known, batches)

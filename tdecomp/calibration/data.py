@@ -23,6 +23,7 @@ from tdecomp.model.batches import (
     tensors_of,
 )
 from tdecomp.model.weights import refuse_lazy
+from tdecomp.torch_state import evaluating, exact_passes
 
 Mask = Callable[[Any], Tensor]  # says which rows of a batch count
 
@@ -51,8 +52,8 @@ class Data:
         Which rows count, e.g. tokens that are not padding: a bool tensor (batch,) or
         (batch, length). It holds for moments, gradients and the sums of `refit`, in layers whose
         input begins with the shape of the mask: a Linear on (batch, ..., features) or
-        (batch, length, ..., features), and, for a mask (batch,), a convolution. All rows count in
-        other layers, in `recalibrate_batchnorm`, `distill` and the errors of the whole model.
+        (batch, length, ..., features), and, for a mask (batch,), a convolution; in `distill` and
+        errors, for outputs that begin with it. All rows count elsewhere, and for batch norms.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches at random, for `refit`, `distill` and the fits before them; everything else
         uses the batches as they are. None for batches that must not be varied.
@@ -109,6 +110,11 @@ class Seen:
     held: str | None = None  # what the first batch that is held out looks like, once there is one
     steady: bool = True  # False once it looked different in another pass
 
+    def forget(self) -> None:
+        """As before the first pass."""
+        self.first.clear()
+        self.held, self.steady = None, True
+
     def add_held(self, looks: str) -> None:
         """Note how the first batch that is held out looks in a pass."""
         self.steady = self.steady and self.held in (None, looks)
@@ -133,6 +139,21 @@ class Batches:
     def varied_by(self, augment: Augment | None) -> "Batches":
         """The same batches, with these variants or none."""
         return replace(self, data=replace(self.data, augment=augment))
+
+    def taken_by(self, model: nn.Module) -> "Batches":
+        """The same batches; nothing is held out if the model takes no part of the only one."""
+        data = self.data
+        if len(self) != 1 or data.sides is not None or isinstance(data.batches, Iterator):
+            return self
+        *_, (part, held) = self.parts(device_of(model))
+        if held:
+            try:
+                with evaluating(model), exact_passes(), torch.no_grad():
+                    self.run(model, part)
+            except BatchError:  # its rows are no samples, such as the nodes of a graph
+                self.seen.forget()
+                return replace(self, data=replace(data, held_out=0.0))
+        return self
 
     @property
     def single_pass(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.moments import FitCache, LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
@@ -62,9 +63,12 @@ class LayerLosses:
     def expected_error(self, method: Decomposer, rank: Rank) -> float | None:
         """The error in a plan's row: exact for nested methods and where the fit itself is known.
 
-        Else a bound or a draft's; or None. With moments the lost share of the output's variance,
-        without the relative weight error.
+        Else a bound or a draft's; or None. With moments the lost share of the output's variance, on
+        held-out samples where there are some; without the relative weight error.
         """
+        held = self._held_out_error(method, rank)
+        if held is not None:
+            return held.value
         known = self.known_fit(method, rank, draft=False)
         if known is not None and self.fits_to_data(method):
             return known.output_error
@@ -76,6 +80,18 @@ class LayerLosses:
         outside = self._outside(method, rank)
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return None if outside is None else math.sqrt(min(sum(outside), 1.0))
+
+    def _held_out_error(self, method: Decomposer, rank: Rank) -> Estimate | None:
+        """By the fit, or the draft, that is known; of a nested method the fit is made now."""
+        if self.moments is None or self.moments.held is None or not method.uses_moments:
+            return None
+        if self.nested(method) is not None:
+            fit = self.fit(method, rank, draft=False)
+        else:
+            fit = self.known_fit(method, rank, draft=False) or self.known_fit(
+                method, rank, draft=True
+            )
+        return None if fit is None else fit.held_out_error(self.weight, self.moments)
 
     def least(self, method: Decomposer, rank: Rank) -> float | None:
         """A lower bound on the loss of any fit of these ranks, from singular values; or None."""

@@ -20,6 +20,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, Sites, find_sites
 from tdecomp.parallel import parallel_map
+from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.plan import Plan, planned_row
@@ -125,7 +126,8 @@ def make_plan(
         # Round-off may lift the bound a little above what is lost, or drop it below 0.
         loss = ExpectedLoss(lost, min(max(chosen.least_loss, 0.0), lost))
     methods = {method.name: method for method in request.methods}
-    plan = Plan(rows, rest, methods, chosen.speed, loss)
+    notes = data_notes(rows, moments)
+    plan = Plan(rows, rest, methods, chosen.speed, loss, notes)
     return Planned(plan, found, moments, fits)
 
 

@@ -46,8 +46,9 @@ class Plan(Table):
         decomposers: Mapping[str, Decomposer],
         speed: Speed | None = None,
         loss: ExpectedLoss | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(rows, everything_else, speed)
+        super().__init__(rows, everything_else, speed, notes)
         self.loss = loss
         used = {row.method for row in rows}
         self.decomposers = {name: d for name, d in decomposers.items() if name in used}
@@ -89,7 +90,7 @@ class Plan(Table):
         rows = [edited if old is row else old for old in self.rows]
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         named = {**self.decomposers, decomposer.name: decomposer}
-        return Plan(rows, self.everything_else, named, speed)
+        return Plan(rows, self.everything_else, named, speed, notes=self.notes)
 
     def without(self, reasons: Mapping[str, str]) -> "Plan":
         """A new plan that leaves these layers alone, for the reasons given by their names."""
@@ -97,7 +98,7 @@ class Plan(Table):
             return self
         rows = [_left_alone(r, reasons[r.name]) if r.name in reasons else r for r in self.rows]
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
-        return Plan(rows, self.everything_else, self.decomposers, speed)
+        return Plan(rows, self.everything_else, self.decomposers, speed, notes=self.notes)
 
     def summary(self) -> str:
         """One line: how many layers, parameters and MACs, and with a budget what is lost."""
@@ -143,6 +144,7 @@ class Plan(Table):
             methods,
             typed(Speed | None, data.get("speed"), "speed"),
             loss,
+            typed(tuple[str, ...], data.get("notes", ()), "notes"),
         )
 
 

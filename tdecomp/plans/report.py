@@ -24,8 +24,9 @@ class Report(Table):
         everything_else: Cost,
         recovery: Sequence[Any] = (),
         speed: Speed | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(rows, everything_else, speed)
+        super().__init__(rows, everything_else, speed, notes)
         self.recovery = tuple(recovery)
 
     def summary(self) -> str:

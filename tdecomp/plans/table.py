@@ -29,14 +29,21 @@ class Table:
         Parameters and MACs of all that is no row; the same before and after.
     speed : Speed or None
         The whole model's time against the original's, where it was measured.
+    notes : tuple of str
+        What the summary says of the data.
     """
 
     title = "layers"
 
     def __init__(
-        self, rows: Sequence[Row], everything_else: Cost, speed: Speed | None = None
+        self,
+        rows: Sequence[Row],
+        everything_else: Cost,
+        speed: Speed | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.rows = tuple(rows)
+        self.notes = tuple(notes)
         self.speed = speed
         self.everything_else = everything_else
         self._by_name = {name: row for row in self.rows for name in row.names}
@@ -74,6 +81,7 @@ class Table:
             "before": asdict(self.before),
             "after": asdict(self.after),
             "speed": None if self.speed is None else self.speed.to_dict(),
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
@@ -106,7 +114,7 @@ class Table:
                 macs += f" without those of {before.uncounted} ({remedy})"
         changed = f"{self._changed()} of {len(self)} layers decomposed"
         words = [changed, f"parameters {_change(before.params, after.params)}", macs]
-        return "; ".join(words if self.speed is None else [*words, str(self.speed)])
+        return "; ".join([*words, *([] if self.speed is None else [str(self.speed)]), *self.notes])
 
     def plot(self) -> "Figure":
         """Each layer's MACs (parameters where none were observed) before and after, and its error.

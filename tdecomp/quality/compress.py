@@ -97,6 +97,8 @@ def compress_to(
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
     check_data(steps, batches)
     with restoring(model, seed=seed):
+        filters = Filters(include, exclude, where)
+        find_sites(model, filters)  # refuses what it must before the metric takes its time
         example = _example(model, example_inputs, forward, batches)
         if example is None and of != "params":
             raise ValueError(
@@ -104,11 +106,11 @@ def compress_to(
                 "example_inputs nor batches; expected one of them, or of='params'"
             )
         request = Request(
-            listed_methods(methods), EVERYTHING, Filters(include, exclude, where), example,
-            profile=profile, progress=progress,
+            listed_methods(methods), EVERYTHING, filters, example, profile=profile,
+            progress=progress,
         )  # fmt: skip
         if of == "latency" and profile is None and example is not None:
-            sites = list(find_sites(model, request.filters, example).values())
+            sites = list(find_sites(model, filters, example).values())
             times = measure(model, example, sites, request.methods, progress=progress)
             request = replace(request, profile=times)
         return Search(model, quality, of, request, steps, batches).run()

@@ -59,7 +59,8 @@ class Compression(Decomposition):
     @property
     def chosen(self) -> Trial | None:
         """The trial that gave the model; None if none of them keeps the quality."""
-        return next((trial for trial in reversed(self.trials) if trial.verdict.kept), None)
+        kept = [t for t in self.trials if t.verdict.kept and t.reached < 1]  # times may be longer
+        return kept[-1] if kept else None
 
     @property
     def share(self) -> float:

@@ -138,7 +138,7 @@ class Search:
         if report.speed is not None or example is None:
             return report
         speed = measured_speed(self._model, result.model, result.plan.speed, example)
-        return Report(report.rows, report.everything_else, report.recovery, speed)
+        return Report(report.rows, report.everything_else, report.recovery, speed, report.notes)
 
     def _say(self, words: str) -> None:
         if self._progress:

@@ -1,5 +1,6 @@
 """A change of a model that stays only where samples gain by it that it was not fitted to."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,8 +41,8 @@ class Attempt:
             swap(self._model, {}, values=self._values)
             layers = {name: (error, error) for name, (error, _) in layers.items()}
             said.append(
-                f"left as it was: on samples that were held out, {first.value:.4g} → "
-                f"{last.value:.4g} may be chance"
+                f"left as it was: {first.value:.4g} → {last.value:.4g} on held-out samples "
+                f"is no sure gain{_remedy(gain, gain_se)}"
             )
             last, gain_se = first, 0.0
         if held_out.tells and not held_out.samples:
@@ -54,3 +55,10 @@ class Attempt:
             self._model, step, first.value, last.value, layers, tuple(said),
             last.se, last.margin, scale * gain_se if held_out.samples else None, held_out.samples,
         )  # fmt: skip
+
+
+def _remedy(gain: float, gain_se: float) -> str:
+    """How much data would tell a gain from chance, if it is one."""
+    if not 0 < gain < gain_se < math.inf:
+        return ""
+    return f": {math.ceil((gain_se / gain) ** 2)} times as much data may tell"

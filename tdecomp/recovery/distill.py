@@ -93,7 +93,7 @@ def distill(
 
     >>> original = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> smaller = tdecomp.decompose(original, "svd", rank=3, progress=False).model
-    >>> recovery = distill(smaller, original, [torch.randn(64, 16)], steps=20, progress=False)
+    >>> recovery = distill(smaller, original, [torch.randn(512, 16)], steps=20, progress=False)
     >>> recovery.error_after < recovery.error_before
     True
 

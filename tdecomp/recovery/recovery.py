@@ -85,6 +85,6 @@ def run_on_copy(
             words = f"expected models (of a result, result.model), got {type(got).__name__}"
             raise TypeError(f"{step.name}: {words}")
     with restoring(*models, seed=given.seed):
-        copy = copy_with(model, {})
+        copy, given = copy_with(model, {}), given.taken_by(model)
         recovery = step.run(copy, original, given, HeldOut(original, given))
         return replace(recovery, model=adopt(model, copy)) if inplace else recovery

@@ -4,42 +4,32 @@ Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classifica
 Detection", section 3.3: asymmetric reconstruction, in the order of the network.
 """
 
-import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.calibration.accumulator import Accumulator, OutputGradients
+from tdecomp.calibration.accumulator import OutputGradients
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
-from tdecomp.decomposers.assemble import factors_of_chain, write_factors
+from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain
-from tdecomp.model.batches import Forward, count_samples, device_of
+from tdecomp.model.batches import Forward, device_of
 from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
-from tdecomp.torch_state import evaluating, exact_passes, full_precision, hooks, no_inference_mode
+from tdecomp.recovery.walk import Walk
+from tdecomp.torch_state import evaluating, exact_passes, full_precision, no_inference_mode
 
-# The iterations of a fit, which starts from the chain's own factors.
-_ITERATIONS = 25
-# A chain is refitted to at least this many samples, and to this many patches for each entry of a
-# patch: early layers have thousands of patches in every image and need not see all images.
-_SAMPLES = 512
-_PATCHES = 64
 # The samples that the gradients at the layers' outputs are taken of.
-_GRADIENT_SAMPLES = 256
+_GRADIENT_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -62,33 +52,41 @@ class Refit(RecoveryStep):
         replaced = replaced_layers(model, original, self.name)
         attempt = Attempt(model, held_out)
         layers: dict[str, tuple[float, float]] = {}
-        rows = CountedRows(batches)
+        rows, device = CountedRows(batches), device_of(model)
         with evaluating(model, original), exact_passes(), torch.no_grad():
-            calls = _chain_calls(model, replaced, batches)
-            missed = [layer for layer in replaced if layer not in calls]
-            notes = [_left_alone(layer, "the first batch does not reach it") for layer in missed]
+            walk = Walk.through(model, original, replaced, batches, device)
+            reasons = {layer: _why_not(layer, walk.calls[layer]) for layer in replaced}
+            chains = [layer for layer, reason in reasons.items() if reason is None]
+            notes = [
+                f"{layer.name!r} ({layer.spec}) left as it was: {reason}"
+                for layer, reason in reasons.items()
+                if reason is not None
+            ]
             slopes, samples = (
-                _output_gradients(original, calls, batches) if self.gradients else ({}, 0)
+                _output_gradients(original, chains, batches) if self.gradients else ({}, 0)
             )
             if self.gradients and not slopes:
                 notes.append(
                     "no gradients can be taken, so that all outputs of a layer count alike"
                 )
-            bar = tqdm(calls.items(), desc="refit", unit="layer", disable=not batches.progress)
-            for layer, count in bar:
-                factors, reason = _factors_of(layer)
-                if factors is None:
-                    notes.append(_left_alone(layer, reason))
-                    continue
-                sums = _layer_sums(model, original, layer, count, batches, rows)
-                with full_precision(device_of(layer.chain)):
-                    moments = sums.finish(slopes.get(layer.name))
-                    if moments is None:
-                        raise ValueError(f"refit: {layer}: the batches hold no samples that count")
-                    match = Match(sums, moments, layer.layer.get_parameter("weight"), samples)
-                    layers[layer.name] = _refit_chain(layer, factors, match)
+            items = walk.items(chains, device) if chains else []
+            patches = sum(item.samples for item in items if not item.held)
+            found = walk.arrivals(chains, items)
+            hidden, kept = not batches.progress, 0
+            for layer, arrivals in tqdm(found, "refit", len(chains), unit="layer", disable=hidden):
+                match = Match(layer, items, int(patches * walk.patches[layer]), batches.seed or 0)
+                for item, calls in arrivals:
+                    rows.begin(item.batch)
+                    for x, y in calls:
+                        match.add(item, x, y, rows)
+                with full_precision(device):
+                    *lost, better = match.refit(slopes.get(layer.name), samples)
+                layers[layer.name] = lost[0], lost[1]
+                kept += not better
         if layers:
             rows.check_used()
+        if kept:
+            notes.append(f"{kept} of {len(layers)} chains left as they were: no gain that is sure")
         return attempt.finish(self.name, layers, notes)
 
 
@@ -109,7 +107,7 @@ def refit(
 
     >>> original = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> smaller = tdecomp.decompose(original, "svd", rank=2, progress=False).model
-    >>> recovery = refit(smaller, original, [torch.randn(64, 16)], progress=False)
+    >>> recovery = refit(smaller, original, [torch.randn(512, 16)], progress=False)
     >>> recovery.error_after < recovery.error_before
     True
 
@@ -152,58 +150,22 @@ def refit(
     )  # fmt: skip
 
 
-def _left_alone(layer: ReplacedLayer, reason: str) -> str:
-    return f"{layer.name!r} ({layer.spec}) left as it was: {reason}"
-
-
-def _factors_of(layer: ReplacedLayer) -> tuple[Factorization | None, str]:
-    """The factors that the chain holds, or None and the reason why it cannot be refitted."""
+def _why_not(layer: ReplacedLayer, calls: int) -> str | None:
+    """The reason why a chain cannot be refitted, if there is one."""
     method: Decomposer | None = layer.chain.decomposer
+    if not calls:
+        return "the first batch does not reach it"
     if layer.spec.transposed:
-        return None, "transposed convolutions have no moments"
+        return "transposed convolutions have no moments"
     if any(isinstance(part, Chain) for part in layer.chain):
-        return None, "it was decomposed in several steps"
+        return "it was decomposed in several steps"
     if method is None:
-        return None, f"its method {layer.chain.method!r} is not known; register it before loading"
+        return f"its method {layer.chain.method!r} is not known; register it before loading"
     if not method.uses_moments:
-        return None, f"{method.name} uses no moments"
+        return f"{method.name} uses no moments"
     with full_precision(device_of(layer.chain)):
-        factors = factors_of_chain(layer.chain, method)
-    return factors, f"{method.name} cannot tell the factors of its chain"
-
-
-def _refit_chain(layer: ReplacedLayer, before: Factorization, match: Match) -> tuple[float, float]:
-    """Solve for the chain's factors again; the shares of the output lost before and after."""
-    chain, method = layer.chain, layer.chain.decomposer
-    assert chain.rank is not None
-    dtype, old = next(chain.parameters()).dtype, chain[-1].bias
-    fitted = match.fit(method.limited(_ITERATIONS), chain.rank, before)
-    bias = match.best_bias(fitted).to(dtype) if layer.spec.bias else None
-    fitted = fitted.to(dtype).to(torch.float64)  # rounded as the chain is going to hold them
-    error_before = match.lost(before, old.detach() if isinstance(old, Tensor) else None)
-    error_after = match.lost(fitted, bias)
-    if error_after < error_before:
-        write_factors(chain, method, fitted)
-        if bias is not None:
-            chain[-1].get_parameter("bias").copy_(bias)
-    return error_before, min(error_before, error_after)
-
-
-def _chain_calls(
-    model: nn.Module, replaced: Sequence[ReplacedLayer], batches: Batches
-) -> Counter[ReplacedLayer]:
-    """How often a pass calls each chain, in the order in which it first reaches them."""
-    calls: Counter[ReplacedLayer] = Counter()
-
-    def count(layer: ReplacedLayer, *_: Any) -> None:
-        calls[layer] += 1
-
-    counters = [
-        partial(layer.chain.register_forward_pre_hook, partial(count, layer)) for layer in replaced
-    ]
-    with hooks(counters):
-        batches.run(model, next(batches.on(device_of(model))))
-    return calls
+        known = factors_of_chain(layer.chain, method)
+    return None if known else f"{method.name} cannot tell the factors of its chain"
 
 
 def _output_gradients(
@@ -221,62 +183,3 @@ def _output_gradients(
         except Exception:  # the forward pass worked before, so it is the backward pass that fails
             return {}, 0
     return slopes.finish(), slopes.samples
-
-
-def _layer_sums(
-    model: nn.Module,
-    original: nn.Module,
-    layer: ReplacedLayer,
-    calls: int,
-    batches: Batches,
-    rows: CountedRows,
-) -> Accumulator:
-    """The moments of the chain's inputs together with the original layer's outputs."""
-    sums = Accumulator(layer.spec)
-    samples = 0
-    device = device_of(model)
-    # First the batches as they are, then variants of them if there are too few.
-    for batch in itertools.chain(batches.on(device), batches.variants(device)):
-        rows.begin(batch)
-        wanted = _seen(original, layer.layer, batch, batches, calls, lambda _, output: output)
-        inputs = _seen(model, layer.chain, batch, batches, calls, lambda args, _: args[0])
-        # Both models make the same calls; a batch may make fewer of them than the first one did.
-        for x, y in zip(inputs, wanted, strict=False):
-            sums.add(*(rows.of_layer(tensor, layer.spec) for tensor in (x, y)))
-        samples += count_samples(batch)
-        if samples >= _SAMPLES and sums.count >= _PATCHES * layer.spec.fan_in:
-            break
-    held = (sums.total, sums.matrix, *sums.output_sums)
-    if not all(bool(tensor.isfinite().all()) for tensor in held if tensor is not None):
-        raise ValueError(
-            f"refit: {layer}: its inputs or the original's outputs hold NaN or infinities, or "
-            "numbers too large to be squared; expected finite activations. Look at the batches and "
-            "at the layers before it"
-        )
-    return sums
-
-
-class _Reached(BaseException):
-    """The pass has come far enough. Not an Exception, so that no `except Exception` stops it."""
-
-
-def _seen(
-    model: nn.Module,
-    module: nn.Module,
-    batch: Any,
-    batches: Batches,
-    calls: int,
-    pick: Callable[[tuple[Any, ...], Any], Tensor],
-) -> list[Tensor]:
-    """The tensors that `pick` takes from each call of a module; the pass ends with the last."""
-    found: list[Tensor] = []
-
-    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found.append(pick((*args, *kwargs.values()), output).clone())
-        if len(found) == calls:
-            raise _Reached
-
-    hook = partial(module.register_forward_hook, take, with_kwargs=True)
-    with hooks([hook]), suppress(_Reached):
-        batches.run(model, batch)
-    return found

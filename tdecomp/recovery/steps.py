@@ -74,5 +74,6 @@ def run_steps(
     if not new_chains(model, original):
         nothing = ("no layer was decomposed",)
         return tuple(Recovery(model, step.name, 0.0, 0.0, {}, nothing) for step in steps)
+    data = data.taken_by(model)
     held_out = HeldOut(original, data.called_by("recover"))  # the original runs once for all steps
     return tuple(step.run(model, original, data.called_by(step.name), held_out) for step in steps)

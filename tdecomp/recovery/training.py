@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
+from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import BatchError, Batches
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import copied, device_of, tensors_of
@@ -76,15 +77,16 @@ class Training:
         endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
         generator = batches.generator(0)
         stretch = max(1, steps // _STRETCHES)
-        quick = self._take_channels_last()
+        quick, counted = self._take_channels_last(), CountedRows(batches)
         with Outputs(model, self.hints) as mine, Outputs(original, self.hints) as wanted:
             bar = tqdm(range(1, steps + 1), "distill", unit="step", disable=not batches.progress)
             for step in bar:
                 batch = variant(batches, next(endless), generator)
                 batch = images_in_layout(batch, "channels_last") if quick else batch
+                counted.begin(batch)
                 with torch.no_grad():
                     targets = wanted.of(original, batches, batch)
-                loss = _distance(mine.of(model, batches, batch), targets)
+                loss = _distance(mine.of(model, batches, batch), targets, counted)
                 value = float(loss.detach())
                 if not loss.requires_grad:
                     raise ValueError(
@@ -156,15 +158,17 @@ def variant(batches: Batches, batch: Any, generator: torch.Generator) -> Any:
     return batch if augment is None else paste(augment(copied(batch), generator), generator)
 
 
-def _distance(mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor]) -> Tensor:
+def _distance(
+    mine: dict[str | int, Tensor], wanted: dict[str | int, Tensor], counted: CountedRows
+) -> Tensor:
     """The sum over outputs and hints of the squared distance, as a share of the variance."""
-    terms = [
-        (_HINT_WEIGHT if isinstance(name, str) else 1.0)
-        * (mine[name] - target).square().mean()
-        / target.var(unbiased=False).clamp_min(1e-12)
-        for name, target in wanted.items()
-        if name in mine and mine[name].shape == target.shape
-    ]
+    terms = []
+    for name, target in wanted.items():
+        if name in mine and mine[name].shape == target.shape:
+            found, target = counted.of_output(mine[name]), counted.of_output(target)
+            weight = _HINT_WEIGHT if isinstance(name, str) else 1.0
+            share = (found - target).square().mean() / target.var(unbiased=False).clamp_min(1e-12)
+            terms.append(weight * share)
     return torch.stack(terms).sum()
 
 

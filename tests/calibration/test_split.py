@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import tdecomp
 from tdecomp import Data
 from tdecomp.calibration.data import Batches
 
@@ -161,3 +162,34 @@ class Refilled:
 def test_a_loader_that_fills_the_same_tensor_again():
     seen = [values(batch) for batch, _ in batches_of(Refilled()).parts(CPU)]
     assert seen == [values(batch) for batch in numbers(12, 2)]
+
+
+class Graph(nn.Module):
+    """Takes the nodes of one graph, and edges by the numbers of nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, nodes, edges):
+        start, end = edges
+        x = self.first(nodes)
+        return self.second(x.index_add(0, end, x[start]).relu())
+
+
+@pytest.mark.parametrize("recover", [(), ["refit", "distill"]], ids=["fit", "recover"])
+def test_rows_that_are_no_samples_are_not_held_out(recover):
+    torch.manual_seed(0)
+    model, batch = Graph().eval(), (torch.randn(30, 12), torch.randint(0, 30, (2, 80)))
+    recover = [tdecomp.Distill(steps=3) if step == "distill" else step for step in recover]
+    result = tdecomp.decompose(model, "svd", rank=3, data=[batch], recover=recover, progress=False)
+    assert result.report["first"].output_error_se is None
+    for step in result.report.recovery:
+        assert "nothing was held out" in str(step)
+    alone = tdecomp.refit(result.model, model, [batch], progress=False)
+    assert alone.samples == 0
+
+
+def test_a_batch_that_the_model_rejects_is_told_as_it_was_given():
+    with pytest.raises(ValueError, match=r"calibrate: the model rejected a batch .*\(20, 7\)"):
+        tdecomp.calibrate(nn.Linear(6, 2), torch.ones(20, 7), progress=False)

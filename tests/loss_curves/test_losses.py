@@ -15,7 +15,7 @@ from tdecomp.loss_curves.losses import LayerLosses
 from tdecomp.loss_curves.offers import candidate, layer_losses
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
-from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
+from tests.recovery.networks import QUIET, convnet, images, mlp, vectors, whole
 
 
 def losses_of(model, name, moments=None, inputs=None):
@@ -45,7 +45,7 @@ class Counted(tdecomp.CP):
 
 def test_losses_are_the_errors_of_the_outputs_in_the_norm_of_their_gradients():
     model, batches = convnet().double(), images(dtype=torch.float64)
-    moments = tdecomp.calibrate(model, batches, **QUIET)
+    moments = tdecomp.calibrate(model, whole(batches), **QUIET)
     layer, seen = model[3], moments["3"]
     losses = losses_of(model, "3", moments)
     decomposer = get_decomposer("lowrank")
@@ -62,7 +62,7 @@ def test_losses_are_the_errors_of_the_outputs_in_the_norm_of_their_gradients():
         share, _ = seen.lost(layer.weight, layer.weight - kernel, second)
         assert error == pytest.approx(share, rel=1e-6, abs=1e-9)
         assert losses.fitted(decomposer, rank) == pytest.approx((loss, error), rel=1e-4, abs=1e-8)
-        assert losses.expected_error(decomposer, rank) == error
+        assert losses.expected_error(decomposer, rank) == error  # where nothing is held out
 
 
 def test_without_data_they_are_those_of_the_weights():
@@ -80,7 +80,7 @@ def test_without_data_they_are_those_of_the_weights():
 @pytest.mark.parametrize("data", [False, True])
 def test_the_error_of_tucker2_is_a_bound(data):
     model = convnet()
-    moments = tdecomp.calibrate(model, images(), **QUIET) if data else None
+    moments = tdecomp.calibrate(model, whole(images()), **QUIET) if data else None
     for rank in [(1, 1), (3, 5), (8, 8), (12, 12)]:
         plan = tdecomp.plan(
             model, "tucker2", rank=rank, include="3", data=moments, allow_expansion=True, **QUIET
@@ -301,3 +301,16 @@ def test_a_fit_that_does_not_iterate_is_not_made_again():
     rank = result.report[""].rank
     assert ranks.count(rank) == 1
     assert len(ranks) == len(set(ranks))
+
+
+@pytest.mark.parametrize("method, rank", [("svd", 3), ("tucker2", (3, 5))])
+def test_what_is_expected_is_the_error_of_samples_that_are_held_out(method, rank):
+    model = convnet()
+    options = {"rank": {"3" if method == "tucker2" else "8": rank}, "allow_expansion": True}
+    moments = tdecomp.calibrate(model, images(), **QUIET)
+    fitted = tdecomp.calibrate(model, whole(images()), **QUIET)
+    plans = [tdecomp.plan(model, method, data=m, **options, **QUIET) for m in (moments, fitted)]
+    (row,) = (row for row in plans[0] if row.method)
+    real = tdecomp.apply(model, plans[0], data=moments, **QUIET).report[row.name].output_error
+    assert row.expected_error == pytest.approx(real, rel=1e-4 if method == "svd" else 0.1)
+    assert row.expected_error != pytest.approx(plans[1][row.name].expected_error, rel=1e-3)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import tdecomp
-from tests.recovery.networks import QUIET, convnet, images, mlp, vectors
+from tests.recovery.networks import QUIET, convnet, images, mlp, vectors, whole
 
 
 def test_its_points_are_the_candidates_of_a_budget():
-    model, moments = mlp(), tdecomp.calibrate(mlp(), vectors(), **QUIET)
+    model, moments = mlp(), tdecomp.calibrate(mlp(), whole(vectors()), **QUIET)
     table = tdecomp.sensitivity(model, "svd", data=moments, **QUIET)
     plan = tdecomp.plan(model, "svd", rank=tdecomp.Budget(params=0.5), data=moments, **QUIET)
     chosen = [row for row in plan if row.method]

@@ -218,6 +218,8 @@ def test_a_metric_that_fails_is_named_with_the_share():
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"model": "net"}, "model: expected an nn.Module, got str"),
+        ({"include": "5"}, "include: '5' matches no"),
         ({"quality": 0.5}, r"expected a Quality, such as .*, got 0\.5"),
         ({"of": "flops"}, r"expected of to be one of \['macs', .*, got 'flops'"),
         ({"data": None}, "refit runs the model on batches, got none"),
@@ -226,6 +228,7 @@ def test_a_metric_that_fails_is_named_with_the_share():
     ],
 )
 def test_bad_arguments(arguments, message):
-    given = {"quality": tdecomp.Quality(lambda _: 1.0, drop=1), "data": [X], **QUIET, **arguments}
+    quality = tdecomp.Quality(lambda _: 1.0, drop=1)
+    given = {"model": net(), "quality": quality, "data": [X], **QUIET, **arguments}
     with pytest.raises((ValueError, TypeError), match=message):
-        tdecomp.compress_to(net(), methods="svd", **given)
+        tdecomp.compress_to(methods="svd", **given)

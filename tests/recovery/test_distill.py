@@ -10,7 +10,7 @@ from torch import nn
 import tdecomp
 from tdecomp import distill
 from tdecomp.recovery.training import hinted
-from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors
+from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors, whole
 from tests.unchanged import unchanged
 
 SHORT = {"steps": 12, **QUIET}
@@ -116,7 +116,7 @@ def test_models_that_view_their_maps_in_one_layout_only():
     original, batches = Viewing(), images()
     with pytest.raises(RuntimeError, match="view"):
         original(batches[0].contiguous(memory_format=torch.channels_last))
-    recovery = distill(decomposed(original, "lowrank"), original, batches, **SHORT)
+    recovery = distill(decomposed(original, "lowrank"), original, whole(batches), **SHORT)
     assert recovery.error_after < recovery.error_before
 
 
@@ -132,6 +132,23 @@ class Interrupted:
             if self.left < 0:
                 raise KeyboardInterrupt
             yield batch
+
+
+def test_rows_that_do_not_count_teach_nothing():
+    original = mlp()
+    model = decomposed(original)
+    x = torch.stack(vectors(8, 40)).flatten(0, 1).reshape(40, 8, 16)
+    mask = torch.arange(8).expand(40, 8) < torch.arange(1, 41)[:, None] % 8 + 1
+    results = []
+    for padding in (0.0, 100.0):
+        batch = {"x": torch.where(mask[..., None], x, padding), "mask": mask}
+        data = tdecomp.Data([batch] * 3, mask=lambda b: b["mask"])
+        results.append(
+            distill(model, original, data, forward=lambda m, b: m(b["x"]), lr=1e-3, **SHORT)
+        )
+    assert results[0].error_after < results[0].error_before
+    for a, b in zip(*(weights(found.model) for found in results), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -136,7 +136,17 @@ def test_what_may_be_chance_is_taken_back(batches):
     assert not kept
     assert recovery.error_after == recovery.error_before
     assert recovery.layers == {"0": (0.5, 0.5)}
-    assert "left as it was: on samples that were held out" in str(recovery)
+    assert "on held-out samples is no sure gain" in str(recovery)
+
+
+def test_how_much_data_would_tell_is_said():
+    def first_layer(model, original):
+        model[0].load_state_dict(original[0].state_dict())
+        model[4].weight.add_(0.02 * torch.randn(8, 20, generator=torch.Generator().manual_seed(1)))
+
+    recovery, kept = attempted(0.02, vectors(2, 4), first_layer)
+    assert not kept
+    assert ": 2 times as much data may tell" in recovery.notes[-1]
 
 
 def test_without_samples_held_out_it_says_so():

@@ -8,7 +8,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.model.surgery import tensors_in
-from tests.recovery.networks import QUIET, convnet, decomposed, images
+from tests.recovery.networks import QUIET, convnet, decomposed, images, whole
 
 
 class Own(nn.Module):
@@ -95,7 +95,7 @@ STEPS = {
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_changes_the_tensors_themselves(step, kind):
-    original, batches = MODELS[kind]().eval(), images(2)
+    original, batches = MODELS[kind]().eval(), whole(images(2))
     model = decomposed(original, rank=3)
     with torch.no_grad():  # statistics that are not those of the images
         next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.add_(1)

@@ -124,7 +124,7 @@ def test_variants_are_for_fits_before_a_refit_or_a_training():
 
 
 def test_the_whole_pipeline_says_what_each_step_did():
-    model, batches = convnet(), images(20)
+    model, batches = convnet(), images(60)
     options = {"rank": tdecomp.Budget(macs=0.2), "example_inputs": batches[0], **QUIET}
     with unchanged(model):
         result = tdecomp.decompose(model, "dense", data=batches, recover=ALL, **options)
@@ -283,6 +283,6 @@ def test_a_result_as_plain_data():
     assert plain["step"] == "refit"
     assert plain["error_after"] == recovery.error_after < plain["error_before"]
     assert plain["layers"] == {name: list(errors) for name, errors in recovery.layers.items()}
-    assert plain["notes"] == []
+    assert plain["notes"] == list(recovery.notes)
     alone = tdecomp.recalibrate_batchnorm(decomposed(original), batches, **QUIET).to_dict()
     assert json.loads(json.dumps(alone, allow_nan=False))["error_before"] is None
