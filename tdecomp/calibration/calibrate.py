@@ -203,6 +203,7 @@ def _add_pass(
             if not few:
                 break
             run(batch, few)
+    moments.held_out = outside
     moments.oddities |= uses.found
     importance = {} if slopes is None else slopes.finish()
     for name in layers:

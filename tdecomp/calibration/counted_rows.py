@@ -53,11 +53,11 @@ class CountedRows:
 
     def of_output(self, z: Tensor) -> Tensor:
         """The rows that count of an output of the whole model."""
-        return self._select(z, z.dim())
+        return self._select(z, _before_features(z))
 
     def mask_of_output(self, z: Tensor) -> Tensor | None:
         """The mask of an output's rows, or None if all count."""
-        return self._mask_of_rows(z, z.dim())
+        return self._mask_of_rows(z, _before_features(z))
 
     def check_used(self) -> None:
         """Raise a ValueError if the mask fits no layer, or keeps none of the rows."""
@@ -85,3 +85,11 @@ class CountedRows:
 def _leading(x: Tensor, spec: LayerSpec) -> int:
     """How many dimensions of a layer's input or output a mask may have."""
     return int(x.dim() == spec.ndim + 2) if spec.ndim else x.dim() - 1
+
+
+def _before_features(z: Tensor) -> int:
+    """How many dimensions of an output a mask may have: all but that of its features.
+
+    An embedding (batch, features) may have as many of them as sequences have steps.
+    """
+    return max(z.dim() - 1, 1)

@@ -52,8 +52,8 @@ class Data:
         Which rows count, e.g. tokens that are not padding: a bool tensor (batch,) or
         (batch, length). It holds for moments, gradients and the sums of `refit`, in layers whose
         input begins with the shape of the mask: a Linear on (batch, ..., features) or
-        (batch, length, ..., features), and, for a mask (batch,), a convolution; in `distill` and
-        errors, for outputs that begin with it. All rows count elsewhere, and for batch norms.
+        (batch, length, ..., features), and, for a mask (batch,), a convolution. It holds for
+        outputs of such shapes in `distill` and in errors. All rows count elsewhere.
     augment : callable ``(batch, generator) -> batch``, optional
         Varies batches at random, for `refit`, `distill` and the fits before them; everything else
         uses the batches as they are. None for batches that must not be varied.

@@ -232,6 +232,8 @@ class Moments(Mapping[str, LayerMoments]):
         The number of samples that were run.
     peak_bytes : int
         The largest memory that the sums took at a time.
+    held_out : int
+        The number of samples that were run and are held out.
     """
 
     layers: dict[str, LayerMoments]
@@ -239,6 +241,7 @@ class Moments(Mapping[str, LayerMoments]):
     samples: int = 0
     peak_bytes: int = 0
     oddities: dict[str, str] = field(default_factory=dict)
+    held_out: int = 0
     # Losses and drafts already computed, so that the next plan finds them.
     fits: FitCache = field(default_factory=FitCache, init=False)
 
@@ -254,6 +257,8 @@ class Moments(Mapping[str, LayerMoments]):
     def __repr__(self) -> str:
         few = sum(layer.few for layer in self.layers.values())
         words = f"moments of {len(self)} layers from {self.samples:,} samples"
+        if self.held_out:
+            words += f" ({self.held_out:,} more held out)"
         if few:
             words += f", in {few} of them fewer than fan_in"
         if self.unreached:
@@ -274,7 +279,8 @@ class Moments(Mapping[str, LayerMoments]):
         unreached = tuple(name for name in self.unreached if name not in both)
         peak = max(self.peak_bytes, other.peak_bytes)
         odd = self.oddities | other.oddities
-        return Moments(both, unreached, self.samples + other.samples, peak, odd)
+        held_out = self.held_out + other.held_out
+        return Moments(both, unreached, self.samples + other.samples, peak, odd, held_out)
 
     def check_fit(self, sites: Sequence[Site]) -> None:
         """Refuse moments of other layers than these, or of inputs of other sizes."""
@@ -310,7 +316,7 @@ class Moments(Mapping[str, LayerMoments]):
                 "sizes": layer.sizes,
             }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
-        header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities")}
+        header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities", "held_out")}
         write_tensors(file, _KEY, header, tensors)
 
     @classmethod
@@ -337,7 +343,8 @@ class Moments(Mapping[str, LayerMoments]):
             unreached = typed(tuple[str, ...], header.get("unreached"), "unreached")
             samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
             odd = typed(dict[str, str], header.get("oddities", {}), "oddities")
-            return cls(layers, unreached, samples, peak, odd)
+            held_out = typed(int, header.get("held_out", 0), "held_out")
+            return cls(layers, unreached, samples, peak, odd, held_out)
 
 
 @dataclass(frozen=True)

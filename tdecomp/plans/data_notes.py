@@ -24,16 +24,25 @@ def data_notes(rows: Iterable[Row], moments: Moments | None) -> tuple[str, ...]:
         if any(error is None or error > _SMALL for error in errors):
             return (_BY_WEIGHTS,)
         return ()
+    if not changed:
+        return ()
+    notes = [
+        "nothing is held out: errors are of what was fitted to, those of other inputs are higher"
+    ]
+    if held := moments.held_out:
+        notes = [
+            f"errors are of {held:,} of {held + moments.samples:,} samples, held out from fits"
+        ]
     few = []
     for row in changed:
         seen = moments.layers.get(row.name)
         if seen is not None and seen.count < _ENOUGH * seen.spec.fan_in:
             few.append((_ENOUGH * seen.spec.fan_in / seen.count, row.name, seen))
-    if not few:
-        return ()
-    times, name, seen = max(few, key=lambda one: one[0])
-    return (
-        f"too little data for {len(few)} of {len(changed)} layers, least for {name!r}: "
-        f"{seen.count:,} inputs of {seen.spec.fan_in:,} entries; {math.ceil(times)} times as much "
-        "would do",
-    )
+    if few:
+        times, name, seen = max(few, key=lambda one: one[0])
+        notes.append(
+            f"too little data for {len(few)} of {len(changed)} layers, least for {name!r}: "
+            f"{seen.count:,} inputs of {seen.spec.fan_in:,} entries; {math.ceil(times)} times as "
+            "much would do"
+        )
+    return tuple(notes)

@@ -31,13 +31,7 @@ class Report(Table):
 
     def summary(self) -> str:
         """One line: how many layers, parameters and MACs, and what was done afterwards."""
-        fitted = [row for row in self if row.output_error is not None]
-        words = []
-        if any(row.output_error_margin is None for row in fitted):
-            words.append("output errors without ± are of what was fitted to: others may be higher")
-        elif fitted:
-            words.append("output errors are of samples that were held out (± at 95%)")
-        return "; ".join((super().summary(), *words, *map(str, self.recovery)))
+        return "; ".join((super().summary(), *map(str, self.recovery)))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, with the results of the recovery steps."""

@@ -83,9 +83,12 @@ class Search:
                 trials.append(Trial(share, reached, verdict, time.perf_counter() - started))
                 bar.update(len(verdict.values))
                 if len(trials) == 1:
-                    most = judge.left * trials[0].seconds
+                    took, left = (
+                        tqdm.format_interval(seconds)
+                        for seconds in (trials[0].seconds, judge.left * trials[0].seconds)
+                    )
                     self._say(
-                        f"one took {trials[0].seconds:.2g} s, all others {most:.2g} s at most"
+                        f"the first took {took}; all others, at most {judge.left}, take {left}"
                     )
                 used[choices] = verdict.used
                 bracket.add(min(share, reached) if verdict.kept else share, verdict.used)

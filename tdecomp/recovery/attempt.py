@@ -18,7 +18,7 @@ class Attempt:
     def __init__(self, model: nn.Module, held_out: HeldOut) -> None:
         self._model, self._held_out = model, held_out
         self._lost = held_out.lost(model)
-        self._error = held_out.estimate(self._lost)
+        self.error = held_out.estimate(self._lost)  # before the change
         self._values = {
             name: tensor.detach().clone()
             for name, tensor in tensors_in(model).items()
@@ -34,26 +34,28 @@ class Attempt:
         """What the step `step` did; the model is as it was if its gain may be chance."""
         held_out, before, layers = self._held_out, self._lost, dict(layers or {})
         after, said = held_out.lost(self._model), [*notes]
-        first, last = self._error, held_out.estimate(after)
+        first, last = self.error, held_out.estimate(after)
         gain, gain_se = paired_gain(before, after)
-        scale = (first.value - last.value) / gain if gain else 1.0
-        if held_out.samples and not torch.equal(before, after) and not is_sure(before, after):
+        helps = is_sure(before, after) if held_out.samples else gain > 0
+        if held_out.tells and not helps and not torch.equal(before, after):
             swap(self._model, {}, values=self._values)
             layers = {name: (error, error) for name, (error, _) in layers.items()}
             said.append(
-                f"left as it was: {first.value:.4g} → {last.value:.4g} on held-out samples "
-                f"is no sure gain{_remedy(gain, gain_se)}"
+                f"left as it was: {first.value:.4g} → {last.value:.4g} is no sure gain"
+                + (_remedy(gain, gain_se) if held_out.samples else "")
             )
-            last, gain_se = first, 0.0
+            last, gain, gain_se = first, 0.0, 0.0
         if held_out.tells and not held_out.samples:
             said.append("nothing was held out: errors are of what was fitted to")
         if not held_out.steady:
             said.append(
                 "batches differ from pass to pass: errors are too low if these are other samples"
             )
+        told = held_out.samples > 1
+        known = abs(first.value - last.value) * gain_se / abs(gain) if gain else 0.0
         return Recovery(
-            self._model, step, first.value, last.value, layers, tuple(said),
-            last.se, last.margin, scale * gain_se if held_out.samples else None, held_out.samples,
+            self._model, step, first.value, last.value, layers, tuple(said), last.se, last.margin,
+            known if told else None, held_out.samples,
         )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class Distill(RecoveryStep):
         trained = _trained(model)
         attempt = Attempt(model, held_out)
         # Only these: a forward pass may change buffers, which `evaluating` restores.
-        best, best_error = [p.detach().clone() for p in trained], held_out.error(model)
+        best, best_error = [p.detach().clone() for p in trained], attempt.error.value
         notes: tuple[str, ...] = ()
         try:
             both = evaluating(model, original)

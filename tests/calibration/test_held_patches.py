@@ -51,7 +51,7 @@ def test_a_row_s_error_is_that_of_the_batches_that_are_held_out():
         rows = {"0": 8 * 64, "2": 8 * 9, "4": 8}[name]
         assert row.output_error * rows / (rows - 1) == pytest.approx(error, rel=1e-3), name
         assert 0 < row.output_error_se < row.output_error_margin
-    assert "output errors are of samples that were held out" in result.report.summary()
+    assert "errors are of 8 of 40 samples, held out from fits" in result.report.summary()
     assert f"± {row.output_error_margin:.4f}" in str(result.report)
 
 
@@ -76,7 +76,7 @@ def test_nothing_held_out_is_the_error_of_what_was_fitted_to():
         lost(result.model[4], model[4], inputs_of(model, x)["4"]), rel=1e-3
     )
     assert (row.output_error_se, row.output_error_margin) == (None, None)
-    assert "output errors without ± are of what was fitted to" in result.report.summary()
+    assert "nothing is held out: errors are of what was fitted to" in result.report.summary()
     assert tdecomp.calibrate(model, data, **QUIET)["4"].held is None
 
 

@@ -136,7 +136,7 @@ def test_what_may_be_chance_is_taken_back(batches):
     assert not kept
     assert recovery.error_after == recovery.error_before
     assert recovery.layers == {"0": (0.5, 0.5)}
-    assert "on held-out samples is no sure gain" in str(recovery)
+    assert "is no sure gain" in str(recovery)
 
 
 def test_how_much_data_would_tell_is_said():
@@ -147,6 +147,13 @@ def test_how_much_data_would_tell_is_said():
     recovery, kept = attempted(0.02, vectors(2, 4), first_layer)
     assert not kept
     assert ": 2 times as much data may tell" in recovery.notes[-1]
+
+
+def test_what_makes_the_fitted_samples_worse_is_taken_back_where_none_are_held_out():
+    recovery, kept = attempted(0.01, whole(vectors(2)), away)
+    assert not kept
+    assert recovery.error_after == recovery.error_before
+    assert "is no sure gain" in str(recovery)
 
 
 def test_without_samples_held_out_it_says_so():
@@ -192,3 +199,12 @@ def test_a_scalar_output_and_an_original_that_is_missing():
     held = held_out(original, batches, forward=lambda model, x: model(x).mean())
     assert len(held.lost(noisy(original))) == 1
     assert torch.isnan(held_out(None, batches).lost(original)).all()
+
+
+def test_an_embedding_as_wide_as_the_sequences_are_long_has_no_steps():
+    original, (x, mask) = nn.Linear(16, 7), sequences()
+    batch = {"x": x, "mask": mask}
+    data = Data([batch], mask=lambda b: b["mask"], held_out=0)
+    mean = lambda model, b: model(b["x"]).mean(1)  # noqa: E731
+    model, held = noisy(original), held_out(original, data, forward=mean)
+    assert held.error(model) == pytest.approx(share(mean(model, batch), mean(original, batch)))
