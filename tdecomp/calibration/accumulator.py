@@ -102,9 +102,12 @@ class Accumulator:
         share = most / max(self.count, self.expected, 1)
         if share >= 1 or not present:
             return None
+        return spread(present, math.ceil(share * present), self._random())
+
+    def _random(self) -> torch.Generator:
         if self.generator is None:
             self.generator = torch.Generator("cpu").manual_seed(self.seed)
-        return spread(present, math.ceil(share * present), self.generator)
+        return self.generator
 
     def _thin_out(self, share: float) -> None:
         """Keep that share of a full sample, so that all patches are as likely to be in it."""
@@ -112,8 +115,7 @@ class Accumulator:
         most = math.ceil(share * sample_size(self.spec))
         self.rows = [held]
         if most < held.shape[1]:
-            assert self.generator is not None
-            kept = spread(held.shape[1], most, self.generator).to(held.device)
+            kept = spread(held.shape[1], most, self._random()).to(held.device)
             self.rows = [held.index_select(1, kept)]
 
     def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor, weight: float) -> None:
