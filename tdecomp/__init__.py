@@ -43,6 +43,7 @@ from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
 from tdecomp.recovery.batchnorm import RecalibrateBatchnorm, recalibrate_batchnorm
 from tdecomp.recovery.distill import Distill, distill
+from tdecomp.recovery.reconstruct import Reconstruct, reconstruct
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.refit import Refit, refit
 from tdecomp.reduce import reduce_ranks
@@ -82,6 +83,7 @@ __all__ = [
     "RankSelector",
     "Ratio",
     "RecalibrateBatchnorm",
+    "Reconstruct",
     "Recovery",
     "RecoveryStep",
     "Refit",
@@ -101,6 +103,7 @@ __all__ = [
     "plan",
     "profile",
     "recalibrate_batchnorm",
+    "reconstruct",
     "reduce_ranks",
     "refit",
     "register",

@@ -82,9 +82,9 @@ def decompose(
         How the model is called with a batch, and with the example inputs; see
         `tdecomp.calibrate`.
     recover : str, step or a sequence of them
-        How to get accuracy back afterwards, in this order: "refit", "recalibrate_batchnorm",
-        "distill", or `tdecomp.Refit`, `RecalibrateBatchnorm`, `Distill` with options. They need
-        batches as `data`.
+        How to get accuracy back afterwards, in this order: "refit", "reconstruct",
+        "recalibrate_batchnorm", "distill", or `tdecomp.Refit`, `Reconstruct`,
+        `RecalibrateBatchnorm`, `Distill` with options. They need batches as `data`.
     profile : Profile, optional
         Measured times, from `tdecomp.profile`: rows then have them, the plan says how long the
         whole model will take, in the profile's mode, and a Budget prefers ranks that suit the

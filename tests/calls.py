@@ -161,6 +161,10 @@ def distill(s):
     tdecomp.distill(s.model, s.original, s.batches, steps=3, inplace=True, **QUIET)
 
 
+def reconstruct(s):
+    tdecomp.reconstruct(s.model, s.original, s.batches, epochs=2, inplace=True, **QUIET)
+
+
 @dataclass(frozen=True)
 class Case:
     """A call and what it is made with; a training takes some interrupts in."""
@@ -203,6 +207,7 @@ CASES = {
     "composer": Case(compose),
     "reduce_ranks": Case(reduce_ranks, decomposed),
     "refit": Case(refit, decomposed),
+    "reconstruct": Case(reconstruct, decomposed),
     "recalibrate_batchnorm": Case(recalibrate, decomposed),
     "distill": Case(distill, decomposed, trains=True),
 }

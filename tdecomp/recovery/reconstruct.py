@@ -1,7 +1,7 @@
-"""Training each block for a few steps to give the original block's outputs.
+"""A short training of each block to give the original block's outputs, without labels.
 
 Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction",
-section 3.2, for chains in place of rounded weights.
+section 3.2, which trains the rounding of weights.
 """
 
 import math
@@ -10,27 +10,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
-from tdecomp.calibration.estimate import is_sure
-from tdecomp.model.batches import Forward, copied, count_samples, device_of, in_parts, tensors_of
+from tdecomp.model.batches import Forward, device_of, in_parts
 from tdecomp.recovery.attempt import Attempt
+from tdecomp.recovery.block_training import BlockTraining
 from tdecomp.recovery.blocks import Block, blocks_of
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.recovery.lockstep import Passes, meetings
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import replaced_layers
-from tdecomp.recovery.training import Adam
 from tdecomp.recovery.walk import Item, Walk
 from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
 
-# The samples of a step.
-_SAMPLES = 64
-_TINY = 1e-30
+_SAMPLES = 2048  # that blocks are trained on, if there are so many
+_STEP = 64  # samples of a step
 
 
 @dataclass(frozen=True)
@@ -59,123 +55,58 @@ class Reconstruct(RecoveryStep):
     def run(
         self, model: nn.Module, original: nn.Module, batches: Batches, held_out: HeldOut
     ) -> Recovery:
-        batches.require_several_passes(self.name)
-        attempt = Attempt(model, held_out)
-        notes: list[str] = []
+        batches.require_several_passes("an error taken before and after")
+        replaced = replaced_layers(model, original, self.name)
+        attempt, device = Attempt(model, held_out), device_of(model)
         layers: dict[str, tuple[float, float]] = {}
-        device = device_of(model)
+        kept = 0
         with evaluating(model, original), exact_passes(), no_inference_mode(), torch.no_grad():
-            replaced = replaced_layers(model, original, self.name)
             walk = Walk.through(model, original, replaced, batches, device)
-            chains = [layer for layer in replaced if walk.calls[layer]]
-            found = blocks_of(model, original, chains)
-            blocks = [
-                b for b in found if b.parameters() and max(walk.calls[c] for c in b.chains) == 1
-            ]
-            if len(blocks) < len(found):
-                notes.append(
-                    f"{len(found) - len(blocks)} of {len(found)} blocks left as they were: called "
-                    "several times, or without a parameter that requires gradients"
-                )
-            whole = walk.items(chains, device) if blocks else []
-            items = [
-                Item(part, item.held, item.number)
-                for item in whole
-                for part in in_parts(item.batch, _SAMPLES, count_samples(item.batch))
-            ]
-            if blocks and not walk.takes_turns(chains, whole):
-                notes.append("left as it was: passes of this model cannot take turns")
+            blocks, notes = _blocks(walk)
+            chains = [layer for block in blocks for layer in block.chains]
+            items, short = walk.items(chains, device, _SAMPLES) if blocks else ([], None)
+            notes += [short] if short else []
+            if blocks and not walk.takes_turns(chains, items):
+                notes.append("left as it was: its passes cannot wait for one another")
                 blocks = []
-            kept = 0
-            if blocks:
-                order = {layer: at for at, layer in enumerate(walk.calls)}
-                blocks.sort(key=lambda b: min(order[layer] for layer in b.chains))
-                given = [item.batch for item in items]
-                with (
-                    Passes(
-                        walk.runs(model, given), {b: b.modules[0] for b in blocks}, before=True,
-                        pick=lambda args, kwargs: (args, kwargs),
-                    ) as mine,
-                    Passes(
-                        walk.runs(original, given), {b: b.originals[-1] for b in blocks},
-                        before=False,
-                    ) as theirs,
-                ):  # fmt: skip
-                    met = meetings(mine, theirs, blocks)
-                    hidden = not batches.progress
-                    for block, calls in tqdm(
-                        met, "reconstruct", len(blocks), unit="block", disable=hidden
-                    ):
-                        task = _Task(block, [(items[n], x, y) for n, x, y in calls], batches)
-                        *lost, better = task.train(self.epochs, self.lr, device)
-                        layers[block.name] = lost[0], lost[1]
-                        kept += not better
-            if kept:
-                notes.append(
-                    f"{kept} of {len(layers)} blocks left as they were: no gain that is sure"
-                )
+            met = walk.meetings(
+                {block: block.modules[0] for block in blocks},
+                {block: block.originals[-1] for block in blocks},
+                _parts(items), lambda args, kwargs: (args, kwargs),
+            )  # fmt: skip
+            hidden = not batches.progress
+            for block, calls in tqdm(met, self.name, len(blocks), unit="block", disable=hidden):
+                training = BlockTraining(block, calls, batches)
+                *lost, better = training.train(self.epochs, self.lr, device)
+                layers[block.name] = lost[0], lost[1]
+                kept += not better
+        if kept:
+            notes.append(f"{kept} of {len(layers)} blocks left as they were: no gain that is sure")
         return attempt.finish(self.name, layers, notes)
 
 
-class _Task:
-    """What a block gets in the calls of all batches, and what the original's gives."""
+def _blocks(walk: Walk) -> tuple[list[Block], list[str]]:
+    """The blocks that can be trained, and words about the others."""
+    called = [layer for layer in walk.calls if walk.calls[layer]]
+    found = blocks_of(walk.model, walk.original, called)
+    once = [b for b in found if all(walk.calls[layer] == 1 for layer in b.chains)]
+    able = [block for block in once if block.parameters()]
+    notes = []
+    if len(once) < len(found):
+        notes.append(f"{len(found) - len(once)} blocks left as they were: called several times")
+    if len(able) < len(once):
+        words = "left as they were: no parameter requires gradients"
+        notes.append(f"{len(once) - len(able)} blocks {words}")
+    return able, notes
 
-    def __init__(
-        self, block: Block, calls: Sequence[tuple[Item, Any, Any]], batches: Batches
-    ) -> None:
-        self._block, self._rows = block, CountedRows(batches)
-        self._calls = [(item, x, [y.clone() for y in tensors_of(out)]) for item, x, out in calls]
-        self._fits = [call for call in self._calls if not call[0].held]
-        held = [call for call in self._calls if call[0].held]
-        self._held_out = bool(held)
-        self._judges = held or self._fits
-        self._generator = batches.generator(0)
-        self._scales = [
-            1.0 / max(float(torch.cat([y.flatten() for y in ys]).var(unbiased=False)), _TINY)
-            for ys in zip(*(targets for _, _, targets in self._fits), strict=False)
-        ]
 
-    def train(self, epochs: int, lr: float, device: torch.device) -> tuple[float, float, bool]:
-        """Train the block; the lost shares of its outputs before and after, and if it is kept."""
-        trained = self._block.parameters()
-        values = [p.detach().clone() for p in trained]
-        steps = epochs * len(self._fits)
-        before = self._errors()
-        if not steps or not math.isfinite(float(before.sum())) or not float(before.sum()) > 0:
-            return float(before.mean()), float(before.mean()), False
-        optimizer = Adam(trained, lr, steps)
-        with torch.enable_grad():
-            for _ in range(epochs):
-                order = torch.randperm(len(self._fits), generator=self._generator, device="cpu")
-                for at in order.tolist():
-                    optimizer.step(self._distance(*self._fits[at]).mean(), device)
-        for parameter in trained:
-            parameter.grad = None
-        after = self._errors()
-        better = is_sure(before, after) if self._held_out else bool(after.sum() < before.sum())
-        if not better:
-            for parameter, value in zip(trained, values, strict=True):
-                parameter.copy_(value)
-        return float(before.mean()), float((after if better else before).mean()), better
-
-    def _errors(self) -> Tensor:
-        return torch.cat([self._distance(*call).detach().double().cpu() for call in self._judges])
-
-    def _distance(self, item: Item, given: Any, targets: Sequence[Tensor]) -> Tensor:
-        """The mean squared distance of each sample's outputs, as a share of the variance."""
-        args, kwargs = copied(given)
-        self._rows.begin(item.batch)
-        total: Tensor | None = None
-        outputs = tensors_of(self._block(args, kwargs))
-        for z, y, scale in zip(outputs, targets, self._scales, strict=False):
-            gaps = scale * (z - y).square()
-            mask = self._rows.mask_of_output(gaps)
-            if mask is not None:
-                gaps = gaps * mask.reshape(*mask.shape, *[1] * (gaps.dim() - mask.dim()))
-            each = gaps.flatten(1).mean(dim=1) if gaps.dim() > 1 else gaps
-            total = each if total is None else total + each
-        assert total is not None
-        return total
+def _parts(items: Sequence[Item]) -> list[Item]:
+    """The batches in parts as small as a step takes."""
+    return [
+        Item(part, item.held, item.number)
+        for item in items
+        for part in in_parts(item.batch, _STEP, item.samples)
+    ]
 
 
 def reconstruct(
@@ -192,13 +123,48 @@ def reconstruct(
     seed: int | None = None,
     progress: bool = True,
 ) -> Recovery:
-    """Train each block of a decomposed model for a few steps, without labels.
+    """Train each block of a decomposed model for a short while, without labels.
 
     >>> original = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    >>> smaller = tdecomp.decompose(original, "svd", rank=3, progress=False).model
+    >>> smaller = tdecomp.decompose(original, "svd", rank=2, progress=False).model
     >>> recovery = reconstruct(smaller, original, [torch.randn(512, 16)], progress=False)
     >>> recovery.error_after < recovery.error_before
     True
+
+    A block is a module with up to four layers, such as a residual block, or a stretch of an
+    `nn.Sequential`. In the order in which they run, each is trained by Adam, on the inputs that it
+    gets in the decomposed model, to give the outputs of the original's block: unlike `refit`, this
+    sees the activations in between. All batches go through both models once. A block's training is
+    kept only where it surely gains on samples that are held out.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What `decompose` or `apply` made of `original`, best after `refit`.
+    original : nn.Module
+    batches : list of batches, DataLoader or Data
+        As for `tdecomp.calibrate`.
+    epochs : int
+        How often each block goes through its inputs, 64 samples a step.
+    lr : float
+        The highest rate of Adam, for parameters with entries of about 0.2 and more; for smaller
+        ones the rate is lower in proportion.
+    augment : callable ``(batch, generator) -> batch``, optional
+        As for `tdecomp.refit`.
+    inplace : bool
+        Change `model` itself, wholly or, on an error, not at all.
+    forward, max_batches, seed, progress
+        As for `tdecomp.calibrate`, and so are the errors raised.
+
+    Returns
+    -------
+    Recovery
+        Its `layers` are the blocks, by the name of their first module.
+
+    Raises
+    ------
+    ValueError
+        If the model was not decomposed from this original, or an option is out of range.
     """
     return run_on_copy(
         Reconstruct(epochs, lr), model, original, batches, inplace, forward=forward, seed=seed,

@@ -10,12 +10,13 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.recovery.batchnorm import RecalibrateBatchnorm
 from tdecomp.recovery.distill import Distill
 from tdecomp.recovery.held_out import HeldOut
+from tdecomp.recovery.reconstruct import Reconstruct
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.refit import Refit
 from tdecomp.recovery.replaced import new_chains
 
 _STEPS: dict[str, type[RecoveryStep]] = {
-    step.name: step for step in (Refit, RecalibrateBatchnorm, Distill)
+    step.name: step for step in (Refit, Reconstruct, RecalibrateBatchnorm, Distill)
 }
 
 # What a user may give as `recover`.

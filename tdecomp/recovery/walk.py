@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,16 @@ from tdecomp.calibration.data import Batches
 from tdecomp.calibration.memory import free_memory
 from tdecomp.layers.patches import count_patches, dense
 from tdecomp.model.batches import copied, count_samples, in_parts
-from tdecomp.recovery.lockstep import Ended, Passes, meetings, shown_at, take_turns
+from tdecomp.recovery.lockstep import (
+    Ended,
+    Passes,
+    Pick,
+    Place,
+    first_input,
+    meetings,
+    shown_at,
+    take_turns,
+)
 from tdecomp.recovery.replaced import ReplacedLayer
 
 # Layers are fitted to at least this many samples, if there are so many.
@@ -94,14 +103,14 @@ class Walk:
         return cls(model, original, batches, calls, patches, max(nbytes))
 
     def items(
-        self, layers: Sequence[ReplacedLayer], device: torch.device
+        self, layers: Sequence[ReplacedLayer], device: torch.device, least: int = _SAMPLES
     ) -> tuple[list[Item], str | None]:
-        """As many batches as these layers need, and those that are held out.
+        """As many batches as these layers need, `least` samples or more, and those held out.
 
         Of these, as many as the memory holds, with words about it if it does not hold all.
         """
         per = self.patches
-        needed = max(_SAMPLES, *(enough(layer.spec) / per[layer] for layer in layers))
+        needed = max(least, *(enough(layer.spec) / per[layer] for layer in layers))
         few = max(_FEW * layer.spec.fan_in / per[layer] for layer in layers)
         room = self._room(device)
         most = min(needed, (1 - _HELD_SHARE) * room)
@@ -159,21 +168,38 @@ class Walk:
         chains = {layer: layer.chain for layer in order}
         with suppress(Exception):  # a batch may have no parts, or the model may not take them
             parts = in_parts(items[0].batch, few, 2 * few)
-            return take_turns(self.runs(self.model, parts), chains)
-        return take_turns(self.runs(self.model, [item.batch for item in items[:2]]), chains)
+            return take_turns(self._runs(self.model, parts), chains)
+        return take_turns(self._runs(self.model, [item.batch for item in items[:2]]), chains)
 
     def _in_lockstep(
         self, layers: Sequence[ReplacedLayer], items: Sequence[Item]
     ) -> Iterator[tuple[ReplacedLayer, Arrivals]]:
-        batches = [item.batch for item in items]
         chains = {layer: layer.chain for layer in layers}
         replaced = {layer: layer.layer for layer in layers}
+        for layer, found in self.meetings(chains, replaced, items):
+            yield layer, [(item, [(x, y)]) for item, x, y in found]
+
+    def meetings(
+        self,
+        places: Mapping[Place, nn.Module],
+        ends: Mapping[Place, nn.Module],
+        items: Sequence[Item],
+        pick: Pick = first_input,
+    ) -> Iterator[tuple[Place, list[tuple[Item, Any, Any]]]]:
+        """For each place, in order, what the model gives a module and the original's one returns.
+
+        All batches run in turns; what is changed at a place holds from there on.
+        """
+        mine, theirs = (
+            self._runs(model, [item.batch for item in items])
+            for model in (self.model, self.original)
+        )
         with (
-            Passes(self.runs(self.model, batches), chains, before=True) as mine,
-            Passes(self.runs(self.original, batches), replaced, before=False) as theirs,
+            Passes(mine, places, before=True, pick=pick) as given,
+            Passes(theirs, ends, before=False) as wanted,
         ):
-            for layer, found in meetings(mine, theirs, layers):
-                yield layer, [(items[number], [(x, y)]) for number, x, y in found]
+            for place, found in meetings(given, wanted, [*places]):
+                yield place, [(items[number], x, y) for number, x, y in found]
 
     def _one_by_one(self, layer: ReplacedLayer, items: Sequence[Item]) -> Arrivals:
         for item in items:
@@ -197,6 +223,5 @@ class Walk:
             self.batches.run(model, batch)
         return found
 
-    def runs(self, model: nn.Module, batches: Sequence[Any]) -> list[Callable[[], Any]]:
-        """A pass of a model for each batch."""
+    def _runs(self, model: nn.Module, batches: Sequence[Any]) -> list[Callable[[], Any]]:
         return [partial(self.batches.run, model, batch) for batch in batches]

@@ -1,6 +1,7 @@
 """Models whose state dict is not their tensors, or that hold tensors of odd kinds."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ MODELS = {
 }
 STEPS = {
     "refit": tdecomp.refit,
+    "reconstruct": partial(tdecomp.reconstruct, epochs=20),
     "distill": lambda *args, **options: tdecomp.distill(*args, steps=5, **options),
     "recalibrate_batchnorm": lambda model, original, batches, **options: (
         tdecomp.recalibrate_batchnorm(model, batches, original=original, **options)

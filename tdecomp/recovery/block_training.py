@@ -1,0 +1,86 @@
+"""The training of one block to give the original block's outputs for the inputs that it gets."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdecomp.calibration.counted_rows import CountedRows
+from tdecomp.calibration.data import Batches
+from tdecomp.calibration.estimate import is_sure
+from tdecomp.model.batches import copied, tensors_of
+from tdecomp.recovery.blocks import Block
+from tdecomp.recovery.training import Adam
+from tdecomp.recovery.walk import Item
+
+Call = tuple[Item, Any, list[Tensor]]  # what the block is called with, and the outputs wanted
+_TINY = 1e-30  # no variance is below it
+
+
+class BlockTraining:
+    """Adam on the distance between a block's outputs and those of the original's block."""
+
+    def __init__(
+        self, block: Block, calls: Sequence[tuple[Item, Any, Any]], batches: Batches
+    ) -> None:
+        """`calls` have the inputs that the block gets, and what the original's returns."""
+        self._block, self._rows = block, CountedRows(batches)
+        self._generator = batches.generator(0)
+        known = [(item, given, tensors_of(wanted)) for item, given, wanted in calls]
+        self._fits: list[Call] = [call for call in known if not call[0].held]
+        self._held: list[Call] = [call for call in known if call[0].held]
+        outputs = zip(*(wanted for _, _, wanted in self._fits), strict=False)
+        self._scales = [1.0 / max(_variance(ys), _TINY) for ys in outputs]
+
+    def train(self, epochs: int, lr: float, device: torch.device) -> tuple[float, float, bool]:
+        """The lost shares of the outputs before and after, and whether the training is kept."""
+        trained = self._block.parameters()
+        values = [p.detach().clone() for p in trained]
+        before = self._errors()
+        optimizer = Adam(trained, lr, epochs * len(self._fits))
+        with torch.enable_grad():
+            for _ in range(epochs):
+                order = torch.randperm(len(self._fits), generator=self._generator, device="cpu")
+                for place in order.tolist():
+                    loss = self._distances(*self._fits[place]).mean()
+                    if loss.requires_grad:  # else something in the block has no gradients
+                        optimizer.step(loss, device)
+        for parameter in trained:
+            parameter.grad = None
+        after = self._errors()
+        gained = bool(after.sum() < before.sum())
+        better = is_sure(before, after) if self._held else gained
+        if not better:
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.copy_(value)
+        return float(before.mean()), float((after if better else before).mean()), better
+
+    def _errors(self) -> Tensor:
+        """Each sample's distance (samples,), of those that are held out if there are any."""
+        found = [self._distances(*call) for call in self._held or self._fits]
+        return torch.cat(found).double().cpu()
+
+    def _distances(self, item: Item, given: Any, wanted: Sequence[Tensor]) -> Tensor:
+        """Each sample's mean squared distance (samples,), as a share of the variance."""
+        args, kwargs = copied(given)
+        self._rows.begin(item.batch)
+        total = []
+        outputs = tensors_of(self._block(args, kwargs))
+        for mine, target, scale in zip(outputs, wanted, self._scales, strict=True):
+            squares = scale * (mine - target).square()
+            mask = self._rows.mask_of_output(squares)
+            if mask is not None:
+                squares = squares * mask.reshape(*mask.shape, *[1] * (mine.dim() - mask.dim()))
+            total.append(squares.reshape(len(squares), -1).mean(dim=1))
+        return torch.stack(total).sum(dim=0)
+
+
+def _variance(outputs: Sequence[Tensor]) -> float:
+    """The mean over entries of the variance, each about its own mean over all calls."""
+    rows = [y.double().reshape(len(y), -1) for y in outputs]
+    count = sum(map(len, rows))
+    mean = sum(r.sum(dim=0) for r in rows) / count
+    found = sum(float((r - mean).square().mean(dim=1).sum()) for r in rows) / count
+    return found if math.isfinite(found) else 1.0
