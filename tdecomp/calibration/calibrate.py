@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients, sums_bytes
+from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients, enough, sums_bytes
 from tdecomp.calibration.augment import Augment
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import PASSES, Batches, batches_for
@@ -28,9 +28,7 @@ from tdecomp.torch_state import evaluating, exact_passes, hooks, no_inference_mo
 _GRADIENT_SAMPLES = 128  # weighing layers needs output gradients of no more samples
 _ENOUGH = 16  # patches for each entry of a patch, with which no variants are needed
 _SHARE = 0.5  # of the free memory that sums take by default
-# Patches for each entry of a patch that a fit gains from, and patches of a layer that are summed up
-# at most, as long as there are enough of them.
-_USEFUL, _MOST = 64, 2**16
+_MOST = 2**16  # patches of a layer that are summed up, as long as there are enough of them
 
 
 def calibrate(
@@ -218,7 +216,7 @@ def _add_pass(
 
 def _useful(spec: LayerSpec) -> int:
     """The number of patches beyond which a fit hardly gains: their sums cost fan_in² each."""
-    return max(min(_USEFUL * spec.fan_in, _MOST), _ENOUGH * spec.fan_in)
+    return min(enough(spec), max(_MOST, _ENOUGH * spec.fan_in))
 
 
 def _keep(

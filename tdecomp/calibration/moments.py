@@ -43,13 +43,18 @@ class LayerMoments:
 
     @property
     def few(self) -> bool:
-        """Whether there are fewer patches than entries of a patch."""
-        return self.count < self.spec.fan_in
+        """Whether fewer patches are held than a patch has entries."""
+        return self.patches < self.spec.fan_in
+
+    @property
+    def patches(self) -> int:
+        """The number of patches that the moments are made of, as far as single ones are held."""
+        return self.count if self.rows is None else self.rows.shape[1]
 
     @property
     def sampled(self) -> bool:
         """Whether the rows are a sample of the patches."""
-        return self.rows is not None and self.rows.shape[1] < self.count
+        return self.patches < self.count
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the name of the field."""

@@ -76,7 +76,7 @@ def fit_layer(
             if not method.uses_moments:
                 note = f"fitted by its weights: {method.name} uses no moments"
             elif moments.few:
-                note = f"fewer samples ({moments.count:,}) than fan_in ({spec.fan_in:,})"
+                note = f"fewer samples ({moments.patches:,}) than fan_in ({spec.fan_in:,})"
     if not math.isfinite(weight_error):
         raise ValueError("the factors are not finite")
     norms = precise.component_norms()

@@ -71,7 +71,7 @@ class Spatial(Iterative):
         return None if spec.ndim == 2 else "spatial takes two-dimensional convolutions"
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
-        return ("svd", "lowrank") if spec.kernel_volume == 1 else ()
+        return ("svd", "lowrank") if spec.kernel_size[-1] == 1 else ()
 
     def max_rank(self, spec: LayerSpec) -> int:
         height, width = spec.kernel_size

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from tdecomp.linalg.cholesky import triangle_of
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
+from tdecomp.linalg.svd import leading_vectors
 
 # On the moment of the inputs that a fit starts from, as a share of its diagonal.
 _RIDGE = 1e-6
+# The most inputs whose moment is factorized, which takes the cube of their number.
+_WHITENED = 4096
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,23 @@ class SpanFeatures(Features):
         columns = theta[0].shape[1]
         shared = gram.reshape(self.volume, columns, self.volume, columns)
         right = shared.diagonal(dim1=0, dim2=2).sum(dim=-1)  # (R, R)
+        if self.inputs > _WHITENED:
+            return [Metric(None, right * (moment.trace / self.inputs))]
         return [Metric(moment.along((self.volume, self.inputs), 1), right)]
 
     def start(self, kernel: Tensor, moment: SecondMoment, columns: int) -> Tensor:
         """The best V (n, columns) if inputs at different places were independent and alike.
 
-        A singular value decomposition of the kernel (out, fan_in), in the norm of the inputs.
+        A singular value decomposition of the kernel (out, fan_in), in the norm of the inputs where
+        there are not too many.
         """
         dtype = torch.float32 if is_wide(kernel.shape[1]) else torch.float64
+        split = self.ordered(kernel.to(dtype), 1).reshape(-1, self.inputs)  # (out · volume, n)
+        if self.inputs > _WHITENED:
+            return leading_vectors(split.T, columns)[0].to(kernel.dtype)
         along = moment.normalised(dtype).along((self.inputs, self.volume), 0)
         triangle = triangle_of(along, _RIDGE)  # (n, n)
-        split = self.ordered(kernel.to(dtype), 1).reshape(-1, self.inputs)
-        whitened = split @ triangle  # (out · volume, n)
-        leading = torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(1)[:, :columns]
+        leading, _ = leading_vectors((split @ triangle).T, columns)
         start: Tensor = torch.linalg.solve_triangular(triangle.T, leading, upper=True)
         return start.to(kernel.dtype)
 

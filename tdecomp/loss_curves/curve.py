@@ -64,12 +64,15 @@ def layer_curves(
     """The curve of each method, with no more fits than tell which methods are worth considering."""
     drafts: dict[str, _Draft] = {}
     notes: dict[str, str] = {}
+    closed = [method for method in methods if not method.iterative]
     for method in methods:
         container = _container(losses, method, methods)
-        if container is None:
-            drafts[method.name] = _Draft(losses, method, rounding)
-        else:
+        if container is not None:
             notes[method.name] = f"{container} loses no more at the same cost"
+        elif closed and losses.learns_a_sample(method):
+            notes[method.name] = f"too few patches for it; {closed[0].name} needs fewer"
+        else:
+            drafts[method.name] = _Draft(losses, method, rounding)
     exact = [draft for draft in drafts.values() if draft.exact]
     dominated = {name: draft.probe(exact) for name, draft in drafts.items()}
     for name, draft in drafts.items():
@@ -110,11 +113,6 @@ class _Draft:
         self.limit = before - 1 if self.exact else _LARGEST * before
         largest, cost = method.max_rank(losses.spec), partial(losses.cost, method)
         self.ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
-        self.note = None if self.ranks else "no rank saves enough"
-        if not self.exact and self.ranks:
-            told = losses.told(method)
-            self.ranks = [rank for rank in self.ranks if cost(rank).params <= told]
-            self.note = None if self.ranks else "a sample of its inputs tells too little for a fit"
         self.costs = [cost(rank) for rank in self.ranks]
         # By the index of the rank: what it loses as far as is known, and which of these are fits.
         self.known: dict[int, Lost] = {}
@@ -197,7 +195,7 @@ class _Draft:
         """The ranks from the first fit to the last, interpolated on a log-log scale."""
         places = sorted(i for i, (loss, _) in self.known.items() if math.isfinite(loss))
         if not places:
-            return LossCurve(self.method, note=self.note)
+            return LossCurve(self.method, note=None if self.ranks else "no rank saves enough")
         sizes = np.log([math.prod(as_tuple(rank)) for rank in self.ranks])
         lines = []
         for values in zip(*(self.known[i] for i in places), strict=True):

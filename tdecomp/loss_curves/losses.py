@@ -22,8 +22,6 @@ from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.torch_state import full_precision
 
 Value = TypeVar("Value")
-# Weights of a chain for each output of the sampled patches, above which a fit would learn these.
-_TELLING = 0.5
 # The loss weighted by gradients (None where they are not known), and the layer's own share of its
 # output's variance or of its squared weights.
 Measured = tuple[float | None, float]
@@ -124,12 +122,10 @@ class LayerLosses:
         """Whether the losses of this method are those of outputs, not of weights."""
         return self.moments is not None and method.uses_moments
 
-    def told(self, method: Decomposer) -> float:
-        """The number of weights that the patches can tell, where only a sample of them is held."""
-        if self.moments is None or not self.moments.sampled or not self.fits_to_data(method):
-            return math.inf
-        assert self.moments.rows is not None
-        return _TELLING * self.moments.rows.shape[1] * self.spec.out_channels
+    def learns_a_sample(self, method: Decomposer) -> bool:
+        """Whether a fit of many weights would be to a sample of fewer patches than inputs."""
+        sampled = self.moments is not None and self.moments.sampled
+        return sampled and method.iterative and self.fits_to_data(method)
 
     def nested(self, method: Decomposer) -> list[Lost] | None:
         """Loss and share at rank 0, 1, 2 …, of a method whose best fits are nested; else None."""

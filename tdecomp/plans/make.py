@@ -14,6 +14,7 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, total
+from tdecomp.loss_curves.estimate import announce
 from tdecomp.loss_curves.offers import Offer, able_sites, fit_size, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
@@ -87,6 +88,8 @@ def make_plan(
         sites = _leave(found, moments.oddities)
         able, choices = able_sites(sites, request.methods)
     times = _profile(model, request, sites)
+    if weighs and request.progress:
+        announce(able, moments)
     offers = offer_ranks(
         able, moments, curves=weighs, rounding=_rounding(selector, times),
         progress=request.progress,
