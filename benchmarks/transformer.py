@@ -26,8 +26,6 @@ from benchmarks.support.comparison import count_macs
 from benchmarks.support.text import Text, counted, docstrings
 from benchmarks.support.transformer import Encoder, held_out_nats, outputs, trained_transformer
 
-# Fewer than the model is wide: a mask over tokens must not look like one over embeddings' entries.
-CUT = 120
 SHARES = (0.75, 0.50, 0.35)
 # The cosines asked for, of a sentence encoder that was trained for longer.
 COSINES = {0.75: 0.99, 0.50: 0.95, 0.35: 0.90}
@@ -105,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 order = torch.randperm(
                     len(text.train), generator=torch.Generator().manual_seed(seed)
                 )
-                drawn = text.train[order[: options.pieces], :CUT]
+                drawn = text.train[order[: options.pieces]]
                 data = tdecomp.Data(list(drawn.split(32)), mask=counted, augment=None)
                 found.append(measure(use, share, data, options.steps))
             stages = {stage: [one[stage] for one in found] for stage in found[0]}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -61,7 +61,6 @@ class Accumulator:
     rows: list[Tensor] = field(default_factory=list)
     # The sums of y xᵀ (groups, out / groups, fan_in) and y (groups, out / groups).
     output_sums: tuple[Tensor, ...] = ()
-    generator: torch.Generator | None = None  # from the first call on of which a sample is taken
 
     def add(self, x: Tensor, outputs: Tensor | None = None) -> None:
         """Add the patches of one call, and the layer's outputs in it, in the layer's own layout."""
@@ -102,12 +101,11 @@ class Accumulator:
         share = most / max(self.count, self.expected, 1)
         if share >= 1 or not present:
             return None
-        return spread(present, math.ceil(share * present), self._random())
+        return spread(present, math.ceil(share * present), self._generator)
 
-    def _random(self) -> torch.Generator:
-        if self.generator is None:
-            self.generator = torch.Generator("cpu").manual_seed(self.seed)
-        return self.generator
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.seed)
 
     def _thin_out(self, share: float) -> None:
         """Keep that share of a full sample, so that all patches are as likely to be in it."""
@@ -115,7 +113,7 @@ class Accumulator:
         most = math.ceil(share * sample_size(self.spec))
         self.rows = [held]
         if most < held.shape[1]:
-            kept = spread(held.shape[1], most, self._random()).to(held.device)
+            kept = spread(held.shape[1], most, self._generator).to(held.device)
             self.rows = [held.index_select(1, kept)]
 
     def _add_rows(self, rows: Tensor, centred: Tensor, origin: Tensor, weight: float) -> None:

@@ -81,12 +81,13 @@ class SecondMoment:
 
     def solved(self, right: Tensor, ridge: float) -> Tensor:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
+        given, right = right, right.to(self._held.dtype)
         if self.rows is None:
-            return _solution(_ridged(self.definite()._matrix, ridge), right.T).T
+            return _solution(_ridged(self.definite()._matrix, ridge), right.T).T.to(given.dtype)
         # With fewer samples than inputs their Gram matrix is smaller (matrix inversion lemma).
-        ridge, rows = ridge + self.ridge, self.rows.to(right.dtype)
-        inner = _solution(_ridged(rows @ rows.T, ridge), rows @ right.T)
-        return (right - (rows.T @ inner).T) / ridge
+        ridge += self.ridge
+        inner = _solution(_ridged(self.rows @ self.rows.T, ridge), self.rows @ right.T)
+        return ((right - (self.rows.T @ inner).T) / ridge).to(given.dtype)
 
     def along(self, shape: Sequence[int], mode: int) -> Tensor:
         """The moment of one mode of inputs of this shape, summed over all places of the others."""

@@ -11,7 +11,7 @@ from tdecomp.loss_curves.plot import NotebookFigure
 _KEPT, _LOST, _LINES = "#0072b2", "#d55e00", "#666666"  # of Okabe and Ito 2008
 # Values further below the limit than this many times what may be lost are drawn at the lower edge.
 _DEPTH = 3
-_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 Point = tuple[float, float, float, bool]  # share, quality, margin, whether that is kept
 
 

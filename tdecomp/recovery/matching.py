@@ -1,8 +1,8 @@
 """The factors of a chain whose outputs come nearest to the original layer's outputs."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.estimate import is_sure
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.moments import LayerMoments, is_widest
 from tdecomp.decomposers.assemble import factors_of_chain, write_factors
-from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.layers.patches import dense
@@ -22,6 +21,7 @@ from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
 from tdecomp.recovery.checks import Checks
 from tdecomp.recovery.replaced import ReplacedLayer
 from tdecomp.recovery.walk import Item
+from tdecomp.recovery.weights import Weights
 
 # The ridges towards the original kernel that are tried, as shares of the inputs' mean square; with
 # the last one nothing is left but the original kernel.
@@ -51,8 +51,8 @@ class Joint:
         return cls(moments, cross, output)
 
     def merged(self, other: "Joint | None") -> "Joint":
-        """Those of the samples of both."""
-        if other is None:
+        """Those of the samples of both; of the first alone where its sample of x and y is all."""
+        if other is None or is_widest(self.spec):
             return self
         mine = self.moments.count / (self.moments.count + other.moments.count)
         return Joint(
@@ -84,35 +84,6 @@ class Joint:
         return [output - kernel @ mean.to(kernel) for output, kernel, mean in parts]
 
 
-class Weights:
-    """How errors in a layer's outputs count, by the second moment G of the gradients at them.
-
-    An error e counts ``eᵀ (G / mean(diag G) + λI) e``: λ, the weight that all outputs share, is
-    larger where G comes from few samples. Without gradients all outputs count alike.
-    """
-
-    def __init__(self, spec: LayerSpec, gradient: Tensor | None, samples: int) -> None:
-        size = spec.group_out
-        pairs = []
-        if gradient is not None:
-            for at in range(0, spec.out_channels, size):
-                pairs.append(_roots(gradient[at : at + size, at : at + size], samples))
-        self.roots = [root for root, _ in pairs]
-        self._inverses = [inverse for _, inverse in pairs]
-
-    def of(self, parts: Iterable[Tensor]) -> list[Tensor]:
-        """Each group's kernel or output, so that errors of the outputs count alike."""
-        if not self.roots:
-            return [*parts]
-        return [root @ part for root, part in zip(self.roots, parts, strict=True)]
-
-    def of_factors(self, factors: Factorization, method: Decomposer) -> Factorization:
-        return _mixed(factors, self.roots, method) if self.roots else factors
-
-    def undone(self, factors: Factorization, method: Decomposer) -> Factorization:
-        return _mixed(factors, self._inverses, method) if self.roots else factors
-
-
 class Match:
     """What is known at one chain, and the fit to it.
 
@@ -127,7 +98,13 @@ class Match:
         self._layer, self._several = layer, len({i.number for i in items if not i.held}) >= _FOLDS
         self._held_out = held > 0
         self._sums = [
-            Accumulator(spec, share * enough(spec), int(share * patches), seed)
+            # The patches that are held of the widest layers shall be those of the other sums.
+            Accumulator(
+                spec,
+                share * enough(spec),
+                patches if is_widest(spec) else int(share * patches),
+                seed,
+            )
             for share in (1 - 1 / _FOLDS, 1 / _FOLDS)
         ]
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -153,72 +130,83 @@ class Match:
         self._fold.add(x[cut:], y[cut:], owners[cut:], item.samples)
 
     def refit(self, gradient: Tensor | None, samples: int) -> tuple[float, float, bool]:
-        """Fit the chain; the lost shares of the outputs before and after, and whether it is kept.
+        """Fit the chain; the lost shares of the outputs before and after, and whether it changed.
 
         `gradient` is the second moment of the gradients at the outputs, of so many samples.
         """
-        layer, spec = self._layer, self._layer.spec
-        chain, method = layer.chain, layer.chain.decomposer
+        chain, method = self._layer.chain, self._layer.chain.decomposer
         assert method is not None
-        assert chain.rank is not None
         before = factors_of_chain(chain, method)
         assert before is not None
-        weight = layer.layer.get_parameter("weight")
-        weights = Weights(spec, gradient, samples)
+        weights = Weights(self._layer.spec, gradient, samples)
         fit, fold = (Joint.of(sums) for sums in self._sums)
-        joint = fit.merged(fold) if fit is not None else fold
-        if joint is None:
-            raise ValueError(f"refit: {layer}: the batches hold no samples that count")
-        if not joint.is_finite():
-            raise ValueError(
-                f"refit: {layer}: its inputs or the original's outputs hold NaN or infinities, or "
-                "numbers too large to be squared; expected finite activations. Look at the batches "
-                "and at the layers before it"
-            )
-        kernels = joint.moments.kernels(weight)
+        joint = self._all(fit, fold)
+        kernels = joint.moments.kernels(self._layer.layer.get_parameter("weight"))
         ridge = _USUAL_RIDGE
-        self._judge.weigh(weights.roots)
         if fit is not None and fold is not None:
             self._fold.weigh(weights.roots)
-            ranks = map(torch.linalg.matrix_rank, fit.moments.kernels(before.to_kernel()))
-            weighed = Joint(
-                fit.moments, *map(torch.stack, map(weights.of, (fit.cross, fit.output)))
-            )
-            ridge = self._best_ridge(weighed, weights.of(kernels), int(max(ranks)))
+            rank = max(map(_rank_of, fit.moments.kernels(before.to_kernel())))
+            cross, output = (torch.stack(weights.of(part)) for part in (fit.cross, fit.output))
+            weighed = Joint(fit.moments, cross, output)
+            ridge = self._best_ridge(weighed, weights.of(kernels), rank)
             ridge *= fit.moments.count / joint.moments.count
-        seconds = joint.moments.second_moments()
-        missing = joint.missing(kernels, seconds)
-        targets = [_target(*parts, ridge) for parts in zip(kernels, missing, seconds, strict=True)]
-        fitted = weights.undone(
-            factorize(
-                method.limited(_ITERATIONS), _weight_of(weights.of(targets), spec), spec,
-                chain.rank, seconds, weights.of_factors(before, method),
-            ),
-            method,
-        )  # fmt: skip
-        dtype, old = next(chain.parameters()).dtype, chain[-1].bias
-        fitted = fitted.to(dtype).to(torch.float64)  # rounded as the chain is going to hold them
+        fitted = self._fitted(joint, kernels, ridge, before, weights)
         found = joint.moments.kernels(fitted.to_kernel())
-        bias = [b.to(dtype).double() for b in joint.best_bias(found)]
-        none = torch.zeros_like(joint.output)
-        held = old.detach().double().reshape(none.shape) if isinstance(old, Tensor) else none
-        lost = [
-            self._judge.errors(weights.of(some), weights.of(shift))
-            for some, shift in (
-                (joint.moments.kernels(before.to_kernel()), held),
-                (found, bias if spec.bias else none),
-            )
-        ]
-        before_fit, after_fit = (float(each.sum()) for each in lost)
-        better = is_sure(*lost) if self._held_out else after_fit < before_fit
+        held = chain[-1].bias
+        bias = torch.zeros_like(joint.output)
+        if isinstance(held, Tensor):
+            bias = torch.stack(joint.best_bias(found)).to(held.dtype).double()
+        own = held.detach().double().reshape(bias.shape) if isinstance(held, Tensor) else bias
+        self._judge.weigh(weights.roots)
+        lost = self._judge.errors(
+            weights.of(joint.moments.kernels(before.to_kernel())), weights.of(own)
+        )
+        left = self._judge.errors(weights.of(found), weights.of(bias))
+        better = is_sure(lost, left) if self._held_out else float(left.sum()) < float(lost.sum())
         if better:
             write_factors(chain, method, fitted)
-            if spec.bias:
-                chain[-1].get_parameter("bias").copy_(torch.cat(bias))
+            if isinstance(held, Tensor):
+                held.copy_(bias.flatten())
         silent = [torch.zeros_like(kernel) for kernel in kernels]
         variance = float(self._judge.errors(silent, weights.of(joint.output)).sum())
         share = 1.0 / variance if variance > 0 else 0.0
-        return share * before_fit, share * (after_fit if better else before_fit), better
+        errors = [share * float(each.sum()) for each in (lost, left if better else lost)]
+        return errors[0], errors[1], better
+
+    def _all(self, fit: Joint | None, fold: Joint | None) -> Joint:
+        """The moments of all samples; ValueError if there are none, or none that can be used."""
+        joint = fit.merged(fold) if fit is not None else fold
+        if joint is None:
+            raise ValueError(f"refit: {self._layer}: the batches hold no samples that count")
+        if not joint.is_finite():
+            raise ValueError(
+                f"refit: {self._layer}: its inputs or the original's outputs hold NaN or "
+                "infinities, or numbers too large to be squared; expected finite activations. Look "
+                "at the batches and at the layers before it"
+            )
+        return joint
+
+    def _fitted(
+        self,
+        joint: Joint,
+        kernels: Sequence[Tensor],
+        ridge: float,
+        start: Factorization,
+        weights: Weights,
+    ) -> Factorization:
+        """Factors for the wanted outputs, rounded as the chain is going to hold them."""
+        chain, spec = self._layer.chain, self._layer.spec
+        method, seconds = chain.decomposer, joint.moments.second_moments()
+        assert method is not None
+        assert chain.rank is not None
+        parts = zip(kernels, joint.missing(kernels, seconds), seconds, strict=True)
+        kernel = torch.cat(weights.of([_target(*part, ridge) for part in parts]))
+        kernel = kernel.reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
+        weight, begin = spec.from_forward_layout(kernel), weights.of_factors(start, method)
+        limited = method.limited(_ITERATIONS)
+        fitted = factorize(limited, weight, spec, chain.rank, seconds, begin)
+        dtype = next(chain.parameters()).dtype
+        return weights.undone(fitted, method).to(dtype).to(torch.float64)
 
     def _best_ridge(self, fit: Joint, kernels: Sequence[Tensor], rank: int) -> float:
         """The ridge with which kernels of a rank, fitted to most samples, suit the fold best."""
@@ -232,10 +220,13 @@ class Match:
         def lost(place: int) -> float:
             if not 0 <= place < len(_RIDGES):
                 return math.inf
-            found = [
-                _truncated(_target(*parts, _RIDGES[place]), parts[2], rank)
-                for parts in zip(kernels, missing, seconds, strict=True)
-            ]
+            try:
+                found = [
+                    _truncated(_target(*parts, _RIDGES[place]), parts[2], rank)
+                    for parts in zip(kernels, missing, seconds, strict=True)
+                ]
+            except torch.linalg.LinAlgError:  # too little for the precision
+                return math.inf
             bias = fit.best_bias(found) if fit.spec.bias else torch.zeros_like(fit.output)
             error = float(self._fold.errors(found, [*bias]).sum())
             return error if math.isfinite(error) else math.inf
@@ -253,14 +244,6 @@ def _target(kernel: Tensor, missing: Tensor, second: SecondMoment, ridge: float)
     return kernel + second.solved(missing, ridge * second.trace / second.fan_in)
 
 
-def _weight_of(kernels: Sequence[Tensor], spec: LayerSpec) -> Tensor:
-    """The groups' kernels as a weight in the layer's own layout."""
-    kernel = torch.cat([*kernels])
-    return spec.from_forward_layout(
-        kernel.reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
-    )
-
-
 def _rank_of(kernel: Tensor) -> int:
     """The number of directions that its outputs have."""
     small = kernel if len(kernel) <= kernel.shape[1] else kernel.T
@@ -274,30 +257,3 @@ def _truncated(kernel: Tensor, second: SecondMoment, rank: int) -> Tensor:
         return kernel
     outputs = leading_outputs(kernel, second, rank)  # (out, rank)
     return outputs @ (outputs.T @ kernel)
-
-
-def _roots(gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """R with ``Rᵀ R`` the weights of errors, and its inverse."""
-    count = len(gradient)
-    scale = float(gradient.diagonal().mean())
-    if not scale > 0:
-        identity = torch.eye(count, dtype=torch.float64, device=gradient.device)
-        return identity, identity
-    counts = gradient.double() / scale
-    counts.diagonal().add_(1.0 + count / max(samples, 1))
-    root = torch.linalg.cholesky(counts).T
-    identity = torch.eye(count).to(root)
-    return root, torch.linalg.solve_triangular(root, identity, upper=True)
-
-
-def _mixed(
-    factorization: Factorization, matrices: Sequence[Tensor], decomposer: Decomposer
-) -> Factorization:
-    """The factors with each group's outputs multiplied by its matrix."""
-    groups = []
-    for factors, matrix in zip(factorization.groups, matrices, strict=True):
-        *first, last = factors.stage_weights()
-        mixed = decomposer.factors_of((*first, (matrix @ last.flatten(1)).reshape(last.shape)))
-        assert mixed is not None  # the method knew the factors of the chain's own stages
-        groups.append(mixed)
-    return replace(factorization, groups=tuple(groups))

@@ -48,7 +48,7 @@ class Refit(RecoveryStep):
     def run(
         self, model: nn.Module, original: nn.Module, batches: Batches, held_out: HeldOut
     ) -> Recovery:
-        batches.require_several_passes("a pass for each chain")
+        batches.require_several_passes("an error taken before and after")
         replaced = replaced_layers(model, original, self.name)
         attempt = Attempt(model, held_out)
         layers: dict[str, tuple[float, float]] = {}
@@ -69,7 +69,8 @@ class Refit(RecoveryStep):
                 notes.append(
                     "no gradients can be taken, so that all outputs of a layer count alike"
                 )
-            items = walk.items(chains, device) if chains else []
+            items, short = walk.items(chains, device) if chains else ([], None)
+            notes += [short] if short else []
             patches = sum(item.samples for item in items if not item.held)
             found = walk.arrivals(chains, items)
             hidden, kept = not batches.progress, 0
@@ -111,11 +112,17 @@ def refit(
     >>> recovery.error_after < recovery.error_before
     True
 
-    Chains are refitted in the order in which they run, each by its own method and options. For
-    each, the batches go through both models up to there, second moments are summed up, and all its
+    Chains are refitted in the order in which they run, each by its own method and options: all its
     factors and its bias are solved for again, so that its output for the decomposed model's own
-    activations comes nearest to the original layer's output. Activations are not kept, and no more
-    batches are run for a chain than it needs.
+    activations comes nearest to the original layer's output. How near it stays to the original
+    kernel is chosen by a fold of the samples, and it is changed only where samples that are held
+    out surely gain.
+
+    The batches go through both models once: each waits at a chain, in a thread of its own, until
+    all are there, so that what they hold at one place has to fit into the memory (`max_memory` of
+    a `Data`, by default half of what is free; fewer are used if it does not). Models whose passes
+    write or draw what others read take a pass for each chain instead, and so do chains that are
+    called several times.
 
     Parameters
     ----------
@@ -123,7 +130,7 @@ def refit(
         What `decompose` or `apply` made of `original`.
     original : nn.Module
     batches : list of batches, DataLoader or Data
-        As for `tdecomp.calibrate`; there is a pass for each chain.
+        As for `tdecomp.calibrate`; there are several passes.
     gradients : bool
         Weight errors in a layer's outputs by how much the original model's outputs depend on
         them, by the gradients of random mixtures of these; else all errors count alike.

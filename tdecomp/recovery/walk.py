@@ -93,30 +93,32 @@ class Walk:
             batches.run(model, first)
         return cls(model, original, batches, calls, patches, max(nbytes))
 
-    def items(self, layers: Sequence[ReplacedLayer], device: torch.device) -> list[Item]:
+    def items(
+        self, layers: Sequence[ReplacedLayer], device: torch.device
+    ) -> tuple[list[Item], str | None]:
         """As many batches as these layers need, and those that are held out.
 
-        Of these, as many as the memory holds.
+        Of these, as many as the memory holds, with words about it if it does not hold all.
         """
         per = self.patches
         needed = max(_SAMPLES, *(enough(layer.spec) / per[layer] for layer in layers))
         few = max(_FEW * layer.spec.fan_in / per[layer] for layer in layers)
         room = self._room(device)
-        needed, few = min(needed, (1 - _HELD_SHARE) * room), min(few, (1 - _HELD_SHARE) * room)
+        most = min(needed, (1 - _HELD_SHARE) * room)
         items: list[Item] = []
         samples = 0
         # Copies, as a loader may fill the same tensors again for the next batch.
         for batch in self.batches.on(device):
             items.append(Item(copied(batch), False, len(items)))
             samples += items[-1].samples
-            if samples >= needed:
+            if samples >= most:
                 break
         count = len(items)
-        if samples < few:
+        if samples < min(few, most):
             for number, batch in enumerate(self.batches.variants(device)):
                 items.append(Item(batch, False, number % count))
                 samples += items[-1].samples
-                if samples >= few:
+                if samples >= min(few, most):
                     break
         held = 0
         for number, batch in enumerate(self.batches.held_out_on(device)):
@@ -124,7 +126,9 @@ class Walk:
                 break
             items.append(Item(copied(batch), True, number))
             held += items[-1].samples
-        return items
+        short = most <= samples < needed
+        words = f"fitted to {samples} samples: the memory (max_memory) holds no more at a time"
+        return items, words if short else None
 
     def _room(self, device: torch.device) -> float:
         """The number of samples that may wait at the same time."""

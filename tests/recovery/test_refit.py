@@ -338,6 +338,20 @@ def test_few_samples_do_not_spoil_what_others_get():
     assert outputs_lost(recovery.model, wide, held_out) < 1.3 * outputs_lost(thin, wide, held_out)
 
 
+def test_a_layer_so_wide_that_only_a_sample_of_its_inputs_is_held():
+    torch.manual_seed(0)
+    original = nn.Sequential(
+        nn.Conv1d(2, 96, 3), nn.ReLU(), nn.Conv1d(96, 8, 64, stride=4), nn.ReLU(), nn.Flatten()
+    )
+    batches = [torch.randn(40, 2, 90).cumsum(2) for _ in range(6)]
+    model = decomposed(original, ["lowrank"], rank=2)
+    recovery = refit(model, original, batches, **QUIET)
+    before, after = recovery.layers["2"]
+    assert after < 0.9 * before
+    fresh = [torch.randn(200, 2, 90).cumsum(2)]
+    assert outputs_lost(recovery.model, original, fresh) < outputs_lost(model, original, fresh)
+
+
 def test_one_sample_and_outputs_without_a_dimension_for_them():
     original = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 1), nn.Flatten(0))
     model = decomposed(original, rank=2, include="0")
