@@ -418,3 +418,19 @@ def test_decomposing_again_finds_chains_and_leaves_them():
     assert twice.report["heads.a"].method == "svd"
     assert isinstance(twice.model.stem[0], Chain)
     assert twice.model.stem[0].rank == 2
+
+
+def test_apply_finds_the_fits_of_a_plan_with_the_same_moments():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(6, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3))
+        images = torch.randn(20, 6, 9, 9)
+    moments = tdecomp.calibrate(model, [images], progress=False)
+    plan = tdecomp.plan(model, "dense", rank=tdecomp.Budget(params=0.5), data=moments)
+    reports = [tdecomp.apply(model, plan, data=moments).report for _ in range(2)]
+    chosen = [row for row in plan if row.method is not None]
+    assert chosen
+    for planned in chosen:
+        first, second = (report[planned.name] for report in reports)
+        assert first.fit_seconds == second.fit_seconds  # of the one fit that was made
+        assert first.output_error == planned.expected_error

@@ -15,7 +15,7 @@ from torch import Tensor
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.linalg.second_moment import SecondMoment
+from tdecomp.linalg.second_moment import SecondMoment, is_wide
 
 # A draft is only compared with other drafts: a few iterations are enough.
 DRAFT_ITERATIONS = 8
@@ -145,6 +145,9 @@ class Iterative(Decomposer):
     """A method whose fits to data start from factors and improve on them."""
 
     iterative = True
+    draft_iterations: ClassVar[int] = DRAFT_ITERATIONS  # of a draft that is fitted to data
+    # Whether a fit to data starts from one to the weights; else narrow layers are given the better.
+    starts_from_weights: ClassVar[bool] = False
 
     n_iter_max: int
     tol: float
@@ -171,11 +174,12 @@ class Iterative(Decomposer):
         *,
         draft: bool = False,
     ) -> Factors:
-        method = self.limited(DRAFT_ITERATIONS) if draft else self
+        method = self.limited(self.draft_iterations) if draft else self
         fitted = method.fitted(kernel, rank, moment, start, draft=draft)
-        if start is None or draft:
+        if draft or (start is None and (self.starts_from_weights or is_wide(moment.fan_in))):
             return fitted
-        return better(kernel, moment, fitted, start.balanced())
+        other = self.fit(kernel, rank) if start is None else start
+        return better(kernel, moment, fitted, other.balanced())
 
     def limited(self, iterations: int) -> Self:
         return replace(self, n_iter_max=min(self.n_iter_max, iterations))

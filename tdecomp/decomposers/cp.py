@@ -93,6 +93,7 @@ class CP(Iterative):
     name = "cp"
     source = "Lebedev et al. 2015, joint spatial modes"
     fits_in_float64 = True
+    starts_from_weights = True
     _joint = True  # one depthwise layer, and one factor, for all spatial modes together
 
     n_iter_max: int = 100

@@ -64,6 +64,8 @@ class Spatial(Iterative):
     name = "spatial"
     source = "Jaderberg et al. 2014"
 
+    draft_iterations = 3  # from a start that is in the norm of the data already
+
     n_iter_max: int = 50
     tol: float = 1e-7
 

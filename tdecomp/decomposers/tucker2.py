@@ -78,6 +78,8 @@ class Tucker2(Iterative):
     name = "tucker2"
     source = "Kim et al. 2016"
 
+    draft_iterations = 3  # from a start that is in the norm of the data already
+
     n_iter_max: int = 100
     tol: float = 1e-4
 

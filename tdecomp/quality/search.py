@@ -43,7 +43,8 @@ class Search:
         data: Batches | Moments | None,
     ) -> None:
         self._model, self._of, self._steps = model, of, steps
-        self._progress = request.progress
+        self._progress, profile = request.progress, request.profile
+        self._stopwatch = THIS_MACHINE if profile is None else profile.stopwatch
         self._judge = Judge(quality, model)
         self._say(
             f"the metric takes {self._judge.seconds:.2g} s; at most {self._judge.left} smaller "
@@ -114,11 +115,10 @@ class Search:
             self._request = replace(self._request, left_alone=left_alone)
             return self._plan(self._budget(share))
 
-        profile = self._request.profile
         return carry_out(
             self._model, planned, self._steps, self._data, example=self._request.example,
             timed=self._of == "latency", replan=replan, progress=False,
-            stopwatch=THIS_MACHINE if profile is None else profile.stopwatch,
+            stopwatch=self._stopwatch,
         )  # fmt: skip
 
     def _undecomposed(self) -> Decomposition:
@@ -140,7 +140,9 @@ class Search:
         report, example = result.report, self._request.example
         if report.speed is not None or example is None:
             return report
-        speed = measured_speed(self._model, result.model, result.plan.speed, example)
+        speed = measured_speed(
+            self._model, result.model, result.plan.speed, example, self._stopwatch
+        )
         return Report(report.rows, report.everything_else, report.recovery, speed, report.notes)
 
     def _say(self, words: str) -> None:

@@ -60,3 +60,11 @@ class Checks:
                 gaps = targets - rows @ kernel.T.to(rows) - shift.to(rows)
                 total.index_add_(0, owners, shares * gaps.square().sum(dim=1).double())
         return total
+
+    def variance(self, mean: Sequence[Tensor]) -> float:
+        """``Σ ‖R y − m‖²`` over all positions, with each group's mean of R y."""
+        return sum(
+            float((shares[:, None] * (targets - m.to(targets)).square()).sum())
+            for _, y, _, shares in self.parts
+            for targets, m in zip(y, mean, strict=True)
+        )

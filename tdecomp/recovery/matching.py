@@ -27,7 +27,6 @@ from tdecomp.recovery.weights import Weights
 # the last one nothing is left but the original kernel.
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
 _USUAL_RIDGE = 1.0  # where there are too few samples to choose by
-_NEGLIGIBLE = 1e-9  # the share of the largest squared singular value that counts as none
 _FOLDS = 4  # one of so many parts of the samples chooses the ridge
 _ITERATIONS = 25  # of a fit, which starts from the chain's own factors
 
@@ -145,7 +144,8 @@ class Match:
         ridge = _USUAL_RIDGE
         if fit is not None and fold is not None:
             self._fold.weigh(weights.roots)
-            rank = max(map(_rank_of, fit.moments.kernels(before.to_kernel())))
+            # No kernel of the chain has more directions of outputs than its last layer has inputs.
+            rank = before.groups[0].stage_weights()[-1][0].numel()
             cross, output = (torch.stack(weights.of(part)) for part in (fit.cross, fit.output))
             weighed = Joint(fit.moments, cross, output)
             ridge = self._best_ridge(weighed, weights.of(kernels), rank)
@@ -167,8 +167,7 @@ class Match:
             write_factors(chain, method, fitted)
             if isinstance(held, Tensor):
                 held.copy_(bias.flatten())
-        silent = [torch.zeros_like(kernel) for kernel in kernels]
-        variance = float(self._judge.errors(silent, weights.of(joint.output)).sum())
+        variance = self._judge.variance(weights.of(joint.output))
         share = 1.0 / variance if variance > 0 else 0.0
         errors = [share * float(each.sum()) for each in (lost, left if better else lost)]
         return errors[0], errors[1], better
@@ -242,13 +241,6 @@ def _target(kernel: Tensor, missing: Tensor, second: SecondMoment, ridge: float)
     if math.isinf(ridge):
         return kernel
     return kernel + second.solved(missing, ridge * second.trace / second.fan_in)
-
-
-def _rank_of(kernel: Tensor) -> int:
-    """The number of directions that its outputs have."""
-    small = kernel if len(kernel) <= kernel.shape[1] else kernel.T
-    values = torch.linalg.eigvalsh(small @ small.T)
-    return int((values > _NEGLIGIBLE * values[-1]).sum())
 
 
 def _truncated(kernel: Tensor, second: SecondMoment, rank: int) -> Tensor:

@@ -8,6 +8,11 @@ import torch
 from torch import nn
 
 import tdecomp
+from tdecomp.decomposers.registry import listed_methods
+from tdecomp.model.example import Example
+from tdecomp.model.sites import find_sites
+from tdecomp.timing.measure import measure
+from tests.timing.fake_stopwatch import FakeStopwatch
 from tests.unchanged import all_unchanged, unchanged
 
 QUIET = {"progress": False}
@@ -141,14 +146,18 @@ def test_a_noisy_metric_says_how_noisy_it_is():
 
 
 def test_shares_of_time():
-    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
-    x = torch.randn(64, 512)
+    model, stopwatch = net(), FakeStopwatch()
+    stopwatch.per_layer = 0.0
+    sites = list(find_sites(model, None, Example(X)).values())
+    times = measure(model, Example(X), sites, listed_methods("svd"), stopwatch=stopwatch)
     result = tdecomp.compress_to(
-        model, tdecomp.Quality(lambda _: 1.0, drop=0.5, evaluations=4), "svd", data=[x],
-        of="latency", recover=(), **QUIET,
+        model, tdecomp.Quality(closeness(model), drop=0.3), "svd", data=[X], of="latency",
+        example_inputs=X, profile=times, **QUIET,
     )  # fmt: skip
-    assert result.share < 0.7
-    assert result.share == result.report.speed.measured.median
+    before, after = (stopwatch.whole(m, Example(X)) for m in (model, result.model))
+    assert result.share == result.report.speed.measured.median == pytest.approx(after / before)
+    assert result.share < 0.95
+    assert "of the time" in str(result)
 
 
 def test_moments_will_do_without_recovery():
