@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,8 +105,8 @@ class Accumulator:
         return spread(present, math.ceil(share * present), self._generator)
 
     @cached_property
-    def _generator(self) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(self.seed)
+    def _generator(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
 
     def _thin_out(self, share: float) -> None:
         """Keep that share of a full sample, so that all patches are as likely to be in it."""
@@ -190,6 +191,7 @@ class OutputGradients:
     def __init__(self, layers: Layers, batches: Batches) -> None:
         self._layers, self._batches = layers, batches
         self._rows, self._generator = CountedRows(batches), batches.generator(0)
+        self._places = np.random.default_rng(batches.seed or 0)
         self._sums: dict[str, Tensor] = {}
         self.samples = 0
 
@@ -241,7 +243,7 @@ class OutputGradients:
             if present <= taken:
                 rows, weight = output_rows(slope, spec), 1.0
             else:
-                places = spread(present, taken, self._generator).to(slope.device)
+                places = spread(present, taken, self._places).to(slope.device)
                 rows, weight = patches_at(slope, each_output(spec), places)[0], present / taken
             product = (rows.T @ rows).double() * weight
             self._sums[name] = self._sums[name] + product if name in self._sums else product
@@ -277,11 +279,12 @@ def sums_bytes(spec: LayerSpec, known: int, dtype: torch.dtype) -> int:
     return spec.groups * spec.fan_in * (8 + each * rows)
 
 
-def spread(present: int, taken: int, generator: torch.Generator) -> Tensor:
+def spread(present: int, taken: int, generator: np.random.Generator) -> Tensor:
     """Random ones of `present` places, one from each of `taken` stretches of the same length."""
-    starts = torch.arange(taken, dtype=torch.float64, device="cpu")
-    inside = torch.rand(taken, generator=generator, dtype=torch.float64, device="cpu")
-    return ((starts + inside) * (present / taken)).long().clamp_max(present - 1)
+    # NumPy's numbers, as this may run inside torch.vmap, which refuses to draw torch's.
+    inside = np.arange(taken) + generator.random(taken)
+    places = (inside * (present / taken)).astype(np.int64).clip(max=present - 1)
+    return torch.from_numpy(places)
 
 
 def enough(spec: LayerSpec) -> int:

@@ -1,5 +1,6 @@
 """Drawing the patches of held-out samples that are kept."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class HeldSample:
     def __init__(self, spec: LayerSpec, seed: int) -> None:
         self._spec = spec
         self._most = max(1, min(_PATCHES, _NUMBERS // (spec.groups * spec.fan_in)))
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._generator = np.random.default_rng(seed)
         self._share = 1.0
         self._kept: list[HeldPatches] = []
 
@@ -45,7 +46,7 @@ class HeldSample:
 
     def _half(self, kept: HeldPatches) -> HeldPatches:
         count = len(kept.owners)
-        chosen = torch.randperm(count, generator=self._generator, device="cpu")[: (count + 1) // 2]
+        chosen = torch.from_numpy(self._generator.permutation(count)[: (count + 1) // 2])
         chosen = chosen.to(kept.owners.device)
         return HeldPatches(kept.rows[:, chosen], kept.owners[chosen])
 

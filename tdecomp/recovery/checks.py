@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class Checks:
 
     spec: LayerSpec
     calls: int  # about so many are going to be added
-    generator: torch.Generator
+    generator: np.random.Generator
     samples: int = 0
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 

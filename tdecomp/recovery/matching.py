@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,7 +107,7 @@ class Match:
             )
             for share in (1 - 1 / _FOLDS, 1 / _FOLDS)
         ]
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = np.random.default_rng(seed)
         fit = len(items) - held
         self._fold = Checks(spec, fit // _FOLDS if self._several else fit, generator)
         self._judge = Checks(spec, held or fit, generator)

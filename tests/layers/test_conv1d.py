@@ -100,7 +100,7 @@ def test_a_fit_to_data_loses_less_of_the_outputs(x):
     x = x * torch.linspace(0.01, 3, 16)
     wanted = model.c_fc(x).detach()
     lost = {}
-    for name, data in (("weights", None), ("data", [x])):
+    for name, data in (("weights", None), ("data", tdecomp.Data([x], held_out=0))):
         result = decomposed(model, 4, data=data, include="c_fc")
         lost[name] = float((result.model.c_fc(x) - wanted).detach().square().sum())
     flat = wanted.flatten(0, 1)
@@ -115,7 +115,8 @@ def test_a_fit_to_data_loses_less_of_the_outputs(x):
 def test_refit_and_reduce(x):
     model = Block()
     result = decomposed(model, 6)
-    recovery = tdecomp.refit(result.model, model, [x], augment=None, **QUIET)
+    data = tdecomp.Data([x], augment=None, held_out=0)
+    recovery = tdecomp.refit(result.model, model, data, **QUIET)
     assert set(recovery.layers) == {"c_fc", "c_proj"}
     assert recovery.error_after < recovery.error_before
     smaller, direct = tdecomp.reduce_ranks(result, rank=3, **QUIET), decomposed(model, 3)

@@ -172,7 +172,7 @@ def test_rows_plans_and_files(kind, tmp_path):
 @each_kind
 def test_fits_to_data_and_recovery(kind):
     model, x, method = model_and_input(kind)
-    batches = [x, x.flip(0)]
+    batches = tdecomp.Data([x, x.flip(0)], augment=None, held_out=0)
     result = tdecomp.decompose(model, method, rank=2, data=batches, **EVEN_IF_LARGER)
     with torch.no_grad():
         wanted = model[0](x)
@@ -182,7 +182,7 @@ def test_fits_to_data_and_recovery(kind):
     assert float(lost / variance) == pytest.approx(result.report["0"].output_error, rel=1e-6)
     by_weight = tdecomp.decompose(model, method, rank=2, **EVEN_IF_LARGER).model
     assert lost < (by_weight[0](x) - wanted).square().sum()
-    recovery = tdecomp.refit(result.model, model, batches, augment=None, **QUIET)
+    recovery = tdecomp.refit(result.model, model, batches, **QUIET)
     assert set(recovery.layers) == {"0", "2"}
     assert recovery.error_after < recovery.error_before
 
