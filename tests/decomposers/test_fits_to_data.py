@@ -374,3 +374,21 @@ def test_a_fit_to_data_is_no_worse_than_one_to_the_weights_after_rounding(method
         by_weights = fit_layer(weight, spec, chosen, 3).factors.to(torch.float64).to_kernel()
         lost, _ = seen.lost(weight, weight.double() - by_weights, seen.second_moments())
         assert by_data <= lost * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["tucker2", "spatial", "cp", "lowrank"])
+@pytest.mark.parametrize("channels", [24, 64])
+def test_a_fit_to_few_patches_stays_near_the_weights(method, channels):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(channels, 32, 3, padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+    # Smooth images, whose finest directions are hardly there: 6 of them, of 2×2 positions.
+    mix = torch.randn(channels, channels, generator=generator)
+    mix = mix * torch.logspace(0, -6, channels)[:, None]
+    images = torch.einsum("bchw,cd->bdhw", torch.randn(6, channels, 2, 2, generator=generator), mix)
+    model = nn.Sequential(layer)
+    data = tdecomp.Data([images], held_out=0, augment=None)
+    row = tdecomp.decompose(model, method, rank=0.3, data=data, progress=False).report["0"]
+    assert row.method == method
+    assert row.weight_error < 2
