@@ -166,8 +166,3 @@ def _centred(calls: tuple[Tensor, ...], unbiased: bool) -> list[Tensor]:
     mean = torch.stack([rows.sum(dim=0) for rows in calls]).sum(dim=0) / max(count, 1)
     scale = (count / (count - 1)) ** 0.5 if unbiased and count > 1 else 1.0
     return [(rows - mean) * scale for rows in calls]
-
-
-def squared_distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """The sum over all entries of all tensors."""
-    return sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))

@@ -22,7 +22,6 @@ from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import copied, device_of, tensors_of
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.macs import MacCounter
-from tdecomp.recovery.held_out import squared_distance
 from tdecomp.torch_state import hooks
 
 # The stretches of a training, after each of which the model may become the result.
@@ -136,7 +135,7 @@ class Training:
             moved = tensors_of(self.batches.run(self.model, batch))
             for parameter, value in zip(self.trained, held, strict=True):
                 parameter.copy_(value)
-            error, change = squared_distance(before, wanted), squared_distance(moved, before)
+            error, change = _squared_distance(before, wanted), _squared_distance(moved, before)
         share = error / change if change > 0 else 1.0
         return _HIGHEST_RATE * min(1.0, math.sqrt(_SHARE_OF_ERROR * share))
 
@@ -173,6 +172,11 @@ def variant(batches: Batches, batch: Any, generator: torch.Generator) -> Any:
     """The batch varied by `augment`, if there is one, and with parts of its images exchanged."""
     augment = batches.data.augment
     return batch if augment is None else paste(augment(copied(batch), generator), generator)
+
+
+def _squared_distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """The sum over all entries of all tensors."""
+    return sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
 
 
 def _distance(
