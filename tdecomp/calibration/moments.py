@@ -23,6 +23,7 @@ _TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
 _HELD = ("held_rows", "held_owners")  # in its HeldPatches
 # Entries of a matrix above which a sample of the patches is held instead, and entries of that.
 _LARGEST_MATRIX, _SAMPLE, _LEAST_SAMPLE = 2**25, 2**24, 1024
+_MOST_SHRUNK = 0.1  # of the mean power: patches of one long sample do tell something
 Value = TypeVar("Value")
 
 
@@ -40,6 +41,7 @@ class LayerMoments:
     sizes: tuple[tuple[int, ...], ...] = ()  # the spatial sizes of the inputs
     gradient: Tensor | None = None  # E[g gᵀ], summed over positions: (out, out), float64
     held: HeldPatches | None = None  # of samples that are held out, in none of these moments
+    samples: int | None = None  # independent of each other, as patches of one are not
 
     @property
     def few(self) -> bool:
@@ -84,6 +86,18 @@ class LayerMoments:
         dtype = dtype or (self.rows.dtype if self.sampled else torch.float64)
         rows = self.rows.to(dtype) - mean.to(dtype) if bias else self.rows.to(dtype)
         return [SecondMoment(rows=group) for group in rows / max(rows.shape[1], 1) ** 0.5]
+
+    def shrunk(self, second: Sequence[SecondMoment]) -> Sequence[SecondMoment]:
+        """`second_moments` as fits lean on them, who would follow the noise of few samples.
+
+        They are those of one sample more, whose inputs vary alike in all directions: the mean of
+        the posterior of a covariance whose prior, an inverse Wishart distribution, weighs as much
+        as one sample.
+        """
+        if not self.samples:
+            return second
+        share = min(1 / self.samples, _MOST_SHRUNK)
+        return [moment.shrunk(share) for moment in second]
 
     def output_variance(
         self, weight: Tensor, second: Sequence[SecondMoment] | None = None
@@ -160,7 +174,8 @@ class LayerMoments:
         held = self.held or other.held
         if self.held is not None and other.held is not None:
             held = self.held.merged(other.held)
-        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient, held)
+        samples = self.samples and other.samples and self.samples + other.samples
+        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient, held, samples)
 
     def _as_matrix(self) -> Tensor:
         if self.rows is not None:
@@ -325,6 +340,7 @@ class Moments(Mapping[str, LayerMoments]):
         with named_in_errors(file):
             header, tensors = read_tensors(file, _KEY, "moments", _FORMAT)
             layers = {}
+            samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
             for name, entry in typed(dict[str, _Entry], header.get("layers"), "layers").items():
                 keys = {part: f"{name}/{part}" for part in (*_TENSORS, *_HELD)}
                 held = {part: tensors.pop(key) for part, key in keys.items() if key in tensors}
@@ -334,14 +350,14 @@ class Moments(Mapping[str, LayerMoments]):
                 outside = [held.pop(part) for part in _HELD if part in held]
                 patches = HeldPatches(*outside) if len(outside) == len(_HELD) else None
                 layers[name] = LayerMoments(
-                    entry.spec, entry.count, sizes=entry.sizes, held=patches, **held
-                )
+                    entry.spec, entry.count, sizes=entry.sizes, held=patches, samples=samples,
+                    **held,
+                )  # fmt: skip
                 if problem := _problem(layers[name]):
                     raise ValueError(f"damaged: layer {name!r}: {problem}")
             if tensors:
                 raise ValueError(f"damaged: no layer has the moments {[*tensors]}")
             unreached = typed(tuple[str, ...], header.get("unreached"), "unreached")
-            samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
             odd = typed(dict[str, str], header.get("oddities", {}), "oddities")
             held_out = typed(int, header.get("held_out", 0), "held_out")
             return cls(layers, unreached, samples, peak, odd, held_out)
@@ -384,4 +400,6 @@ def _problem(moments: LayerMoments) -> str | None:
     for size in moments.sizes:
         if not spec.takes(Call(1, size)):
             return f"inputs of size {size}"
+    if moments.samples is not None and moments.samples < 0:
+        return f"{moments.samples} samples"
     return None if moments.count > 0 else f"{moments.count} patches, expected some"

@@ -38,6 +38,10 @@ class Features(ABC):
         """``matrix @ P(θ)``, for a matrix (m, fan_in)."""
 
     @abstractmethod
+    def spread(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        """``P(θ) @ matrix``, for a matrix (features, m)."""
+
+    @abstractmethod
     def slopes(
         self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -70,6 +74,11 @@ class SpanFeatures(Features):
         # (n, R); orthonormal columns are the best conditioned.
         basis: Tensor = torch.linalg.qr(theta[0]).Q
         return (matrix.reshape(-1, self.inputs) @ basis).reshape(len(matrix), -1)
+
+    def spread(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        basis: Tensor = torch.linalg.qr(theta[0]).Q
+        places: Tensor = basis @ matrix.unflatten(0, (self.volume, -1))
+        return places.flatten(0, 1)
 
     def slopes(
         self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
@@ -115,6 +124,9 @@ class ProductFeatures(Features):
 
     def project(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
         return matrix @ _khatri_rao(theta)
+
+    def spread(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        return _khatri_rao(theta) @ matrix
 
     def slopes(
         self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]

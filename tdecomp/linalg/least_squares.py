@@ -127,11 +127,15 @@ class Eliminated:
         """The best A for these features."""
         project, samples = self._features.project, self._moment.rows
         if samples is None:
-            seen = self._moment.features(lambda matrix: project(matrix, theta))  # G P
+            assert self._moment.matrix is not None
+            seen = project(self._moment.matrix, theta)  # G P
             normal = project(seen.T, theta)  # Pᵀ G P
         else:
             seen = project(samples, theta)
             normal = seen.T @ seen
+            if self._moment.added:
+                itself = self._features.spread(torch.eye(len(normal)).to(normal), theta)  # P
+                normal = normal + self._moment.added * project(itself.T, theta)
         if not self._power > 0:
             return _Best(seen.new_zeros(len(self._target), seen.shape[1]), 0.0, seen)
         triangle = triangle_of(normal, _RIDGES[seen.dtype])
@@ -149,6 +153,8 @@ class Eliminated:
         left, right = best.seen, best.gram  # whose product is G P AᵀA
         if self._moment.rows is not None:
             left, right = self._moment.rows.T, best.seen @ best.gram
+            if self._moment.added:
+                cross = cross - self._moment.added * self._features.spread(best.gram, theta)
         slopes = self._features.slopes(left, right, cross, theta)
         return [slope * (2.0 / self._power) for slope in slopes]
 

@@ -19,7 +19,7 @@ def test_its_points_are_the_candidates_of_a_budget():
     assert chosen
     for row in chosen:
         points = {point.rank: point for point in table[row.name]["svd"].points}
-        assert points[row.rank].error == pytest.approx(row.expected_error, rel=1e-6)
+        assert points[row.rank].error == pytest.approx(row.expected_error, rel=1e-4)
         assert points[row.rank].cost.params == row.params_after
 
 
