@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.estimate import is_sure
+from tdecomp.calibration.estimate import helps
 from tdecomp.calibration.moments import LayerMoments, is_widest
 from tdecomp.decomposers.assemble import factors_of_chain, write_factors
 from tdecomp.decomposers.factors import Factorization
@@ -167,7 +167,7 @@ class Match:
             weights.of(joint.moments.kernels(before.to_kernel())), weights.of(own)
         )
         left = self._judge.errors(weights.of(found), weights.of(bias))
-        better = is_sure(lost, left) if self._held_out else float(left.sum()) < float(lost.sum())
+        better = helps(lost, left, held_out=self._held_out)
         if better:
             write_factors(chain, method, fitted)
             if isinstance(held, Tensor):

@@ -20,7 +20,7 @@ from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import Forward, device_of
-from tdecomp.recovery.attempt import Attempt
+from tdecomp.recovery.attempt import Attempt, left_note
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
@@ -86,8 +86,7 @@ class Refit(RecoveryStep):
                 kept += not better
         if layers:
             rows.check_used()
-        if kept:
-            notes.append(f"{kept} of {len(layers)} chains left as they were: no gain that is sure")
+        notes += left_note(kept, len(layers), "chains")
         return attempt.finish(self.name, layers, notes)
 
 
