@@ -23,7 +23,6 @@ _TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
 _HELD = ("held_rows", "held_owners")  # in its HeldPatches
 # Entries of a matrix above which a sample of the patches is held instead, and entries of that.
 _LARGEST_MATRIX, _SAMPLE, _LEAST_SAMPLE = 2**25, 2**24, 1024
-_MOST_SHRUNK = 0.1  # of the mean power: patches of one long sample do tell something
 Value = TypeVar("Value")
 
 
@@ -88,16 +87,12 @@ class LayerMoments:
         return [SecondMoment(rows=group) for group in rows / max(rows.shape[1], 1) ** 0.5]
 
     def shrunk(self, second: Sequence[SecondMoment]) -> Sequence[SecondMoment]:
-        """`second_moments` as fits lean on them, who would follow the noise of few samples.
+        """`second_moments` as fits lean on them, which would follow the noise of few samples.
 
-        They are those of one sample more, whose inputs vary alike in all directions: the mean of
-        the posterior of a covariance whose prior, an inverse Wishart distribution, weighs as much
-        as one sample.
+        They are those of one sample more, whose inputs vary alike in all directions: the posterior
+        mean where the prior, an inverse Wishart distribution, weighs as much as one sample.
         """
-        if not self.samples:
-            return second
-        share = min(1 / self.samples, _MOST_SHRUNK)
-        return [moment.shrunk(share) for moment in second]
+        return [moment.shrunk(1 / self.samples) for moment in second] if self.samples else second
 
     def output_variance(
         self, weight: Tensor, second: Sequence[SecondMoment] | None = None
