@@ -1,8 +1,9 @@
 """Unlabelled data: as the user describes it, and as the functions inside run a model on it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -174,7 +175,8 @@ class Batches:
     def __len__(self) -> int:
         """How many there are, with those held out; 0 if this is not known."""
         batches, limit = self._iterable(), self.data.max_batches
-        known = len(batches) if isinstance(batches, Sized) else 0
+        # `len` of a loader fails where its data set has none.
+        known = 0 if self.single_pass else length_hint(batches)
         return known if limit is None else min(known, limit)
 
     @property

@@ -202,3 +202,16 @@ def test_rows_that_are_no_samples_are_not_held_out(recover):
 def test_a_batch_that_the_model_rejects_is_told_as_it_was_given():
     with pytest.raises(ValueError, match=r"calibrate: the model rejected a batch .*\(20, 7\)"):
         tdecomp.calibrate(nn.Linear(6, 2), torch.ones(20, 7), progress=False)
+
+
+class Stream(IterableDataset):
+    """Samples of a data set that has no length."""
+
+    def __iter__(self):
+        return iter(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_loader_whose_data_set_has_no_length():
+    loader = DataLoader(Stream(), batch_size=8)
+    moments = tdecomp.calibrate(nn.Linear(4, 4), loader, progress=False)
+    assert (moments.samples, moments.held_out) == (32, 8)

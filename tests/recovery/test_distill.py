@@ -166,7 +166,7 @@ def test_an_interrupt_keeps_the_best_so_far(inplace):
     assert (recovery.model is model) == inplace
     assert not same(weights(recovery.model), given)
     assert all(p.grad is None for p in recovery.model.parameters())
-    at_once = distill(decomposed(original), original, Interrupted(batches, 7), **SHORT)
+    at_once = distill(decomposed(original), original, Interrupted(batches, 8), **SHORT)
     assert at_once.error_after == at_once.error_before
 
 
