@@ -91,7 +91,7 @@ def test_what_is_held_out_is_in_no_moment():
 
 @pytest.mark.parametrize("size", [1, 5, 200])
 def test_no_more_are_kept_than_are_useful_and_none_is_preferred(size):
-    batches = [batch for part in images(400).split(size) for batch in (images(1), part)]
+    batches = [batch for part in images(400).split(size) for batch in (part, part)]
     held = tdecomp.calibrate(convolutions(), Data(batches, held_out=0.5), **QUIET)["0"].held
     assert 512 <= len(held.owners) <= 1024
     counts = held.owners.bincount()
