@@ -5,6 +5,7 @@ Detection", section 3.3: asymmetric reconstruction, in the order of the network.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.calibration.accumulator import OutputGradients
+from tdecomp.calibration.accumulator import OutputGradients, is_large
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
+from tdecomp.calibration.memory import freed_at_once
 from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
@@ -53,7 +55,9 @@ class Refit(RecoveryStep):
         attempt = Attempt(model, held_out)
         layers: dict[str, tuple[float, float]] = {}
         rows, device = CountedRows(batches), device_of(model)
-        with evaluating(model, original), exact_passes(), torch.no_grad():
+        large = any(is_large(layer.spec) for layer in replaced)
+        sparing = freed_at_once() if large else nullcontext()
+        with evaluating(model, original), exact_passes(), torch.no_grad(), sparing:
             walk = Walk.through(model, original, replaced, batches, device)
             reasons = {layer: _why_not(layer, walk.calls[layer]) for layer in replaced}
             chains = [layer for layer, reason in reasons.items() if reason is None]
