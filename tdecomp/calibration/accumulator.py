@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import LayerMoments, is_widest, sample_size
-from tdecomp.layers.patches import count_patches, dense, patches, patches_at, to_kernel_order
+from tdecomp.layers.patches import (
+    channels_last,
+    count_patches,
+    dense,
+    patches,
+    patches_at,
+    to_kernel_order,
+)
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.model.trace import is_transformed
@@ -81,6 +88,7 @@ class Accumulator:
                 targets = None if y is None else output_rows(y, spec)
             else:
                 places, weight = places.to(x.device), present / len(places)
+                x = channels_last(x, spec)
                 slices = (patches_at(x, spec, some) for some in places.split(_ROWS))
                 targets = None if y is None else patches_at(y, each_output(spec), places)[0]
             for rows in slices:

@@ -16,7 +16,7 @@ from tdecomp.calibration.moments import LayerMoments, is_widest
 from tdecomp.decomposers.assemble import factors_of_chain, write_factors
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize
-from tdecomp.layers.patches import dense
+from tdecomp.layers.patches import channels_last, dense
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
 from tdecomp.recovery.checks import Checks
@@ -133,6 +133,7 @@ class Match:
         spec, x, y = self._layer.spec, dense(x), dense(y)
         if x.dim() == (spec.ndim or 0) + 1:  # a sample alone
             x, y = x[None], y[None]
+        x, y = channels_last(x, spec), channels_last(y, spec)
         (x, owners), y = rows.of_samples(x, spec, range(item.samples)), rows.of_layer(y, spec)
         if item.held or not self._held_out:
             self._judge.add(x, y, owners, item.samples)
