@@ -6,7 +6,7 @@ whose variables separate".
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class _Best:
     factor: Tensor  # (out, features)
     lost: float  # the share of the output's power
     seen: Tensor  # G P (fan_in, features), or of samples their features (samples, features)
+    parts: Sequence[Tensor]  # of P; see `Features`
 
     @cached_property
     def gram(self) -> Tensor:
@@ -125,23 +126,24 @@ class Eliminated:
 
     def at(self, theta: Sequence[Tensor]) -> _Best:
         """The best A for these features."""
-        project, samples = self._features.project, self._moment.rows
+        parts, samples = self._features.parts(theta), self._moment.rows
+        project = partial(self._features.project, parts=parts)
         if samples is None:
-            seen = self._moment.features(lambda matrix: project(matrix, theta))  # G P
-            normal = project(seen.T, theta)  # Pᵀ G P
+            seen = self._moment.features(project)  # G P
+            normal = project(seen.T)  # Pᵀ G P
         else:
-            seen = project(samples, theta)
+            seen = project(samples)
             normal = seen.T @ seen
         if not self._power > 0:
-            return _Best(seen.new_zeros(len(self._target), seen.shape[1]), 0.0, seen)
+            return _Best(seen.new_zeros(len(self._target), seen.shape[1]), 0.0, seen, parts)
         triangle = triangle_of(normal, _RIDGES[seen.dtype])
-        projected = project(self._target, theta).T  # (features, out)
+        projected = project(self._target).T  # (features, out)
         whitened = torch.linalg.solve_triangular(triangle, projected, upper=False)
         if self._rank is not None and self._rank < min(whitened.shape):
             outputs = leading_eigenvectors(whitened.T @ whitened, self._rank)  # (out, rank)
             whitened = (whitened @ outputs) @ outputs.T
         factor = torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T
-        return _Best(factor, 1.0 - float(whitened.square().sum()) / self._power, seen)
+        return _Best(factor, 1.0 - float(whitened.square().sum()) / self._power, seen, parts)
 
     def slopes(self, theta: Sequence[Tensor], best: _Best) -> list[Tensor]:
         """The derivatives of the loss by θ: it is stationary in A, so only P itself counts."""
@@ -149,7 +151,7 @@ class Eliminated:
         left, right = best.seen, best.gram  # whose product is G P AᵀA
         if self._moment.rows is not None:
             left, right = self._moment.rows.T, best.seen @ best.gram
-        slopes = self._features.slopes(left, right, cross, theta)
+        slopes = self._features.slopes(left, right, cross, theta, best.parts)
         return [slope * (2.0 / self._power) for slope in slopes]
 
 
