@@ -132,7 +132,7 @@ class ProductFeatures(Features):
 
     def parts(self, theta: Sequence[Tensor]) -> Sequence[Tensor]:
         units = [*map(_unit, theta)]
-        return _khatri_rao(units), *units
+        return khatri_rao(units), *units
 
     def project(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         return matrix @ parts[0]
@@ -149,7 +149,7 @@ class ProductFeatures(Features):
         weights = (left @ right - cross).reshape(*map(len, units), -1)  # (size, …, R)
         slopes = []
         for mode, (part, unit) in enumerate(zip(theta, units, strict=True)):
-            others = _khatri_rao([one for other, one in enumerate(units) if other != mode])
+            others = khatri_rao([one for other, one in enumerate(units) if other != mode])
             along = (weights.movedim(mode, 0).flatten(1, -2) * others).sum(dim=1)  # by the unit
             along -= unit * (unit * along).sum(dim=0)  # along itself nothing changes
             slopes.append(along / _lengths(part))
@@ -171,7 +171,7 @@ class ProductFeatures(Features):
         return metrics
 
 
-def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     """Columns (fan_in, R), the last mode changing fastest as in the kernel."""
     first, *others = factors
     for factor in others:
