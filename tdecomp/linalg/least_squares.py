@@ -25,7 +25,7 @@ _LEFT_RIDGE, _RIGHT_RIDGE = 1e-6, 1e-4
 _RESOLVED = 1e-4
 # A fit ends where an iteration gains less than this share of what is lost: earlier where an
 # iteration takes long, and in a draft.
-_GAIN, _WIDE_GAIN, _DRAFT_GAIN = 1e-4, 3e-4, 1e-2
+_GAIN, _DRAFT_GAIN = 3e-4, 1e-2
 
 
 class SeparableFit:
@@ -49,7 +49,7 @@ class SeparableFit:
         """
         theta = [part.detach() for part in start]
         wide = is_wide(self._kernel.shape[1])
-        share = _DRAFT_GAIN if draft else _WIDE_GAIN if wide else _GAIN
+        share = _DRAFT_GAIN if draft else _GAIN
         for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
             problem, theta = self.eliminated(dtype), [part.to(dtype) for part in theta]
             theta, lost = problem.descend(theta, n_iter_max=n_iter_max, tol=tol, share=share)

@@ -21,14 +21,21 @@ from tdecomp.calibration.memory import freed_at_once
 from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
+from tdecomp.linalg.second_moment import is_wide
 from tdecomp.model.batches import Forward, device_of
+from tdecomp.parallel import OneThread
 from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
 from tdecomp.recovery.walk import Walk
-from tdecomp.torch_state import evaluating, exact_passes, full_precision, no_inference_mode
+from tdecomp.torch_state import (
+    evaluating,
+    exact_passes,
+    full_precision,
+    no_inference_mode,
+)
 
 # The samples that the gradients at the layers' outputs are taken of.
 _GRADIENT_SAMPLES = 128
@@ -84,7 +91,8 @@ class Refit(RecoveryStep):
                     rows.begin(item.batch)
                     for x, y in calls:
                         match.add(item, x, y, rows)
-                with full_precision(device):
+                narrow = not is_wide(layer.spec.fan_in)
+                with full_precision(device), OneThread() if narrow else nullcontext():
                     *lost, better = match.refit(slopes.get(layer.name), samples)
                 layers[layer.name] = lost[0], lost[1]
                 kept += not better
