@@ -302,7 +302,8 @@ def sensitivity(
     [1, 2, 3, 4, 5, 6, 7]
 
     These are the very candidates that a `Budget` chooses from. With the same `Moments` as data,
-    a later plan finds the fits that were made here.
+    a later plan finds the fits that were made here. Where samples are held out errors are theirs,
+    at a few ranks and interpolated between them.
 
     The parameters are those of `decompose`.
 

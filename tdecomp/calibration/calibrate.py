@@ -209,7 +209,7 @@ def _add_pass(
     for name in layers:
         found = sums.pop(name).finish(importance.get(name))
         if found is not None:
-            found = replace(found, held=held.pop(name).finish())
+            found = replace(found, held=held.pop(name).finish(), samples=moments.samples)
             _check_finite(name, found)
             moments.layers[name] = found
 

@@ -58,9 +58,10 @@ class Data:
         Varies batches at random, for `refit`, `distill` and the fits before them; everything else
         uses the batches as they are. None for batches that must not be varied.
     held_out : float
-        The share of the batches that nothing is fitted to, up to 0.5; errors are theirs. At least
-        one batch is held out, or rows of the only one. Of a DataLoader's data set samples are, as
-        one that shuffles has others in each pass. With 0, errors are of what was fitted to.
+        The share of the samples that nothing is fitted to, up to 0.5; errors are theirs. They are
+        those of whole batches, of at least one, or rows of the only one; of a DataLoader, samples
+        of its data set, as one that shuffles has others in each pass. With 0, errors are of what
+        was fitted to.
 
     Raises
     ------

@@ -49,7 +49,11 @@ def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:
     return float(gains.sum()), se
 
 
-def is_sure(before: Tensor, after: Tensor) -> bool:
-    """Whether the samples (samples,) lose less after a step, by more than chance explains."""
+def helps(before: Tensor, after: Tensor, *, held_out: bool) -> bool:
+    """Whether a change is kept for what the samples (samples,) lose before and after it.
+
+    Samples that are held out have to lose less by more than chance explains; those that the change
+    was fitted to only have to lose less.
+    """
     gain, se = paired_gain(before, after)
-    return gain > se
+    return gain > (se if held_out else 0.0)

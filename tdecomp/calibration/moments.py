@@ -40,6 +40,7 @@ class LayerMoments:
     sizes: tuple[tuple[int, ...], ...] = ()  # the spatial sizes of the inputs
     gradient: Tensor | None = None  # E[g gᵀ], summed over positions: (out, out), float64
     held: HeldPatches | None = None  # of samples that are held out, in none of these moments
+    samples: int | None = None  # independent of each other, as patches of one are not
 
     @property
     def few(self) -> bool:
@@ -87,6 +88,14 @@ class LayerMoments:
             rows -= mean.to(dtype)
         rows /= max(rows.shape[1], 1) ** 0.5
         return [SecondMoment(rows=group) for group in rows]
+
+    def shrunk(self, second: Sequence[SecondMoment]) -> Sequence[SecondMoment]:
+        """`second_moments` as fits lean on them, which would follow the noise of few samples.
+
+        They are those of one sample more, whose inputs vary alike in all directions: the posterior
+        mean where the prior, an inverse Wishart distribution, weighs as much as one sample.
+        """
+        return [moment.shrunk(1 / self.samples) for moment in second] if self.samples else second
 
     def output_variance(
         self, weight: Tensor, second: Sequence[SecondMoment] | None = None
@@ -163,7 +172,8 @@ class LayerMoments:
         held = self.held or other.held
         if self.held is not None and other.held is not None:
             held = self.held.merged(other.held)
-        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient, held)
+        samples = self.samples and other.samples and self.samples + other.samples
+        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient, held, samples)
 
     def _as_matrix(self) -> Tensor:
         if self.rows is not None:
@@ -328,6 +338,7 @@ class Moments(Mapping[str, LayerMoments]):
         with named_in_errors(file):
             header, tensors = read_tensors(file, _KEY, "moments", _FORMAT)
             layers = {}
+            samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
             for name, entry in typed(dict[str, _Entry], header.get("layers"), "layers").items():
                 keys = {part: f"{name}/{part}" for part in (*_TENSORS, *_HELD)}
                 held = {part: tensors.pop(key) for part, key in keys.items() if key in tensors}
@@ -337,14 +348,14 @@ class Moments(Mapping[str, LayerMoments]):
                 outside = [held.pop(part) for part in _HELD if part in held]
                 patches = HeldPatches(*outside) if len(outside) == len(_HELD) else None
                 layers[name] = LayerMoments(
-                    entry.spec, entry.count, sizes=entry.sizes, held=patches, **held
-                )
+                    entry.spec, entry.count, sizes=entry.sizes, held=patches, samples=samples,
+                    **held,
+                )  # fmt: skip
                 if problem := _problem(layers[name]):
                     raise ValueError(f"damaged: layer {name!r}: {problem}")
             if tensors:
                 raise ValueError(f"damaged: no layer has the moments {[*tensors]}")
             unreached = typed(tuple[str, ...], header.get("unreached"), "unreached")
-            samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
             odd = typed(dict[str, str], header.get("oddities", {}), "oddities")
             held_out = typed(int, header.get("held_out", 0), "held_out")
             return cls(layers, unreached, samples, peak, odd, held_out)
@@ -387,4 +398,6 @@ def _problem(moments: LayerMoments) -> str | None:
     for size in moments.sizes:
         if not spec.takes(Call(1, size)):
             return f"inputs of size {size}"
+    if moments.samples is not None and moments.samples < 0:
+        return f"{moments.samples} samples"
     return None if moments.count > 0 else f"{moments.count} patches, expected some"

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from operator import index
 from typing import Any
 
@@ -16,6 +16,7 @@ from tdecomp.model.batches import copied, count_samples, each_tensor
 
 Part = tuple[Any, bool]  # a batch, and whether it is held out
 
+_ROUNDING = 1e-9
 # Of loaders, what makes one that yields the same samples in other batches.
 _OPTIONS = (
     "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor",
@@ -57,24 +58,36 @@ def split_by_samples(
 
 
 def split_by_position(batches: Iterable[Any], share: float, limit: int | None) -> Iterator[Part]:
-    """The batches in their order, about a share of them held out, or rows of the only one."""
+    """The batches in their order, about a share of the samples held out, or rows of the only one.
+
+    Held out are the smaller of the first two batches, by default the second, and a later one where
+    this brings the samples that are held out nearer to the share.
+    """
     filled: Iterator[Any] = (batch for batch in islice(batches, limit) if count_samples(batch))
-    for first in filled:
-        if share > 0:
-            first = copied(first)  # a loader may fill the same tensors again for the next batch
-            second = next(filled, None)
-            if second is None:
-                yield from _split_rows(first, share)
-                return
-            filled = chain([second], filled)
-        yield first, False
-        for number, batch in enumerate(filled, 1):
-            yield batch, held_among(number + 1, share) > held_among(number, share)
+    if not share > 0:
+        yield from ((batch, False) for batch in filled)
+        return
+    for given in filled:
+        first = copied(given)  # a loader may fill the same tensors again for the next batch
+        second = next(filled, None)
+        if second is None:
+            yield from _split_rows(first, share)
+            return
+        sizes = count_samples(first), count_samples(second)
+        yield first, sizes[0] < sizes[1]
+        yield second, sizes[0] >= sizes[1]
+        total, held = sum(sizes), min(sizes)
+        for batch in filled:
+            size = count_samples(batch)
+            total += size
+            outside = size <= 2 * (share * total - held) + _ROUNDING
+            held += size if outside else 0
+            yield batch, outside
 
 
 def held_among(count: int, share: float) -> int:
-    """How many of so many batches are held out: the second, and a share of those after it."""
-    return 1 + int((count - 2) * share + 1e-9) if count > 1 and share > 0 else 0
+    """How many of so many batches of one size are held out."""
+    return max(1, int(count * share + 0.5 + _ROUNDING)) if count > 1 and share > 0 else 0
 
 
 def _split_rows(batch: Any, share: float) -> list[Part]:

@@ -19,9 +19,6 @@ from tdecomp.linalg.second_moment import SecondMoment, is_wide
 
 # A draft is only compared with other drafts: a few iterations are enough.
 DRAFT_ITERATIONS = 8
-# A fit to data that is farther from the kernel, in kernel norms, has followed noise in directions
-# that the data hardly showed: it would be far worse than a fit to the weights on other inputs.
-_FARTHEST = 2.0
 
 
 class Decomposer(ABC):
@@ -179,9 +176,6 @@ class Iterative(Decomposer):
     ) -> Factors:
         method = self.limited(self.draft_iterations) if draft else self
         fitted = method.fitted(kernel, rank, moment, start, draft=draft)
-        gone = (fitted.to_kernel() - kernel).norm()
-        if not gone <= _FARTHEST * kernel.norm():
-            return start or self.fit(kernel, rank, draft=draft)
         if draft or (start is None and (self.starts_from_weights or is_wide(moment.fan_in))):
             return fitted
         other = self.fit(kernel, rank) if start is None else start

@@ -61,8 +61,11 @@ def fit_layer(
     """
     began = time.perf_counter()
     with full_precision(weight.device):
-        second = None if moments is None else _second_moments(moments, weight, draft=draft)
-        factors = factorize(method, weight, spec, rank, second, start, draft=draft)
+        second = leant_on = None
+        if moments is not None:
+            second = _second_moments(moments, weight, draft=draft)
+            leant_on = moments.shrunk(second)
+        factors = factorize(method, weight, spec, rank, leant_on, start, draft=draft)
         seconds = time.perf_counter() - began
         # The factors have the weight's dtype by now; their product is not rounded once more.
         precise = factors.to(fit_dtype(method, weight))

@@ -42,6 +42,10 @@ class Features(ABC):
         """``matrix @ P(θ)``, for a matrix (m, fan_in)."""
 
     @abstractmethod
+    def spread(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """``P(θ) @ matrix``, for a matrix (features, m)."""
+
+    @abstractmethod
     def slopes(
         self,
         left: Tensor,
@@ -82,6 +86,10 @@ class SpanFeatures(Features):
 
     def project(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         return (matrix.reshape(-1, self.inputs) @ parts[0]).reshape(len(matrix), -1)
+
+    def spread(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        places: Tensor = parts[0] @ matrix.unflatten(0, (self.volume, -1))
+        return places.flatten(0, 1)
 
     def slopes(
         self,
@@ -136,6 +144,9 @@ class ProductFeatures(Features):
 
     def project(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         return matrix @ parts[0]
+
+    def spread(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0] @ matrix
 
     def slopes(
         self,

@@ -129,11 +129,15 @@ class Eliminated:
         parts, samples = self._features.parts(theta), self._moment.rows
         project = partial(self._features.project, parts=parts)
         if samples is None:
-            seen = self._moment.features(project)  # G P
+            assert self._moment.matrix is not None
+            seen = project(self._moment.matrix)  # G P
             normal = project(seen.T)  # Pᵀ G P
         else:
             seen = project(samples)
             normal = seen.T @ seen
+            if self._moment.added:
+                itself = self._features.spread(torch.eye(len(normal)).to(normal), parts)  # P
+                normal = normal + self._moment.added * project(itself.T)
         if not self._power > 0:
             return _Best(seen.new_zeros(len(self._target), seen.shape[1]), 0.0, seen, parts)
         triangle = triangle_of(normal, _RIDGES[seen.dtype])
@@ -151,6 +155,8 @@ class Eliminated:
         left, right = best.seen, best.gram  # whose product is G P AᵀA
         if self._moment.rows is not None:
             left, right = self._moment.rows.T, best.seen @ best.gram
+            if self._moment.added:
+                cross = cross - self._moment.added * self._features.spread(best.gram, best.parts)
         slopes = self._features.slopes(left, right, cross, theta, best.parts)
         return [slope * (2.0 / self._power) for slope in slopes]
 

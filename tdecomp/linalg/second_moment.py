@@ -6,7 +6,7 @@ squared Frobenius norm of the difference.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -30,6 +30,7 @@ class SecondMoment:
 
     matrix: Tensor | None = None  # (fan_in, fan_in)
     rows: Tensor | None = None  # (samples, fan_in), with ``rows.T @ rows`` the second moment
+    added: float = 0.0  # to the diagonal of that of the rows
 
     def __post_init__(self) -> None:
         assert (self.matrix is None) != (self.rows is None)
@@ -51,7 +52,8 @@ class SecondMoment:
     def trace(self) -> float:
         """The power of all inputs together."""
         if self.rows is not None:  # a square of each number would need as much memory again
-            return float(torch.linalg.vector_norm(self.rows, dim=1).double().square().sum())
+            squares = torch.linalg.vector_norm(self.rows, dim=1).double().square()
+            return float(squares.sum()) + self.added * self.fan_in
         return float(self._matrix.diagonal().sum())
 
     @property
@@ -67,17 +69,11 @@ class SecondMoment:
         rows, given = self.rows, kernel
         kernel = kernel.to(self._held.dtype)
         product = kernel @ self._held if rows is None else (kernel @ rows.T) @ rows
-        return (product + self.ridge * kernel).to(given.dtype)
+        return (product + (self.added + self.ridge) * kernel).to(given.dtype)
 
     def between(self, kernel: Tensor) -> Tensor:
         """``K G Kᵀ`` (out, out): the second moment of the kernel's outputs."""
         return self.applied(kernel) @ kernel.T
-
-    def features(self, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """``G P`` (fan_in, features), for the callable `project` with ``project(M) = M P``."""
-        if self.rows is not None:
-            return self.rows.T @ project(self.rows)
-        return project(self._matrix)
 
     def solved(self, right: Tensor, ridge: float) -> Tensor:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
@@ -86,7 +82,7 @@ class SecondMoment:
             ridge += self._definite_ridge
             return _solution(_ridged(self._matrix, ridge), right.T).T.to(given.dtype)
         # With fewer samples than inputs their Gram matrix is smaller (matrix inversion lemma).
-        ridge += self.ridge
+        ridge += self.added + self.ridge
         inner = _solution(_ridged(self._gram, ridge), self.rows @ right.T)
         return ((right - (self.rows.T @ inner).T) / ridge).to(given.dtype)
 
@@ -100,7 +96,7 @@ class SecondMoment:
         before, size, after = prod(shape[:mode]), shape[mode], prod(shape[mode + 1 :])
         if self.rows is not None:
             unfolded = self.rows.reshape(-1, size, after).transpose(0, 1).flatten(1)
-            return unfolded @ unfolded.T
+            return _ridged(unfolded @ unfolded.T, self.added * before * after)
         blocks = self._matrix.reshape(before, size, after, before, size, after)
         return blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum(dim=(2, 3))
 
@@ -109,23 +105,25 @@ class SecondMoment:
         power = self.trace / self.fan_in
         power = power if power > _LEAST else 1.0
         if self.rows is not None:
-            return SecondMoment(rows=(self.rows / power**0.5).to(dtype))
+            return SecondMoment(None, (self.rows / power**0.5).to(dtype), self.added / power)
         return SecondMoment(matrix=_ridged((self._matrix / power).to(dtype), _RIDGE))
 
     def reordered(self, order: Callable[[Tensor, int], Tensor]) -> "SecondMoment":
         """The moment of the inputs in another order, which a callable gives one dimension."""
         if self.rows is not None:
-            return SecondMoment(rows=order(self.rows, 1))
+            return replace(self, rows=order(self.rows, 1))
         return SecondMoment(matrix=order(order(self._matrix, 1), 0))
 
-    def definite(self) -> "SecondMoment":
-        """With a ridge against the slightly negative eigenvalues of a matrix summed in float32."""
+    def shrunk(self, share: float) -> "SecondMoment":
+        """With a share of the mean power of the inputs added to the diagonal."""
+        added = share * self.trace / self.fan_in
         if self.rows is not None:
-            return self
-        return SecondMoment(matrix=_ridged(self._matrix, self._definite_ridge))
+            return replace(self, added=self.added + added)
+        return SecondMoment(matrix=_ridged(self._matrix, added))
 
     @cached_property
     def _definite_ridge(self) -> float:
+        """Against the slightly negative eigenvalues of a matrix summed in float32."""
         ridge, most = self.ridge, float(self._matrix.abs().sum())  # no eigenvalue is larger
         # A matrix that is not finite never becomes definite; the fit then raises an error.
         while ridge < most and torch.linalg.cholesky_ex(_ridged(self._matrix, ridge)).info:
@@ -136,7 +134,8 @@ class SecondMoment:
         """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
         difference = difference.to(self._held.dtype)
         if self.rows is not None:
-            return float((difference @ self.rows.T).square().sum())
+            lost = (difference @ self.rows.T).square().sum()
+            return float(lost + self.added * difference.square().sum())
         # Round-off can make the loss of an exact fit slightly negative.
         return max(float(((difference @ self._matrix) * difference).sum()), 0.0)
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.moments import FitCache, LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
@@ -66,32 +65,25 @@ class LayerLosses:
         Else a bound or a draft's; or None. With moments the lost share of the output's variance, on
         held-out samples where there are some; without the relative weight error.
         """
-        held = self._held_out_error(method, rank)
-        if held is not None:
-            return held.value
-        known = self.known_fit(method, rank, draft=False)
-        if known is not None and self.fits_to_data(method):
-            return known.output_error
+        fit = self._closest_fit(method, rank) if self.fits_to_data(method) else None
+        error = None if fit is None else fit.held_out_error(self.weight, self.moments)
+        if error is not None:
+            return error.value
         nested = self.nested(method)
         if nested is not None:
             return self.row_error(method, nested[only_rank(rank)][1])
-        if isinstance(rank, tuple) and self.fits_to_data(method):
-            return self.fitted(method, rank)[1]
         outside = self._outside(method, rank)
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return None if outside is None else math.sqrt(min(sum(outside), 1.0))
 
-    def _held_out_error(self, method: Decomposer, rank: Rank) -> Estimate | None:
-        """By the fit, or the draft, that is known; of a nested method the fit is made now."""
-        if self.moments is None or self.moments.held is None or not method.uses_moments:
-            return None
+    def _closest_fit(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
+        """The fit, or the draft, that is known; the fit of a nested method is made now."""
         if self.nested(method) is not None:
-            fit = self.fit(method, rank, draft=False)
-        else:
-            fit = self.known_fit(method, rank, draft=False) or self.known_fit(
-                method, rank, draft=True
-            )
-        return None if fit is None else fit.held_out_error(self.weight, self.moments)
+            return self.fit(method, rank, draft=False)
+        for draft in (False, True):
+            if (fit := self.known_fit(method, rank, draft=draft)) is not None:
+                return fit
+        return self.fit(method, rank, draft=True) if isinstance(rank, tuple) else None
 
     def least(self, method: Decomposer, rank: Rank) -> float | None:
         """A lower bound on the loss of any fit of these ranks, from singular values; or None."""

@@ -15,6 +15,7 @@ from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.loss_curves.curve import LossCurve
+from tdecomp.loss_curves.held_out import on_held_out
 from tdecomp.loss_curves.offers import able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
@@ -172,7 +173,8 @@ def measure_sensitivity(
             layers.append(LayerSensitivity(site.name, site.spec, Cost(0), {}, reason=reason))
         else:
             before, of_outputs = offer.losses.before, offer.losses.moments is not None
-            layers.append(LayerSensitivity(site.name, site.spec, before, offer.curves, of_outputs))
+            curves = {n: on_held_out(c, offer.losses) for n, c in offer.curves.items()}
+            layers.append(LayerSensitivity(site.name, site.spec, before, curves, of_outputs))
     return Sensitivity(layers)
 
 

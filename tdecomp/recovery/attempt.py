@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from tdecomp.calibration.estimate import is_sure, paired_gain
+from tdecomp.calibration.estimate import helps, paired_gain
 from tdecomp.model.surgery import swap, tensors_in
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery
@@ -36,8 +36,8 @@ class Attempt:
         after, said = held_out.lost(self._model), [*notes]
         first, last = self.error, held_out.estimate(after)
         gain, gain_se = paired_gain(before, after)
-        helps = is_sure(before, after) if held_out.samples else gain > 0
-        if held_out.tells and not helps and not torch.equal(before, after):
+        better = helps(before, after, held_out=held_out.samples > 0)
+        if held_out.tells and not better and not torch.equal(before, after):
             swap(self._model, {}, values=self._values)
             layers = {name: (error, error) for name, (error, _) in layers.items()}
             said.append(
@@ -47,6 +47,11 @@ class Attempt:
             last, gain, gain_se = first, 0.0, 0.0
         if held_out.tells and not held_out.samples:
             said.append("nothing was held out: errors are of what was fitted to")
+        if held_out.samples == 1:
+            said.append(
+                "a single sample is held out, by which no gain is sure: more samples, or "
+                "held_out=0 to trust those that are fitted to, let a step change the model"
+            )
         if not held_out.steady:
             said.append(
                 "batches differ from pass to pass: errors are too low if these are other samples"
@@ -57,6 +62,11 @@ class Attempt:
             self._model, step, first.value, last.value, layers, tuple(said), last.se, last.margin,
             known if told else None, held_out.samples,
         )  # fmt: skip
+
+
+def left_note(left: int, count: int, parts: str) -> list[str]:
+    """What is said where some of the parts of a model are not changed, as this does not help."""
+    return [f"{left} of {count} {parts} left as they were: no gain that is sure"] if left else []
 
 
 def _remedy(gain: float, gain_se: float) -> str:

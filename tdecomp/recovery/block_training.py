@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
-from tdecomp.calibration.estimate import is_sure
+from tdecomp.calibration.estimate import helps
 from tdecomp.model.batches import copied, tensors_of
 from tdecomp.recovery.blocks import Block
 from tdecomp.recovery.training import Adam
@@ -50,8 +50,7 @@ class BlockTraining:
         for parameter in trained:
             parameter.grad = None
         after = self._errors()
-        gained = bool(after.sum() < before.sum())
-        better = is_sure(before, after) if self._held else gained
+        better = helps(before, after, held_out=bool(self._held))
         if not better:
             for parameter, value in zip(trained, values, strict=True):
                 parameter.copy_(value)
@@ -81,6 +80,8 @@ def _variance(outputs: Sequence[Tensor]) -> float:
     """The mean over entries of the variance, each about its own mean over all calls."""
     rows = [y.double().reshape(len(y), -1) for y in outputs]
     count = sum(map(len, rows))
-    mean = sum(r.sum(dim=0) for r in rows) / count
+    # Entries of sequences of several lengths have no mean in common.
+    alike = len({r.shape[1] for r in rows}) == 1
+    mean: Any = sum(r.sum(dim=0) for r in rows) / count if alike else 0.0
     found = sum(float((r - mean).square().mean(dim=1).sum()) for r in rows) / count
     return found if math.isfinite(found) else 1.0

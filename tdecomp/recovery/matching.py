@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.estimate import is_sure
+from tdecomp.calibration.estimate import helps
 from tdecomp.calibration.moments import LayerMoments, is_widest
 from tdecomp.decomposers.assemble import factors_of_chain, write_factors
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.layers.patches import channels_last, dense
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.least_of import least_of
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
 from tdecomp.recovery.checks import Checks
 from tdecomp.recovery.replaced import ReplacedLayer
@@ -27,7 +28,9 @@ from tdecomp.recovery.weights import Weights
 # The ridges towards the original kernel that are tried, as shares of the inputs' mean square; with
 # the last one nothing is left but the original kernel.
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
-_USUAL_RIDGE = 1.0  # where there are too few samples to choose by
+# The weights of inputs that vary alike in all directions that are tried, in samples.
+_ALIKE = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 16.0)
+_USUAL_RIDGE, _USUAL_ALIKE = 1.0, 1.0  # where there are too few samples to choose by
 _FOLDS = 4  # one of so many parts of the samples chooses the ridge
 _ITERATIONS = 25  # of a fit, which starts from the chain's own factors
 
@@ -113,6 +116,7 @@ class Match:
         spec, held = layer.spec, sum(item.held for item in items)
         self._layer, self._several = layer, len({i.number for i in items if not i.held}) >= _FOLDS
         self._held_out = held > 0
+        self._samples = max(sum(item.samples for item in items if not item.held), 1)
         self._sums = [
             # The patches that are held of the widest layers shall be those of the other sums.
             Accumulator(
@@ -162,15 +166,15 @@ class Match:
         self._sums.clear()
         joint = self._all(fit, fold)
         kernels = joint.moments.kernels(self._layer.layer.get_parameter("weight"))
-        ridge = _USUAL_RIDGE
+        ridge, alike = _USUAL_RIDGE, _USUAL_ALIKE
         if fit is not None and self._fold.parts:
             self._fold.weigh(weights.roots)
             # No kernel of the chain has more directions of outputs than its last layer has inputs.
             rank = before.groups[0].stage_weights()[-1][0].numel()
-            ridge = self._best_ridge(fit.weighed(weights), weights.of(kernels), rank)
+            ridge, alike = self._best(fit.weighed(weights), weights.of(kernels), rank)
             ridge *= fit.moments.count / joint.moments.count
         del fit, fold  # of wide layers they are large
-        fitted = self._fitted(joint, kernels, ridge, before, weights)
+        fitted = self._fitted(joint, kernels, ridge, alike, before, weights)
         found = joint.moments.kernels(fitted.to_kernel())
         held = chain[-1].bias
         bias = torch.zeros_like(joint.output)
@@ -182,7 +186,7 @@ class Match:
             weights.of(joint.moments.kernels(before.to_kernel())), weights.of(own)
         )
         left = self._judge.errors(weights.of(found), weights.of(bias))
-        better = is_sure(lost, left) if self._held_out else float(left.sum()) < float(lost.sum())
+        better = helps(lost, left, held_out=self._held_out)
         if better:
             write_factors(chain, method, fitted)
             if isinstance(held, Tensor):
@@ -210,6 +214,7 @@ class Match:
         joint: Joint,
         kernels: Sequence[Tensor],
         ridge: float,
+        alike: float,
         start: Factorization,
         weights: Weights,
     ) -> Factorization:
@@ -223,12 +228,16 @@ class Match:
         kernel = kernel.reshape(spec.out_channels, spec.group_in, *spec.kernel_size)
         weight, begin = spec.from_forward_layout(kernel), weights.of_factors(start, method)
         limited = method.limited(_ITERATIONS)
-        fitted = factorize(limited, weight, spec, chain.rank, seconds, begin)
+        leant_on = [second.shrunk(alike / self._samples) for second in seconds]
+        fitted = factorize(limited, weight, spec, chain.rank, leant_on, begin)
         dtype = next(chain.parameters()).dtype
         return weights.undone(fitted, method).to(dtype).to(torch.float64)
 
-    def _best_ridge(self, fit: Joint, kernels: Sequence[Tensor], rank: int) -> float:
-        """The ridge with which kernels of a rank, fitted to most samples, suit the fold best."""
+    def _best(self, fit: Joint, kernels: Sequence[Tensor], rank: int) -> tuple[float, float]:
+        """The ridge and the weight of inputs that vary alike, both for most samples.
+
+        With these, kernels of a rank that are fitted to most samples suit the fold best.
+        """
         # The choice is one of a few, for which the precision of the layer is enough.
         dtype = torch.promote_types(self._layer.layer.get_parameter("weight").dtype, torch.float32)
         seconds = fit.second_moments(dtype)
@@ -236,13 +245,15 @@ class Match:
         missing = [part.to(dtype) for part in fit.missing(kernels, seconds)]
 
         @cache
-        def lost(place: int) -> float:
-            if not 0 <= place < len(_RIDGES):
-                return math.inf
+        def targets(ridge: float) -> list[Tensor]:
+            return [_target(*p, ridge) for p in zip(kernels, missing, seconds, strict=True)]
+
+        def lost(ridge: float, alike: float) -> float:
+            share = alike / (self._samples * (1 - 1 / _FOLDS))
             try:
                 found = [
-                    _truncated(_target(*parts, _RIDGES[place]), parts[2], rank)
-                    for parts in zip(kernels, missing, seconds, strict=True)
+                    _truncated(target, second.shrunk(share), rank)
+                    for target, second in zip(targets(ridge), seconds, strict=True)
                 ]
             except torch.linalg.LinAlgError:  # too little for the precision
                 return math.inf
@@ -250,10 +261,8 @@ class Match:
             error = float(self._fold.errors(found, [*bias]).sum())
             return error if math.isfinite(error) else math.inf
 
-        place = _RIDGES.index(_USUAL_RIDGE)
-        while (near := min((place, place - 1, place + 1), key=lost)) != place:
-            place = near
-        return _RIDGES[place]
+        ridge = least_of(_RIDGES, partial(lost, alike=_USUAL_ALIKE), _USUAL_RIDGE)
+        return ridge, least_of(_ALIKE, partial(lost, ridge), _USUAL_ALIKE)
 
 
 def _target(kernel: Tensor, missing: Tensor, second: SecondMoment, ridge: float) -> Tensor:

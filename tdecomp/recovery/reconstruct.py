@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward, device_of, in_parts
-from tdecomp.recovery.attempt import Attempt
+from tdecomp.recovery.attempt import Attempt, left_note
 from tdecomp.recovery.block_training import BlockTraining
 from tdecomp.recovery.blocks import Block, blocks_of
 from tdecomp.recovery.held_out import HeldOut
@@ -80,8 +80,7 @@ class Reconstruct(RecoveryStep):
                 *lost, better = training.train(self.epochs, self.lr, device)
                 layers[block.name] = lost[0], lost[1]
                 kept += not better
-        if kept:
-            notes.append(f"{kept} of {len(layers)} blocks left as they were: no gain that is sure")
+        notes += left_note(kept, len(layers), "blocks")
         return attempt.finish(self.name, layers, notes)
 
 

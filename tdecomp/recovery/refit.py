@@ -24,7 +24,7 @@ from tdecomp.layers.chain import Chain
 from tdecomp.linalg.second_moment import is_wide
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.parallel import OneThread
-from tdecomp.recovery.attempt import Attempt
+from tdecomp.recovery.attempt import Attempt, left_note
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
@@ -98,8 +98,7 @@ class Refit(RecoveryStep):
                 kept += not better
         if layers:
             rows.check_used()
-        if kept:
-            notes.append(f"{kept} of {len(layers)} chains left as they were: no gain that is sure")
+        notes += left_note(kept, len(layers), "chains")
         return attempt.finish(self.name, layers, notes)
 
 

@@ -371,7 +371,7 @@ def test_two_parts_give_the_same_as_the_whole(share):
     merged, whole = parts[0] + parts[1], taken(small(), [x], gradients=False)
     assert parts[0]["5"].few
     assert not merged["5"].few
-    assert merged.samples == 36
+    assert merged.samples == merged["5"].samples == 36
     check_same(merged, whole)
     few = taken(small(), [x[:5]], gradients=False) + taken(small(), [x[5:12]], gradients=False)
     check_same(few, taken(small(), [x[:12]], gradients=False))
@@ -409,6 +409,7 @@ def test_saved_moments_come_back(tmp_path):
     check_same(loaded, moments, bound=1e-15)
     assert loaded.unreached == ("spare",)
     assert (loaded.samples, loaded.peak_bytes) == (moments.samples, moments.peak_bytes)
+    assert loaded["net.5"].samples == moments.samples
     assert loaded["net.5"].rows.dtype == torch.float32
     assert loaded["net.0"].spec.kernel_size == (3, 3)
     check_same(loaded + moments, moments + loaded, bound=1e-15)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tdecomp.calibration.estimate import is_sure, lost_share, paired_gain
+from tdecomp.calibration.estimate import helps, lost_share, paired_gain
 
 
 def drawn(count, generator, spread=0.5):
@@ -53,9 +53,11 @@ def test_a_gain_is_judged_sample_by_sample():
     gain, se = paired_gain(power, power - 0.1)
     assert gain == pytest.approx(0.4)
     assert se < 1e-4
-    assert is_sure(power, power - 0.1)
-    assert not is_sure(power - 0.1, power)
-    assert not is_sure(power, power)
-    assert not is_sure(power, torch.tensor([1.0, 20.0, 80.0, 3.0]))
-    assert not is_sure(power[:1], power[:1] - 1)  # one sample says nothing
+    assert helps(power, power - 0.1, held_out=True)
+    assert not helps(power - 0.1, power, held_out=True)
+    assert not helps(power, power, held_out=True)
+    assert not helps(power, torch.tensor([1.0, 20.0, 80.0, 3.0]), held_out=True)
+    assert not helps(power[:1], power[:1] - 1, held_out=True)  # one sample says nothing
+    assert helps(power[:1], power[:1] - 1, held_out=False)
+    assert not helps(power, power, held_out=False)
     assert paired_gain(power[:1], power[:1])[1] == math.inf

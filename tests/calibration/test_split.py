@@ -51,6 +51,15 @@ def test_whole_batches_are_held_out_where_there_are_several(count, share, held, 
     assert not parts[0][1]
 
 
+@pytest.mark.parametrize("sizes, held", [
+    ((1, 500), [0]), ((500, 1), [1]), ((300, 1, 9, 202), [1, 2]), ((10, 10, 10, 5000), [1]),
+    ((5000, 10, 10, 400), [1, 2, 3]),
+])  # fmt: skip
+def test_of_batches_of_several_sizes_about_a_share_of_the_samples_is_held_out(sizes, held):
+    parts = batches_of([torch.zeros(size, 1) for size in sizes]).parts(CPU)
+    assert [number for number, (_, outside) in enumerate(parts) if outside] == held
+
+
 def test_rows_of_the_only_batch_are_held_out():
     batch = {"x": torch.arange(40.0), "y": (torch.arange(40), "text"), "size": torch.ones(3)}
     batches = batches_of(batch)

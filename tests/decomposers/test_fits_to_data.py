@@ -1,6 +1,7 @@
 """Decomposing with data: what a user sees of it, from `decompose` to the report's rows."""
 
 import copy
+from dataclasses import replace
 from types import NoneType
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.calibration.calibrate import calibrate
+from tdecomp.calibration.moments import LayerMoments
 from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.fit_layer import fit_layer
 from tdecomp.decomposers.registry import get_decomposer
@@ -369,6 +371,7 @@ def test_a_fit_to_data_is_no_worse_than_one_to_the_weights_after_rounding(method
         model[0].weight.copy_(torch.einsum("or,ir,hr,wr->oihw", *modes))
         x = torch.randn(4, 6, 8, 8, generator=g) * torch.logspace(0, -3, 6)[:, None, None] + 3
         seen = tdecomp.calibrate(model, whole([x]), gradients=False, progress=False).layers["0"]
+        seen = replace(seen, samples=None)  # so that errors are in the very norm of the fits
         weight = model[0].weight.to(dtype)
         by_data = fit_layer(weight, spec, chosen, 3, seen).output_error
         by_weights = fit_layer(weight, spec, chosen, 3).factors.to(torch.float64).to_kernel()
@@ -392,3 +395,28 @@ def test_a_fit_to_few_patches_stays_near_the_weights(method, channels):
     row = tdecomp.decompose(model, method, rank=0.3, data=data, progress=False).report["0"]
     assert row.method == method
     assert row.weight_error < 2
+
+
+@pytest.mark.parametrize(
+    "method, rank", [("spatial", 10), ("tucker2", (4, 8)), ("lowrank", 6), ("cp", 20)]
+)
+def test_fits_to_few_samples_lean_less_on_them_and_lose_less_of_others(method, rank):
+    chosen, gains = get_decomposer(method), []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        spec = LayerSpec.of(nn.Conv2d(8, 16, 3, bias=False))
+        weight = torch.randn(16, 8, 3, 3, generator=generator)
+        mix = torch.randn(72, 72, generator=generator) * torch.logspace(0, -2, 72)[:, None]
+        few, others = (torch.randn(n, 72, generator=generator) @ mix for n in (30, 3000))
+        mean = torch.zeros(1, 72).double()
+        known = LayerMoments(spec, 30, mean, rows=few[None], samples=30)
+        true = LayerMoments(spec, 3000, mean, matrix=(others.T @ others / 3000).double()[None])
+        lost = [
+            true.output_error(
+                weight, fit_layer(weight, spec, chosen, rank, moments).factors.to_kernel()
+            )
+            for moments in (known, replace(known, samples=None))
+        ]
+        gains.append(1 - lost[0] / lost[1])
+    assert sum(gains) > 0, gains
+    assert min(gains) > -0.05

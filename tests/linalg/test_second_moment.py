@@ -31,10 +31,11 @@ def inputs(kind, fan_in=12):
 KINDS = ("full", "few", "dead", "copied")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("samples", [5, 40])
-def test_rows_and_matrix_agree_in_every_method(samples):
-    by_rows, by_matrix = both_ways(samples, 12)
-    kernel, features = gaussian(6, 12, seed=1), gaussian(12, 4, seed=2)
+def test_rows_and_matrix_agree_in_every_method(samples, share):
+    by_rows, by_matrix = (moment.shrunk(share) for moment in both_ways(samples, 12))
+    kernel = gaussian(6, 12, seed=1)
     assert by_rows.fan_in == by_matrix.fan_in == 12
     for name in ("trace", "ridge"):
         assert getattr(by_rows, name) == pytest.approx(getattr(by_matrix, name))
@@ -42,11 +43,17 @@ def test_rows_and_matrix_agree_in_every_method(samples):
     for method, arguments in (
         ("applied", (kernel,)),
         ("between", (kernel,)),
-        ("features", (lambda matrix: matrix @ features,)),
+        ("along", ((3, 4), 1)),
         ("solved", (kernel, 1e-3)),
     ):
         one, other = (getattr(m, method)(*arguments) for m in (by_rows, by_matrix))
         assert distance(one, other) < 1e-8, method
+
+
+def test_a_shrunk_moment_has_a_share_of_the_mean_power_more_in_each_direction():
+    moment = both_ways(40, 12)[1]
+    more = 0.3 * moment.trace / 12 * torch.eye(12).double()
+    assert distance(moment.shrunk(0.3).matrix, moment.matrix + more) < 1e-12
 
 
 @pytest.mark.parametrize("samples", [5, 40])
@@ -93,11 +100,9 @@ def test_rounded_matrix_becomes_definite():
     rows = torch.cat([rows, rows @ gaussian(6, 6, seed=1).float()], dim=1)
     rounded = (rows.T @ rows / 200).double()
     assert torch.linalg.eigvalsh(rounded)[0] < 0
-    definite = SecondMoment(matrix=rounded).definite().matrix
-    assert torch.linalg.eigvalsh(definite)[0] > 0
-    assert distance(definite, rounded) < 1e-6
-    by_rows = SecondMoment(rows=rows)
-    assert by_rows.definite() is by_rows
+    inverse = SecondMoment(matrix=rounded).solved(torch.eye(12).double(), 0.0)
+    assert torch.linalg.eigvalsh(inverse)[0] > 0
+    assert distance(torch.linalg.inv(inverse), rounded) < 1e-6
 
 
 # -- the closed form ------------------------------------------------------------------------------

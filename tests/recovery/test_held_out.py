@@ -137,6 +137,7 @@ def test_what_may_be_chance_is_taken_back(batches):
     assert recovery.error_after == recovery.error_before
     assert recovery.layers == {"0": (0.5, 0.5)}
     assert "is no sure gain" in str(recovery)
+    assert ("a single sample is held out" in str(recovery)) == (len(batches) == 1)
 
 
 def test_how_much_data_would_tell_is_said():

@@ -1,5 +1,7 @@
 """A short training of one block after the other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -173,3 +175,14 @@ def test_results_are_the_same_each_time(inplace):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="reconstruct: expected"):
         Reconstruct(**options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequences_of_several_lengths(masked):
+    original, generator = mlp(), torch.Generator().manual_seed(0)
+    batches = [torch.randn(16, length, 16, generator=generator) for length in (3, 5, 9, 4)]
+    data = whole(batches)
+    if masked:
+        data = replace(data, mask=lambda x: torch.arange(x.shape[1]).expand(len(x), -1) < 3)
+    recovery = reconstruct(decomposed(original, rank=4), original, data, **QUIET)
+    assert recovery.error_after < recovery.error_before
