@@ -24,7 +24,6 @@ def parallel_map(
     *,
     size: Callable[[Item], int],
     done: Callable[[Item, Result], object] = lambda _item, _result: None,
-    little: int = 100_000,
     alone: int = 4_000_000,
     executor: Executor | None = None,
 ) -> list[Result]:
@@ -36,16 +35,16 @@ def parallel_map(
     caller's thread with each item and its result, as soon as both are there.
 
     `size` is the number of entries that the function works on for an item; see `on_cpu`. In order,
-    the caller's own thread runs the items of size 0, those below `little` (most of their time goes
-    to Python itself, which only one thread runs at a time) and those above `alone` (their matrix
-    products use all threads well, and two of them at once would double the memory). With an
-    `executor`, it runs every item whose size is not 0, and is not shut down.
+    the caller's own thread runs the items of size 0 and those above `alone` (their matrix products
+    use all threads well, and two of them at once would double the memory). Small operations only
+    wait for a second thread, so that little items are shared, too. With an `executor`, it runs
+    every item whose size is not 0, and is not shut down.
     """
     threads = thread_count()
     if executor is not None:
         shared = [i for i, item in enumerate(items) if size(item)]
     else:
-        shared = [i for i, item in enumerate(items) if little <= size(item) <= alone]
+        shared = [i for i, item in enumerate(items) if 0 < size(item) <= alone]
         shared = [] if threads == 1 or len(shared) < 2 else shared
     results: dict[int, Result] = {}
 
@@ -69,6 +68,14 @@ def parallel_map(
             for index, future in zip(shared, futures, strict=True):
                 finish(index, future.result())
     return [results[i] for i in range(len(items))]
+
+
+class OneThread(Scope):
+    """Inside, torch has one thread: small operations only wait for others."""
+
+    def change(self) -> None:
+        self.undo.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
 
 
 def on_cpu(tensor: Tensor) -> int:

@@ -1,14 +1,10 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
 
-from tdecomp import parallel
-from tdecomp.parallel import on_cpu
-
-parallel_map = partial(parallel.parallel_map, little=1)
+from tdecomp.parallel import OneThread, on_cpu, parallel_map
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +26,7 @@ def test_results_are_in_order():
     assert found == [2, 3, 4, 5, 6, 7]
 
 
-def test_workers_have_one_thread_and_record_no_gradients():
+def test_workers_have_OneThread_and_record_no_gradients():
     def look(_):
         return torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread()
 
@@ -122,12 +118,10 @@ def test_nested_calls_are_inline():
     assert parallel_map(inner, matrices(3), size=on_cpu) == [[True, True]] * 3
 
 
-def test_small_items_are_the_callers_own():
-    here = threading.current_thread()
-    found = parallel_map(
-        lambda _: threading.current_thread() is here, matrices(), size=on_cpu, little=10
-    )
-    assert found == [True, True, False, False, False, False]
+def test_one_thread_is_the_callers_own():
+    with OneThread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
 
 
 def test_an_executor_runs_every_item_of_the_processor():

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import LayerMoments, is_widest, sample_size
-from tdecomp.layers.patches import count_patches, dense, patches, patches_at, to_kernel_order
+from tdecomp.layers.patches import (
+    channels_last,
+    count_patches,
+    dense,
+    patches,
+    patches_at,
+    to_kernel_order,
+)
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.model.trace import is_transformed
@@ -31,6 +38,7 @@ _WIDE, _LARGE_MEAN = 1024, 100.0
 _ROWS = 2048  # that are gathered at a time
 # Of more gradients in a part of the samples than this for each output, a random sample is taken.
 _PART = 8
+_LARGE = 2**24  # bytes of a layer's sums from which on memory counts more than time
 _SAMPLES_AT_A_TIME = 16  # whose activations are kept for the backward pass
 Layers = Mapping[str, tuple[nn.Module, LayerSpec]]  # by name
 
@@ -80,6 +88,7 @@ class Accumulator:
                 targets = None if y is None else output_rows(y, spec)
             else:
                 places, weight = places.to(x.device), present / len(places)
+                x = channels_last(x, spec)
                 slices = (patches_at(x, spec, some) for some in places.split(_ROWS))
                 targets = None if y is None else patches_at(y, each_output(spec), places)[0]
             for rows in slices:
@@ -166,7 +175,9 @@ class Accumulator:
             full.baddbmm_(half.transpose(1, 2), origin[:, None])
             matrix = to_kernel_order(full, self.spec, (1, 2))
         else:
-            rows = to_kernel_order(torch.cat(self.rows, dim=1), self.spec, (2,))
+            held = torch.cat(self.rows, dim=1)
+            self.rows.clear()  # of the widest layers they are as large as all else together
+            rows = to_kernel_order(held, self.spec, (2,))
         mean = to_kernel_order(self.origin.double()[:, 0] + offset, self.spec, (1,))
         sizes = tuple(sorted(self.sizes))
         return LayerMoments(self.spec, self.count, mean, matrix, rows, sizes, gradient)
@@ -279,6 +290,11 @@ def sums_bytes(spec: LayerSpec, known: int, dtype: torch.dtype) -> int:
     return spec.groups * spec.fan_in * (8 + each * rows)
 
 
+def is_large(spec: LayerSpec) -> bool:
+    """Whether the sums of a layer are so large that memory is worth some time."""
+    return sums_bytes(spec, 0, torch.float32) > _LARGE
+
+
 def spread(present: int, taken: int, generator: np.random.Generator) -> Tensor:
     """Random ones of `present` places, one from each of `taken` stretches of the same length."""
     # NumPy's numbers, as this may run inside torch.vmap, which refuses to draw torch's.
@@ -288,7 +304,9 @@ def spread(present: int, taken: int, generator: np.random.Generator) -> Tensor:
 
 
 def enough(spec: LayerSpec) -> int:
-    """The number of patches beyond which a fit of the layer hardly gains."""
+    """The number of patches beyond which a fit of the layer hardly gains, or takes no more."""
+    if is_widest(spec):
+        return sample_size(spec)
     return max(_PATCHES * spec.fan_in, _LEAST_PATCHES)
 
 

@@ -231,7 +231,8 @@ def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(iter((*args, *kwargs.values())))
         if not is_transformed(x):
-            show(name, x)
+            with torch._C.DisableTorchFunction():  # no use of weights is to be seen in here
+                show(name, x)
 
     return hooks(
         partial(layer.register_forward_pre_hook, partial(before, name), with_kwargs=True)

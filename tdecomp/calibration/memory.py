@@ -1,9 +1,15 @@
 """The memory that is free where a model is."""
 
+import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+# Of mallopt: the bytes from which on a block has pages of its own, and that are kept when freed.
+_OWN_PAGES, _KEPT = -3, -1
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -21,3 +27,24 @@ def free_memory(device: torch.device) -> int | None:
         except (AttributeError, ValueError, OSError):  # not every system tells
             return None
     return None
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, what is freed goes back to the system, where glibc keeps some for each thread.
+
+    It makes large tensors slower. Afterwards the thresholds are those that glibc arrives at by
+    itself where blocks of 32 MiB and more are freed.
+    """
+    _glibc("malloc_trim", 0)
+    _glibc("mallopt", _OWN_PAGES, 2**20)
+    try:
+        yield
+    finally:
+        _glibc("mallopt", _OWN_PAGES, 2**25)
+        _glibc("mallopt", _KEPT, 2**26)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):  # other systems have no such function
+        getattr(ctypes.CDLL(None), function)(*arguments)

@@ -83,8 +83,11 @@ class LayerMoments:
                 matrix = matrix.to(precise, copy=True).baddbmm_(about.mT, about, alpha=-1)
             return [SecondMoment(matrix=group.to(dtype or torch.float64)) for group in matrix]
         dtype = dtype or (self.rows.dtype if self.sampled else torch.float64)
-        rows = self.rows.to(dtype) - mean.to(dtype) if bias else self.rows.to(dtype)
-        return [SecondMoment(rows=group) for group in rows / max(rows.shape[1], 1) ** 0.5]
+        rows = self.rows.to(dtype, copy=True)
+        if bias:
+            rows -= mean.to(dtype)
+        rows /= max(rows.shape[1], 1) ** 0.5
+        return [SecondMoment(rows=group) for group in rows]
 
     def shrunk(self, second: Sequence[SecondMoment]) -> Sequence[SecondMoment]:
         """`second_moments` as fits lean on them, which would follow the noise of few samples.

@@ -1,4 +1,4 @@
-"""CP factors of a kernel by alternating least squares: TensorLy's sweeps, their start and end.
+"""CP factors of a kernel by alternating least squares: the start of its sweeps, and their end.
 
 Phan et al. 2020, "Stable Low-rank Tensor Decomposition for Compression of Convolutional Neural
 Network", explains why the fit has to be kept from degenerating.
@@ -11,12 +11,11 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from tensorly.cp_tensor import CPTensor
-from tensorly.decomposition import parafac
 from torch import Tensor
 
+from tdecomp.linalg.cp_sweeps import cp_sweeps
 from tdecomp.linalg.svd import leading_vectors
-from tdecomp.linalg.tensorly_backend import mode_products, torch_backend, unfold
+from tdecomp.linalg.tensorly_backend import mode_products, unfold
 
 _JITTER = 1e-2  # noise on the singular vectors that a fit starts from, relative to their size
 _EXACT = 1e-2  # below this relative error a kernel counts as having the rank that is asked for
@@ -76,10 +75,10 @@ class ALS:
         for begin, ridge in starts:
             dtype = torch.float32 if ridge else core.dtype  # enough precision with a ridge
             begin = [factor.to(dtype) for factor in begin]
-            swept, _ = _parafac(core.to(dtype), begin, sweeps, tol, ridge)
+            swept, _ = _sweeps(core.to(dtype), begin, sweeps, tol, ridge)
             found = _times(bases, [factor.to(core.dtype) for factor in swept])
             if last:
-                found, _ = _parafac(kernel, found, last, tol=0.0, ridge=0.0)
+                found, _ = _sweeps(kernel, found, last, tol=0.0, ridge=0.0)
             if component_norms(found) <= bound:
                 return [norm * found[0], *found[1:]]
         raise ValueError(
@@ -90,7 +89,7 @@ class ALS:
     def few_sweeps(self, kernel: Tensor, rank: int) -> list[Tensor]:
         """Factors after half of the sweeps, for a draft of another kind of fit to start from."""
         start = _singular_start(kernel, rank, self.random_state)
-        return _parafac(kernel, start, max(1, self.n_iter_max // 2), self.tol, self.l2_reg)[0]
+        return _sweeps(kernel, start, max(1, self.n_iter_max // 2), self.tol, self.l2_reg)[0]
 
     def _starts(
         self, kernel: Tensor, rank: int, channels: Sequence[Tensor], outside: float
@@ -107,7 +106,7 @@ class ALS:
                 starts += _diagonalisation_start(kernel, rank)
             effort = EFFORTS[self.effort]
             sweeps, tol = min(effort.trial, self.n_iter_max), self.tol * effort.coarser
-            tries = [_parafac(kernel, one, sweeps, tol, ridge=0.0) for one in starts]
+            tries = [_sweeps(kernel, one, sweeps, tol, ridge=0.0) for one in starts]
             factors, errors = min(tries, key=lambda fit: fit[1][-1])
             if errors[-1] < _EXACT:
                 yield factors, 0.0
@@ -140,16 +139,10 @@ def _times(bases: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     return [*products, *factors[len(bases) :]]
 
 
-def _parafac(
-    kernel: Tensor, start: list[Tensor], sweeps: int, tol: float, ridge: float
+def _sweeps(
+    kernel: Tensor, start: Sequence[Tensor], most: int, tol: float, ridge: float
 ) -> tuple[list[Tensor], list[float]]:
-    """`sweeps` of TensorLy's parafac from `start`, and the relative errors on the way."""
-    rank, l2_reg = start[0].shape[1], max(ridge, _TRACE_RIDGE)
-    options = {"n_iter_max": sweeps, "tol": tol, "l2_reg": l2_reg, "return_errors": True}
-    with torch_backend(), torch.no_grad():
-        init = CPTensor((None, start))
-        (weights, factors), errors = parafac(kernel, rank, init=init, linesearch=True, **options)
-    return [factors[0] * weights, *factors[1:]], [float(error) for error in errors]
+    return cp_sweeps(kernel, start, most, tol=tol, ridge=max(ridge, _TRACE_RIDGE))
 
 
 def _singular_start(

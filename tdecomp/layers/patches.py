@@ -61,6 +61,11 @@ def count_patches(x: Tensor, spec: LayerSpec) -> int:
     return len(batch) * math.prod(spec.output_size(tuple(batch.shape[2:])))
 
 
+def channels_last(x: Tensor, spec: LayerSpec) -> Tensor:
+    """The same values, stored so that patches are copied in few pieces; once for several calls."""
+    return x.movedim(-1 - spec.ndim, -1).contiguous().movedim(-1, -1 - spec.ndim)
+
+
 def patches_at(x: Tensor, spec: LayerSpec, places: Tensor) -> Tensor:
     """The rows (groups, places, fan_in) of `patches` at some places, without making the others."""
     if spec.ndim == 0:
@@ -72,10 +77,11 @@ def patches_at(x: Tensor, spec: LayerSpec, places: Tensor) -> Tensor:
     plane = replace(spec, in_channels=1, out_channels=1, groups=1)
     seen = _windows(numbers.reshape(1, 1, *size), plane).reshape(-1, spec.kernel_volume).long() - 1
     pixels = seen[places % len(seen)]  # (places, kernel), -1 in the padding
-    images = (places // len(seen))[:, None]
-    rows = batch.flatten(2)[images, :, pixels.clamp_min(0)]  # (places, kernel, in)
-    rows = rows.masked_fill((pixels < 0)[..., None], 0.0)
-    grouped: Tensor = rows.unflatten(-1, (spec.groups, spec.group_in))
+    first = places // len(seen) * size.numel()
+    flat = batch.movedim(1, -1).reshape(-1, spec.in_channels)
+    rows = flat.index_select(0, (first[:, None] + pixels.clamp_min(0)).flatten())
+    rows.index_fill_(0, (pixels < 0).flatten().nonzero()[:, 0], 0.0)
+    grouped: Tensor = rows.reshape(len(places), -1, spec.groups, spec.group_in)
     return grouped.movedim(-2, 0).flatten(2)
 
 

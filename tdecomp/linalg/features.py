@@ -34,16 +34,25 @@ class Features(ABC):
         return matrix
 
     @abstractmethod
-    def project(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    def parts(self, theta: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What P(θ) is made of, computed once for each θ."""
+
+    @abstractmethod
+    def project(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """``matrix @ P(θ)``, for a matrix (m, fan_in)."""
 
     @abstractmethod
-    def spread(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    def spread(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """``P(θ) @ matrix``, for a matrix (features, m)."""
 
     @abstractmethod
     def slopes(
-        self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
+        self,
+        left: Tensor,
+        right: Tensor,
+        cross: Tensor,
+        theta: Sequence[Tensor],
+        parts: Sequence[Tensor],
     ) -> list[Tensor]:
         """The derivatives by θ of ``(W * P(θ)).sum()``, with ``W = left @ right - cross`` fixed.
 
@@ -70,20 +79,27 @@ class SpanFeatures(Features):
         split: Tensor = matrix.unflatten(dim, (self.inputs, self.volume))
         return split.transpose(dim, dim + 1).flatten(dim, dim + 1)
 
-    def project(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        # (n, R); orthonormal columns are the best conditioned.
-        basis: Tensor = torch.linalg.qr(theta[0]).Q
-        return (matrix.reshape(-1, self.inputs) @ basis).reshape(len(matrix), -1)
+    def parts(self, theta: Sequence[Tensor]) -> Sequence[Tensor]:
+        # (n, R), (R, R); orthonormal columns are the best conditioned.
+        found: Sequence[Tensor] = torch.linalg.qr(theta[0])
+        return found
 
-    def spread(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        basis: Tensor = torch.linalg.qr(theta[0]).Q
-        places: Tensor = basis @ matrix.unflatten(0, (self.volume, -1))
+    def project(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        return (matrix.reshape(-1, self.inputs) @ parts[0]).reshape(len(matrix), -1)
+
+    def spread(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        places: Tensor = parts[0] @ matrix.unflatten(0, (self.volume, -1))
         return places.flatten(0, 1)
 
     def slopes(
-        self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
+        self,
+        left: Tensor,
+        right: Tensor,
+        cross: Tensor,
+        theta: Sequence[Tensor],
+        parts: Sequence[Tensor],
     ) -> list[Tensor]:
-        _, triangle = torch.linalg.qr(theta[0])
+        triangle = parts[1]
         columns = theta[0].shape[1]
         along = cross.new_zeros(self.inputs, columns)
         for place in range(self.volume):  # W at the other places meets zeros of the identity
@@ -122,19 +138,33 @@ class SpanFeatures(Features):
 class ProductFeatures(Features):
     """Outer products of the columns of several matrices (size, R), scaled to norm 1."""
 
-    def project(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        return matrix @ _khatri_rao(theta)
+    def parts(self, theta: Sequence[Tensor]) -> Sequence[Tensor]:
+        units = [*map(_unit, theta)]
+        return khatri_rao(units), *units
 
-    def spread(self, matrix: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        return _khatri_rao(theta) @ matrix
+    def project(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        return matrix @ parts[0]
+
+    def spread(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0] @ matrix
 
     def slopes(
-        self, left: Tensor, right: Tensor, cross: Tensor, theta: Sequence[Tensor]
+        self,
+        left: Tensor,
+        right: Tensor,
+        cross: Tensor,
+        theta: Sequence[Tensor],
+        parts: Sequence[Tensor],
     ) -> list[Tensor]:
-        weights = left @ right - cross
-        with torch.enable_grad():
-            parts = [part.detach().requires_grad_() for part in theta]
-            return [*torch.autograd.grad((weights * _khatri_rao(parts)).sum(), parts)]
+        units = parts[1:]
+        weights = (left @ right - cross).reshape(*map(len, units), -1)  # (size, …, R)
+        slopes = []
+        for mode, (part, unit) in enumerate(zip(theta, units, strict=True)):
+            others = khatri_rao([one for other, one in enumerate(units) if other != mode])
+            along = (weights.movedim(mode, 0).flatten(1, -2) * others).sum(dim=1)  # by the unit
+            along -= unit * (unit * along).sum(dim=0)  # along itself nothing changes
+            slopes.append(along / _lengths(part))
+        return slopes
 
     def metrics(self, theta: Sequence[Tensor], gram: Tensor, moment: SecondMoment) -> list[Metric]:
         sizes = tuple(len(part) for part in theta)
@@ -152,12 +182,12 @@ class ProductFeatures(Features):
         return metrics
 
 
-def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
-    """Columns (fan_in, R) of unit norm, the last mode changing fastest as in the kernel."""
-    product = factors[0].new_ones(1, factors[0].shape[1])
-    for factor in factors:
-        product = (product[:, None] * _unit(factor)[None]).flatten(0, 1)
-    return product
+def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Columns (fan_in, R), the last mode changing fastest as in the kernel."""
+    first, *others = factors
+    for factor in others:
+        first = (first[:, None] * factor).flatten(0, 1)
+    return first
 
 
 def _unit(factor: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # The value and the gradient at a point.
 Function = Callable[[Tensor], tuple[float, Tensor]]
+# A change of the point, that of the gradient, the product of both, and the square of the second.
+_Step = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _HISTORY = 10
 _TRIALS = 8  # of a step's length
@@ -28,7 +30,7 @@ def minimise(
     It stops where an iteration gains less than `tol`, or less than this share of the value.
     """
     point, (value, slope) = start, function(start)
-    steps: list[tuple[Tensor, Tensor]] = []  # of the point and of the gradient
+    steps: list[_Step] = []
     for iteration in range(n_iter_max):
         direction = _direction(slope, steps)
         found = _backtracked(function, point, value, slope, direction)
@@ -39,8 +41,9 @@ def minimise(
             break
         before, (moved, value, other) = (point, value, slope), found
         change, bend = moved - point, other - slope
-        if torch.dot(change, bend) > _CURVED * torch.dot(bend, bend):
-            steps = [*steps, (change, bend)][-_HISTORY:]
+        curved, bent = torch.dot(change, bend), torch.dot(bend, bend)
+        if curved > _CURVED * bent:
+            steps = [*steps, (change, bend, curved, bent)][-_HISTORY:]
         point, slope = moved, other
         gained = before[1] - value
         if gained < max(tol, share * value) and iteration >= _FIRST - 1:
@@ -48,19 +51,19 @@ def minimise(
     return point, value
 
 
-def _direction(slope: Tensor, steps: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _direction(slope: Tensor, steps: list[_Step]) -> Tensor:
     """The negative gradient times the inverse Hessian that the steps so far suggest."""
     direction, weights = -slope, []
-    for change, bend in reversed(steps):
-        weight = torch.dot(change, direction) / torch.dot(change, bend)
-        direction = direction - weight * bend
+    for change, bend, curved, _ in reversed(steps):
+        weight = torch.dot(change, direction) / curved
+        direction = torch.addcmul(direction, bend, weight, value=-1)
         weights.append(weight)
     if steps:
-        change, bend = steps[-1]
-        direction = direction * (torch.dot(change, bend) / torch.dot(bend, bend))
-    for (change, bend), weight in zip(steps, reversed(weights), strict=True):
-        again = torch.dot(bend, direction) / torch.dot(change, bend)
-        direction = direction + (weight - again) * change
+        *_, curved, bent = steps[-1]
+        direction = direction * (curved / bent)
+    for (change, bend, curved, _), weight in zip(steps, reversed(weights), strict=True):
+        again = torch.dot(bend, direction) / curved
+        direction = torch.addcmul(direction, change, weight - again)
     return direction
 
 

@@ -6,7 +6,7 @@ whose variables separate".
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _LEFT_RIDGE, _RIGHT_RIDGE = 1e-6, 1e-4
 _RESOLVED = 1e-4
 # A fit ends where an iteration gains less than this share of what is lost: earlier where an
 # iteration takes long, and in a draft.
-_GAIN, _WIDE_GAIN, _DRAFT_GAIN = 1e-4, 3e-4, 1e-2
+_GAIN, _DRAFT_GAIN = 3e-4, 1e-2
 
 
 class SeparableFit:
@@ -49,7 +49,7 @@ class SeparableFit:
         """
         theta = [part.detach() for part in start]
         wide = is_wide(self._kernel.shape[1])
-        share = _DRAFT_GAIN if draft else _WIDE_GAIN if wide else _GAIN
+        share = _DRAFT_GAIN if draft else _GAIN
         for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
             problem, theta = self.eliminated(dtype), [part.to(dtype) for part in theta]
             theta, lost = problem.descend(theta, n_iter_max=n_iter_max, tol=tol, share=share)
@@ -71,6 +71,7 @@ class _Best:
     factor: Tensor  # (out, features)
     lost: float  # the share of the output's power
     seen: Tensor  # G P (fan_in, features), or of samples their features (samples, features)
+    parts: Sequence[Tensor]  # of P; see `Features`
 
     @cached_property
     def gram(self) -> Tensor:
@@ -125,27 +126,28 @@ class Eliminated:
 
     def at(self, theta: Sequence[Tensor]) -> _Best:
         """The best A for these features."""
-        project, samples = self._features.project, self._moment.rows
+        parts, samples = self._features.parts(theta), self._moment.rows
+        project = partial(self._features.project, parts=parts)
         if samples is None:
             assert self._moment.matrix is not None
-            seen = project(self._moment.matrix, theta)  # G P
-            normal = project(seen.T, theta)  # Pᵀ G P
+            seen = project(self._moment.matrix)  # G P
+            normal = project(seen.T)  # Pᵀ G P
         else:
-            seen = project(samples, theta)
+            seen = project(samples)
             normal = seen.T @ seen
             if self._moment.added:
-                itself = self._features.spread(torch.eye(len(normal)).to(normal), theta)  # P
-                normal = normal + self._moment.added * project(itself.T, theta)
+                itself = self._features.spread(torch.eye(len(normal)).to(normal), parts)  # P
+                normal = normal + self._moment.added * project(itself.T)
         if not self._power > 0:
-            return _Best(seen.new_zeros(len(self._target), seen.shape[1]), 0.0, seen)
+            return _Best(seen.new_zeros(len(self._target), seen.shape[1]), 0.0, seen, parts)
         triangle = triangle_of(normal, _RIDGES[seen.dtype])
-        projected = project(self._target, theta).T  # (features, out)
+        projected = project(self._target).T  # (features, out)
         whitened = torch.linalg.solve_triangular(triangle, projected, upper=False)
         if self._rank is not None and self._rank < min(whitened.shape):
             outputs = leading_eigenvectors(whitened.T @ whitened, self._rank)  # (out, rank)
             whitened = (whitened @ outputs) @ outputs.T
         factor = torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T
-        return _Best(factor, 1.0 - float(whitened.square().sum()) / self._power, seen)
+        return _Best(factor, 1.0 - float(whitened.square().sum()) / self._power, seen, parts)
 
     def slopes(self, theta: Sequence[Tensor], best: _Best) -> list[Tensor]:
         """The derivatives of the loss by θ: it is stationary in A, so only P itself counts."""
@@ -154,8 +156,8 @@ class Eliminated:
         if self._moment.rows is not None:
             left, right = self._moment.rows.T, best.seen @ best.gram
             if self._moment.added:
-                cross = cross - self._moment.added * self._features.spread(best.gram, theta)
-        slopes = self._features.slopes(left, right, cross, theta)
+                cross = cross - self._moment.added * self._features.spread(best.gram, best.parts)
+        slopes = self._features.slopes(left, right, cross, theta, best.parts)
         return [slope * (2.0 / self._power) for slope in slopes]
 
 

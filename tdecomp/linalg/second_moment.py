@@ -48,11 +48,12 @@ class SecondMoment:
         # share that is one.
         return _RIDGE * (power if power > _LEAST else 1.0)
 
-    @property
+    @cached_property
     def trace(self) -> float:
         """The power of all inputs together."""
-        if self.rows is not None:
-            return float(self.rows.square().sum()) + self.added * self.fan_in
+        if self.rows is not None:  # a square of each number would need as much memory again
+            squares = torch.linalg.vector_norm(self.rows, dim=1).double().square()
+            return float(squares.sum()) + self.added * self.fan_in
         return float(self._matrix.diagonal().sum())
 
     @property
@@ -78,11 +79,17 @@ class SecondMoment:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
         given, right = right, right.to(self._held.dtype)
         if self.rows is None:
-            return _solution(_ridged(self.definite()._matrix, ridge), right.T).T.to(given.dtype)
+            ridge += self._definite_ridge
+            return _solution(_ridged(self._matrix, ridge), right.T).T.to(given.dtype)
         # With fewer samples than inputs their Gram matrix is smaller (matrix inversion lemma).
         ridge += self.added + self.ridge
-        inner = _solution(_ridged(self.rows @ self.rows.T, ridge), self.rows @ right.T)
+        inner = _solution(_ridged(self._gram, ridge), self.rows @ right.T)
         return ((right - (self.rows.T @ inner).T) / ridge).to(given.dtype)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        assert self.rows is not None
+        return self.rows @ self.rows.T
 
     def along(self, shape: Sequence[int], mode: int) -> Tensor:
         """The moment of one mode of inputs of this shape, summed over all places of the others."""
@@ -114,14 +121,9 @@ class SecondMoment:
             return replace(self, added=self.added + added)
         return SecondMoment(matrix=_ridged(self._matrix, added))
 
-    def definite(self) -> "SecondMoment":
-        """With a ridge against the slightly negative eigenvalues of a matrix summed in float32."""
-        if self.rows is not None:
-            return self
-        return SecondMoment(matrix=_ridged(self._matrix, self._definite_ridge))
-
     @cached_property
     def _definite_ridge(self) -> float:
+        """Against the slightly negative eigenvalues of a matrix summed in float32."""
         ridge, most = self.ridge, float(self._matrix.abs().sum())  # no eigenvalue is larger
         # A matrix that is not finite never becomes definite; the fit then raises an error.
         while ridge < most and torch.linalg.cholesky_ex(_ridged(self._matrix, ridge)).info:

@@ -4,9 +4,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tdecomp.model.operators import OperatorMode
 from tdecomp.model.trace import storage_number
 from tdecomp.model.weights import is_plain
 from tdecomp.scope import Scope
@@ -31,13 +31,11 @@ class KeptParameters(Scope):
         self.undo.enter_context(_Writes(values, self.undo))
 
 
-class _Writes(TorchDispatchMode):
+class _Writes(OperatorMode):
     """Notes in `undo` how to put tensors back before anything is written to their memory."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, values: list[Tensor], undo: ExitStack) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._undo = undo
         self._values: dict[int, list[Tensor]] = {}  # that share a storage, by its number
         for value in values:

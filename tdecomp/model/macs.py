@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tdecomp.model.operators import OperatorMode
 
 Shape = Sequence[int]
 
 
-class MacCounter(TorchDispatchMode):
+class MacCounter(OperatorMode):
     """Counts what runs inside a `with` block, the same on every device and by every kernel.
 
     >>> with MacCounter() as counter:
@@ -30,10 +31,8 @@ class MacCounter(TorchDispatchMode):
         Operators that multiply matrices, or may do so, and for which there is no formula.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._flops = 0
         self._formulas = {**flop_counter.flop_registry, **_formulas()}
         self.uncounted: set[str] = set()

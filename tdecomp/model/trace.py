@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdecomp.layers.patches import dense
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
+from tdecomp.model.operators import OperatorMode
 from tdecomp.model.weights import Weights, weights_of
 from tdecomp.scope import Scope
 from tdecomp.torch_state import evaluating, hooks, no_fast_path
@@ -168,14 +168,12 @@ def is_transformed(value: Any) -> bool:
 _Entry = tuple[StorageWeakRef, str | None]
 
 
-class _Shares(TorchDispatchMode):
+class _Shares(OperatorMode):
     """Gives the MACs of each operator to a row.
 
     That is the layer that is running, or else the row whose parameter the operator is given: as it
     is, or as a copy made of it and of other constants alone (cast, transposed, masked, scaled).
     """
-
-    supports_higher_order_operators = True
 
     def __init__(
         self,
@@ -184,7 +182,7 @@ class _Shares(TorchDispatchMode):
         rows: Sequence[Weights],
         constants: Iterable[Tensor],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.macs = {row.names[0]: 0 for row in rows}
         self._counter, self._running = counter, running
         # By the number of a storage, which is not given away again while a weak reference lives.

@@ -12,8 +12,8 @@ from tdecomp.calibration.accumulator import each_output, spread, wide
 from tdecomp.layers.patches import count_patches, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 
-# About so many patches are kept of each layer's.
-_PATCHES = 2048
+# About so many patches are kept of each layer's, and so many numbers in them, but a few hundred.
+_PATCHES, _NUMBERS, _LEAST = 2048, 2**22, 512
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Checks:
     def add(self, x: Tensor, y: Tensor, owners: Tensor, samples: int) -> None:
         """Add a call; `owners` are the numbers, below `samples`, of what each row of x is of."""
         spec, present = self.spec, count_patches(x, self.spec)
-        taken = min(present, math.ceil(_PATCHES / max(self.calls, 1)))
+        wanted = max(_LEAST, min(_PATCHES, _NUMBERS // (spec.groups * spec.fan_in)))
+        taken = min(present, math.ceil(wanted / max(self.calls, 1)))
         if taken:
             places = spread(present, taken, self.generator).to(x.device)
             rows = to_kernel_order(patches_at(wide(x), spec, places), spec, (2,))

@@ -195,6 +195,7 @@ def meetings(
             if place in other.shown:  # else the original takes another way with this batch
                 found.append((number, one.shown.pop(place), other.shown.pop(place)))
         yield place, found
+        found.clear()  # what follows from it takes its place
         del mine.places[place], theirs.places[place]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from tdecomp.calibration.moments import LayerMoments, is_widest
 from tdecomp.decomposers.assemble import factors_of_chain, write_factors
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize
-from tdecomp.layers.patches import dense
+from tdecomp.layers.patches import channels_last, dense
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.least_of import least_of
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
@@ -39,7 +39,8 @@ _ITERATIONS = 25  # of a fit, which starts from the chain's own factors
 class Joint:
     """The moments of a chain's inputs x together with the original layer's outputs y."""
 
-    moments: LayerMoments  # of x
+    moments: LayerMoments  # of x; without the rows of a sample, which stand below
+    sample: Sequence[SecondMoment]
     cross: Tensor  # E[y xᵀ] (groups, out / groups, fan_in)
     output: Tensor  # E[y] (groups, out / groups)
 
@@ -51,7 +52,11 @@ class Joint:
         cross, output = sums.mean_cross()
         moments = sums.finish()
         assert moments is not None
-        return cls(moments, cross, output)
+        sample: Sequence[SecondMoment] = ()
+        if is_widest(sums.spec):  # whose rows are too large to be held twice
+            sample = moments.second_moments()
+            moments = replace(moments, rows=None)
+        return cls(moments, sample, cross, output)
 
     def merged(self, other: "Joint | None") -> "Joint":
         """Those of the samples of both; of the first alone where its sample of x and y is all."""
@@ -60,6 +65,7 @@ class Joint:
         mine = self.moments.count / (self.moments.count + other.moments.count)
         return Joint(
             self.moments.merged(other.moments, mine),
+            (),
             mine * self.cross + (1 - mine) * other.cross,
             mine * self.output + (1 - mine) * other.output,
         )
@@ -68,9 +74,19 @@ class Joint:
     def spec(self) -> LayerSpec:
         return self.moments.spec
 
+    def weighed(self, weights: Weights) -> "Joint":
+        """With outputs whose errors count alike."""
+        cross, output = (torch.stack(weights.of(part)) for part in (self.cross, self.output))
+        return replace(self, cross=cross, output=output)
+
     def is_finite(self) -> bool:
         parts = (*self.moments.tensors().values(), self.cross, self.output)
-        return all(bool(part.isfinite().all()) for part in parts)
+        sums = [*(float(part.sum()) for part in parts), *(one.trace for one in self.sample)]
+        return all(map(math.isfinite, sums))
+
+    def second_moments(self, dtype: torch.dtype | None = None) -> Sequence[SecondMoment]:
+        """Of x; see `LayerMoments.second_moments`."""
+        return self.sample or self.moments.second_moments(dtype)
 
     def missing(self, kernels: Sequence[Tensor], seconds: Sequence[SecondMoment]) -> list[Tensor]:
         """``E[(y − K x) xᵀ]`` of each group's kernel, about the means where there is a bias."""
@@ -121,6 +137,7 @@ class Match:
         spec, x, y = self._layer.spec, dense(x), dense(y)
         if x.dim() == (spec.ndim or 0) + 1:  # a sample alone
             x, y = x[None], y[None]
+        x, y = channels_last(x, spec), channels_last(y, spec)
         (x, owners), y = rows.of_samples(x, spec, range(item.samples)), rows.of_layer(y, spec)
         if item.held or not self._held_out:
             self._judge.add(x, y, owners, item.samples)
@@ -129,8 +146,10 @@ class Match:
         cut = len(x) - len(x) // _FOLDS
         if self._several:
             cut = 0 if item.number % _FOLDS == _FOLDS - 1 else len(x)
-        self._sums[0].add(x[:cut], y[:cut])
-        self._sums[1].add(x[cut:], y[cut:])
+        fit, fold = self._sums
+        fit.add(x[:cut], y[:cut])
+        if not (is_widest(spec) and fit.count):  # whose sample is all that is fitted to
+            fold.add(x[cut:], y[cut:])
         self._fold.add(x[cut:], y[cut:], owners[cut:], item.samples)
 
     def refit(self, gradient: Tensor | None, samples: int) -> tuple[float, float, bool]:
@@ -144,17 +163,17 @@ class Match:
         assert before is not None
         weights = Weights(self._layer.spec, gradient, samples)
         fit, fold = (Joint.of(sums) for sums in self._sums)
+        self._sums.clear()
         joint = self._all(fit, fold)
         kernels = joint.moments.kernels(self._layer.layer.get_parameter("weight"))
         ridge, alike = _USUAL_RIDGE, _USUAL_ALIKE
-        if fit is not None and fold is not None:
+        if fit is not None and self._fold.parts:
             self._fold.weigh(weights.roots)
             # No kernel of the chain has more directions of outputs than its last layer has inputs.
             rank = before.groups[0].stage_weights()[-1][0].numel()
-            cross, output = (torch.stack(weights.of(part)) for part in (fit.cross, fit.output))
-            weighed = Joint(fit.moments, cross, output)
-            ridge, alike = self._best(weighed, weights.of(kernels), rank)
+            ridge, alike = self._best(fit.weighed(weights), weights.of(kernels), rank)
             ridge *= fit.moments.count / joint.moments.count
+        del fit, fold  # of wide layers they are large
         fitted = self._fitted(joint, kernels, ridge, alike, before, weights)
         found = joint.moments.kernels(fitted.to_kernel())
         held = chain[-1].bias
@@ -201,7 +220,7 @@ class Match:
     ) -> Factorization:
         """Factors for the wanted outputs, rounded as the chain is going to hold them."""
         chain, spec = self._layer.chain, self._layer.spec
-        method, seconds = chain.decomposer, joint.moments.second_moments()
+        method, seconds = chain.decomposer, joint.second_moments()
         assert method is not None
         assert chain.rank is not None
         parts = zip(kernels, joint.missing(kernels, seconds), seconds, strict=True)
@@ -221,7 +240,7 @@ class Match:
         """
         # The choice is one of a few, for which the precision of the layer is enough.
         dtype = torch.promote_types(self._layer.layer.get_parameter("weight").dtype, torch.float32)
-        seconds = fit.moments.second_moments(dtype)
+        seconds = fit.second_moments(dtype)
         kernels = [kernel.to(dtype) for kernel in kernels]
         missing = [part.to(dtype) for part in fit.missing(kernels, seconds)]
 

@@ -5,6 +5,7 @@ Detection", section 3.3: asymmetric reconstruction, in the order of the network.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,21 +13,29 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdecomp.calibration.accumulator import OutputGradients
+from tdecomp.calibration.accumulator import OutputGradients, is_large
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
+from tdecomp.calibration.memory import freed_at_once
 from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
+from tdecomp.linalg.second_moment import is_wide
 from tdecomp.model.batches import Forward, device_of
+from tdecomp.parallel import OneThread
 from tdecomp.recovery.attempt import Attempt, left_note
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
 from tdecomp.recovery.walk import Walk
-from tdecomp.torch_state import evaluating, exact_passes, full_precision, no_inference_mode
+from tdecomp.torch_state import (
+    evaluating,
+    exact_passes,
+    full_precision,
+    no_inference_mode,
+)
 
 # The samples that the gradients at the layers' outputs are taken of.
 _GRADIENT_SAMPLES = 128
@@ -53,7 +62,9 @@ class Refit(RecoveryStep):
         attempt = Attempt(model, held_out)
         layers: dict[str, tuple[float, float]] = {}
         rows, device = CountedRows(batches), device_of(model)
-        with evaluating(model, original), exact_passes(), torch.no_grad():
+        large = any(is_large(layer.spec) for layer in replaced)
+        sparing = freed_at_once() if large else nullcontext()
+        with evaluating(model, original), exact_passes(), torch.no_grad(), sparing:
             walk = Walk.through(model, original, replaced, batches, device)
             reasons = {layer: _why_not(layer, walk.calls[layer]) for layer in replaced}
             chains = [layer for layer, reason in reasons.items() if reason is None]
@@ -80,7 +91,8 @@ class Refit(RecoveryStep):
                     rows.begin(item.batch)
                     for x, y in calls:
                         match.add(item, x, y, rows)
-                with full_precision(device):
+                narrow = not is_wide(layer.spec.fan_in)
+                with full_precision(device), OneThread() if narrow else nullcontext():
                     *lost, better = match.refit(slopes.get(layer.name), samples)
                 layers[layer.name] = lost[0], lost[1]
                 kept += not better

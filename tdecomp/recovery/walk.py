@@ -177,7 +177,8 @@ class Walk:
         chains = {layer: layer.chain for layer in layers}
         replaced = {layer: layer.layer for layer in layers}
         for layer, found in self.meetings(chains, replaced, items):
-            yield layer, [(item, [(x, y)]) for item, x, y in found]
+            yield layer, ((item, [(x, y)]) for item, x, y in found)
+            found.clear()  # what follows from it takes its place
 
     def meetings(
         self,

@@ -1,5 +1,6 @@
 """Layers whose moments would be large: sums in single precision, samples, a limit by default."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from tdecomp.calibration.moments import sample_size
 from tdecomp.decomposers.fit_layer import fit_layer
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.recovery.checks import Checks
 
 
 def rows(count, width, seed=0, mean=0.0):
@@ -56,6 +58,14 @@ def test_of_the_widest_layers_a_sample_of_all_batches_is_held():
     both = moments.merged(moments, 0.5)
     assert both.count == 16000
     assert both.sampled
+
+
+def test_of_the_widest_layers_fewer_patches_judge_a_refit():
+    for width, kept in ((1024, 2048), (WIDEST, 700)):
+        checks = Checks(LayerSpec(width, 3), calls=2, generator=np.random.default_rng(0))
+        for x in rows(6000, width).split(3000):
+            checks.add(x, x[:, :3], torch.arange(3000), 3000)
+        assert sum(len(owners) for _, _, owners, _ in checks.parts) == pytest.approx(kept, abs=2)
 
 
 def test_fits_to_a_sample_lose_little_on_other_inputs(tmp_path):

@@ -28,7 +28,7 @@ PROBLEMS = {
 
 def projection(features, fan_in, theta):
     """P (fan_in, features), the inputs in their own order."""
-    return features.project(features.ordered(torch.eye(fan_in).double(), 1), theta)
+    return features.project(features.ordered(torch.eye(fan_in).double(), 1), features.parts(theta))
 
 
 class Problem:

@@ -1,12 +1,8 @@
 import pytest
-import tensorly
 import torch
-from tensorly.cp_tensor import CPTensor
-from tensorly.decomposition import parafac
 
 from tdecomp.linalg.spectrum import spectra, tails
 from tdecomp.linalg.svd import frobenius_norm, leading_vectors
-from tdecomp.linalg.tensorly_backend import torch_backend
 from tests.geometries import case
 
 
@@ -115,25 +111,3 @@ def test_norms_of_many_entries_keep_their_digits():
 def test_a_norm_tells_what_is_not_finite():
     assert frobenius_norm(torch.tensor([1.0, float("nan")])) != frobenius_norm(torch.ones(2))
     assert not frobenius_norm(torch.tensor([1.0, float("inf")])) < float("inf")
-
-
-@pytest.mark.parametrize("linesearch", [False, True])
-@pytest.mark.parametrize("shape", [(6, 8, 9), (8, 6, 9), (8, 8, 3, 3), (5, 7, 2, 3, 4)])
-def test_sweeps_are_those_of_tensorly(shape, linesearch):
-    """What is kept from one mode to the next has to be of the factors as they are by then."""
-    generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
-    start = [torch.randn(size, 5, generator=generator, dtype=torch.float64) for size in shape]
-    options = {"n_iter_max": 9, "tol": 0, "linesearch": linesearch, "return_errors": True}
-
-    def fit(other):
-        # A second tensor between the sweeps of the first must not be taken for it.
-        parafac(other, 5, init=CPTensor((None, [f.clone() for f in start])), **options)
-        return parafac(tensor, 5, init=CPTensor((None, [f.clone() for f in start])), **options)
-
-    with torch_backend():
-        (_, found), errors = fit(2 * tensor)
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
-        (_, expected), plain = fit(tensor)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.stack(errors), torch.stack(plain))
