@@ -1,9 +1,9 @@
 """How much accuracy is left at a share of the MACs, without any labels, and what that costs.
 
 One budget for the whole network (`tdecomp.Budget`), fitted to unlabelled training images, then
-refitted, then distilled, once for each seed, which draws the images. Accuracy is that on all
-validation images, MACs are the whole network's by torch's counter, and times are in plain forward
-passes over the same images, timed beside each step.
+refitted, or reconstructed and then distilled, once for each seed, which draws the images. Accuracy
+is that on all validation images, MACs are the whole network's by torch's counter, and times are in
+plain forward passes over the same images, timed beside each step.
 
     python -m benchmarks.accuracy --data FOLDER --weights resnet20=FILE vgg11_bn=FILE
 
@@ -35,9 +35,11 @@ from tdecomp.calibration.moments import FitCache
 
 BATCH_SIZE = 128
 FITTED, REFITTED, DISTILLED = "fitted", "refitted", "distilled"
+RECONSTRUCTED = "reconstructed"  # what was fitted, without refitting it; then it is distilled
+UNTRAINED = FITTED, REFITTED, RECONSTRUCTED
 CALIBRATE_AND_PLAN, APPLY = "calibrate + plan", "apply"
 # For a ResNet-20.
-PASSES_BOUNDS = {CALIBRATE_AND_PLAN: 10, REFITTED: 8, DISTILLED: 60}
+PASSES_BOUNDS = {CALIBRATE_AND_PLAN: 10, REFITTED: 8, RECONSTRUCTED: 20, DISTILLED: 60}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Network:
 
 
 def measure(network: Network, cases: Sequence[Case], *, steps: int | None) -> Iterator[Result]:
-    """Calibrate once, and take every case through plan, apply, refit and distill."""
+    """Calibrate once, and take every case through plan, apply and the recoveries."""
     model, batches = network.model, network.batches
     quiet: dict[str, Any] = {"progress": False}
     moments, calibrating = network.timed(
@@ -132,19 +134,25 @@ def measure(network: Network, cases: Sequence[Case], *, steps: int | None) -> It
         plan, planning = network.timed(partial(tdecomp.plan, model, case.methods, **budget, **data))
         passes[CALIBRATE_AND_PLAN] = calibrating + planning
         result, passes[APPLY] = network.timed(partial(tdecomp.apply, model, plan, **data))
+        models = {FITTED: result.model}
         drops[FITTED] = network.drop(result.model)
-        recoveries: dict[str, Callable[..., Any]] = {REFITTED: tdecomp.refit}
+        recoveries: list[tuple[str, str, Callable[..., Any]]] = [
+            (FITTED, REFITTED, tdecomp.refit),
+            (FITTED, RECONSTRUCTED, tdecomp.reconstruct),
+        ]
         if steps != 0:
-            recoveries[DISTILLED] = partial(tdecomp.distill, steps=steps)
-        for stage, recover in recoveries.items():
-            result, passes[stage] = network.timed(
-                partial(recover, result.model, model, batches, **quiet)
+            distill = partial(tdecomp.distill, steps=steps)
+            recoveries.append((RECONSTRUCTED, DISTILLED, distill))
+        for start, stage, recover in recoveries:
+            recovery, passes[stage] = network.timed(
+                partial(recover, models[start], model, batches, **quiet)
             )
-            drops[stage] = network.drop(result.model)
-            errors[stage] = result.error_after, network.error(result.model)
+            models[stage] = recovery.model
+            drops[stage] = network.drop(recovery.model)
+            errors[stage] = recovery.error_after, network.error(recovery.model)
         counts = Counter(row.method or "whole" for row in plan)
         layers = ", ".join(f"{n} {method}" for method, n in sorted(counts.items()))
-        left = count_macs(result.model, network.example) / network.macs
+        left = count_macs(models[FITTED], network.example) / network.macs
         yield Result(case, left, drops, passes, errors, layers)
 
 
@@ -157,7 +165,7 @@ def points_table(results: Sequence[Result]) -> str:
             [
                 *_labels(case),
                 f"{fmean(result.macs for result in several):.3f}",
-                *(mean_and_spread(drops.get(stage, ()), "+.2f") for stage in (FITTED, REFITTED)),
+                *(mean_and_spread(drops[stage], "+.2f") for stage in UNTRAINED),
                 _bound(case.without_training),
                 mean_and_spread(drops.get(DISTILLED, ()), "+.2f"),
                 _bound(case.with_distill),
@@ -165,7 +173,7 @@ def points_table(results: Sequence[Result]) -> str:
             ]
         )
     headers = [
-        "network", "methods", "MACs\nasked", "MACs\nleft", FITTED, REFITTED, "bound",
+        "network", "methods", "MACs\nasked", "MACs\nleft", *UNTRAINED, "bound",
         DISTILLED, "bound", "layers",
     ]  # fmt: skip
     return tabulate(rows, headers=headers, disable_numparse=True)

@@ -1,22 +1,25 @@
 """The training of one block to give the original block's outputs for the inputs that it gets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.estimate import helps
-from tdecomp.model.batches import copied, tensors_of
+from tdecomp.model.batches import copied, in_parts, tensors_of
+from tdecomp.recovery.adam import Adam, Coordinates
 from tdecomp.recovery.blocks import Block
-from tdecomp.recovery.training import Adam
 from tdecomp.recovery.walk import Item
+from tdecomp.recovery.whitening import Basis, bases_of
 
 Call = tuple[Item, Any, list[Tensor]]  # what the block is called with, and the outputs wanted
 _TINY = 1e-30  # no variance is below it
+_SHOWN = 64  # samples by which the inputs of layers are known
+_STEP = 16  # samples of a step
 
 
 class BlockTraining:
@@ -28,7 +31,7 @@ class BlockTraining:
         """`calls` have the inputs that the block gets, and what the original's returns."""
         self._block, self._rows = block, CountedRows(batches)
         self._generator = batches.generator(0)
-        known = [(item, given, tensors_of(wanted)) for item, given, wanted in calls]
+        known = [(item, given, tensors_of(wanted)) for item, given, wanted in self._in_steps(calls)]
         self._fits: list[Call] = [call for call in known if not call[0].held]
         self._held: list[Call] = [call for call in known if call[0].held]
         outputs = zip(*(wanted for _, _, wanted in self._fits), strict=False)
@@ -39,7 +42,8 @@ class BlockTraining:
         trained = self._block.parameters()
         values = [p.detach().clone() for p in trained]
         before = self._errors()
-        optimizer = Adam(trained, lr, epochs * len(self._fits))
+        coordinates = Coordinates(trained, self._bases(trained))
+        optimizer = Adam(coordinates, lr, epochs * len(self._fits))
         with torch.enable_grad():
             for _ in range(epochs):
                 order = torch.randperm(len(self._fits), generator=self._generator, device="cpu")
@@ -55,6 +59,46 @@ class BlockTraining:
             for parameter, value in zip(trained, values, strict=True):
                 parameter.copy_(value)
         return float(before.mean()), float((after if better else before).mean()), better
+
+    def _in_steps(self, calls: Sequence[tuple[Item, Any, Any]]) -> list[tuple[Item, Any, Any]]:
+        """The calls in parts of as many samples as a step takes, if the block can be cut so."""
+        parts: list[tuple[Item, Any, Any]] = []
+        for item, given, wanted in calls:
+            cut = [in_parts(each, _STEP, item.samples) for each in (item.batch, given, wanted)]
+            if len({len(each) for each in cut}) > 1 or (
+                not parts and not self._alike(given, cut[1])
+            ):
+                return [*calls]
+            items = [Item(batch, item.held, item.number) for batch in cut[0]]
+            parts += zip(items, *cut[1:], strict=True)
+        return parts
+
+    def _alike(self, given: Any, parts: Sequence[Any]) -> bool:
+        """Whether the block gives the same for the parts as for the whole."""
+        try:
+            pieces = [tensors_of(self._block(*copied(part))) for part in parts]
+        except Exception:  # what is cut was no sample
+            return False
+        together = map(torch.cat, zip(*pieces, strict=True))
+        whole = tensors_of(self._block(*copied(given)))
+        return all(
+            a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3 * float(b.abs().mean()))
+            for a, b in zip(together, whole, strict=True)
+        )
+
+    def _bases(self, trained: Sequence[nn.Parameter]) -> Mapping[nn.Parameter, Basis]:
+        """Of the weights, by the first samples."""
+
+        def run() -> None:
+            samples = 0
+            for item, given, _ in self._fits:
+                self._rows.begin(item.batch)
+                self._block(*copied(given))
+                samples += item.samples
+                if samples >= _SHOWN:
+                    return
+
+        return bases_of(self._block.modules, trained, self._rows, run)
 
     def _errors(self) -> Tensor:
         """Each sample's distance (samples,), of those that are held out if there are any."""
@@ -72,7 +116,8 @@ class BlockTraining:
             mask = self._rows.mask_of_output(squares)
             if mask is not None:
                 squares = squares * mask.reshape(*mask.shape, *[1] * (mine.dim() - mask.dim()))
-            total.append(squares.reshape(len(squares), -1).mean(dim=1))
+            # Over dimensions one by one, as to flatten them would copy images channels last.
+            total.append(squares.mean(dim=tuple(range(1, squares.dim()))))
         return torch.stack(total).sum(dim=0)
 
 

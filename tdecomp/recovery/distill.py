@@ -112,8 +112,8 @@ def distill(
     batches : list of batches, DataLoader or Data
         As for `tdecomp.calibrate`; gone through as often as needed.
     steps : int, optional
-        Steps of one batch each. By default as many as take about the arithmetic of 150 training
-        steps of the original, and at least 150: the smaller the model, the more.
+        Steps of one batch each. By default as many as take about the arithmetic of 75 training
+        steps of the original, and at least 75: the smaller the model, the more.
     lr : float, optional
         The highest rate of Adam, for parameters with entries of about 0.2 and more; for smaller
         ones the rate is lower in proportion. By default, up to 1e-3, the rate at which a step in a

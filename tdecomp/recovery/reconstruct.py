@@ -5,8 +5,7 @@ section 3.2, which trains the rounding of weights.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,18 +14,20 @@ from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches
-from tdecomp.model.batches import Forward, device_of, in_parts
+from tdecomp.model.batches import Forward, device_of
+from tdecomp.model.example import images_in_layout
 from tdecomp.recovery.attempt import Attempt, left_note
 from tdecomp.recovery.block_training import BlockTraining
 from tdecomp.recovery.blocks import Block, blocks_of
 from tdecomp.recovery.held_out import HeldOut
+from tdecomp.recovery.quick_layout import take_channels_last
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import replaced_layers
-from tdecomp.recovery.walk import Item, Walk
+from tdecomp.recovery.walk import Walk
 from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
 
-_SAMPLES = 2048  # that blocks are trained on, if there are so many
-_STEP = 64  # samples of a step
+_SAMPLES = 2048  # that blocks are trained on, variants among them
+_SEEN = 4096  # samples that the steps of a block see by default, each as often
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Reconstruct(RecoveryStep):
     """`reconstruct` as a step of `decompose`, with its options `epochs` and `lr`.
 
     >>> Reconstruct(epochs=4)
-    Reconstruct(epochs=4, lr=0.002)
+    Reconstruct(epochs=4, lr=0.001)
 
     A ValueError refuses a number of epochs below 1, and a rate that is not finite and above 0.
     """
@@ -42,12 +43,13 @@ class Reconstruct(RecoveryStep):
     name: ClassVar[str] = "reconstruct"
     uses_variants: ClassVar[bool] = True
 
-    epochs: int = 8
-    lr: float = 2e-3
+    epochs: int | None = None
+    lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not (type(self.epochs) is int and self.epochs >= 1):
-            raise ValueError(f"reconstruct: expected epochs of at least 1, got {self.epochs!r}")
+        epochs = self.epochs
+        if epochs is not None and not (type(epochs) is int and epochs >= 1):
+            raise ValueError(f"reconstruct: expected epochs of at least 1, got {epochs!r}")
         number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
         if not (number and 0 < self.lr < math.inf):
             raise ValueError(f"reconstruct: expected a finite rate above 0, got lr={self.lr!r}")
@@ -69,15 +71,21 @@ class Reconstruct(RecoveryStep):
             if blocks and not walk.takes_turns(chains, items):
                 notes.append("left as it was: its passes cannot wait for one another")
                 blocks = []
+            if items and take_channels_last(batches, [model, original], items[0].batch):
+                items = [
+                    replace(i, batch=images_in_layout(i.batch, "channels_last")) for i in items
+                ]
             met = walk.meetings(
                 {block: block.modules[0] for block in blocks},
                 {block: block.originals[-1] for block in blocks},
-                _parts(items), lambda args, kwargs: (args, kwargs),
+                items, lambda args, kwargs: (args, kwargs),
             )  # fmt: skip
+            samples = sum(item.samples for item in items if not item.held)
+            epochs = self.epochs or max(1, round(_SEEN / max(samples, 1)))
             hidden = not batches.progress
             for block, calls in tqdm(met, self.name, len(blocks), unit="block", disable=hidden):
                 training = BlockTraining(block, calls, batches)
-                *lost, better = training.train(self.epochs, self.lr, device)
+                *lost, better = training.train(epochs, self.lr, device)
                 layers[block.name] = lost[0], lost[1]
                 kept += not better
         notes += left_note(kept, len(layers), "blocks")
@@ -99,21 +107,12 @@ def _blocks(walk: Walk) -> tuple[list[Block], list[str]]:
     return able, notes
 
 
-def _parts(items: Sequence[Item]) -> list[Item]:
-    """The batches in parts as small as a step takes."""
-    return [
-        Item(part, item.held, item.number)
-        for item in items
-        for part in in_parts(item.batch, _STEP, item.samples)
-    ]
-
-
 def reconstruct(
     model: nn.Module,
     original: nn.Module,
     batches: Any,
     *,
-    epochs: int = Reconstruct.epochs,
+    epochs: int | None = None,
     lr: float = Reconstruct.lr,
     augment: Augment | None = flip_and_shift,
     forward: Forward | None = None,
@@ -133,21 +132,24 @@ def reconstruct(
     A block is a module with up to four layers, such as a residual block, or a stretch of an
     `nn.Sequential`. In the order in which they run, each is trained by Adam, on the inputs that it
     gets in the decomposed model, to give the outputs of the original's block: unlike `refit`, this
-    sees the activations in between. All batches go through both models once. A block's training is
-    kept only where it surely gains on samples that are held out.
+    sees the activations in between. Weights are trained in coordinates in which their inputs vary
+    alike in all directions (Desjardins et al. 2015, "Natural Neural Networks", section 3.1). All
+    batches go through both models once. A block's training is kept only where it surely gains on
+    samples that are held out.
 
     Parameters
     ----------
     model : nn.Module
-        What `decompose` or `apply` made of `original`, best after `refit`.
+        What `decompose` or `apply` made of `original`; `refit` before it gains little more.
     original : nn.Module
     batches : list of batches, DataLoader or Data
         As for `tdecomp.calibrate`.
-    epochs : int
-        How often each block goes through its inputs, 64 samples a step.
+    epochs : int, optional
+        How often each block goes through its inputs, 16 samples a step. By default as often as
+        shows it about 4,096 samples, 2,048 of them different: variants count.
     lr : float
-        The highest rate of Adam, for parameters with entries of about 0.2 and more; for smaller
-        ones the rate is lower in proportion.
+        The highest rate of Adam, for weights whose coordinates are about 0.2; for others the rate
+        is in proportion.
     augment : callable ``(batch, generator) -> batch``, optional
         As for `tdecomp.refit`.
     inplace : bool

@@ -12,31 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.calibration.data import Batches
 from tdecomp.layers.chain import Chain
-from tdecomp.model.batches import copied, device_of, tensors_of
+from tdecomp.model.batches import copied, count_samples, device_of, tensors_of
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.macs import MacCounter
+from tdecomp.recovery.adam import Adam, Coordinates
+from tdecomp.recovery.quick_layout import take_channels_last
+from tdecomp.recovery.whitening import bases_of
 from tdecomp.torch_state import hooks
 
 # The stretches of a training, after each of which the model may become the result.
 _STRETCHES = 8
 # The default number of steps: at least this many, and as many as take the arithmetic of this many
 # training steps of the original, each with a backward pass that costs twice a forward pass.
-_STEPS = 150
+_STEPS = 75
+_SHOWN = 256  # samples by which the inputs of layers are known
 # The largest number of hinted modules.
 _HINTS = 4
 _HINT_WEIGHT = 3.0
-# The share of the steps over which the rate rises.
-_WARM_UP = 0.1
-# The root mean square of a parameter's entries that the rate is meant for.
-_USUAL_SIZE = 0.2
-_MAX_GRADIENT_NORM = 1.0
 _HIGHEST_RATE = 1e-3
 # One step at the highest rate may change the outputs by this share of their squared error.
 _SHARE_OF_ERROR = 0.02
@@ -56,21 +54,31 @@ class Training:
     def _first(self) -> Any:
         return next(self.batches.on(device_of(self.model)))
 
-    @cached_property
-    def _sizes(self) -> list[float]:
-        return usual_sizes(self.trained)
+    def _coordinates(self, rows: CountedRows) -> Coordinates:
+        def run() -> None:
+            samples = 0
+            for batch in self.batches.on(device_of(self.model)):
+                rows.begin(batch)
+                self.batches.run(self.model, batch)
+                samples += count_samples(batch)
+                if samples >= _SHOWN:
+                    return
+
+        return Coordinates(self.trained, bases_of([self.model], self.trained, rows, run))
 
     def stretches(self, steps: int | None, lr: float | None) -> Iterator[None]:
         """Train, yielding after each of a few stretches; None for the default steps and rate."""
         steps = self._usual_steps() if steps is None else steps
-        lr = self._rate() if lr is None else lr
+        counted = CountedRows(self.batches)
+        coordinates = self._coordinates(counted)
+        lr = self._rate(coordinates) if lr is None else lr
         model, original, batches = self.model, self.original, self.batches
-        optimizer = Adam(self.trained, lr, steps)
+        optimizer = Adam(coordinates, lr, steps)
         device = device_of(model)
         endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
         generator = batches.generator(0)
         stretch = max(1, steps // _STRETCHES)
-        quick, counted = self._take_channels_last(), CountedRows(batches)
+        quick = take_channels_last(batches, [model, original], self._first)
         with Outputs(model, self.hints) as mine, Outputs(original, self.hints) as wanted:
             bar = tqdm(range(1, steps + 1), "distill", unit="step", disable=not batches.progress)
             for step in bar:
@@ -106,18 +114,7 @@ class Training:
         share = macs[0] / macs[1] if macs[1] else 1.0
         return max(_STEPS, round(_STEPS * 3 / (1 + 3 * share)))
 
-    def _take_channels_last(self) -> bool:
-        """Whether both models run on channels-last images."""
-        batch = images_in_layout(self._first, "channels_last")
-        try:
-            for model in (self.model, self.original):
-                with torch.no_grad():
-                    self.batches.run(model, batch)
-        except BatchError:
-            return False
-        return True
-
-    def _rate(self) -> float:
+    def _rate(self, coordinates: Coordinates) -> float:
         """The highest rate at which one step changes the outputs by little of their error.
 
         A step of Adam is about as long as the rate in every entry. With random signs, the square
@@ -128,44 +125,19 @@ class Training:
         with torch.no_grad():
             wanted = tensors_of(self.batches.run(self.original, batch))
             before = [z.clone() for z in tensors_of(self.batches.run(self.model, batch))]
-            held = [parameter.detach().clone() for parameter in self.trained]
-            for parameter, size in zip(self.trained, self._sizes, strict=True):
-                bits = torch.randint(0, 2, parameter.shape, generator=generator, device="cpu")
-                parameter.add_((2 * bits - 1).to(parameter), alpha=_HIGHEST_RATE * size)
+            values = coordinates.values
+            held = [value.detach().clone() for value in values]
+            for value in values:
+                bits = torch.randint(0, 2, value.shape, generator=generator, device="cpu")
+                value.add_((2 * bits - 1).to(value), alpha=_HIGHEST_RATE)
+            coordinates.write()
             moved = tensors_of(self.batches.run(self.model, batch))
-            for parameter, value in zip(self.trained, held, strict=True):
-                parameter.copy_(value)
+            for value, before_it in zip(values, held, strict=True):
+                value.copy_(before_it)
+            coordinates.write()
             error, change = _squared_distance(before, wanted), _squared_distance(moved, before)
         share = error / change if change > 0 else 1.0
         return _HIGHEST_RATE * min(1.0, math.sqrt(_SHARE_OF_ERROR * share))
-
-
-class Adam:
-    """Adam with a rate that rises over the first tenth of the steps and then falls to zero."""
-
-    def __init__(self, trained: Sequence[nn.Parameter], lr: float, steps: int) -> None:
-        self._trained = trained
-        self._adam = torch.optim.Adam([{"params": [p]} for p in trained], lr=lr)
-        # OneCycleLR divides by the length of the warm-up, 0 if it is exactly the first step.
-        warm_up = 0.99 * _WARM_UP if _WARM_UP * max(steps, 2) == 1 else _WARM_UP
-        rates = [lr * size for size in usual_sizes(trained)]
-        total = max(steps, 2)
-        self._schedule = OneCycleLR(self._adam, rates, total_steps=total, pct_start=warm_up)
-
-    def step(self, loss: Tensor, device: torch.device) -> None:
-        """A step against the gradients of this loss, which are not kept."""
-        self._adam.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM)
-        with torch.device(device):  # where Adam of some releases makes its counters
-            self._adam.step()
-        self._schedule.step()
-
-
-def usual_sizes(trained: Sequence[nn.Parameter]) -> list[float]:
-    """Factors of the rate: Adam's steps are as long for small entries as for large ones."""
-    sizes = [float(p.detach().double().square().mean().sqrt()) for p in trained]
-    return [min(1.0, size / _USUAL_SIZE) if size > 0 else 1.0 for size in sizes]
 
 
 def variant(batches: Batches, batch: Any, generator: torch.Generator) -> Any:

@@ -103,15 +103,15 @@ class Walk:
         return cls(model, original, batches, calls, patches, max(nbytes))
 
     def items(
-        self, layers: Sequence[ReplacedLayer], device: torch.device, least: int = _SAMPLES
+        self, layers: Sequence[ReplacedLayer], device: torch.device, varied: int = 0
     ) -> tuple[list[Item], str | None]:
-        """As many batches as these layers need, `least` samples or more, and those held out.
+        """As many batches as these layers need, variants up to `varied` samples, and held-out ones.
 
         Of these, as many as the memory holds, with words about it if it does not hold all.
         """
         per = self.patches
-        needed = max(least, *(enough(layer.spec) / per[layer] for layer in layers))
-        few = max(_FEW * layer.spec.fan_in / per[layer] for layer in layers)
+        needed = max(varied, _SAMPLES, *(enough(layer.spec) / per[layer] for layer in layers))
+        few = max(varied, *(_FEW * layer.spec.fan_in / per[layer] for layer in layers))
         room = self._room(device)
         most = min(needed, (1 - _HELD_SHARE) * room)
         items: list[Item] = []
