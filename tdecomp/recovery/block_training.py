@@ -19,7 +19,8 @@ from tdecomp.recovery.whitening import Basis, bases_of
 Call = tuple[Item, Any, list[Tensor]]  # what the block is called with, and the outputs wanted
 _TINY = 1e-30  # no variance is below it
 _SHOWN = 64  # samples by which the inputs of layers are known
-_STEP = 16  # samples of a step
+_STEP = 32  # samples of a step
+_VARIED = 256  # samples that tell how much outputs vary
 
 
 class BlockTraining:
@@ -34,7 +35,8 @@ class BlockTraining:
         known = [(item, given, tensors_of(wanted)) for item, given, wanted in self._in_steps(calls)]
         self._fits: list[Call] = [call for call in known if not call[0].held]
         self._held: list[Call] = [call for call in known if call[0].held]
-        outputs = zip(*(wanted for _, _, wanted in self._fits), strict=False)
+        few = self._fits[: -(-_VARIED // _STEP)]
+        outputs = zip(*(wanted for _, _, wanted in few), strict=False)
         self._scales = [1.0 / max(_variance(ys), _TINY) for ys in outputs]
 
     def train(self, epochs: int, lr: float, device: torch.device) -> tuple[float, float, bool]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.scope import Scope, interrupts_deferred
-from tdecomp.torch_state import hooks
+from tdecomp.torch_state import give_one_thread, hooks
 
 Place = TypeVar("Place")
 # What is taken of the arguments, and of the named ones, that a module is called with.
@@ -85,6 +85,8 @@ class _Pass(Generic[Place]):
         try:
             self._go.acquire()
             if not self._leaving:
+                # Many threads with helpers of their own would slow down those of the caller.
+                give_one_thread()
                 with Scope() as scope:
                     for setting in settings:
                         scope.undo.enter_context(setting())

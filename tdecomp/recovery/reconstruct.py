@@ -26,8 +26,8 @@ from tdecomp.recovery.replaced import replaced_layers
 from tdecomp.recovery.walk import Walk
 from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
 
-_SAMPLES = 2048  # that blocks are trained on, variants among them
-_SEEN = 4096  # samples that the steps of a block see by default, each as often
+_SAMPLES = 1024  # that blocks are trained on, variants among them
+_SEEN = 3072  # samples that the steps of a block see by default, each as often
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reconstruct(RecoveryStep):
     """`reconstruct` as a step of `decompose`, with its options `epochs` and `lr`.
 
     >>> Reconstruct(epochs=4)
-    Reconstruct(epochs=4, lr=0.001)
+    Reconstruct(epochs=4, lr=0.0015)
 
     A ValueError refuses a number of epochs below 1, and a rate that is not finite and above 0.
     """
@@ -44,7 +44,7 @@ class Reconstruct(RecoveryStep):
     uses_variants: ClassVar[bool] = True
 
     epochs: int | None = None
-    lr: float = 1e-3
+    lr: float = 1.5e-3
 
     def __post_init__(self) -> None:
         epochs = self.epochs
@@ -145,8 +145,8 @@ def reconstruct(
     batches : list of batches, DataLoader or Data
         As for `tdecomp.calibrate`.
     epochs : int, optional
-        How often each block goes through its inputs, 16 samples a step. By default as often as
-        shows it about 4,096 samples, 2,048 of them different: variants count.
+        How often each block goes through its inputs, 32 samples a step. By default as often as
+        shows it about 3,072 samples, 1,024 of them different: variants count.
     lr : float
         The highest rate of Adam, for weights whose coordinates are about 0.2; for others the rate
         is in proportion.
