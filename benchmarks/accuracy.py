@@ -29,8 +29,7 @@ from benchmarks.support.comparison import count_macs
 from benchmarks.support.data import Dataset, image_folder
 from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.models import input_format, load_model
-from benchmarks.support.output_error import model_error
-from benchmarks.support.training import accuracy
+from benchmarks.support.output_error import lost_share
 from tdecomp.calibration.moments import FitCache
 
 BATCH_SIZE = 128
@@ -87,15 +86,20 @@ class Network:
         self.batches: list[Tensor] = [x for x, _ in data.train.in_order(BATCH_SIZE)]
         self.example = self.batches[0][:1]
         self.macs = count_macs(self.model, self.example)
-        self.accuracy = accuracy(self.model, data.val)
+        self.outputs = self._outputs(self.model)
+        self.accuracy = self._right(self.outputs)
 
-    def drop(self, model: nn.Module) -> float:
-        """Percentage points lost."""
-        return 100.0 * (self.accuracy - accuracy(model, self.data.val))
+    def judged(self, model: nn.Module) -> tuple[float, float]:
+        """Percentage points lost, and the lost share of the outputs' variance, on all of `val`."""
+        outputs = self._outputs(model)
+        return 100.0 * (self.accuracy - self._right(outputs)), lost_share(self.outputs, outputs)
 
-    def error(self, model: nn.Module) -> float:
-        """The share of the outputs' variance that is lost on all validation images."""
-        return model_error(self.model, model, (x for x, _ in self.data.val.in_order(BATCH_SIZE)))
+    @torch.inference_mode()
+    def _outputs(self, model: nn.Module) -> Tensor:
+        return torch.cat([model(x) for x, _ in self.data.val.in_order(BATCH_SIZE)]).double()
+
+    def _right(self, outputs: Tensor) -> float:
+        return float((outputs.argmax(dim=1) == self.data.val.labels).double().mean())
 
     def timed(self, step: Callable[[], Any]) -> tuple[Any, float]:
         """The result of a step, and how long it took in plain forward passes beside it."""
@@ -135,7 +139,7 @@ def measure(network: Network, cases: Sequence[Case], *, steps: int | None) -> It
         passes[CALIBRATE_AND_PLAN] = calibrating + planning
         result, passes[APPLY] = network.timed(partial(tdecomp.apply, model, plan, **data))
         models = {FITTED: result.model}
-        drops[FITTED] = network.drop(result.model)
+        drops[FITTED], _ = network.judged(result.model)
         recoveries: list[tuple[str, str, Callable[..., Any]]] = [
             (FITTED, REFITTED, tdecomp.refit),
             (FITTED, RECONSTRUCTED, tdecomp.reconstruct),
@@ -148,8 +152,8 @@ def measure(network: Network, cases: Sequence[Case], *, steps: int | None) -> It
                 partial(recover, models[start], model, batches, **quiet)
             )
             models[stage] = recovery.model
-            drops[stage] = network.drop(recovery.model)
-            errors[stage] = recovery.error_after, network.error(recovery.model)
+            drops[stage], error = network.judged(recovery.model)
+            errors[stage] = recovery.error_after, error
         counts = Counter(row.method or "whole" for row in plan)
         layers = ", ".join(f"{n} {method}" for method, n in sorted(counts.items()))
         left = count_macs(models[FITTED], network.example) / network.macs

@@ -114,7 +114,7 @@ def trained(case: Trained, network: Network, batch: Tensor) -> list[str]:
         rank=case.budget,
         example_inputs=batch,
         data=network.batches,
-        recover=["refit", "distill"],
+        recover=["reconstruct", "distill"],
         profile=profile,
         only_if_faster=case.only_if_faster,
         progress=False,
@@ -124,7 +124,7 @@ def trained(case: Trained, network: Network, batch: Tensor) -> list[str]:
     measured = _measured(network.model, result, batch)
     changed = sum(row.method is not None for row in result.report)
     told = (
-        f"drop {network.drop(result.model):+.2f} points"
+        f"drop {network.judged(result.model)[0]:+.2f} points"
         + ("" if case.points is None else f" (at most {case.points:g})")
         + f"; {changed} layers decomposed; {speed.layout_before} before, {speed.layout} after"
     )

@@ -60,6 +60,10 @@ def output_errors(
 def model_error(original: nn.Module, model: nn.Module, batches: Iterable[Tensor]) -> float:
     """The share of the variance of the original's outputs (n, ...) that another model loses."""
     wanted, found = zip(*((original(x).double(), model(x).double()) for x in batches), strict=True)
-    outputs, others = torch.cat(wanted), torch.cat(found)
+    return lost_share(torch.cat(wanted), torch.cat(found))
+
+
+def lost_share(outputs: Tensor, others: Tensor) -> float:
+    """The share of the variance of outputs (n, ...) that others in their place lose."""
     about_mean = outputs - outputs.mean(dim=0)
     return float((outputs - others).square().sum() / about_mean.square().sum())
