@@ -114,7 +114,7 @@ def trained(case: Trained, network: Network, batch: Tensor) -> list[str]:
         rank=case.budget,
         example_inputs=batch,
         data=network.batches,
-        recover=["reconstruct", "distill"],
+        recover=["refit", "distill"],
         profile=profile,
         only_if_faster=case.only_if_faster,
         progress=False,

@@ -115,8 +115,8 @@ def distill(
         Steps of one batch each. By default as many as take about the arithmetic of 75 training
         steps of the original, and at least 75: the smaller the model, the more.
     lr : float, optional
-        The highest rate of Adam, for parameters with entries of about 0.2 and more; for smaller
-        ones the rate is lower in proportion. By default, up to 1e-3, the rate at which a step in a
+        The highest rate of Adam, for weights whose coordinates (as for `reconstruct`) are about
+        0.2; for others the rate is in proportion. By default, up to 1e-3, the rate at which a step in a
         random direction changes the outputs by much less than their error.
     hints : bool
         Whether to compare outputs inside the models, too.

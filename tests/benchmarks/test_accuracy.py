@@ -6,7 +6,7 @@ from benchmarks.support.output_error import model_error
 
 
 def result(case, drop):
-    drops = {"fitted": drop, "refitted": drop / 2}
+    drops = {"fitted": drop, "refitted": drop / 2, "reconstructed": drop / 4}
     passes = {"calibrate + plan": 9.0 + drop, "apply": 0.5, "refitted": 7.0}
     return Result(case, 0.2987, drops, passes, {"refitted": (0.01, 0.02)}, "19 cp")
 
@@ -18,7 +18,7 @@ def test_the_seeds_of_a_line_become_its_mean_and_spread():
     assert len(points) == 3 + 2
     assert "0.299" in points[-2]
     assert "+2.00 ± 1.41" in points[-2]
-    assert "+1.00 ± 0.71  1 " in points[-2]
+    assert "+1.00 ± 0.71  +0.50 ± 0.35     1 " in points[-2]
     assert "+8.00 " in points[-1]
     work = work_table(results).splitlines()
     assert "11.0 ± 1.4" in work[-3]
