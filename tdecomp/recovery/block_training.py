@@ -84,7 +84,7 @@ class BlockTraining:
         together = map(torch.cat, zip(*pieces, strict=True))
         whole = tensors_of(self._block(*copied(given)))
         return all(
-            a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3 * float(b.abs().mean()))
+            a.shape == b.shape and float((a - b).norm()) <= _rounding(b) * float(b.norm())
             for a, b in zip(together, whole, strict=True)
         )
 
@@ -118,9 +118,14 @@ class BlockTraining:
             mask = self._rows.mask_of_output(squares)
             if mask is not None:
                 squares = squares * mask.reshape(*mask.shape, *[1] * (mine.dim() - mask.dim()))
-            # Over dimensions one by one, as to flatten them would copy images channels last.
-            total.append(squares.mean(dim=tuple(range(1, squares.dim()))))
+            # Not flattened, which would copy images channels last.
+            total.append(squares[..., None].mean(dim=tuple(range(1, squares.dim() + 1))))
         return torch.stack(total).sum(dim=0)
+
+
+def _rounding(outputs: Tensor) -> float:
+    """By how much the same outputs may differ, as a share of their size."""
+    return float(torch.finfo(outputs.dtype).eps ** 0.5)
 
 
 def _variance(outputs: Sequence[Tensor]) -> float:

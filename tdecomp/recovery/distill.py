@@ -116,8 +116,8 @@ def distill(
         steps of the original, and at least 75: the smaller the model, the more.
     lr : float, optional
         The highest rate of Adam, for weights whose coordinates (as for `reconstruct`) are about
-        0.2; for others the rate is in proportion. By default, up to 1e-3, the rate at which a step in a
-        random direction changes the outputs by much less than their error.
+        0.2; for others the rate is in proportion. By default, up to 1e-3, the rate at which a step
+        in a random direction changes the outputs by much less than their error.
     hints : bool
         Whether to compare outputs inside the models, too.
     augment : callable ``(batch, generator) -> batch``, optional
