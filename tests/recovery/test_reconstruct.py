@@ -191,5 +191,6 @@ def test_sequences_of_several_lengths(masked):
 def test_a_block_may_give_a_single_number_for_each_sample():
     original = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1), nn.Flatten(0))
     smaller = tdecomp.decompose(original, "svd", rank=4, include="0", **QUIET).model
-    recovery = reconstruct(smaller, original, vectors(64, 64), epochs=20, **QUIET)
-    assert recovery.error_after < recovery.error_before
+    recovery = reconstruct(smaller, original, vectors(4, 64), **QUIET)
+    assert [*recovery.layers] == ["0"]
+    assert recovery.error_after <= recovery.error_before
