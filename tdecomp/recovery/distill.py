@@ -112,8 +112,8 @@ def distill(
     batches : list of batches, DataLoader or Data
         As for `tdecomp.calibrate`; gone through as often as needed.
     steps : int, optional
-        Steps of one batch each. By default as many as take about the arithmetic of 75 training
-        steps of the original, and at least 75: the smaller the model, the more.
+        Steps of one batch each. By default as many as take about the arithmetic of 66 training
+        steps of the original, and at least 66: the smaller the model, the more.
     lr : float, optional
         The highest rate of Adam, for weights whose coordinates (as for `reconstruct`) are about
         0.2; for others the rate is in proportion. By default, up to 1e-3, the rate at which a step

@@ -30,7 +30,7 @@ from tdecomp.torch_state import hooks
 _STRETCHES = 8
 # The default number of steps: at least this many, and as many as take the arithmetic of this many
 # training steps of the original, each with a backward pass that costs twice a forward pass.
-_STEPS = 75
+_STEPS = 66
 _SHOWN = 256  # samples by which the inputs of layers are known
 # The largest number of hinted modules.
 _HINTS = 4
