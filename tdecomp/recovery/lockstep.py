@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tdecomp.parallel import OneThread
 from tdecomp.scope import Scope, interrupts_deferred
 from tdecomp.torch_state import give_one_thread, hooks
 
@@ -210,7 +211,8 @@ def take_turns(
     it cannot run in a thread.
     """
     alone: list[dict[Place, Tensor]] = []
-    with shown_at(places, lambda place, x: alone[-1].update({place: x.clone()}), before=True):
+    take = shown_at(places, lambda place, x: alone[-1].update({place: x.clone()}), before=True)
+    with OneThread(), take:  # as the others have: with more, torch sums up in another order
         began = time.perf_counter()
         for run in runs:
             alone.append({})
