@@ -47,12 +47,7 @@ class Features(ABC):
 
     @abstractmethod
     def slopes(
-        self,
-        left: Tensor,
-        right: Tensor,
-        cross: Tensor,
-        theta: Sequence[Tensor],
-        parts: Sequence[Tensor],
+        self, left: Tensor, right: Tensor, cross: Tensor, parts: Sequence[Tensor]
     ) -> list[Tensor]:
         """The derivatives by θ of ``(W * P(θ)).sum()``, with ``W = left @ right - cross`` fixed.
 
@@ -92,15 +87,10 @@ class SpanFeatures(Features):
         return places.flatten(0, 1)
 
     def slopes(
-        self,
-        left: Tensor,
-        right: Tensor,
-        cross: Tensor,
-        theta: Sequence[Tensor],
-        parts: Sequence[Tensor],
+        self, left: Tensor, right: Tensor, cross: Tensor, parts: Sequence[Tensor]
     ) -> list[Tensor]:
         triangle = parts[1]
-        columns = theta[0].shape[1]
+        columns = len(triangle)
         along = cross.new_zeros(self.inputs, columns)
         for place in range(self.volume):  # W at the other places meets zeros of the identity
             these = slice(place * self.inputs, (place + 1) * self.inputs)
@@ -140,7 +130,7 @@ class ProductFeatures(Features):
 
     def parts(self, theta: Sequence[Tensor]) -> Sequence[Tensor]:
         units = [*map(_unit, theta)]
-        return khatri_rao(units), *units
+        return khatri_rao(units), *units, *map(_lengths, theta)
 
     def project(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         return matrix @ parts[0]
@@ -149,21 +139,17 @@ class ProductFeatures(Features):
         return parts[0] @ matrix
 
     def slopes(
-        self,
-        left: Tensor,
-        right: Tensor,
-        cross: Tensor,
-        theta: Sequence[Tensor],
-        parts: Sequence[Tensor],
+        self, left: Tensor, right: Tensor, cross: Tensor, parts: Sequence[Tensor]
     ) -> list[Tensor]:
-        units = parts[1:]
+        modes = len(parts) // 2
+        units, lengths = parts[1 : 1 + modes], parts[1 + modes :]
         weights = (left @ right - cross).reshape(*map(len, units), -1)  # (size, …, R)
         slopes = []
-        for mode, (part, unit) in enumerate(zip(theta, units, strict=True)):
+        for mode, (length, unit) in enumerate(zip(lengths, units, strict=True)):
             others = khatri_rao([one for other, one in enumerate(units) if other != mode])
             along = (weights.movedim(mode, 0).flatten(1, -2) * others).sum(dim=1)  # by the unit
             along -= unit * (unit * along).sum(dim=0)  # along itself nothing changes
-            slopes.append(along / _lengths(part))
+            slopes.append(along / length)
         return slopes
 
     def metrics(self, theta: Sequence[Tensor], gram: Tensor, moment: SecondMoment) -> list[Metric]:

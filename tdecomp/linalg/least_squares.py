@@ -107,7 +107,7 @@ class Eliminated:
         def function(vector: Tensor) -> tuple[float, Tensor]:
             given = parts(vector)
             best = self.at(given)
-            slopes = zip(scales, self.slopes(given, best), strict=True)
+            slopes = zip(scales, self.slopes(best), strict=True)
             return best.lost, torch.cat([scale.slope(s).flatten() for scale, s in slopes])
 
         inwards = zip(scales, theta, strict=True)
@@ -149,7 +149,7 @@ class Eliminated:
         factor = torch.linalg.solve_triangular(triangle.T, whitened, upper=True).T
         return _Best(factor, 1.0 - float(whitened.square().sum()) / self._power, seen, parts)
 
-    def slopes(self, theta: Sequence[Tensor], best: _Best) -> list[Tensor]:
+    def slopes(self, best: _Best) -> list[Tensor]:
         """The derivatives of the loss by θ: it is stationary in A, so only P itself counts."""
         cross = self._target.T @ best.factor  # (fan_in, features)
         left, right = best.seen, best.gram  # whose product is G P AᵀA
@@ -157,7 +157,7 @@ class Eliminated:
             left, right = self._moment.rows.T, best.seen @ best.gram
             if self._moment.added:
                 cross = cross - self._moment.added * self._features.spread(best.gram, best.parts)
-        slopes = self._features.slopes(left, right, cross, theta, best.parts)
+        slopes = self._features.slopes(left, right, cross, best.parts)
         return [slope * (2.0 / self._power) for slope in slopes]
 
 

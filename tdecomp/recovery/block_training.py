@@ -1,11 +1,12 @@
 """The training of one block to give the original block's outputs for the inputs that it gets."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
@@ -14,7 +15,7 @@ from tdecomp.model.batches import copied, in_parts, tensors_of
 from tdecomp.recovery.adam import Adam, Coordinates
 from tdecomp.recovery.blocks import Block
 from tdecomp.recovery.walk import Item
-from tdecomp.recovery.whitening import Basis, bases_of
+from tdecomp.recovery.whitening import bases_of
 
 Call = tuple[Item, Any, list[Tensor]]  # what the block is called with, and the outputs wanted
 _TINY = 1e-30  # no variance is below it
@@ -44,7 +45,9 @@ class BlockTraining:
         trained = self._block.parameters()
         values = [p.detach().clone() for p in trained]
         before = self._errors()
-        coordinates = Coordinates(trained, self._bases(trained))
+        runs = ((item.batch, partial(self._run, given)) for item, given, _ in self._fits)
+        bases = bases_of(self._block.modules, trained, self._rows, runs, _SHOWN)
+        coordinates = Coordinates(trained, bases)
         optimizer = Adam(coordinates, lr, epochs * len(self._fits))
         with torch.enable_grad():
             for _ in range(epochs):
@@ -65,11 +68,14 @@ class BlockTraining:
     def _in_steps(self, calls: Sequence[tuple[Item, Any, Any]]) -> list[tuple[Item, Any, Any]]:
         """The calls in parts of as many samples as a step takes, if the block can be cut so."""
         parts: list[tuple[Item, Any, Any]] = []
+        checked = False
         for item, given, wanted in calls:
             cut = [in_parts(each, _STEP, item.samples) for each in (item.batch, given, wanted)]
-            if len({len(each) for each in cut}) > 1 or (
-                not parts and not self._alike(given, cut[1])
-            ):
+            count = len(cut[0])
+            alike = all(len(each) == count for each in cut)
+            if alike and count > 1 and not checked:
+                alike = checked = self._alike(given, cut[1])
+            if not alike:
                 return [*calls]
             items = [Item(batch, item.held, item.number) for batch in cut[0]]
             parts += zip(items, *cut[1:], strict=True)
@@ -78,29 +84,19 @@ class BlockTraining:
     def _alike(self, given: Any, parts: Sequence[Any]) -> bool:
         """Whether the block gives the same for the parts as for the whole."""
         try:
-            pieces = [tensors_of(self._block(*copied(part))) for part in parts]
+            pieces = [tensors_of(self._run(part)) for part in parts]
         except Exception:  # what is cut was no sample
             return False
         together = map(torch.cat, zip(*pieces, strict=True))
-        whole = tensors_of(self._block(*copied(given)))
+        whole = tensors_of(self._run(given))
         return all(
             a.shape == b.shape and float((a - b).norm()) <= _rounding(b) * float(b.norm())
             for a, b in zip(together, whole, strict=True)
         )
 
-    def _bases(self, trained: Sequence[nn.Parameter]) -> Mapping[nn.Parameter, Basis]:
-        """Of the weights, by the first samples."""
-
-        def run() -> None:
-            samples = 0
-            for item, given, _ in self._fits:
-                self._rows.begin(item.batch)
-                self._block(*copied(given))
-                samples += item.samples
-                if samples >= _SHOWN:
-                    return
-
-        return bases_of(self._block.modules, trained, self._rows, run)
+    def _run(self, given: Any) -> Any:
+        args, kwargs = copied(given)
+        return self._block(args, kwargs)
 
     def _errors(self) -> Tensor:
         """Each sample's distance (samples,), of those that are held out if there are any."""
@@ -109,10 +105,9 @@ class BlockTraining:
 
     def _distances(self, item: Item, given: Any, wanted: Sequence[Tensor]) -> Tensor:
         """Each sample's mean squared distance (samples,), as a share of the variance."""
-        args, kwargs = copied(given)
         self._rows.begin(item.batch)
         total = []
-        outputs = tensors_of(self._block(args, kwargs))
+        outputs = tensors_of(self._run(given))
         for mine, target, scale in zip(outputs, wanted, self._scales, strict=True):
             squares = scale * (mine - target).square()
             mask = self._rows.mask_of_output(squares)

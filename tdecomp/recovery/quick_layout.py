@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.model.batches import tensors_of
 from tdecomp.model.example import images_in_layout
 
 
 def take_channels_last(batches: Batches, models: Iterable[nn.Module], batch: Any) -> bool:
-    """Whether all these models run on this batch with its images, if any, channels last."""
+    """Whether all these models run on this batch with its images, which it has, channels last."""
+    if not any(x.dim() == 4 for x in tensors_of(batch)):
+        return False
     batch = images_in_layout(batch, "channels_last")
     try:
         for model in models:

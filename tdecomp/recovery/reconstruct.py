@@ -71,7 +71,7 @@ class Reconstruct(RecoveryStep):
             if blocks and not walk.takes_turns(chains, items):
                 notes.append("left as it was: its passes cannot wait for one another")
                 blocks = []
-            if items and take_channels_last(batches, [model, original], items[0].batch):
+            if blocks and take_channels_last(batches, [model, original], items[0].batch):
                 items = [
                     replace(i, batch=images_in_layout(i.batch, "channels_last")) for i in items
                 ]

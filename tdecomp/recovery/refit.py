@@ -30,12 +30,7 @@ from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
 from tdecomp.recovery.walk import Walk
-from tdecomp.torch_state import (
-    evaluating,
-    exact_passes,
-    full_precision,
-    no_inference_mode,
-)
+from tdecomp.torch_state import evaluating, exact_passes, full_precision, no_inference_mode
 
 # The samples that the gradients at the layers' outputs are taken of.
 _GRADIENT_SAMPLES = 128

@@ -18,7 +18,7 @@ from tdecomp.calibration.augment import paste
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.layers.chain import Chain
-from tdecomp.model.batches import copied, count_samples, device_of, tensors_of
+from tdecomp.model.batches import copied, device_of, tensors_of
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.macs import MacCounter
 from tdecomp.recovery.adam import Adam, Coordinates
@@ -55,16 +55,9 @@ class Training:
         return next(self.batches.on(device_of(self.model)))
 
     def _coordinates(self, rows: CountedRows) -> Coordinates:
-        def run() -> None:
-            samples = 0
-            for batch in self.batches.on(device_of(self.model)):
-                rows.begin(batch)
-                self.batches.run(self.model, batch)
-                samples += count_samples(batch)
-                if samples >= _SHOWN:
-                    return
-
-        return Coordinates(self.trained, bases_of([self.model], self.trained, rows, run))
+        given = self.batches.on(device_of(self.model))
+        runs = ((batch, partial(self.batches.run, self.model, batch)) for batch in given)
+        return Coordinates(self.trained, bases_of([self.model], self.trained, rows, runs, _SHOWN))
 
     def stretches(self, steps: int | None, lr: float | None) -> Iterator[None]:
         """Train, yielding after each of a few stretches; None for the default steps and rate."""

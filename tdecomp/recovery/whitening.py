@@ -17,6 +17,7 @@ from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec, kind_of
 from tdecomp.linalg.second_moment import is_wide
+from tdecomp.model.batches import count_samples
 from tdecomp.torch_state import hooks
 
 # Added to the eigenvalues, as a share of their mean.
@@ -62,13 +63,14 @@ def bases_of(
     modules: Iterable[nn.Module],
     trained: Iterable[nn.Parameter],
     rows: CountedRows,
-    run: Callable[[], object],
+    runs: Iterable[tuple[Any, Callable[[], object]]],
+    samples: int,
 ) -> Mapping[nn.Parameter, Basis]:
-    """The bases of the trained weights of layers in these modules, by what `run` shows them.
+    """The bases of the trained weights of layers in these modules.
 
-    Of that, the rows that count.
-
-    Layers with many inputs have none: it would cost more than the steps themselves.
+    They come from the rows that count of the first `samples` samples; `runs` are batches, each
+    with a call that shows it to the modules. Layers with many inputs have none: it would cost more
+    than the steps themselves.
     """
     able = {*trained}
     sums: dict[nn.Parameter, Accumulator] = {}
@@ -88,8 +90,14 @@ def bases_of(
             continue
         sums[weight] = Accumulator(spec, enough(spec))
         marks.append(partial(layer.register_forward_hook, partial(add, weight)))
+    shown = 0
     with hooks(marks), torch.no_grad():
-        run()
+        for batch, run in runs:
+            rows.begin(batch)
+            run()
+            shown += count_samples(batch)
+            if shown >= samples:
+                break
     found = {weight: total.finish() for weight, total in sums.items()}
     return {
         w: Basis.of(m) for w, m in found.items() if m is not None and bool(m.mean.isfinite().all())

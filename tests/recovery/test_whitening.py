@@ -32,9 +32,8 @@ def layer_and_input(request):
 
 def basis_of(layer, x, **data):
     batches = batches_for("test", tdecomp.Data([x], held_out=0, **data), progress=False)
-    rows = CountedRows(batches)
-    rows.begin(x)
-    return bases_of([layer], [*layer.parameters()], rows, lambda: layer(x))
+    runs = [(x, lambda: layer(x))]
+    return bases_of([layer], [*layer.parameters()], CountedRows(batches), runs, len(x))
 
 
 def test_steps_of_equal_length_change_outputs_alike(layer_and_input):
@@ -85,5 +84,6 @@ def test_layers_with_many_inputs_and_frozen_ones_have_none():
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), skewed(16, 6)
     batches = batches_for("test", tdecomp.Data([x], held_out=0), progress=False)
     trained = [*model[1].parameters()]
-    found = bases_of([model], trained, CountedRows(batches), lambda: model(x))
+    runs = [(x, lambda: model(x))]
+    found = bases_of([model], trained, CountedRows(batches), runs, len(x))
     assert [*found] == [model[1].weight]
