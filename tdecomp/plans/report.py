@@ -1,8 +1,9 @@
 """What was done to each layer, and to the model afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.cost import Cost
 from tdecomp.plans.row import Row
 from tdecomp.plans.table import Table
@@ -22,11 +23,12 @@ class Report(Table):
         self,
         rows: Sequence[Row],
         everything_else: Cost,
+        decomposers: Mapping[str, Decomposer],
         recovery: Sequence[Any] = (),
         speed: Speed | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(rows, everything_else, speed, notes)
+        super().__init__(rows, everything_else, decomposers, speed, notes)
         self.recovery = tuple(recovery)
 
     def summary(self) -> str:

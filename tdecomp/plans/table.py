@@ -1,13 +1,16 @@
 """Rows as the table that people look at."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tdecomp.layers.cost import Cost, total
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.layers.cost import Cost, count_in_words, total
 from tdecomp.loss_curves.columns import filled_columns
+from tdecomp.pictures.chain import drawn_chain
+from tdecomp.pictures.drawing import Drawing
 from tdecomp.plans.row import Row
 from tdecomp.timing.speed import Speed
 
@@ -31,6 +34,8 @@ class Table:
         The whole model's time against the original's, where it was measured.
     notes : tuple of str
         What the summary says of the data.
+    decomposers : mapping of str to Decomposer
+        The methods that the rows name, with their options.
     """
 
     title = "layers"
@@ -39,12 +44,15 @@ class Table:
         self,
         rows: Sequence[Row],
         everything_else: Cost,
+        decomposers: Mapping[str, Decomposer],
         speed: Speed | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.rows = tuple(rows)
         self.notes = tuple(notes)
         self.speed = speed
+        used = {row.method for row in rows}
+        self.decomposers = {name: d for name, d in decomposers.items() if name in used}
         self.everything_else = everything_else
         self._by_name = {name: row for row in self.rows for name in row.names}
 
@@ -116,6 +124,19 @@ class Table:
         words = [changed, f"parameters {_change(before.params, after.params)}", macs]
         return "; ".join([*words, *([] if self.speed is None else [str(self.speed)]), *self.notes])
 
+    def draw(self, name: str) -> Drawing:
+        """The layer of this name above the chain in its place, with the costs of its calls.
+
+        >>> result.report.draw("features.3").save("features-3.svg")  # doctest: +SKIP
+
+        A KeyError is raised if no layer has that name, a ValueError if it is left alone.
+        """
+        row = self[name]
+        if row.layer is None or row.method is None or row.rank is None:
+            raise ValueError(f"draw: layer {name!r} is left alone ({row.reason}): it has no chain")
+        method = self.decomposers[row.method]
+        return drawn_chain(row.layer, row.calls, method, row.rank, name or "(model)")
+
     def plot(self) -> "Figure":
         """Each layer's MACs (parameters where none were observed) before and after, and its error.
 
@@ -185,14 +206,3 @@ def _costs(before: Cost, after: Cost) -> list[str]:
 def _change(before: int, after: int) -> str:
     share = f" ({after / before:.3f})" if before else ""
     return f"{count_in_words(before)} → {count_in_words(after)}{share}"
-
-
-def count_in_words(value: float) -> str:
-    """Three significant digits and a metric prefix."""
-    amount, prefix = float(value), ""
-    for larger in ("k", "M", "G", "T"):
-        if abs(amount) < 999.5:
-            break
-        amount, prefix = amount / 1000, larger
-    digits = max(0, 3 - len(str(int(abs(amount))))) if prefix else 0
-    return f"{amount:.{digits}f}{prefix}"

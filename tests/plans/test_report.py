@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.layers.cost import Cost
+from tdecomp.layers.cost import Cost, count_in_words
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.plans.table import count_in_words
 from tests.models import MODELS
 
 
@@ -97,7 +96,7 @@ NASTY = "<b>&\"'</b>"
 
 
 def nasty():
-    return Report([Row(NASTY, (NASTY,), None, 3, 3, reason=f"{NASTY} is left alone")], Cost(0))
+    return Report([Row(NASTY, (NASTY,), None, 3, 3, reason=f"{NASTY} is left alone")], Cost(0), {})
 
 
 def test_html_is_escaped():
@@ -164,7 +163,7 @@ def test_counts_have_three_digits(value, text):
 
 def test_a_report_of_a_layer_of_unknown_size_still_has_totals():
     rows = [Row("0", ("0",), None, 0, 0, reason="quantized"), Row("1", ("1",), None, 8, 4, 16, 8)]
-    report = Report(rows, Cost(0, 32))
+    report = Report(rows, Cost(0, 32), {})
     assert report.before.params == 8
 
 
