@@ -129,7 +129,8 @@ def _words(stage: Stage) -> list[str]:
     for name in ("stride", "dilation"):
         value = getattr(stage, name)
         if set(value) - {1}:
-            more.append(f"{name} {'×'.join(map(str, value))}")
+            shown = value[:1] if len(set(value)) == 1 else value
+            more.append(f"{name} {'×'.join(map(str, shown))}")
     return [*lines, *([", ".join(more)] if more else [])]
 
 

@@ -9,7 +9,8 @@ from xml.sax.saxutils import escape
 
 from tdecomp.files.whole_file import whole_file
 
-_LINE, _CHAR = 17, 7.4  # of the text: the height of a line, the width of a character on average
+# Of the text: the height of a line, and the width of a character on average.
+_LINE, _CHAR, _BOLD = 17, 7.4, 8.2
 _PAD, _ARROW, _MARGIN = 10, 76, 14
 _STRIP = 12  # the height of the strips that compare the costs
 _STRIP_LABEL = 190
@@ -40,7 +41,11 @@ class Strip:
 
     @property
     def width(self) -> float:
-        return sum(box.width for box in self.boxes) + len(self.channels) * _ARROW
+        return sum(box.width for box in self.boxes) + len(self.channels) * self.arrow
+
+    @property
+    def arrow(self) -> float:
+        return max(_ARROW, *(_mark_width(rank) + 14 for rank in self.ranks if rank), 0)
 
     @property
     def height(self) -> int:
@@ -112,8 +117,8 @@ def drawn(title: str, strips: Sequence[Strip], description: str) -> Drawing:
 def _boxes(strip: Strip, x: float, y: float) -> list[str]:
     parts, middle = [], y + strip.height / 2
     for i, (count, rank) in enumerate(zip(strip.channels, strip.ranks, strict=True)):
-        parts += _arrow(x, middle, count, rank)
-        x += _ARROW
+        parts += _arrow(x, middle, strip.arrow, count, rank)
+        x += strip.arrow
         if i < len(strip.boxes):
             box = strip.boxes[i]
             size = f'width="{box.width:.1f}" height="{strip.height}" rx="4"'
@@ -128,16 +133,20 @@ def _boxes(strip: Strip, x: float, y: float) -> list[str]:
     return parts
 
 
-def _arrow(x: float, y: float, channels: int, rank: str | None) -> list[str]:
+def _mark_width(rank: str) -> float:
+    return len(rank) * _BOLD + 12
+
+
+def _arrow(x: float, y: float, length: float, channels: int, rank: str | None) -> list[str]:
     """From left to right, the channels above and the rank below, light on dark."""
-    end, centre = x + _ARROW - 2, x + _ARROW / 2
+    end, centre = x + length - 2, x + length / 2
     parts = [
         f'<path d="M{x + 2:.1f} {y:.1f}H{end - 6:.1f}" stroke="{_DARK}" stroke-width="1.5"/>',
         f'<path d="M{end:.1f} {y:.1f}l-8 -4v8z" fill="{_DARK}"/>',
         _text(centre, y - 7, str(channels)),
     ]
     if rank is not None:
-        wide = len(rank) * _CHAR + 8
+        wide = _mark_width(rank)
         box = f'x="{centre - wide / 2:.1f}" y="{y + 7:.1f}" width="{wide:.1f}" height="18" rx="9"'
         parts.append(f'<rect {box} fill="{_DARK}"/>')
         parts.append(_text(centre, y + 20, rank, bold=True, fill="#ffffff"))

@@ -98,9 +98,8 @@ class Plan(Table):
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         return Plan(rows, self.everything_else, self.decomposers, speed, notes=self.notes)
 
-    def summary(self) -> str:
-        """One line: how many layers, parameters and MACs, and with a budget what is lost."""
-        return super().summary() + (f"; {self.loss}" if self.loss else "")
+    def _facts(self) -> list[str]:
+        return [*super()._facts(), *([str(self.loss)] if self.loss else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with the options of its methods.
@@ -176,7 +175,7 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
     """The row with this method and rank and their costs; a ValueError where they cannot be."""
     if row.layer is None:
         raise ValueError(f"layer {row.name!r} cannot be decomposed: {row.reason}")
-    rank = checked_rank(f"layer {row.name!r} ({row.layer})", decomposer, row.layer, rank)
+    rank = checked_rank(f"layer {row.name!r}", decomposer, row.layer, rank)
     cost = chain_cost(decomposer.stages(row.layer, rank), row.calls)
     row = replace(row, method=decomposer.name, rank=rank, reason=None)
     return replace(row, params_after=cost.params, macs_after=cost.macs)

@@ -31,9 +31,8 @@ class Report(Table):
         super().__init__(rows, everything_else, decomposers, speed, notes)
         self.recovery = tuple(recovery)
 
-    def summary(self) -> str:
-        """One line: how many layers, parameters and MACs, and what was done afterwards."""
-        return "; ".join((super().summary(), *map(str, self.recovery)))
+    def _facts(self) -> list[str]:
+        return [*super()._facts(), *map(str, self.recovery)]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, with the results of the recovery steps."""

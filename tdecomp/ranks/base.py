@@ -170,7 +170,7 @@ def checked_rank(where: str, method: Decomposer, spec: LayerSpec, rank: Any) -> 
     """The rank as the method takes it; a ValueError where it cannot take the layer, or the rank."""
     refusal = method.refusal(spec)
     if refusal is not None:
-        raise ValueError(f"{where}: {refusal}")
+        raise ValueError(f"{where} ({spec}): {refusal}")
     chosen = spread(tuple(rank) if isinstance(rank, list) else rank, method.max_rank(spec))
     try:
         method.check_rank(chosen, spec)

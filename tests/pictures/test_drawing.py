@@ -71,7 +71,7 @@ def test_a_reader_of_the_screen_is_told_what_it_shows():
 def test_without_a_size_parameters_are_compared():
     shown = words(tdecomp.draw(CONVOLUTION, "lowrank", 4))
     assert not any("MACs" in word for word in shown)
-    assert "stride 2×2" in shown
+    assert "stride 2" in shown
 
 
 def test_groups_and_depthwise_layers_are_named():
