@@ -192,7 +192,7 @@ def meetings(
 
     All of `mine` wait at some place or are over; those at the first place in `order` meet there
     with `theirs`. They go on when the next meeting is asked for, and `abreast`, one of `theirs`
-    runs to its own next place while one of `mine` does.
+    runs to its own next place while one of `mine` does: only for models without modules in common.
     """
     for _ in order:
         for one, other in zip(mine.all, theirs.all, strict=True):
