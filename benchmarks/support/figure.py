@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -19,13 +20,10 @@ from benchmarks.support.summary import (
     stages_of,
 )
 from benchmarks.support.today import TODAY
+from tdecomp.pictures.style import SMALL, TEXT, WIDTH, looks_of
 
-# Okabe & Ito's colours, which stay apart for the colour-blind; black is the original's.
-COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-MARKERS = ("o", "s", "D", "^", "v", "P")
 X_AXES = {"macs_share": "MACs / the original's", "time_share": "measured time / the original's"}
-WIDTH = 7.2  # inches: a page's
-_PANEL = 2.3
+_PANEL = 2.3  # inches
 
 
 @dataclass(frozen=True)
@@ -66,52 +64,59 @@ def draw_comparison(rows: Sequence[Row], path: Path, *, y: str, title: str) -> b
         stages = stages[:1]
     if not stages:
         return False
-    looks = _looks(lines)
+    styles = _styles(lines)
     figure = Figure(figsize=(WIDTH, _PANEL * len(stages) + 1.3), layout="constrained")
     panels = figure.subplots(
         len(stages), len(axes_x), sharex="col", sharey=y == "quality", squeeze=False
     )
     for row, stage in zip(panels, stages, strict=True):
         for axes, x in zip(row, axes_x, strict=True):
-            _draw(axes, _at(lines, stage, y), x, y, looks)
+            _draw(axes, _at(lines, stage, y), x, y, styles)
         row[0].set_ylabel(_label(rows, y))
         if len(stages) > 1:
-            row[0].set_title(stage_in_words(stage), loc="left", fontsize=9)
+            row[0].set_title(stage_in_words(stage), loc="left", fontsize=TEXT)
     for axes, label in zip(panels[-1], axes_x.values(), strict=True):
         axes.set_xlabel(label)
-    handles = [_handle(curve_in_words(name), look) for name, look in looks.items()]
+    handles = [
+        Line2D([], [], label=curve_in_words(name), **_drawn(style))
+        for name, style in styles.items()
+    ]
     handles.append(Line2D([], [], ls="--", color="black", lw=0.8, label=ORIGINAL))
     handles.append(
         Line2D([], [], ls="", marker="o", mfc="none", mec="black", ms=11, label="best of a share")
     )
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=7.5)
-    figure.suptitle(title, fontsize=10)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL
+    )
+    figure.suptitle(title, fontsize=TEXT + 1)
     with rc_context({"svg.hashsalt": "compare"}):  # the same picture is the same file
         figure.savefig(path, metadata={"Date": None})
     return True
 
 
 @dataclass(frozen=True)
-class Look:
+class _Style:
     """How a curve is drawn: dashed and hollow for weights, dotted for the ways of today."""
 
     colour: str
     marker: str
-    style: str
-    filled: bool
+    line: str
+    fill: str
 
 
-def _looks(lines: Sequence[Line]) -> dict[tuple[str, str, str], Look]:
+def _styles(lines: Sequence[Line]) -> dict[tuple[str, str, str], _Style]:
+    """The ways of today have the colour of the method with the same chain."""
     names = list(dict.fromkeys(line.curve for line in lines if line.run.method != ORIGINAL))
-    methods = list(dict.fromkeys(method for method, _, _ in names))
-    looks = {}
+    alike = {name: TODAY[name].like if name in TODAY else name for name, _, _ in names}
+    looks = looks_of([*alike, *alike.values()])
+    styles = {}
     for name in names:
         method, fitted, _ = name
-        i = methods.index(method)
-        marker = (i + i // len(COLOURS)) % len(MARKERS)  # a second lap pairs them anew
-        style = ":" if method in TODAY else "-" if fitted == "data" else "--"
-        looks[name] = Look(COLOURS[i % len(COLOURS)], MARKERS[marker], style, fitted == "data")
-    return looks
+        colour = looks[alike[method]].colour
+        line = ":" if method in TODAY else "-" if fitted == "data" else "--"
+        fill = colour if fitted == "data" else "white"
+        styles[name] = _Style(colour, looks[method].marker, line, fill)
+    return styles
 
 
 def _at(lines: Sequence[Line], stage: tuple[str, int], y: str) -> list[Line]:
@@ -128,16 +133,12 @@ def _at(lines: Sequence[Line], stage: tuple[str, int], y: str) -> list[Line]:
 
 
 def _draw(
-    axes: Axes, lines: Sequence[Line], x: str, y: str, looks: dict[tuple[str, str, str], Look]
+    axes: Axes, lines: Sequence[Line], x: str, y: str, styles: dict[tuple[str, str, str], _Style]
 ) -> None:
     for curve in curves_of(lines, x, y):
-        look = looks[curve.name]
-        fill = look.colour if look.filled else "white"
-        axes.plot(
-            curve.x, curve.y, look.style, marker=look.marker, color=look.colour, mfc=fill,
-            ms=4.5, lw=1.1,
-        )  # fmt: skip
-        axes.vlines(curve.x, curve.low, curve.high, color=look.colour, lw=1.1)
+        style = styles[curve.name]
+        axes.plot(curve.x, curve.y, **_drawn(style))
+        axes.vlines(curve.x, curve.low, curve.high, color=style.colour, lw=1.1)
     for line in best_of(lines, y).values():
         axes.plot(line.mean(x), line.mean(y), "o", ms=11, mfc="none", mec="black", mew=0.9)
     for line in lines:
@@ -148,7 +149,7 @@ def _draw(
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=SMALL)
 
 
 def _label(rows: Sequence[Row], y: str) -> str:
@@ -156,8 +157,8 @@ def _label(rows: Sequence[Row], y: str) -> str:
     return {"quality": measure or "", "output_error": "output error"}.get(y, X_AXES.get(y, ""))
 
 
-def _handle(label: str, look: Look) -> Line2D:
-    fill = look.colour if look.filled else "white"
-    return Line2D(
-        [], [], ls=look.style, marker=look.marker, color=look.colour, mfc=fill, ms=5, label=label
-    )
+def _drawn(style: _Style) -> dict[str, Any]:
+    return {
+        "ls": style.line, "marker": style.marker, "color": style.colour, "mfc": style.fill,
+        "ms": 4.5, "lw": 1.1,
+    }  # fmt: skip
