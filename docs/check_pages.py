@@ -61,7 +61,10 @@ class Look:
         self.page.set_viewport_size({"width": width, "height": 900})
         for picture in self.page.evaluate(PICTURES):
             self._fault("picture without a text, or broken", picture)
-        if (wider := self.page.evaluate(SIDEWAYS)) > 0:
+        try:  # menus that slide away are gone after a moment
+            self.page.wait_for_function(f"{SIDEWAYS} <= 0", timeout=2000)
+        except PlaywrightTimeout:
+            wider = self.page.evaluate(SIDEWAYS)
             self._fault("page that scrolls sideways", f"{wider} pixels at a width of {width}")
 
 
