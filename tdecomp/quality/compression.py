@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tdecomp.loss_curves.columns import filled_columns
+from tdecomp.pictures.style import needs_matplotlib
 from tdecomp.quality.quality import Verdict
 from tdecomp.result import Decomposition
 
@@ -134,12 +135,8 @@ class Compression(Decomposition):
         It is drawn into the axes `ax` if any are given. An ImportError is raised without
         matplotlib, which the extra ``plot`` installs.
         """
-        try:
-            from tdecomp.quality.plot import quality_against_share  # matplotlib is an extra
-        except ImportError as error:
-            raise ImportError(
-                "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
-            ) from error
+        with needs_matplotlib("plot()"):
+            from tdecomp.pictures.shares import quality_against_share
         points = {trial: _point(trial) for trial in self.trials}
         return quality_against_share(
             list(points.values()), None if self.chosen is None else points[self.chosen],

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.spectrum import Spectrum
 
 NOTHING = Cost(0, 0)
@@ -227,6 +229,19 @@ def spread(rank: Rank, max_rank: Rank) -> Rank:
     if isinstance(rank, int) and isinstance(max_rank, tuple):
         return (rank,) * len(max_rank)
     return rank
+
+
+def checked_rank(where: str, method: Decomposer, spec: LayerSpec, rank: Any) -> Rank:
+    """The rank as the method takes it; a ValueError where it cannot take the layer, or the rank."""
+    refusal = method.refusal(spec)
+    if refusal is not None:
+        raise ValueError(f"{where} ({spec}): {refusal}")
+    chosen = spread(tuple(rank) if isinstance(rank, list) else rank, method.max_rank(spec))
+    try:
+        method.check_rank(chosen, spec)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return chosen
 
 
 def spectra_of(candidate: Candidate, selector: str) -> tuple[Spectrum, ...]:
