@@ -1,19 +1,23 @@
 """Rows as the table that people look at."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.files.whole_file import whole_file
 from tdecomp.layers.cost import Cost, count_in_words, total
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.pictures.chain import drawn_chain
 from tdecomp.pictures.drawing import Drawing
-from tdecomp.pictures.style import needs_matplotlib
+from tdecomp.pictures.page import Page
+from tdecomp.pictures.style import largest, needs_matplotlib
 from tdecomp.plans.data_notes import WARNING
 from tdecomp.plans.left_alone import largest_left_alone
+from tdecomp.plans.page_columns import page_columns
 from tdecomp.plans.row import Row
 from tdecomp.timing.speed import Speed
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 # Of plans, reports and files; 1 was that of tdecomp 0.1.
 FORMAT = 2
+_DRAWN = 40  # chains on a page; of more layers, those of the largest cost
 
 
 class Table:
@@ -100,8 +105,8 @@ class Table:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     def __str__(self) -> str:
-        facts = [*self._left_alone(), "; ".join(self._facts())]
-        return "\n".join([*self.warnings, self._render("simple"), *facts])
+        below = [*self._left_alone(), "; ".join(self._facts())]
+        return "\n".join([*self.warnings, self._render("simple"), *below])
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._changed()} of {len(self)} {self.title} decomposed>"
@@ -184,6 +189,34 @@ class Table:
                 LayerBars(row.name or "(model)", row.method, cost, seconds, _errors_of(row))
             )
         return costs_and_errors(layers, "MACs" if counted else "parameters")
+
+    def to_html(self, file: str | os.PathLike[str]) -> None:
+        """Write one page that can be sent to somebody: warnings, totals, pictures, chains.
+
+        >>> result.report.to_html("report.html")  # doctest: +SKIP
+
+        It fetches nothing; a click on a column's head sorts the table. Without matplotlib, which
+        the extra ``plot`` installs, the picture of costs is left out, and the page says so.
+        """
+        try:
+            with needs_matplotlib("the picture of costs and errors"):
+                from tdecomp.pictures.figure import as_svg
+            picture = as_svg(self.plot()), f"Costs and errors of {len(self)} layers"
+        except ImportError as error:
+            picture = "", str(error)
+        changed = [row for row in self.rows if row.method is not None]
+        drawn = largest(changed, lambda row: row.before.amount, _DRAWN)
+        rest, whole = (self.everything_else,) * 2, (self.before, self.after)
+        page = Page(
+            repr(self)[1:-1],
+            self.warnings,
+            [*self._facts(), *self._left_alone()],
+            picture,
+            page_columns(self.rows, rest, whole),
+            [self.draw(row.name) for row in drawn],
+        )
+        with whole_file(file) as draft:
+            draft.write_text(page.html(), encoding="utf-8")
 
     def _render(self, style: str) -> str:
         numbers, rest = ("params", "MACs", "ms", *_ERRORS), self.everything_else
