@@ -8,7 +8,7 @@ from griffe import Extension, GriffeLoader, Module, Object
 
 _EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)  # up to a blank line
 _OPTION = re.compile(r" *# doctest: .*")
-_TYPE = re.compile(r"^[\w*, ]+ : .*``.*$", re.MULTILINE)  # shown as code as it is
+_TYPE = re.compile(r"^(?:[\w*, ]+ : |callable ).*``.*$", re.MULTILINE)  # shown as code as it is
 _NAME = re.compile(r"(?<![`\[])`(?:tdecomp\.)?(\w+)`(?!`)")
 
 
