@@ -39,8 +39,8 @@ def kind_in_words(spec: tdecomp.LayerSpec) -> str:
     if narrow < _WIDTHS[0]:
         return f"{kernel}, first layer" if spec.in_channels == narrow else f"{kernel}, narrow"
     least = max(width for width in _WIDTHS if width <= narrow)
-    above = [width for width in _WIDTHS if width > narrow]
-    return f"{kernel}, {least} to {above[0] - 1} channels" if above else f"{kernel}, {least} and more"
+    most = next((f"to {width - 1}" for width in _WIDTHS if width > narrow), "and more")
+    return f"{kernel}, {least} {most} channels"
 
 
 def rows_of(name: str, table: tdecomp.Sensitivity) -> Iterator[list[str]]:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.weights and options.data is None:
         parser.error("--weights: layers are fitted to images; expected --data FOLDER")
-    rows = []
+    rows: list[list[str]] = []
     for name, model, data in networks(options):
         example = data.batches[0][:1]
         table = tdecomp.sensitivity(
