@@ -73,7 +73,7 @@ def carry_out(
     finished = {row.name: row for row, _ in fitted}
     rows = [finished.get(row.name, row) for row in plan]
     notes = data_notes(rows, planned.moments)
-    report = Report(rows, plan.everything_else, recovered, speed, notes)
+    report = Report(rows, plan.everything_else, plan.decomposers, recovered, speed, notes)
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:
         with no_inference_mode():  # whose tensors could not be trained

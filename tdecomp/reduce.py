@@ -109,7 +109,10 @@ def reduce_ranks(
         result = Decomposition(
             model if inplace else copy_with(model, replacements),
             Report(
-                list(rows.values()), plan.everything_else, notes=data_notes(rows.values(), moments)
+                list(rows.values()),
+                plan.everything_else,
+                plan.decomposers,
+                notes=data_notes(rows.values(), moments),
             ),
             Plan(unfitted, plan.everything_else, plan.decomposers),
         )

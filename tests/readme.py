@@ -6,7 +6,7 @@ from pathlib import Path
 _TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 
 BLOCKS = re.findall(r"```python\n(.*?)```", _TEXT, re.S)
-(OUTPUT,) = re.findall(r"```\n(layer +method.*?)```", _TEXT, re.S)
+(OUTPUT,) = re.findall(r"```\n(warning: .*?)```", _TEXT, re.S)
 FIRST, LATER, PIPELINE, SENSITIVITY, STEPS, QUALITY, TIMES, COMPOSER = (
     next(block for block in BLOCKS if block.startswith(start))
     for start in (

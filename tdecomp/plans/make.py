@@ -23,6 +23,7 @@ from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
+from tdecomp.plans.left_alone import largest_left_alone
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
 from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
@@ -32,8 +33,6 @@ from tdecomp.timing.choose import TimedChoices, choose_with_times
 from tdecomp.timing.layout_times import LayoutTimes
 from tdecomp.timing.measure import check_profile, measure
 from tdecomp.timing.profile import Profile
-
-_SHOWN = 3  # of the layers that keep a budget from being met
 
 
 @dataclass(frozen=True)
@@ -208,16 +207,12 @@ def _largest(
     counted: set[int] = set()
     rows = [_row(site, left_alone.get(site.name, Choice()), counted, {}) for site in sites]
     rest = whole - total(row.before for row in rows)
-    found = [(row.before, repr(row.name), row.reason) for row in rows if row.name in left_alone]
-    found.append((rest, "everything else", "no layer's, such as attention's scores"))
-    amounts = [(getattr(cost, unit) or 0, name, why) for cost, name, why in found]
-    costly = [
-        f"{name} ({amount / getattr(whole, unit):.1%}: {why})"
-        for amount, name, why in sorted(amounts, key=lambda entry: -entry[0])[:_SHOWN]
-        if amount > 0
+    found = [
+        (row.before, repr(row.name), row.reason or "") for row in rows if row.name in left_alone
     ]
-    named = "MACs" if unit == "macs" else "parameters"
-    return f". The largest left alone, of all {named}: {'; '.join(costly)}" if costly else ""
+    found.append((rest, "everything else", "no layer's, such as attention's scores"))
+    words = largest_left_alone(found, whole, unit)
+    return f". Left alone, {words}" if words else ""
 
 
 def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]) -> None:

@@ -143,7 +143,10 @@ class Search:
         speed = measured_speed(
             self._model, result.model, result.plan.speed, example, self._stopwatch
         )
-        return Report(report.rows, report.everything_else, report.recovery, speed, report.notes)
+        return Report(
+            report.rows, report.everything_else, report.decomposers, report.recovery, speed,
+            report.notes,
+        )  # fmt: skip
 
     def _say(self, words: str) -> None:
         if self._progress:

@@ -66,7 +66,7 @@ class Training:
         coordinates = self._coordinates(counted)
         lr = self._rate(coordinates) if lr is None else lr
         model, original, batches = self.model, self.original, self.batches
-        optimizer = Adam(coordinates, lr, steps)
+        optimizer = Adam.one_cycle(coordinates, lr, steps)
         device = device_of(model)
         endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
         generator = batches.generator(0)
@@ -118,16 +118,12 @@ class Training:
         with torch.no_grad():
             wanted = tensors_of(self.batches.run(self.original, batch))
             before = [z.clone() for z in tensors_of(self.batches.run(self.model, batch))]
-            values = coordinates.values
-            held = [value.detach().clone() for value in values]
-            for value in values:
-                bits = torch.randint(0, 2, value.shape, generator=generator, device="cpu")
-                value.add_((2 * bits - 1).to(value), alpha=_HIGHEST_RATE)
-            coordinates.write()
-            moved = tensors_of(self.batches.run(self.model, batch))
-            for value, before_it in zip(values, held, strict=True):
-                value.copy_(before_it)
-            coordinates.write()
+            with coordinates.restored():
+                for value in coordinates.values:
+                    bits = torch.randint(0, 2, value.shape, generator=generator, device="cpu")
+                    value.add_((2 * bits - 1).to(value), alpha=_HIGHEST_RATE)
+                coordinates.write()
+                moved = tensors_of(self.batches.run(self.model, batch))
             error, change = _squared_distance(before, wanted), _squared_distance(moved, before)
         share = error / change if change > 0 else 1.0
         return _HIGHEST_RATE * min(1.0, math.sqrt(_SHARE_OF_ERROR * share))

@@ -1,14 +1,15 @@
 """The picture of a search: what each share kept of the quality."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from tdecomp.loss_curves.plot import NotebookFigure
+from tdecomp.pictures.figure import NotebookFigure, bare
+from tdecomp.pictures.style import DARK, KEPT, LOST, SMALL, TEXT, WIDTH
 
-_KEPT, _LOST, _LINES = "#0072b2", "#d55e00", "#666666"  # of Okabe and Ito 2008
 # Values further below the limit than this many times what may be lost are drawn at the lower edge.
 _DEPTH = 3
 _TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -26,23 +27,28 @@ def quality_against_share(
 ) -> Figure:
     """A dot for each share with its noise, the original's level and the limit as lines."""
     if ax is None:
-        ax = NotebookFigure(figsize=(6, 3.6), layout="constrained").subplots()
-    ax.axhline(original, color=_LINES, linewidth=1, label="original")
-    ax.axhline(limit, color=_LINES, linewidth=1, linestyle="--", label="limit")
+        ax = NotebookFigure(figsize=(0.8 * WIDTH, 3.4), layout="constrained").subplots()
+    ax.axhline(original, color=DARK, linewidth=1, label="original")
+    ax.axhline(limit, color=DARK, linewidth=1, linestyle="--", label="limit")
     allowed = original - limit
     lowest = min((point[1] - point[2] for point in points), default=limit)
     bottom = limit - _DEPTH * allowed if allowed > 0 else lowest
-    for kept, colour, label in ((True, _KEPT, "kept"), (False, _LOST, "not kept")):
+    for kept, colour, fill in ((True, KEPT, "full"), (False, LOST, "none")):
+        look: dict[str, Any] = {"color": colour, "fillstyle": fill}
+        label = "kept" if kept else "not kept"
         for share, value, margin, _ in (p for p in points if p[3] == kept):
             if value < bottom:
-                ax.plot(share, bottom, "v", color=colour, clip_on=False, label=label)
-                ax.annotate(f"{value:.4g}", (share, bottom), (4, 4), textcoords="offset points")
+                ax.plot(share, bottom, "v", clip_on=False, label=label, **look)
+                ax.annotate(
+                    f"{value:.4g}", (share, bottom), (4, 4), textcoords="offset points",
+                    fontsize=SMALL,
+                )  # fmt: skip
             else:
-                ax.errorbar(share, value, margin, fmt="o", color=colour, capsize=3, label=label)
+                ax.errorbar(share, value, margin or None, fmt="o", capsize=3, label=label, **look)
             label = "_"  # which a legend leaves out
     if chosen is not None:
-        ax.plot(*chosen[:2], "o", markersize=12, fillstyle="none", color=_KEPT)
-        ax.set_title(f"chosen: {chosen[0]:.3g} of the {unit}", fontsize=9, color=_KEPT)
+        ax.plot(*chosen[:2], "o", markersize=12, fillstyle="none", color=KEPT)
+        ax.set_title(f"chosen: {chosen[0]:.3g} of the {unit}", fontsize=TEXT, color=KEPT)
     if lowest < bottom:
         ax.set_ylim(bottom=bottom)
     ax.set_xscale("log")
@@ -50,10 +56,11 @@ def quality_against_share(
     ax.xaxis.set_minor_formatter(NullFormatter())
     ticks = [tick for tick in _TICKS if tick >= ax.get_xlim()[0]]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set_xlabel(f"share of the {unit}")
-    ax.set_ylabel("quality")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.set_xlabel(f"share of the {unit}", fontsize=TEXT)
+    ax.set_ylabel("quality", fontsize=TEXT)
+    ax.tick_params(labelsize=SMALL)
+    bare(ax)
+    ax.legend(frameon=False, fontsize=SMALL, loc="lower right")
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
