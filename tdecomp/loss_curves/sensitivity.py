@@ -21,6 +21,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tdecomp.pictures.style import largest, needs_matplotlib
+from tdecomp.progress import Progress
 from tdecomp.ranks.base import Option
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def measure_sensitivity(
     example: Example | None,
     data: Batches | Moments | None,
     *,
-    progress: bool,
+    progress: Progress,
 ) -> Sensitivity:
     """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())
