@@ -8,7 +8,8 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-notebooks test-models test-wheel soak test-all lint format demo clean
+.PHONY: help install test test-notebooks test-models test-wheel soak test-all lint format demo docs \
+	check-pages clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,8 +32,8 @@ test-models: $(STAMP) ## Whole models of torchvision, transformers, timm and dif
 test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 	$(PY) -m pytest -q -m slow tests/test_wheel.py
 
-test-notebooks: $(STAMP) ## Notebooks, the README's examples with data, what `make demo` prints
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/test_readme.py
+test-notebooks: $(STAMP) ## Notebooks, the site's pages that take longer, what `make demo` prints
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/docs
 
 soak: $(STAMP) ## Long campaigns: interrupts, threads, damaged files, budgets by brute force
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m soak tests/soak $(PYTEST_ARGS)
@@ -52,7 +53,14 @@ format: $(STAMP) ## Let ruff rewrite what it can
 demo: $(STAMP) ## Compare the methods on the shipped network (results/)
 	$(PY) -m benchmarks.compare $(DEMO_ARGS)
 
-clean: ## Remove .venv, caches and results
-	rm -rf $(VENV) build dist results *.egg-info .coverage .coverage.* coverage.xml
+docs: $(STAMP) ## Build the documentation (site/index.html); warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build --strict
+
+check-pages: docs ## Open every page of site/ in Debian's chromium, wide and narrow
+	$(PY) -m pip install --quiet --constraint constraints.txt playwright
+	$(PY) docs/check_pages.py
+
+clean: ## Remove .venv, caches, results and the site
+	rm -rf $(VENV) build dist results site *.egg-info .coverage .coverage.* coverage.xml
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -50,7 +50,8 @@ def test_it_needs_a_python_that_it_runs_on():
 
 @pytest.mark.usefixtures("own_methods")
 @pytest.mark.parametrize("name", ["tdecomp", *MODULES])
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some save files
     module = importlib.import_module(name)
     # What an example may take for granted: it stands in the file that defines it.
     names = {**vars(torch), **vars(module), "torch": torch, "nn": torch.nn, "tdecomp": tdecomp}

@@ -21,9 +21,10 @@ from tdecomp.timing.speed import Speed
 class Plan(Table):
     """Which layer gets which method and rank. Plain data: print it, edit it, save it, apply it.
 
-    >>> plan = tdecomp.plan(model, "svd", rank=8)              # doctest: +SKIP
-    >>> plan = plan.edit("fc1", rank=4)                        # doctest: +SKIP
-    >>> tdecomp.apply(model, Plan.from_json(plan.to_json()))   # doctest: +SKIP
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    >>> plan = tdecomp.plan(model, "svd", rank=8, progress=False).edit("2", rank=4)
+    >>> Plan.from_json(plan.to_json())["2"].rank
+    4
 
     Attributes
     ----------

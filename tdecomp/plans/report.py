@@ -13,6 +13,11 @@ from tdecomp.timing.speed import Speed
 class Report(Table):
     """What `apply` did, layer by layer.
 
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> report = tdecomp.decompose(model, "svd", rank=8, exclude="2", progress=False).report
+    >>> report.before.params, report.after.params, report["2"].reason
+    (4290, 1218, "excluded by '2'")
+
     Attributes
     ----------
     recovery : tuple of Recovery

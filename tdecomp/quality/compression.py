@@ -30,6 +30,14 @@ class Trial:
 class Compression(Decomposition):
     """The smallest model found that keeps the quality, and what was tried on the way.
 
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> x = torch.randn(256, 64)
+    >>> y = model(x).detach()
+    >>> quality = Quality(lambda m: -((m(x) - y).square().mean() / y.var()).item(), drop=0.1)
+    >>> found = tdecomp.compress_to(model, quality, "svd", data=[x], progress=False)
+    >>> found.share == found.chosen.reached, found.evaluations <= 10
+    (True, True)
+
     `str()` is a table of the trials and a summary. Where none of them keeps the quality, the model
     is a copy of the original, `share` is 1, and the summary says which came closest.
 
