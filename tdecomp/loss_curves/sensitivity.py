@@ -158,7 +158,7 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
         errors = "output error" if any(layer.of_outputs for layer in drawn) else "weight error"
         share = f"share of the layer's {unit}"
         if len(drawn) < len(able):
-            share += f" (the largest layers, and {len(able) - len(drawn)} more)"
+            share += f" (the {len(drawn)} largest of {len(able)} layers)"
         return small_multiples(panels, x_label=share, y_label=errors)
 
 
