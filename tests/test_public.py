@@ -67,7 +67,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 
 # A file imports from its own room and from the rooms on the lines above its own.
 ORDER = """
-_distribution scope files torch_state parallel
+_distribution scope files torch_state parallel progress
 layers linalg
 model
 calibration decomposers
