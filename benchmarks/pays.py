@@ -32,7 +32,7 @@ SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))
 BATCHES = (1, 8)
 METHODS = ("lowrank", "spatial", "tucker2", "cp", "cp-separable")
 ROUNDS = 9
-FIGURE = Path(__file__).parent / "figures" / "time_against_macs.png"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "time_against_macs.png"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=FIGURE, help="PNG file (the README's)")
+    parser.add_argument("--out", type=Path, default=FIGURE, help="PNG file (the site's)")
     parser.add_argument("--points", type=int, default=6, help="ranks of each method (6)")
     parser.add_argument("--multiple", type=int, default=16, help="of ranks (16)")
     options = parser.parse_args(arguments)
