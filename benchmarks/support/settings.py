@@ -85,9 +85,7 @@ def plan_of(
     methods, filters = listed_methods(setting.methods), Filters(where=where)
 
     def plan(rank: RankSelector) -> tdecomp.Plan:
-        request = Request(
-            methods, rank, filters, Example.of(example, None), profile=profile, progress=False
-        )
+        request = Request(methods, rank, filters, Example.of(example, None), profile=profile)
         # Without the errors to expect, which nobody reads here and which take most of the time.
         return make_plan(model, request, data, expect=False).plan
 
