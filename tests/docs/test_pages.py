@@ -78,6 +78,11 @@ def test_pages_of_the_tutorial_have_the_same_set_up() -> None:
     assert all(set_up[0] in page for page in tutorial)
 
 
+def test_every_method_has_a_page() -> None:
+    index = (ROOT / "docs/methods/index.md").read_text()
+    assert all(f"| [`{name}`](" in index for name in tdecomp.registered())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_blocks_need_no_file_of_the_repository(page: Path) -> None:
     for block in blocks(page):
