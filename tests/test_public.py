@@ -67,7 +67,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 
 # A file imports from its own room and from the rooms on the lines above its own.
 ORDER = """
-_distribution scope files torch_state parallel
+_distribution scope files torch_state parallel progress
 layers linalg
 model
 calibration decomposers
@@ -115,8 +115,8 @@ def test_every_room_has_its_place():
     assert len(found - {"__pycache__"}) <= 25
 
 
-def test_the_readme_lists_every_room():
-    rooms = (ROOT.parent / "README.md").read_text().partition("## Rooms")[2]
+def test_the_page_for_contributors_lists_every_room():
+    rooms = (ROOT.parent / "docs/contributing.md").read_text().partition("## Rooms")[2]
     for name in (name for line in ROOMS for name in line):
         file = f"{name}.py" if (ROOT / f"{name}.py").exists() else f"{name}/"
         assert f"`{file}`" in rooms, file

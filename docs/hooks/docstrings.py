@@ -8,6 +8,7 @@ from griffe import Extension, GriffeLoader, Module, Object
 
 _EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)  # up to a blank line
 _OPTION = re.compile(r" *# doctest: .*")
+_TYPE = re.compile(r"^(?:[\w*, ]+ : |callable ).*``.*$", re.MULTILINE)  # shown as code as it is
 _NAME = re.compile(r"(?<![`\[])`(?:tdecomp\.)?(\w+)`(?!`)")
 
 
@@ -27,6 +28,7 @@ class Docstrings(Extension):
         for entry in _objects(pkg):
             if entry.docstring is not None:
                 text = _EXAMPLE.sub(_fenced, entry.docstring.value)
+                text = _TYPE.sub(lambda line: line[0].replace("``", ""), text)
                 entry.docstring.value = _NAME.sub(link, text)
 
 

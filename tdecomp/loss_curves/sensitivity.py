@@ -21,6 +21,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tdecomp.pictures.style import largest, needs_matplotlib
+from tdecomp.progress import Progress
 from tdecomp.ranks.base import Option
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
         errors = "output error" if any(layer.of_outputs for layer in drawn) else "weight error"
         share = f"share of the layer's {unit}"
         if len(drawn) < len(able):
-            share += f" (the largest layers, and {len(able) - len(drawn)} more)"
+            share += f" (the {len(drawn)} largest of {len(able)} layers)"
         return small_multiples(panels, x_label=share, y_label=errors)
 
 
@@ -168,7 +169,7 @@ def measure_sensitivity(
     example: Example | None,
     data: Batches | Moments | None,
     *,
-    progress: bool,
+    progress: Progress,
 ) -> Sensitivity:
     """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())

@@ -8,13 +8,13 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from tdecomp.files.whole_file import whole_file
+from tdecomp.pictures.style import DARK, LIGHT
 
 # Of the text: the height of a line, and the width of a character on average.
 _LINE, _CHAR, _BOLD = 17, 7.4, 8.2
 _PAD, _ARROW, _MARGIN = 10, 76, 14
 _STRIP = 12  # the height of the strips that compare the costs
 _STRIP_LABEL = 190
-_DARK, _GREY = "#1a1a1a", "#dddddd"
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def _boxes(strip: Strip, x: float, y: float) -> list[str]:
         if i < len(strip.boxes):
             box = strip.boxes[i]
             size = f'width="{box.width:.1f}" height="{strip.height}" rx="4"'
-            fill = _GREY if len(strip.boxes) == 1 else "#ffffff"
-            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}" stroke="{_DARK}"/>')
+            fill = LIGHT if len(strip.boxes) == 1 else "#ffffff"
+            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}" stroke="{DARK}"/>')
             top = middle - len(box.lines) * _LINE / 2 + 13
             parts += [
                 _text(x + box.width / 2, top + row * _LINE, line, bold=row == 0)
@@ -141,14 +141,14 @@ def _arrow(x: float, y: float, length: float, channels: int, rank: str | None) -
     """From left to right, the channels above and the rank below, light on dark."""
     end, centre = x + length - 2, x + length / 2
     parts = [
-        f'<path d="M{x + 2:.1f} {y:.1f}H{end - 6:.1f}" stroke="{_DARK}" stroke-width="1.5"/>',
-        f'<path d="M{end:.1f} {y:.1f}l-8 -4v8z" fill="{_DARK}"/>',
+        f'<path d="M{x + 2:.1f} {y:.1f}H{end - 6:.1f}" stroke="{DARK}" stroke-width="1.5"/>',
+        f'<path d="M{end:.1f} {y:.1f}l-8 -4v8z" fill="{DARK}"/>',
         _text(centre, y - 7, str(channels)),
     ]
     if rank is not None:
         wide = _mark_width(rank)
         box = f'x="{centre - wide / 2:.1f}" y="{y + 7:.1f}" width="{wide:.1f}" height="18" rx="9"'
-        parts.append(f'<rect {box} fill="{_DARK}"/>')
+        parts.append(f'<rect {box} fill="{DARK}"/>')
         parts.append(_text(centre, y + 20, rank, bold=True, fill="#ffffff"))
     return parts
 
@@ -159,13 +159,13 @@ def _bar(strip: Strip, y: float, scale: float) -> list[str]:
     for box in strip.boxes:
         size = f'width="{box.amount * scale:.2f}" height="{_STRIP}"'
         where = f'x="{x:.2f}" y="{y:.1f}" {size}'
-        parts.append(f'<rect {where} fill="{_GREY}" stroke="{_DARK}" stroke-width="0.8"/>')
+        parts.append(f'<rect {where} fill="{LIGHT}" stroke="{DARK}" stroke-width="0.8"/>')
         x += box.amount * scale
     return [*parts, _text(x + 8, y + 11, strip.total, "start")]
 
 
 def _text(
-    x: float, y: float, words: str, anchor: str = "middle", *, bold: bool = False, fill: str = _DARK
+    x: float, y: float, words: str, anchor: str = "middle", *, bold: bool = False, fill: str = DARK
 ) -> str:
     weight = ' font-weight="bold"' if bold else ""
     where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}"'

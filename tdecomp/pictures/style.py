@@ -9,7 +9,7 @@ from tdecomp.decomposers.registry import registered
 
 WIDTH = 7.5  # inches: pictures are read at the width of a page
 TEXT, SMALL = 9, 8  # points
-DARK, GREY, LIGHT = "#1a1a1a", "#8a8a8a", "#dddddd"
+DARK, GREY, LIGHT = "#1a1a1a", "#8a8a8a", "#e2e2e2"
 KEPT, LOST = "#0072b2", "#d55e00"
 # Colours that people with colour blindness tell apart (Okabe and Ito 2008); hatches, markers and
 # lines tell methods apart in print.

@@ -6,17 +6,17 @@ section 3.2, which trains the rounding of weights.
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.model.example import images_in_layout
-from tdecomp.recovery.attempt import Attempt, left_note
+from tdecomp.recovery.attempt import Attempt, errors_so_far, left_note
 from tdecomp.recovery.block_training import BlockTraining
 from tdecomp.recovery.blocks import Block, blocks_of
 from tdecomp.recovery.held_out import HeldOut
@@ -83,8 +83,10 @@ class Reconstruct(RecoveryStep):
             )  # fmt: skip
             samples = sum(item.samples for item in items if not item.held)
             epochs = self.epochs or max(1.0, _SEEN / max(samples, 1))
-            hidden = not batches.progress
-            for block, calls in tqdm(met, self.name, len(blocks), unit="block", disable=hidden):
+            so_far = partial(errors_so_far, layers)
+            for block, calls in batches.progress.over(
+                met, self.name, len(blocks), "blocks", so_far
+            ):
                 training = BlockTraining(block, calls, batches)
                 *lost, better = training.train(epochs, self.lr, device)
                 layers[block.name] = lost[0], lost[1]

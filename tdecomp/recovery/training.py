@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.counted_rows import CountedRows
@@ -72,9 +71,12 @@ class Training:
         generator = batches.generator(0)
         stretch = max(1, steps // _STRETCHES)
         quick = take_channels_last(batches, [model, original], self._first)
-        with Outputs(model, self.hints) as mine, Outputs(original, self.hints) as wanted:
-            bar = tqdm(range(1, steps + 1), "distill", unit="step", disable=not batches.progress)
-            for step in bar:
+        with (
+            Outputs(model, self.hints) as mine,
+            Outputs(original, self.hints) as wanted,
+            batches.progress.step("distill", steps, "steps") as bar,
+        ):
+            for step in range(1, steps + 1):
                 batch = variant(batches, next(endless), generator)
                 batch = images_in_layout(batch, "channels_last") if quick else batch
                 counted.begin(batch)
@@ -93,7 +95,7 @@ class Training:
                         f"one: try a lower rate than lr={lr:g}, and look for NaN in the batches"
                     )
                 optimizer.step(loss, device)
-                bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
+                bar.advance(f"loss {value:.3g}")
                 if step % stretch == 0 or step == steps:
                     yield
 

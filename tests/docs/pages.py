@@ -58,3 +58,9 @@ def blocks(page: Path) -> Iterator[Block]:
 def is_slow(page: Path) -> bool:
     """Whether the front matter says that the page takes more than a few seconds."""
     return bool(re.match(r"---\n(.*\n)*?slow: true\n(.*\n)*?---\n", page.read_text()))
+
+
+def needed(page: Path) -> str | None:
+    """The package outside of the development set that the front matter says the page needs."""
+    found = re.match(r"---\n(?:.*\n)*?needs: (\w+)\n(?:.*\n)*?---\n", page.read_text())
+    return found[1] if found else None

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import tdecomp
+from benchmarks.support.torchvision_import import import_torchvision
 from tdecomp.layers.spec import KINDS
-from tests.docs.pages import PAGES, ROOT, blocks, is_slow, title
+from tests.docs.pages import PAGES, ROOT, blocks, is_slow, needed, title
 
 WITH_BLOCKS = [
     pytest.param(page, id=title(page), marks=pytest.mark.slow if is_slow(page) else ())
@@ -45,6 +46,10 @@ def _no_network(host: object, *_: object, **__: object) -> None:
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("page", WITH_BLOCKS)
 def test_the_blocks_of_a_page_run_in_order(page: Path) -> None:
+    if package := needed(page):
+        pytest.importorskip(package)
+    if "import torchvision" in page.read_text() or "from torchvision" in page.read_text():
+        import_torchvision()
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         printed = block.run(names)
