@@ -80,7 +80,8 @@ def test_pages_of_the_tutorial_have_the_same_set_up() -> None:
     tutorial = [page.read_text() for page in PAGES if page.parent.name == "learn"]
     tutorial = [page for page in tutorial if "def accuracy" in page]
     set_up = re.search(r"import torch\n.*?def accuracy.*?\n\n\n", tutorial[1], re.S)
-    assert len(tutorial) == 7 and set_up is not None
+    assert len(tutorial) == 7  # the page on time takes a larger network
+    assert set_up is not None
     assert all(set_up[0] in page for page in tutorial)
 
 
