@@ -93,6 +93,12 @@ def test_every_method_has_a_page() -> None:
     assert all(f"| [`{name}`](" in index for name in tdecomp.registered())
 
 
+def test_the_page_on_figures_names_every_command() -> None:
+    page = (ROOT / "docs/figures.md").read_text()
+    commands = {file.stem for file in (ROOT / "benchmarks").glob("*.py")} - {"__init__"}
+    assert {name for name in commands if f"`{name}`" not in page} == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_blocks_need_no_file_of_the_repository(page: Path) -> None:
     for block in blocks(page):
