@@ -8,10 +8,10 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-notebooks test-models test-wheel soak test-all lint format demo clean
+.PHONY: help install test test-notebooks test-models test-wheel test-lower-bounds soak test-all lint format demo dist clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 install: $(STAMP) ## Set up .venv with everything development needs
 
@@ -30,6 +30,9 @@ test-models: $(STAMP) ## Whole models of torchvision, transformers, timm and dif
 
 test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 	$(PY) -m pytest -q -m slow tests/test_wheel.py
+
+test-lower-bounds: $(STAMP) ## The lowest versions that setup.cfg allows (downloads them)
+	OMP_NUM_THREADS=1 $(PY) -m release.lower_bounds
 
 test-notebooks: $(STAMP) ## Notebooks, the README's examples with data, what `make demo` prints
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/test_readme.py
@@ -51,6 +54,9 @@ format: $(STAMP) ## Let ruff rewrite what it can
 
 demo: $(STAMP) ## Compare the methods on the shipped network (results/)
 	$(PY) -m benchmarks.compare $(DEMO_ARGS)
+
+dist: $(STAMP) ## Build what is released into dist/, check it and try it in a fresh environment
+	$(PY) -m release.dist
 
 clean: ## Remove .venv, caches and results
 	rm -rf $(VENV) build dist results *.egg-info .coverage .coverage.* coverage.xml
