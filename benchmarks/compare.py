@@ -78,7 +78,7 @@ def prepare(options: argparse.Namespace) -> Job:
     own = options.model == DIGITS or options.model.endswith(".py")
     asked = {
         "--finetune": any(options.finetune or ()),
-        "--recover": {*options.recover} > {NO_RECOVERY},
+        "--recover": {*options.recover} != {NO_RECOVERY},
         "--fitted": "data" in (options.fitted or ()),
     }
     labelled = own or options.data is not None

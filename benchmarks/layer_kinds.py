@@ -45,12 +45,14 @@ def kind_in_words(spec: tdecomp.LayerSpec) -> str:
 
 def rows_of(name: str, model: nn.Module, data: tdecomp.Data) -> Iterator[list[str]]:
     """One row for each kind of layer and each method that can take it."""
-    example, quiet = data.batches[0][:1], {"progress": False}
-    moments = tdecomp.calibrate(model, data, **quiet)
+    example = data.batches[0][:1]
+    moments = tdecomp.calibrate(model, data, progress=False)
     errors: dict[tuple[str, str], list[list[float | None]]] = defaultdict(list)
     for method in METHODS:
         # Beside others a method is not fitted where another one is sure to lose less.
-        table = tdecomp.sensitivity(model, method, example_inputs=example, data=moments, **quiet)
+        table = tdecomp.sensitivity(
+            model, method, example_inputs=example, data=moments, progress=False
+        )
         for layer in table.values():
             if layer and layer.layer is not None:
                 lost = [_lost(layer, method, share) for share in SHARES]

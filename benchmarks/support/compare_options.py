@@ -8,12 +8,11 @@ from benchmarks.support.models import DEFAULT, TIMM, TORCHVISION
 from benchmarks.support.rows import NO_RECOVERY
 from benchmarks.support.settings import BUDGET, COSTS, UNIFORM, known_methods
 from benchmarks.support.subject import DIGITS
-from benchmarks.support.today import TODAY
 
-DEFAULT_METHODS = ("cp", "cp-separable", "tucker2", "lowrank", "spatial", "auto", *TODAY)
+DEFAULT_METHODS = ("cp", "tucker2", "lowrank", "auto", "tensorly-tucker", "tensorly-cp")
 DEFAULT_SHARES = (0.5, 0.25, 0.1)
-DEFAULT_FINETUNE = 100
-DEFAULT_IMAGES = 1024
+DEFAULT_FINETUNE = 30
+DEFAULT_IMAGES = 512
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -67,10 +66,12 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add(
         "--ranks",
+        nargs="+",
         choices=(UNIFORM, BUDGET),
-        default=UNIFORM,
-        help="every layer the same share of its own cost, or one budget for the whole model, as "
-        "auto and dense always have, and all methods with --equal time (default: %(default)s)",
+        default=(UNIFORM,),
+        metavar=f"{UNIFORM}|{BUDGET}",
+        help=f"{UNIFORM}: every layer has the same share of its own cost, {BUDGET}: one for the "
+        f"whole model, as auto, dense and --equal time always have (default: {UNIFORM})",
     )
     add(
         "--fitted",

@@ -92,9 +92,8 @@ class _Clock:
     def latency(self, network: nn.Module) -> Latency:
         built = repr(network)
         if built not in self._known:
-            pair = {ORIGINAL: self._model, "network": network}
-            times = interleaved_latencies(pair, self.batch, rounds=self._rounds)
-            self._known[built] = times["network"]
+            both = {repr(self._model): self._model, built: network}
+            self._known |= interleaved_latencies(both, self.batch, rounds=self._rounds)
         return self._known[built]
 
     def profile(self, methods: Any) -> tdecomp.Profile:

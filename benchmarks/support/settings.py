@@ -1,6 +1,6 @@
 """One line of a comparison: a method, a share of the cost, and how both become ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,21 +49,36 @@ def known_methods() -> tuple[str, ...]:
 
 
 def settings_of(
-    methods: list[str], shares: list[float], fitted: list[str], ranks: str, equal: str
+    methods: Sequence[str],
+    shares: Sequence[float],
+    fitted: Sequence[str],
+    ranks: Sequence[str],
+    equal: str,
 ) -> list[Setting]:
-    """Every method at every share; the ways of today know only weights."""
+    """Every method at every share.
+
+    The ways of today know only weights, and the same share for every layer; groups of methods, and
+    shares of time, need a budget.
+    """
     for method in methods:
         if method not in known_methods():
             raise ValueError(f"unknown method {method!r}; there are {', '.join(known_methods())}")
     for share in shares:
         if not 0 < share < 1:
             raise ValueError(f"--shares: expected numbers between 0 and 1, got {share}")
-    found = [
-        Setting(method, share, fit, BUDGET if method in GROUPS or equal == "time" else ranks, equal)
-        for method in methods
-        for fit in (("weights",) if method in TODAY else fitted)
-        for share in shares
-    ]
+    found = []
+    for method in methods:
+        today = method in TODAY
+        if method in GROUPS or equal == "time":
+            choices: Sequence[str] = (BUDGET,)
+        else:
+            choices = (UNIFORM,) if today else ranks
+        found += [
+            Setting(method, share, fit, choice, equal)
+            for choice in choices
+            for fit in (("weights",) if today else fitted)
+            for share in shares
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -85,9 +100,7 @@ def plan_of(
     methods, filters = listed_methods(setting.methods), Filters(where=where)
 
     def plan(rank: RankSelector) -> tdecomp.Plan:
-        request = Request(
-            methods, rank, filters, Example.of(example, None), profile=profile, progress=False
-        )
+        request = Request(methods, rank, filters, Example.of(example, None), profile=profile)
         # Without the errors to expect, which nobody reads here and which take most of the time.
         return make_plan(model, request, data, expect=False).plan
 

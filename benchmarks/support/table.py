@@ -1,6 +1,6 @@
 """A comparison as tables: plain text, Markdown and LaTeX."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tabulate import tabulate
 
@@ -17,8 +17,14 @@ from benchmarks.support.summary import (
 MISSING = "–"
 FORMATS = {"text": "simple", "markdown": "github", "latex": "latex_raw"}
 _BOLD = {"text": "*{}", "markdown": "**{}**", "latex": r"\textbf{{{}}}"}
-# What is measured, its title, and the format of its numbers.
-_MEASURED = {"quality": "", "output_error": "output error"}
+# What is measured, its title, the format of its numbers; the quality's title is its measure.
+_KEPT = {"quality": ("", ".2f"), "output_error": ("output error", ".3g")}
+_COSTS = {
+    "macs_share": ("MACs, of the original's", ".3f"),
+    "params_share": ("parameters, of the original's", ".3f"),
+    "time_share": ("measured time, of the original's", ".2f"),
+    "seconds": ("seconds to decompose", ".2f"),
+}
 
 
 def format_tables(rows: Sequence[Row], style: str) -> str:
@@ -27,16 +33,16 @@ def format_tables(rows: Sequence[Row], style: str) -> str:
     The best of each share is bold, in plain text marked by a star.
     """
     lines = lines_of(rows)
+    stages = stages_of(lines)
     parts = []
-    for name, title in _MEASURED.items():
+    for name, (title, form) in _KEPT.items():
         measure = title or next((row.found.measure for row in rows if row.found.measure), "")
-        for stage in stages_of(lines):
-            at = [line for line in lines if line.run.stage == stage]
-            if any(line.values(name) for line in at):
-                heading = f"{measure}, {stage_in_words(stage)}"
-                parts.append(_titled(heading, _kept(at, lines, name, style), style))
-    parts.append(_titled("costs, of the original's", _costs(lines), style))
-    return "\n\n".join(parts)
+        for stage in stages:
+            heading = f"{measure}, {stage_in_words(stage)}"
+            parts.append(_titled(heading, _table(lines, stage, name, form, style), style))
+    for name, (title, form) in _COSTS.items():  # no step after the decomposition changes them
+        parts.append(_titled(title, _table(lines, stages[0], name, form, style), style))
+    return "\n\n".join(part for part in parts if part)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -52,58 +58,40 @@ def failures(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _kept(at: Sequence[Line], lines: Sequence[Line], name: str, style: str) -> list[list[str]]:
-    """A line for each curve, a column for each share, and one for the original."""
+def _table(
+    lines: Sequence[Line], stage: tuple[str, int], name: str, form: str, style: str
+) -> list[list[str]]:
+    """A line for each curve, a column for each share; nothing where nothing was measured."""
     shares = sorted({line.run.share for line in lines if line.run.method != ORIGINAL}, reverse=True)
-    best = best_of(at, name)
-    precise = ".2f" if name == "quality" else ".3g"
-    table = [["method", *map(str, shares)]]
-    steps = at[0].run.finetune
+    at = {(line.curve, line.run.share): line for line in lines if line.run.stage == stage}
+    best = best_of(at.values(), name) if name in {*_KEPT, "time_share"} else {}
+    table = []
     for line in lines:
-        if line.run.method == ORIGINAL and line.run.finetune == steps and name == "quality":
-            table.append([ORIGINAL, _cell(line, name, precise), *[""] * (len(shares) - 1)])
-    for curve in dict.fromkeys(line.curve for line in at if line.run.method != ORIGINAL):
+        original = line.run.method == ORIGINAL and line.run.finetune == stage[1]
+        if original and name == "quality" and line.values(name):
+            table.append([ORIGINAL, _cell(line, name, form), *[""] * (len(shares) - 1)])
+    for curve in dict.fromkeys(line.curve for line in at.values() if line.run.method != ORIGINAL):
         cells = []
         for share in shares:
-            cell = MISSING
-            for line in at:
-                if line.curve == curve and line.run.share == share:
-                    cell = _cell(line, name, precise)
-                    cell = _BOLD[style].format(cell) if best.get(share) is line else cell
-            cells.append(cell)
-        table.append([curve_in_words(curve), *cells])
-    return table
-
-
-def _costs(lines: Sequence[Line]) -> list[list[str]]:
-    """A line for each curve and share; what comes after the decomposition changes no cost."""
-    columns: dict[str, Callable[[Line], str]] = {
-        "share asked": lambda line: f"{line.run.share:g} of {line.run.equal}",
-        "layers changed": lambda line: _number(line, "layers", ".0f"),
-        "params": lambda line: _number(line, "params_share", ".3f"),
-        "MACs": lambda line: _number(line, "macs_share", ".3f"),
-        "time": lambda line: _number(line, "time_share", ".2f"),
-        "fit (s)": lambda line: _number(line, "seconds", ".2f"),
-    }
-    table = [["method", *columns]]
-    first = stages_of(lines)[:1]
-    for line in lines:
-        if line.run.stage in first and line.run.method != ORIGINAL and line.values("macs"):
-            cells = [column(line) for column in columns.values()]
-            table.append([curve_in_words(line.curve), *cells])
-    return table
-
-
-def _number(line: Line, name: str, form: str) -> str:
-    return format(line.mean(name), form) if line.values(name) else MISSING
+            known = at.get((curve, share))
+            cell = MISSING if known is None else _cell(known, name, form)
+            marked = known is not None and best.get(share) is known
+            cells.append(_BOLD[style].format(cell) if marked else cell)
+        if {*cells} != {MISSING}:
+            table.append([curve_in_words(curve), *cells])
+    return [["method", *map(str, shares)], *table] if table else []
 
 
 def _cell(line: Line, name: str, form: str) -> str:
+    if not line.values(name):
+        return MISSING
     spread = line.spread(name)
-    return _number(line, name, form) + ("" if spread is None else f" ± {format(spread, form)}")
+    return format(line.mean(name), form) + ("" if spread is None else f" ± {spread:{form}}")
 
 
 def _titled(title: str, table: list[list[str]], style: str) -> str:
+    if not table:
+        return ""
     if style == "latex":
         table = [[_latex(cell) for cell in line] for line in table]
     alignment = ["left", *["right"] * (len(table[0]) - 1)]

@@ -56,12 +56,16 @@ def test_a_share_that_cannot_be_reached_is_told(model):
 
 def test_settings_are_every_method_at_every_share():
     found = settings_of(
-        ["cp", "auto", "tensorly-cp"], [0.5, 0.1], ["weights", "data"], UNIFORM, "macs"
+        ["cp", "auto", "tensorly-cp"], [0.5, 0.1], ["weights", "data"], [UNIFORM], "macs"
     )
     assert len(found) == 2 * 2 + 2 * 2 + 2
     assert {s.ranks for s in found if s.method == "auto"} == {BUDGET}
     assert {s.fitted for s in found if s.method in TODAY} == {"weights"}
-    timed = settings_of(["cp"], [0.5], ["weights"], UNIFORM, "time")
+    both = settings_of(["cp", "tensorly-cp"], [0.5], ["weights"], [UNIFORM, BUDGET], "macs")
+    assert [(s.method, s.ranks) for s in both] == [
+        ("cp", UNIFORM), ("cp", BUDGET), ("tensorly-cp", UNIFORM)
+    ]  # fmt: skip
+    timed = settings_of(["cp"], [0.5], ["weights"], [UNIFORM], "time")
     assert timed == [Setting("cp", 0.5, ranks=BUDGET, equal="time")]
 
 
@@ -81,4 +85,4 @@ def test_linear_layers_are_left_to_svd():
 )
 def test_bad_settings(methods, shares, message):
     with pytest.raises(ValueError, match=message):
-        settings_of(methods, shares, ["weights"], UNIFORM, "macs")
+        settings_of(methods, shares, ["weights"], [UNIFORM], "macs")
