@@ -18,6 +18,7 @@ from benchmarks.support.comparison import STEPS, Protocol, compare, runs_of
 from benchmarks.support.figure import draw_comparison
 from benchmarks.support.rows import (
     NO_RECOVERY,
+    ORIGINAL,
     Row,
     append_row,
     of_runs,
@@ -38,31 +39,24 @@ class Job:
     subject: Subject
     protocol: Protocol
 
-    @property
-    def title(self) -> str:
-        """What was compared on what."""
-        subject, judged = self.subject, self.protocol.val_images
-        model = (
-            f"{subject.name} with random weights" if subject.weights == "random" else subject.name
-        )
-        return f"{model} on {subject.title}" + (f" ({judged} to judge by)" if judged else "")
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python -m benchmarks.compare` with these command-line arguments."""
     parser = build_parser(__doc__)
     options = parser.parse_args(arguments)
     try:
-        job = prepare(options)
-        file = _file(options.out, job, "csv")
-        rows = run(job, file, resume=options.resume)
+        if options.tables is None:
+            job = prepare(options)
+            rows = run(job, _file(options.out, job.subject.name, "csv"), resume=options.resume)
+        else:
+            rows = of_table(options.tables)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{job.title}\n\n{format_tables(rows, 'text')}\n")
-    for note in (*_notes(job, rows), *failures(rows)):
+    print(f"{_title(rows)}\n\n{format_tables(rows, 'text')}\n")
+    for note in (*_notes(rows), *failures(rows)):
         print(f"* {note}")
     print(f"\n{verdict(rows)}\n")
-    for path in (file, *write(options.out, job, rows)):
+    for path in write(options.out, rows):
         print(f"written: {path}")
 
 
@@ -98,9 +92,8 @@ def prepare(options: argparse.Namespace) -> Job:
         subject = named_subject(
             options.model, options.weights, options.data, seed=options.seeds[0], **limits
         )
-    val = 0 if subject.data is None else len(subject.data(options.seeds[0]).val)
     protocol = Protocol(
-        settings, options.recover, finetunes, options.seeds, options.images, val,
+        settings, options.recover, finetunes, options.seeds, options.images, subject.judged,
         options.batch_size, options.min_channels, options.rounds,
     )  # fmt: skip
     return Job(subject, protocol)
@@ -118,48 +111,64 @@ def run(job: Job, file: Path, *, resume: bool) -> list[Row]:
         append_row(row, file)
         known.append(row)
     found = of_runs(known, runs)
-    if all(row.found.reason for row in found[1:]):
+    if all(row.found.reason for row in found if row.run.method != ORIGINAL):
         raise ValueError("nothing to compare:\n" + "\n".join(failures(found)))
     return found
 
 
-def write(folder: Path, job: Job, rows: Sequence[Row]) -> list[Path]:
-    """Write the JSON file, the tables and the pictures; returns their paths."""
-    write_json(rows, plain := _file(folder, job, "json"))
-    written = [plain]
-    for style, suffix in (("markdown", "md"), ("latex", "tex")):
-        path = _file(folder, job, suffix)
+def of_table(file: Path) -> list[Row]:
+    """The rows of a CSV file of this command, of one model."""
+    rows = read_rows(file)
+    if len({row.run.model for row in rows}) != 1:
+        raise ValueError(f"--tables {file}: expected the rows of one model, got {len(rows)} rows")
+    return rows
+
+
+def write(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """Write the JSON file, the tables and the pictures; returns their paths and the CSV file's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = rows[0].run.model
+    written = [_file(folder, model, suffix) for suffix in ("csv", "json", "md", "tex")]
+    write_json(rows, written[1])
+    for path, style in zip(written[2:], ("markdown", "latex"), strict=True):
         path.write_text(format_tables(rows, style) + "\n", encoding="utf-8")
-        written.append(path)
     for y in ("quality", "output_error", "time_share"):
-        path = _file(folder, job, "svg", f"-{y.replace('_', '-')}")
-        if draw_comparison(rows, path, y=y, title=job.title):
+        path = _file(folder, f"{model}-{y.replace('_', '-')}", "svg")
+        if draw_comparison(rows, path, y=y, title=_title(rows)):
             written.append(path)
     return written
 
 
-def _file(folder: Path, job: Job, suffix: str, part: str = "") -> Path:
-    return folder / f"compare-{re.sub(r'[^a-zA-Z0-9_.]', '-', job.subject.name)}{part}.{suffix}"
+def _file(folder: Path, name: str, suffix: str) -> Path:
+    return folder / f"compare-{re.sub(r'[^a-zA-Z0-9_.]', '-', name)}.{suffix}"
 
 
-def _notes(job: Job, rows: Sequence[Row]) -> list[str]:
-    protocol, made_on = job.protocol, rows[0].made_on
+def _title(rows: Sequence[Row]) -> str:
+    """What was compared on what."""
+    run = rows[0].run
+    model = f"{run.model} with random weights" if run.weights == "random" else run.model
+    return f"{model} on {run.data}" + (f" ({run.val_images} to judge by)" if run.val_images else "")
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    runs, made_on = [row.run for row in rows], rows[0].made_on
     notes = [
         "shares are of the whole model's cost; as a rule a method ends a little below",
-        f"time: a batch of {protocol.batch_size}, median ratio to the original of "
-        f"{protocol.rounds} rounds in turns, on {made_on['torch_threads']} threads of "
-        f"{made_on['cpu']}",
-        f"layers with fewer than {protocol.min_channels} channels or features on one side are "
-        "left alone (--min-channels)",
+        f"time: a batch of {runs[0].batch_size}, the median ratio to the original in turns with "
+        f"it, on {made_on['torch_threads']} threads of {made_on['cpu']}",
+        f"layers with fewer than {max(run.min_channels for run in runs)} channels or features on "
+        "one side are left alone (--min-channels)",
     ]
-    if any(setting.fitted == "data" for setting in protocol.settings):
-        notes.append(f"data: fitted to what layers see in {protocol.images:,} images, no labels")
-    if job.subject.data is not None:
+    images = max(run.images for run in runs)
+    if images:
+        notes.append(f"data, and steps without labels: {images:,} training images")
+    if runs[0].val_images:
         notes.append("output error: the share of the variance of the model's outputs that is lost")
-    if any(protocol.finetunes):
+    if any(run.finetune for run in runs):
         notes.append("fine-tuning: Adam on labels, the same batches for every network")
-    if len(protocol.seeds) > 1:
-        notes.append(f"mean ± standard deviation over {len(protocol.seeds)} seeds")
+    seeds = len({run.seed for run in runs})
+    if seeds > 1:
+        notes.append(f"mean ± standard deviation over {seeds} seeds")
     return notes
 
 

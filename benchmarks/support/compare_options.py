@@ -133,6 +133,12 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--rounds", type=_positive, default=9, help="of time measurements (default: %(default)s)")
     add("--resume", action="store_true", help="do not compute again the rows of --out's CSV file")
+    add(
+        "--tables",
+        type=Path,
+        metavar="FILE.csv",
+        help="run nothing: print and draw the rows that such a file has",
+    )
     add("--out", type=Path, default=Path("results"), metavar="FOLDER")
     return parser
 

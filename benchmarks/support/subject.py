@@ -30,6 +30,7 @@ class Subject:
     title: str  # the data's
     inputs: Callable[[int], Tensor]  # as many as are asked for, to time the model with
     data: Callable[[int], Dataset] | None = None
+    judged: int = 0  # the number of samples that quality is measured on
     augment: Callable[[Any, torch.Generator], Any] | None = None
     metric: Callable[[nn.Module], float] | None = None  # higher is better; otherwise accuracy
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
@@ -59,7 +60,8 @@ def named_subject(
     known = "random" if weights is None and name != DIGITS else Path(weights or DEFAULT).name
     if name == DIGITS:
         own = digits()
-        return Subject(name, known, model, own.title, partial(_first, own.val), lambda _seed: own)
+        inputs = partial(_first, own.val)
+        return Subject(name, known, model, own.title, inputs, lambda _seed: own, len(own.val))
     if folder is None:
         drawn = partial(_noise, images, seed)
         return Subject(name, known, model, "random images", drawn)
@@ -72,7 +74,9 @@ def named_subject(
     data = image_folder(folder, images, train_images=0, val_images=val_images)
     _check_classes(name, model, data, folder)
     inputs = partial(_first, data.val)
-    return Subject(name, known, model, data.title, inputs, draw, augment=flip_and_shift)
+    return Subject(
+        name, known, model, data.title, inputs, draw, len(data.val), augment=flip_and_shift
+    )
 
 
 def subject_of_file(path: Path, *, train_images: int, val_images: int | None) -> Subject:
@@ -97,8 +101,9 @@ def subject_of_file(path: Path, *, train_images: int, val_images: int | None) ->
         for batches, limit in zip(both, (train_images, val_images), strict=True)
     )
     own = Dataset(path.stem, 0, train, val)
+    inputs = partial(_first, val)
     return Subject(
-        path.stem, "own", model.eval(), own.title, partial(_first, val), lambda _seed: own,
+        path.stem, "own", model.eval(), own.title, inputs, lambda _seed: own, len(val),
         metric=getattr(module, "metric", None),
         loss=getattr(module, "loss", nn.functional.cross_entropy),
     )  # fmt: skip

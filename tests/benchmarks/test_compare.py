@@ -87,6 +87,19 @@ def test_without_resume_all_is_computed_again(own, tmp_path):
     assert len(rows_of(tmp_path)) == 2
 
 
+def test_tables_of_rows_that_are_there(own, tmp_path, capsys):
+    own(*FEW, "--finetune", "0")
+    said = capsys.readouterr().out.split("written:")[0]
+    tables = (tmp_path / "compare-own.md").read_text()
+    (tmp_path / "there").mkdir()
+    main(["--tables", str(tmp_path / "compare-own.csv"), "--out", str(tmp_path / "there")])
+    assert capsys.readouterr().out.split("written:")[0] == said
+    assert (tmp_path / "there" / "compare-own.md").read_text() == tables
+    with pytest.raises(SystemExit):
+        main(["--tables", "nowhere.csv"])
+    assert "nowhere.csv: expected the rows of one model, got 0 rows" in capsys.readouterr().err
+
+
 def test_a_method_that_fails_is_a_row_with_a_reason(own, capsys):
     rows = own("--methods", "svd", "--shares", "0.01", "0.5", "--fitted", "weights")
     failed = [row for row in rows if row["share"] == "0.01"]
