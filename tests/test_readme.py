@@ -1,7 +1,10 @@
-"""The README's ten lines print what stands below them and on the first page."""
+"""The README's ten lines print what stands below them and on the first page; its links lead on."""
 
 import contextlib
 import io
+import re
+
+import pytest
 
 from tests.docs.pages import ROOT
 from tests.readme import FIRST, OUTPUT, prints_the_output
@@ -21,3 +24,10 @@ def test_the_first_page_of_the_site_shows_the_same() -> None:
 
 def test_it_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    "file", re.findall(r"\]\(([^)#:]+)[^)]*\)", (ROOT / "README.md").read_text())
+)
+def test_its_links_lead_to_files(file: str) -> None:
+    assert (ROOT / file).is_file()
