@@ -8,11 +8,11 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-notebooks test-models test-wheel soak test-all lint format demo docs \
-	check-pages clean
+.PHONY: help install test test-notebooks test-models test-wheel test-lower-bounds soak test-all lint format demo docs \
+	check-pages dist clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 install: $(STAMP) ## Set up .venv with everything development needs
 
@@ -31,6 +31,9 @@ test-models: $(STAMP) ## Whole models of torchvision, transformers, timm and dif
 
 test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 	$(PY) -m pytest -q -m slow tests/test_wheel.py
+
+test-lower-bounds: $(STAMP) ## The lowest versions that setup.cfg allows (downloads them)
+	OMP_NUM_THREADS=1 $(PY) -m tests.release.lower_bounds
 
 test-notebooks: $(STAMP) ## Notebooks, the site's pages that take longer, what `make demo` prints
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/docs
@@ -59,6 +62,9 @@ docs: $(STAMP) ## Build the documentation (site/index.html); warnings are errors
 check-pages: docs ## Open every page of site/ in Debian's chromium, wide and narrow
 	$(PY) -m pip install --quiet --constraint constraints.txt playwright
 	$(PY) docs/check_pages.py
+
+dist: $(STAMP) ## Build what is released into dist/, check it and try it in a fresh environment
+	$(PY) -m tests.release.dist
 
 clean: ## Remove .venv, caches, results and the site
 	rm -rf $(VENV) build dist results site *.egg-info .coverage .coverage.* coverage.xml

@@ -1,8 +1,8 @@
 """What each method loses on each kind of layer, at equal shares of the layer's MACs.
 
 The shares of a layer's output variance that are lost, on samples that are held out, by fits to
-unlabelled inputs: the table of `tdecomp.sensitivity`, as the median over the layers of a kind. Of
-the two trained networks that ship with the repository, and of others with ``--data``:
+unlabelled inputs: the table of `tdecomp.sensitivity`, for each method alone, as the median over the
+layers of a kind. Of the two trained networks that ship with the repository, or of others:
 
     python -m benchmarks.layer_kinds
     python -m benchmarks.layer_kinds --data FOLDER --weights resnet20=FILE vgg11_bn=FILE
@@ -43,21 +43,23 @@ def kind_in_words(spec: tdecomp.LayerSpec) -> str:
     return f"{kernel}, {least} {most} channels"
 
 
-def rows_of(name: str, table: tdecomp.Sensitivity) -> Iterator[list[str]]:
+def rows_of(name: str, model: nn.Module, data: tdecomp.Data) -> Iterator[list[str]]:
     """One row for each kind of layer and each method that can take it."""
-    layers = defaultdict(list)
-    for layer in table.values():
-        if layer.layer is not None and layer:
-            layers[kind_in_words(layer.layer)].append(layer)
-    for kind, several in layers.items():
-        for method in METHODS:
-            errors = [
-                [_lost(layer, method, share) for layer in several if method in layer]
-                for share in SHARES
-            ]
-            cells = [_median(column) for column in errors]
-            if any(cells):
-                yield [name, kind, str(len(several)), method, *cells]
+    example = data.batches[0][:1]
+    moments = tdecomp.calibrate(model, data, progress=False)
+    errors: dict[tuple[str, str], list[list[float | None]]] = defaultdict(list)
+    for method in METHODS:
+        # Beside others a method is not fitted where another one is sure to lose less.
+        table = tdecomp.sensitivity(
+            model, method, example_inputs=example, data=moments, progress=False
+        )
+        for layer in table.values():
+            if layer and layer.layer is not None:
+                lost = [_lost(layer, method, share) for share in SHARES]
+                errors[kind_in_words(layer.layer), method].append(lost)
+    for (kind, method), several in sorted(errors.items(), key=lambda item: item[0][0]):
+        cells = map(_median, zip(*several, strict=True))
+        yield [name, kind, str(len(several)), method, *cells]
 
 
 def _lost(layer: Any, method: str, share: float) -> float | None:
@@ -98,13 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.weights and options.data is None:
         parser.error("--weights: layers are fitted to images; expected --data FOLDER")
-    rows: list[list[str]] = []
-    for name, model, data in networks(options):
-        example = data.batches[0][:1]
-        table = tdecomp.sensitivity(
-            model, METHODS, example_inputs=example, data=data, progress=False
-        )
-        rows += rows_of(name, table)
+    rows = [row for name, model, data in networks(options) for row in rows_of(name, model, data)]
     shares = [f"at {share:.0%}" for share in SHARES]
     headers = ["network", "layers", "number", "method", *shares]
     print(tabulate(rows, headers, disable_numparse=True))

@@ -1,51 +1,35 @@
 """Run the code on pages, and write what it prints and draws into them.
 
-python docs/outputs.py docs/learn/*.md docs/methods/*.md
+python -m docs.outputs docs/learn/*.md docs/methods/*.md
 
-A block ```text below a block of code holds what that code prints; with a title it holds measured
-times, which differ from run to run. Pictures (*.svg) go to the folder `figures` beside the page.
+A block ```text right below a block of code gets what that code prints; one with a title is not
+compared by the tests, such as a measured time. Pictures (*.svg) go to `figures/` beside the page.
 """
 
-import contextlib
-import io
 import os
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import textwrap
 from pathlib import Path
 
 import matplotlib
 
-_BLOCKS = re.compile(
-    r"^```python\n(?P<code>.*?)^```\n(?P<output>\n```text(?P<title>[^\n]*)\n(?P<shown>.*?)^```\n)?",
-    re.S | re.M,
-)
-
-
-def runs(page: Path) -> Iterator[tuple[re.Match[str], str]]:
-    """Each block of a page, run in order in one namespace, and what it prints."""
-    text, names = page.read_text(), {"__name__": "page"}
-    for block in _BLOCKS.finditer(text):
-        # Empty lines in front, so that a traceback has the line of the page.
-        before = "\n" * text.count("\n", 0, block.start("code"))
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(before + block["code"], page.name, "exec"), names)
-        lines = printed.getvalue().splitlines()
-        yield block, "".join(f"{line.rstrip()}\n" for line in lines)
+from tests.docs.pages import blocks
 
 
 def rewrite(page: Path) -> None:
     """Write what the blocks print below them, and keep the pictures that they draw."""
-    pieces, end, text, home = [], 0, page.read_text(), Path.cwd()
+    text, pieces, end, home = page.read_text(), [], 0, Path.cwd()
+    names: dict[str, object] = {"__name__": "__main__"}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            for block, printed in runs(page):
-                if block["output"] is not None:
-                    pieces += [text[end : block.start("shown")], printed]
-                    end = block.end("shown")
+            for block in blocks(page):
+                printed = textwrap.indent(block.run(names), block.indent)
+                if block.shown is not None:
+                    pieces += [text[end : block.span[0]], printed]
+                    end = block.span[1]
             for picture in Path(folder).glob("*.svg"):
                 (page.parent / "figures").mkdir(exist_ok=True)
                 shutil.copy(picture, page.parent / "figures" / picture.name)

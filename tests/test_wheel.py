@@ -5,8 +5,6 @@ else is installed.
 """
 
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +13,9 @@ import pytest
 
 from tests.docs.pages import blocks
 from tests.readme import FIRST, OUTPUT, prints_the_output
+from tests.release.environment import ROOT, build, install, run
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
 
 IMPORT_ALL = """
 import importlib, pkgutil
@@ -32,35 +29,15 @@ print(tdecomp.__file__)
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: files that an earlier build left in the checkout would get in."""
-    folder = tmp_path_factory.mktemp("wheel")
-    leave = shutil.ignore_patterns(".*", "build", "dist", "results", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, folder / "source", ignore=leave)
-    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
-    run(*build, folder / "source", cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
+    return build(tmp_path_factory.mktemp("wheel"))[1]
 
 
 @pytest.fixture(scope="module")
 def python(wheel: Path) -> Iterator[Path]:
-    """The interpreter of an environment without even pip, as pip would bring setuptools along."""
     environment = wheel.parent / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=wheel.parent)
-    interpreter = environment / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", interpreter)
-    pinned = ("--constraint", ROOT / "constraints.txt")
-    # Most of what is installed is never imported, so it need not be compiled.
-    run(*pip, "install", "--no-compile", *pinned, wheel, cwd=wheel.parent)
-    yield interpreter
+    yield install(environment, wheel, constraints=ROOT / "constraints.txt")
     shutil.rmtree(environment)  # 1 GB
 
 

@@ -12,11 +12,12 @@ def largest_left_alone(found: Sequence[tuple[Cost, str, str]], whole: Cost, unit
 
     `found` are costs, names and reasons.
     """
-    amounts = [(getattr(cost, unit) or 0, name, why) for cost, name, why in found]
+    all_of_it = getattr(whole, unit) or 1
+    shares = [((getattr(cost, unit) or 0) / all_of_it, name, why) for cost, name, why in found]
     costly = [
-        f"{name} ({amount / getattr(whole, unit):.1%}: {why})"
-        for amount, name, why in sorted(amounts, key=lambda entry: -entry[0])[:_SHOWN]
-        if amount > 0
+        f"{name} ({f'{share:.1%}' if share >= 0.001 else 'under 0.1%'}: {why})"
+        for share, name, why in sorted(shares, key=lambda entry: -entry[0])[:_SHOWN]
+        if share > 0
     ]
     named = "MACs" if unit == "macs" else "parameters"
     return f"the largest of all {named}: {'; '.join(costly)}" if costly else ""

@@ -83,7 +83,7 @@ class Speed:
         measured, budget, found = self.measured, self.budget, []
         if measured and measured.high > 1:
             how = "SLOWER" if measured.low > 1 else "not measurably faster"
-            found.append(f"{how} than the original: measured time {measured.median:.3f} of its")
+            found.append(f"{how} than the original: {measured.median:.3f} of its time")
         if measured and budget is not None and measured.median > budget:
             found.append(
                 f"the time that was asked for, {budget:g} of the original's, is missed by "
