@@ -93,7 +93,8 @@ def prepare(options: argparse.Namespace) -> Job:
             options.model, options.weights, options.data, seed=options.seeds[0], **limits
         )
     protocol = Protocol(
-        settings, options.recover, finetunes, options.seeds, options.images, subject.judged,
+        settings, options.recover, finetunes, options.learning_rate, options.seeds,
+        options.images, subject.judged,
         options.batch_size, options.min_channels, options.rounds,
     )  # fmt: skip
     return Job(subject, protocol)
@@ -165,7 +166,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if runs[0].val_images:
         notes.append("output error: the share of the variance of the model's outputs that is lost")
     if any(run.finetune for run in runs):
-        notes.append("fine-tuning: Adam on labels, the same batches for every network")
+        rates = ", ".join(sorted({f"{run.learning_rate:g}" for run in runs if run.finetune}))
+        notes.append(f"fine-tuning: Adam at {rates} on labels, the same batches for every network")
     seeds = len({run.seed for run in runs})
     if seeds > 1:
         notes.append(f"mean ± standard deviation over {seeds} seeds")

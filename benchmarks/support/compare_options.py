@@ -8,6 +8,7 @@ from benchmarks.support.models import DEFAULT, TIMM, TORCHVISION
 from benchmarks.support.rows import NO_RECOVERY
 from benchmarks.support.settings import BUDGET, COSTS, UNIFORM, known_methods
 from benchmarks.support.subject import DIGITS
+from benchmarks.support.training import LEARNING_RATE
 
 DEFAULT_METHODS = ("cp", "tucker2", "lowrank", "auto", "tensorly-tucker", "tensorly-cp")
 DEFAULT_SHARES = (0.5, 0.25, 0.1)
@@ -95,6 +96,12 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         metavar="STEPS",
         help="fine-tuning steps with labels for every network; several are run each "
         f"(default: 0 {DEFAULT_FINETUNE} where there is data)",
+    )
+    add(
+        "--learning-rate",
+        type=float,
+        default=LEARNING_RATE,
+        help="of fine-tuning, by Adam, falling to 0 (default: %(default)s)",
     )
     add(
         "--images",

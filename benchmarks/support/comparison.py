@@ -13,12 +13,12 @@ import tdecomp
 from benchmarks.support.costs import count_macs, count_params
 from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.output_error import lost_share
-from benchmarks.support.rows import NO_RECOVERY, ORIGINAL, Found, Row, Run, original_of
+from benchmarks.support.rows import NO_RECOVERY, ORIGINAL, Found, Row, Run
 from benchmarks.support.settings import BUDGET, Setting, plan_of
 from benchmarks.support.subject import Subject
 from benchmarks.support.timing import Latency, interleaved_latencies
 from benchmarks.support.today import TODAY, decomposed
-from benchmarks.support.training import fine_tune
+from benchmarks.support.training import LEARNING_RATE, fine_tune
 
 STEPS = ("refit", "reconstruct", "recalibrate_batchnorm", "distill")
 _VAL_BATCH = 256
@@ -31,6 +31,7 @@ class Protocol:
     settings: Sequence[Setting]
     recovers: Sequence[str] = (NO_RECOVERY,)
     finetunes: Sequence[int] = (0,)
+    learning_rate: float = LEARNING_RATE
     seeds: Sequence[int] = (0,)
     images: int = 0  # without labels, for fits and recovery
     val_images: int = 0
@@ -48,17 +49,16 @@ def runs_of(subject: Subject, protocol: Protocol) -> list[Run]:
     runs = []
     for seed in protocol.seeds:
         first = replace(bare, seed=seed)
-        runs += [original_of(replace(first, finetune=steps)) for steps in protocol.finetunes]
+        starts = [first]
         for setting in protocol.settings:
             for recover in protocol.recovers if setting.method not in TODAY else (NO_RECOVERY,):
                 with_data = setting.fitted == "data" or recover != NO_RECOVERY
-                runs += [
-                    replace(
-                        first, **vars(setting), recover=recover, finetune=steps,
-                        images=protocol.images if with_data else 0,
-                    )
-                    for steps in protocol.finetunes
-                ]  # fmt: skip
+                images = protocol.images if with_data else 0
+                starts.append(replace(first, **vars(setting), recover=recover, images=images))
+        for start in starts:
+            for steps in protocol.finetunes:
+                rate = protocol.learning_rate if steps else 0.0
+                runs.append(replace(start, finetune=steps, learning_rate=rate))
     return list(dict.fromkeys(runs))
 
 
@@ -126,7 +126,8 @@ class _Bench:
             assert self.data is not None
             fine_tune(
                 network, self.data.train, steps=run.finetune, batch_size=run.batch_size,
-                seed=self.seed, loss=self.subject.loss, title=f"fine-tuning {run.method}",
+                seed=self.seed, learning_rate=run.learning_rate, loss=self.subject.loss,
+                title=f"fine-tuning {run.method}",
             )  # fmt: skip
         params, macs = count_params(network), count_macs(network, self.example)
         return Found(

@@ -5,7 +5,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Run:
     share: float = 1.0  # asked for
     recover: str = NO_RECOVERY  # steps without labels, joined by +
     finetune: int = 0  # steps with labels
+    learning_rate: float = 0.0  # of fine-tuning, where there is any
     seed: int = 0
     images: int = 0  # without labels
     val_images: int = 0
@@ -119,15 +120,6 @@ def of_runs(rows: Iterable[Row], runs: Iterable[Run]) -> list[Row]:
     """The rows of these runs, in their order; of a run that is there twice, the last."""
     found = {row.run: row for row in rows}
     return [found[run] for run in runs if run in found]
-
-
-def original_of(run: Run) -> Run:
-    """The run of the original that a run is compared with."""
-    plain = Run(model=run.model, weights=run.weights, data=run.data, method=ORIGINAL)
-    return replace(
-        plain, finetune=run.finetune, seed=run.seed, val_images=run.val_images,
-        batch_size=run.batch_size,
-    )  # fmt: skip
 
 
 def _write(file: typing.TextIO, row: Row, *, header: bool) -> None:

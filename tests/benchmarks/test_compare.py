@@ -37,7 +37,7 @@ def test_a_model_of_a_file_gives_a_tidy_row_for_each_run(own, tmp_path, capsys):
     # For each seed the original twice, svd on weights and on data, with and without recovery and
     # fine-tuning, and TensorLy's as it is and fine-tuned, all at two shares.
     assert len(rows) == 2 * (2 + 2 * 2 * 2 * 2 + 2 * 2)
-    assert len({tuple(list(row.values())[:15]) for row in rows}) == len(rows)
+    assert len({tuple(list(row.values())[:16]) for row in rows}) == len(rows)
     assert {row["reason"] for row in rows} == {""}
     for row in rows:
         share = float(row["share"])
