@@ -108,7 +108,7 @@ def _styles(lines: Sequence[Line]) -> dict[tuple[str, str, str], _Style]:
     """The ways of today have the colour of the method with the same chain."""
     names = list(dict.fromkeys(line.curve for line in lines if line.run.method != ORIGINAL))
     alike = {name: TODAY[name].like if name in TODAY else name for name, _, _ in names}
-    looks = looks_of([*alike, *alike.values()])
+    looks = looks_of([*alike.values(), *alike])
     styles = {}
     for name in names:
         method, fitted, _ = name
