@@ -52,8 +52,14 @@ def main() -> int:
         print(run(python, "-I", "-c", ten_lines(), cwd=folder), end="")
         # The sources are the wheel's; only the checkout has the tests. Old releases warn of each
         # other, which is no fault of the package.
-        options = ("-q", "-n", "auto", "-o", "filterwarnings=", "-m", "not slow and not soak")
-        tests = (python, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS))
+        options = ["-q", "-n", "auto", "-o", "filterwarnings=", "-m", "not slow and not soak"]
+        tests: list[str | Path] = [
+            python,
+            "-m",
+            "pytest",
+            *options,
+            *(f"tests/{name}" for name in TESTS),
+        ]
         return subprocess.run(tests, cwd=ROOT, check=False).returncode
 
 
