@@ -8,7 +8,8 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-notebooks test-models test-wheel test-lower-bounds soak test-all lint format demo dist clean
+.PHONY: help install test test-notebooks test-models test-wheel test-lower-bounds soak test-all lint format demo docs \
+	check-pages dist clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -32,10 +33,10 @@ test-wheel: $(STAMP) ## The wheel, installed with its dependencies alone
 	$(PY) -m pytest -q -m slow tests/test_wheel.py
 
 test-lower-bounds: $(STAMP) ## The lowest versions that setup.cfg allows (downloads them)
-	OMP_NUM_THREADS=1 $(PY) -m release.lower_bounds
+	OMP_NUM_THREADS=1 $(PY) -m tests.release.lower_bounds
 
-test-notebooks: $(STAMP) ## Notebooks, the README's examples with data, what `make demo` prints
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/test_readme.py
+test-notebooks: $(STAMP) ## Notebooks, the site's pages that take longer, what `make demo` prints
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow tests/notebooks tests/benchmarks tests/docs
 
 soak: $(STAMP) ## Long campaigns: interrupts, threads, damaged files, budgets by brute force
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m soak tests/soak $(PYTEST_ARGS)
@@ -55,10 +56,17 @@ format: $(STAMP) ## Let ruff rewrite what it can
 demo: $(STAMP) ## Compare the methods on the shipped network (results/)
 	$(PY) -m benchmarks.compare $(DEMO_ARGS)
 
-dist: $(STAMP) ## Build what is released into dist/, check it and try it in a fresh environment
-	$(PY) -m release.dist
+docs: $(STAMP) ## Build the documentation (site/index.html); warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build --strict
 
-clean: ## Remove .venv, caches and results
-	rm -rf $(VENV) build dist results *.egg-info .coverage .coverage.* coverage.xml
+check-pages: docs ## Open every page of site/ in Debian's chromium, wide and narrow
+	$(PY) -m pip install --quiet --constraint constraints.txt playwright
+	$(PY) docs/check_pages.py
+
+dist: $(STAMP) ## Build what is released into dist/, check it and try it in a fresh environment
+	$(PY) -m tests.release.dist
+
+clean: ## Remove .venv, caches, results and the site
+	rm -rf $(VENV) build dist results site *.egg-info .coverage .coverage.* coverage.xml
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import tdecomp
-from benchmarks.support.comparison import count_macs
+from benchmarks.support.costs import count_macs
 from benchmarks.support.data import image_folder
 from benchmarks.support.models import input_format, load_model
 from benchmarks.support.training import accuracy

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.support.figure import COLOURS, MARKERS
 from benchmarks.support.machine import describe_machine, describe_versions
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.pictures.style import looks_of
 from tdecomp.ranks.grid import Rounding
 from tdecomp.timing.profile import timed_ranks
 from tdecomp.timing.stopwatch import THIS_MACHINE, TimingEffort
@@ -32,7 +32,7 @@ SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))
 BATCHES = (1, 8)
 METHODS = ("lowrank", "spatial", "tucker2", "cp", "cp-separable")
 ROUNDS = 9
-FIGURE = Path(__file__).parent / "figures" / "time_against_macs.png"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "time_against_macs.png"
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def draw(points: Sequence[Point], path: Path) -> None:
         for axes, (channels, side) in zip(row, SIZES, strict=True):
             axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
             axes.axhline(1.0, color="grey", linewidth=1)
-            for method, colour, marker in zip(METHODS, COLOURS, MARKERS, strict=False):
+            for method, look in looks_of(METHODS).items():
                 mine = _of(points, channels, batch, method)
                 axes.plot(
                     [p.macs for p in mine],
                     [p.time for p in mine],
-                    marker=marker,
-                    color=colour,
+                    marker=look.marker,
+                    color=look.colour,
                     markersize=4,
                     linewidth=1.2,
                     label=method,
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=FIGURE, help="PNG file (the README's)")
+    parser.add_argument("--out", type=Path, default=FIGURE, help="PNG file (the site's)")
     parser.add_argument("--points", type=int, default=6, help="ranks of each method (6)")
     parser.add_argument("--multiple", type=int, default=16, help="of ranks (16)")
     options = parser.parse_args(arguments)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import tdecomp
 from benchmarks.accuracy import DISTILLED, FITTED, REFITTED, mean_and_spread
-from benchmarks.support.comparison import count_macs
+from benchmarks.support.costs import count_macs
 from benchmarks.support.text import Text, counted, docstrings
 from benchmarks.support.transformer import Encoder, held_out_nats, outputs, trained_transformer
 

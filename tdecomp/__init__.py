@@ -28,6 +28,8 @@ from tdecomp.layers.spec import LayerKind, LayerSpec
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.sensitivity import Sensitivity
 from tdecomp.model.filters import at_least
+from tdecomp.pictures.chain import draw
+from tdecomp.pictures.drawing import Drawing
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -68,6 +70,7 @@ __all__ = [
     "Decomposer",
     "Decomposition",
     "Distill",
+    "Drawing",
     "Energy",
     "Factors",
     "LayerKind",
@@ -98,6 +101,7 @@ __all__ = [
     "compress_to",
     "decompose",
     "distill",
+    "draw",
     "flip_and_shift",
     "load",
     "plan",

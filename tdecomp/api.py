@@ -19,6 +19,7 @@ from tdecomp.model.sites import check_weight, find_sites
 from tdecomp.pipeline import carry_out, check_optimizers
 from tdecomp.plans.make import Planned, Request, make_plan
 from tdecomp.plans.plan import Plan, match_sites
+from tdecomp.progress import Progress
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
@@ -124,12 +125,13 @@ def decompose(
     steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    bar = Progress(progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
     with restoring(model, seed=seed):
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
-            example, allow_expansion, profile, only_if_faster, progress,
+            example, allow_expansion, profile, only_if_faster, bar,
         )  # fmt: skip
         planned = make_plan(model, request, batches, use_variants(steps), expect=False)
         weighs = request.selector.weighs_layers
@@ -150,7 +152,7 @@ def decompose(
             stopwatch=THIS_MACHINE if profile is None else profile.stopwatch,
             inplace=inplace,
             optimizers=listed,
-            progress=progress,
+            progress=bar,
         )
 
 
@@ -185,11 +187,12 @@ def plan(
         A row for every layer; those left alone say why.
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    bar = Progress(progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed):
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
-            example, allow_expansion, profile, only_if_faster, progress,
+            example, allow_expansion, profile, only_if_faster, bar,
         )  # fmt: skip
         return make_plan(model, request, batches, expect=True).plan
 
@@ -248,7 +251,8 @@ def apply(
     steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    bar = Progress(progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
     with restoring(model, seed=seed):
         sites = match_sites(find_sites(model), plan)
@@ -277,7 +281,7 @@ def apply(
             timed=True,
             inplace=inplace,
             optimizers=listed,
-            progress=progress,
+            progress=bar,
         )
 
 
@@ -313,8 +317,9 @@ def sensitivity(
         A table, plain data, and a picture: `print(table)`, `table.to_dict()`, `table.plot()`.
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    bar = Progress(progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     filters = Filters(include, exclude, where)
     with restoring(model, seed=seed):
         listed = listed_methods(methods)
-        return measure_sensitivity(model, listed, filters, example, batches, progress=progress)
+        return measure_sensitivity(model, listed, filters, example, batches, progress=bar)

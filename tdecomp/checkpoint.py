@@ -58,9 +58,11 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
 def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Bring a saved decomposition back into a copy of a fresh, undecomposed model.
 
-    >>> result = tdecomp.decompose(model, "svd", rank=8)       # doctest: +SKIP
-    >>> result.save("small.safetensors")                       # doctest: +SKIP
-    >>> small = tdecomp.load("small.safetensors", Net())       # doctest: +SKIP
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    >>> tdecomp.decompose(model, "svd", rank=8, progress=False).save("small.safetensors")
+    >>> small = load("small.safetensors", nn.Sequential(nn.Linear(64, 64), nn.ReLU()))
+    >>> small[0].rank
+    8
 
     Parameters
     ----------

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from tdecomp.calibration.calibrate import watchable
 from tdecomp.calibration.data import Batches
@@ -28,6 +27,7 @@ from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.progress import SILENT, Progress
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
@@ -48,7 +48,7 @@ def carry_out(
     stopwatch: Stopwatch = THIS_MACHINE,
     inplace: bool = False,
     optimizers: Sequence[Optimizer] = (),
-    progress: bool = True,
+    progress: Progress = SILENT,
     replan: Callable[[Mapping[str, str]], Planned] | None = None,
 ) -> Decomposition:
     """Decompose the layers as planned, and put the chains in their places last of all.
@@ -57,7 +57,7 @@ def carry_out(
     for ranks that depend on each other.
     """
     while True:
-        fitted = fit_all(planned, progress=progress)
+        fitted = fit_all(planned, progress)
         broken = _broken(model, planned, fitted, example, data, inplace=inplace)
         if not broken or replan is None:
             break
@@ -69,11 +69,12 @@ def carry_out(
     recovered = run_steps(steps, changed, model, data)
     speed = None
     if timed and example is not None:
-        speed = _speed(model, changed, chains, plan, example, stopwatch)
+        with progress.step("time both models"):
+            speed = _speed(model, changed, chains, plan, example, stopwatch)
     finished = {row.name: row for row, _ in fitted}
     rows = [finished.get(row.name, row) for row in plan]
     notes = data_notes(rows, planned.moments)
-    report = Report(rows, plan.everything_else, recovered, speed, notes)
+    report = Report(rows, plan.everything_else, plan.decomposers, recovered, speed, notes)
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:
         with no_inference_mode():  # whose tensors could not be trained
@@ -112,7 +113,7 @@ def _broken(
     return known | {names[layer]: reason for layer, reason in broken.items()}
 
 
-def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
+def fit_all(planned: Planned, progress: Progress) -> list[tuple[Row, Chain]]:
     """The finished row and the chain of each layer that is to be decomposed, in their order."""
     todo = [row for row in planned.plan if row.method is not None]
 
@@ -124,11 +125,14 @@ def fit_all(planned: Planned, *, progress: bool) -> list[tuple[Row, Chain]]:
     def size(row: Row) -> int:
         return fit_size(planned.sites[row.name], planned.moments)
 
-    def show(row: Row, _: tuple[Row, Chain]) -> None:
-        bar.set_postfix_str(f"{row.method} {row.name}", refresh=False)
-        bar.update()
+    errors = [0.0]
 
-    with tqdm(total=len(todo), desc="decompose", unit="layer", disable=not progress) as bar:
+    def show(row: Row, done: tuple[Row, Chain]) -> None:
+        of_weight, of_output = done[0].weight_error, done[0].output_error
+        errors.append((of_weight if of_output is None else of_output) or 0.0)
+        step.advance(f"error at most {max(errors):.3g}", work=size(row))
+
+    with progress.step("fit", len(todo), "layers", work=sum(map(size, todo))) as step:
         return parallel_map(fit, todo, size=size, done=show)
 
 

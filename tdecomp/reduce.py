@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from tdecomp.calibration.calibrate import calibrate_layers, watchable
 from tdecomp.calibration.data import Batches, batches_or_moments
@@ -24,6 +23,7 @@ from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.progress import Progress
 from tdecomp.ranks.base import Candidate, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer, Fixed, exceeds
 from tdecomp.ranks.short_forms import get_selector
@@ -82,18 +82,19 @@ def reduce_ranks(
     model, plan = decomposition.model, decomposition.plan
     listed = check_optimizers(optimizers, inplace)
     selector = get_selector(rank)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    bar = Progress(progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed):
         chains = _chains(model, plan)
         sites = {name: _site(chain, plan[name]) for name, chain in chains.items()}
         moments = _moments(model, chains, batches, gradients=selector.weighs_layers)
-        candidates = _candidates(plan, chains, sites, moments, selector)
+        candidates = _candidates(plan, chains, sites, moments, selector, bar)
         rest = plan.after - total(mine.before for mine in candidates)
         choices = checked_choices(selector, [[mine] for mine in candidates], rest)
         replacements: dict[nn.Module, Chain] = {}
         rows = {row.name: row for row in plan}
-        bar = tqdm(candidates, desc="reduce", unit="layer", disable=not progress)
-        for mine, choice in zip(bar, choices, strict=True):
+        pairs = zip(candidates, choices, strict=True)
+        for mine, choice in bar.over(pairs, "reduce", len(candidates), "layers"):
             name, rank, row = mine.layer, choice.rank, rows[mine.layer]
             if rank is not None and rank != row.rank:
                 planned = planned_row(row, mine.decomposer, rank)
@@ -109,7 +110,10 @@ def reduce_ranks(
         result = Decomposition(
             model if inplace else copy_with(model, replacements),
             Report(
-                list(rows.values()), plan.everything_else, notes=data_notes(rows.values(), moments)
+                list(rows.values()),
+                plan.everything_else,
+                plan.decomposers,
+                notes=data_notes(rows.values(), moments),
             ),
             Plan(unfitted, plan.everything_else, plan.decomposers),
         )
@@ -171,10 +175,11 @@ def _candidates(
     sites: dict[str, Site],
     moments: Moments | None,
     selector: RankSelector,
+    progress: Progress,
 ) -> list[Candidate]:
     """For each chain its own method, at no more than the ranks it has now."""
     able = [(site, [chains[name].decomposer]) for name, site in sites.items()]
-    offers = offer_ranks(able, moments, curves=selector.weighs_layers)
+    offers = offer_ranks(able, moments, curves=selector.weighs_layers, progress=progress)
     candidates = [_limited(offer.candidates[0], plan[offer.site.name]) for offer in offers]
     for mine in candidates:
         named: RankSelector | None = selector

@@ -14,6 +14,10 @@ from tdecomp.plans.report import Report
 class Decomposition:
     """The decomposed model, and what was done to each layer.
 
+    >>> result = tdecomp.decompose(nn.Linear(64, 64), "svd", rank=8, progress=False)
+    >>> result.report.after.params, tuple(result.model[0].weight.shape)
+    (1088, (8, 64))
+
     Attributes
     ----------
     model : nn.Module

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from release.environment import ROOT, build, install, run
-from tests.readme import COMPOSER, FIRST, LATER, OUTPUT, TIMES, prints_the_output
+from tests.docs.pages import blocks
+from tests.readme import FIRST, OUTPUT, prints_the_output
+from tests.release.environment import ROOT, build, install, run
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,9 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_examples_that_need_no_checkout_run_and_print_what_the_readme_shows(
     python: Path, tmp_path: Path
 ) -> None:
-    code = "\n".join((FIRST, LATER, TIMES, COMPOSER, IMPORT_ALL))
+    pages = (ROOT / f"docs/reference/{page}.md" for page in ("decompose", "time", "composer"))
+    examples = (block.code for page in pages for block in blocks(page))
+    code = "\n".join((FIRST, *examples, IMPORT_ALL))
     printed = run(python, "-I", "-c", code, cwd=tmp_path).splitlines()
     lines = len(OUTPUT.splitlines())
     assert prints_the_output("\n".join(printed[:lines])), printed

@@ -2,265 +2,240 @@
 
 import copy
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import tdecomp
-from benchmarks.support.data import Dataset
-from benchmarks.support.output_error import output_errors
-from benchmarks.support.settings import GROUPS, LINEAR_METHOD, Setting, parse_rank
+from benchmarks.support.costs import count_macs, count_params
+from benchmarks.support.machine import describe_machine, describe_versions
+from benchmarks.support.output_error import lost_share
+from benchmarks.support.rows import NO_RECOVERY, ORIGINAL, Found, Row, Run, original_of
+from benchmarks.support.settings import BUDGET, Setting, plan_of
+from benchmarks.support.subject import Subject
 from benchmarks.support.timing import Latency, interleaved_latencies
-from benchmarks.support.training import accuracy, fine_tune
-from tdecomp.torch_state import no_fast_path
+from benchmarks.support.today import TODAY, decomposed
+from benchmarks.support.training import fine_tune
 
-ORIGINAL = "original"
-JUDGED_IMAGES = 512  # for the output errors, of those that the accuracy is measured on
-LAYER_FIELDS = (
-    "name",
-    "method",
-    "reason",
-    "rank",
-    "params_before",
-    "params_after",
-    "macs_before",
-    "macs_after",
-    "weight_error",
-    "output_error",
-    "fit_seconds",
-)
+STEPS = ("refit", "reconstruct", "recalibrate_batchnorm", "distill")
+_VAL_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How each network is measured, the same for all of them."""
+    """What is run, the same for all methods."""
 
-    min_channels: int
-    finetune: int
-    batch_size: int
-    seed: int
-    rounds: int
-    data_images: int = 0
-    progress: bool = True
-
-
-@dataclass
-class Measurement:
-    """One line of the table; what needs data is None without, the rest where it does not apply."""
-
-    label: str
-    method: str | None
-    rank: str | None
-    params: int
-    macs: int
-    params_ratio: float = 1.0
-    macs_ratio: float = 1.0
-    data: bool = False
-    refit: bool = False
-    latency: Latency | None = None
-    layers_changed: int | None = None
-    layers_total: int | None = None
-    ranks: str = ""
-    linear_ranks: str = ""
-    decompose_seconds: float | None = None
-    weight_error: float | None = None
-    output_error: float | None = None
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """The method, and what its factors were fitted to if not to the weights."""
-        if self.method is None or self.rank is None:
-            return self.label
-        return self.method + Setting(self.method, self.rank, self.data, self.refit).suffix
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    settings: Sequence[Setting]
+    recovers: Sequence[str] = (NO_RECOVERY,)
+    finetunes: Sequence[int] = (0,)
+    seeds: Sequence[int] = (0,)
+    images: int = 0  # without labels, for fits and recovery
+    val_images: int = 0
+    batch_size: int = 64
+    min_channels: int = 16
+    rounds: int = 15
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The original, the decomposed networks, and the settings that did not apply, with reasons."""
-
-    measurements: list[Measurement]
-    refused: dict[str, str]
-    calibration_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Unlabelled images, what the layers saw of them, and the seconds that this took."""
-
-    batches: list[Tensor]
-    moments: tdecomp.Moments
-    seconds: float
-
-
-def compare(
-    model: nn.Module,
-    settings: Iterable[Setting],
-    example: Tensor,
-    batch: Tensor,
-    data: Dataset | None,
-    protocol: Protocol,
-) -> Comparison:
-    """Measure the model and what each setting makes of it.
-
-    `example` is the input whose MACs are counted, `batch` the one whose latency is measured. The
-    given model is not changed: its fine-tuning, too, happens on a copy. A ValueError tells why if
-    no setting applies.
-    """
-    quiet = None if protocol.progress else True  # None: only where there is no terminal
-    params, macs = count_params(model), count_macs(model, example)
-    measurements = {ORIGINAL: Measurement(ORIGINAL, None, None, params, macs)}
-    networks = {ORIGINAL: copy.deepcopy(model)}
-    refused = {}
-    settings = list(settings)
-    seen = None
-    if data is not None and any(setting.data for setting in settings):
-        seen = _calibrate(model, data, protocol)
-    for setting in tqdm(settings, "decomposing", leave=False, disable=quiet):
-        try:
-            network, measurement = _decompose(model, setting, example, protocol.min_channels, seen)
-        except ValueError as error:  # such as VBMF on CP; the other settings still stand
-            refused[setting.label] = str(error)
-            continue
-        measurement.params_ratio = measurement.params / params
-        measurement.macs_ratio = measurement.macs / macs
-        networks[setting.label], measurements[setting.label] = network, measurement
-    if refused and len(networks) == 1:
-        raise ValueError("nothing to compare:\n" + "\n".join(refused.values()))
-    latencies = interleaved_latencies(
-        networks, batch, rounds=protocol.rounds, progress=protocol.progress
-    )
-    for label, network in networks.items():
-        measurements[label].latency = latencies[label]
-        if data is not None:
-            _measure_output_error(model, network, measurements[label], data)
-            _measure_accuracy(network, measurements[label], data, protocol)
-    seconds = None if seen is None else seen.seconds
-    return Comparison(list(measurements.values()), refused, seconds)
+def runs_of(subject: Subject, protocol: Protocol) -> list[Run]:
+    """All runs, those of one decomposition side by side, the original's first."""
+    bare = Run(
+        subject.name, subject.weights, subject.title, ORIGINAL, val_images=protocol.val_images,
+        batch_size=protocol.batch_size, min_channels=protocol.min_channels,
+    )  # fmt: skip
+    runs = []
+    for seed in protocol.seeds:
+        first = replace(bare, seed=seed)
+        runs += [original_of(replace(first, finetune=steps)) for steps in protocol.finetunes]
+        for setting in protocol.settings:
+            for recover in protocol.recovers if setting.method not in TODAY else (NO_RECOVERY,):
+                with_data = setting.fitted == "data" or recover != NO_RECOVERY
+                runs += [
+                    replace(
+                        first, **vars(setting), recover=recover, finetune=steps,
+                        images=protocol.images if with_data else 0,
+                    )
+                    for steps in protocol.finetunes
+                ]  # fmt: skip
+    return list(dict.fromkeys(runs))
 
 
-def _calibrate(model: nn.Module, data: Dataset, protocol: Protocol) -> Seen:
-    batches = data.train.unlabelled(protocol.data_images, protocol.batch_size, protocol.seed)
-    start = time.perf_counter()
-    moments = tdecomp.calibrate(model, batches, progress=False)
-    return Seen(batches, moments, time.perf_counter() - start)
+def compare(subject: Subject, protocol: Protocol, runs: Sequence[Run]) -> Iterator[Row]:
+    """Measure these runs, one after the other; one that fails is a row with a reason."""
+    clock = _Clock(subject, protocol)
+    made_on = {name: str(value) for name, value in describe_machine().items()}
+    made_on |= describe_versions()
+    for seed in protocol.seeds:
+        mine = [run for run in runs if run.seed == seed]
+        bench = _Bench(subject, protocol, seed, clock) if mine else None
+        for run in mine:
+            assert bench is not None
+            try:
+                found = bench.measured(run)
+            except Exception as error:  # the other runs still stand
+                found = Found(reason=f"{type(error).__name__}: {error}".splitlines()[0])
+            yield Row(run, found, made_on)
 
 
-def _decompose(
-    model: nn.Module, setting: Setting, example: Tensor, min_channels: int, seen: Seen | None
-) -> tuple[nn.Module, Measurement]:
-    start = time.perf_counter()
-    result = tdecomp.decompose(
-        model,
-        setting.methods,
-        rank=parse_rank(setting.rank),
-        example_inputs=example,
-        where=tdecomp.at_least(channels=min_channels, features=min_channels),
-        data=seen.moments if seen is not None and setting.data else None,
-        progress=False,
-    )
-    if seen is not None and setting.refit:
-        tdecomp.refit(result.model, model, seen.batches, inplace=True, progress=False)
-    seconds = time.perf_counter() - start
-    rows = list(result.report)
-    ranks = [(row.method, row.rank) for row in rows if row.rank is not None]
-    linear = [rank for method, rank in ranks if method == LINEAR_METHOD != setting.method]
-    errors = [row.weight_error for row in rows if row.weight_error is not None]
-    return result.model, Measurement(
-        setting.label,
-        setting.method,
-        setting.rank,
-        params=count_params(result.model),
-        macs=count_macs(result.model, example),
-        data=setting.data,
-        refit=setting.refit,
-        layers_changed=len(ranks),
-        layers_total=len(rows),
-        ranks=_convolutions(setting, ranks),
-        linear_ranks=summarise_ranks(linear),
-        decompose_seconds=seconds,
-        weight_error=sum(errors) / len(errors) if errors and not setting.refit else None,
-        layers=[_layer(row) for row in rows],
-    )
+class _Clock:
+    """Measured times beside the original; networks that are built alike are timed once."""
 
+    def __init__(self, subject: Subject, protocol: Protocol) -> None:
+        self._model = subject.model
+        self.batch = subject.inputs(protocol.batch_size)
+        self._rounds = protocol.rounds
+        self._known: dict[str, Latency] = {}
+        self._profile: tdecomp.Profile | None = None
 
-def _convolutions(setting: Setting, ranks: Sequence[tuple[str | None, Any]]) -> str:
-    """The ranks of a method, or of a group of methods on how many layers each one is."""
-    if setting.method not in GROUPS:
-        return summarise_ranks([rank for method, rank in ranks if method == setting.method])
-    counts = Counter(method for method, _ in ranks if method != LINEAR_METHOD)
-    return ", ".join(f"{count} {method}" for method, count in counts.most_common())
+    def latency(self, network: nn.Module) -> Latency:
+        built = repr(network)
+        if built not in self._known:
+            both = {repr(self._model): self._model, built: network}
+            self._known |= interleaved_latencies(both, self.batch, rounds=self._rounds)
+        return self._known[built]
 
-
-def _layer(row: Any) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in LAYER_FIELDS}
-
-
-def _measure_output_error(
-    model: nn.Module, network: nn.Module, measurement: Measurement, data: Dataset
-) -> None:
-    """In place of what the fits say of themselves, what comes out for images they did not see."""
-    changed = [layer for layer in measurement.layers if layer["method"] is not None]
-    batches = data.val.unlabelled(JUDGED_IMAGES, batch_size=64, seed=0)
-    errors = output_errors(model, network, [layer["name"] for layer in changed], batches)
-    for layer in changed:
-        layer["output_error"] = errors[layer["name"]]
-    if errors:
-        measurement.output_error = sum(errors.values()) / len(errors)
-
-
-def _measure_accuracy(
-    network: nn.Module, measurement: Measurement, data: Dataset, protocol: Protocol
-) -> None:
-    measurement.accuracy_before = accuracy(network, data.val)
-    if protocol.finetune:
-        fine_tune(
-            network,
-            data.train,
-            steps=protocol.finetune,
-            batch_size=protocol.batch_size,
-            seed=protocol.seed,
-            title=f"fine-tuning {measurement.label}",
-            progress=protocol.progress,
+    def profile(self, methods: Any) -> tdecomp.Profile:
+        """Times of layers and chains; what was timed before is not timed again."""
+        self._profile = tdecomp.profile(
+            self._model, self.batch, methods, cache=self._profile, progress=False
         )
-        measurement.accuracy_after = accuracy(network, data.val)
+        return self._profile
 
 
-def count_params(model: nn.Module) -> int:
-    """Every parameter once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+class _Bench:
+    """Everything that is measured with the data of one seed."""
+
+    def __init__(self, subject: Subject, protocol: Protocol, seed: int, clock: _Clock) -> None:
+        self.subject, self.protocol, self.seed, self.clock = subject, protocol, seed, clock
+        self.data = None if subject.data is None else subject.data(seed)
+        self.example = subject.inputs(1)
+        self.wanted = self._outputs(subject.model)
+        self.macs = count_macs(subject.model, self.example)
+        self.params = count_params(subject.model)
+        self._batches: list[Tensor] | None = None
+        self._moments: tdecomp.Moments | None = None
+        self._last: dict[Run, tuple[nn.Module, float]] = {}
+
+    def measured(self, run: Run) -> Found:
+        network, seconds = self._recovered(run)
+        network = copy.deepcopy(network)
+        latency = self.clock.latency(network)
+        if run.finetune:
+            assert self.data is not None
+            fine_tune(
+                network, self.data.train, steps=run.finetune, batch_size=run.batch_size,
+                seed=self.seed, loss=self.subject.loss, title=f"fine-tuning {run.method}",
+            )  # fmt: skip
+        params, macs = count_params(network), count_macs(network, self.example)
+        return Found(
+            layers=_changed(self.subject.model, network),
+            params=params,
+            macs=macs,
+            params_share=params / self.params,
+            macs_share=macs / self.macs,
+            time_ms=1e3 * latency.median,
+            time_share=latency.ratio,
+            time_low=latency.ratio_quartiles[0],
+            time_high=latency.ratio_quartiles[1],
+            seconds=seconds,
+            **self._judged(network),
+        )
+
+    def _recovered(self, run: Run) -> tuple[nn.Module, float]:
+        """The network before fine-tuning, and what it took; that of the last run is kept."""
+        start = replace(run, recover=NO_RECOVERY, finetune=0, images=0)
+        if start not in self._last:
+            self._last = {start: self._decomposed(run)}
+        stage = replace(run, finetune=0)
+        if run.recover != NO_RECOVERY and stage not in self._last:
+            network, seconds = self._last[start]
+            network, begin = copy.deepcopy(network), time.perf_counter()
+            for name in run.recover.split("+"):
+                self._recover(network, name)
+            seconds += time.perf_counter() - begin
+            self._last = {start: self._last[start], stage: (network, seconds)}
+        return self._last[start if run.recover == NO_RECOVERY else stage]
+
+    def _decomposed(self, run: Run) -> tuple[nn.Module, float]:
+        if run.method == ORIGINAL:
+            return self.subject.model, 0.0
+        setting = Setting(run.method, run.share, run.fitted, run.ranks, run.equal)
+        missing = TODAY[run.method].missing() if run.method in TODAY else None
+        if missing:
+            raise ModuleNotFoundError(missing)
+        timed = run.equal == "time"
+        data = self._seen() if run.fitted == "data" else None
+        begin = time.perf_counter()
+        plan = plan_of(
+            self.subject.model,
+            setting,
+            self.clock.batch if timed else self.example,
+            min_channels=run.min_channels,
+            profile=self.clock.profile(setting.methods) if timed else None,
+            data=data if run.ranks == BUDGET else None,
+        )
+        if run.ranks != BUDGET:  # the search for equal shares is no part of a method
+            begin = time.perf_counter()
+        if run.method in TODAY:
+            network = decomposed(self.subject.model, plan, TODAY[run.method])
+        else:
+            network = tdecomp.apply(self.subject.model, plan, data=data, progress=False).model
+        return network, time.perf_counter() - begin
+
+    def _recover(self, network: nn.Module, name: str) -> None:
+        options: dict[str, Any] = {"inplace": True, "seed": self.seed, "progress": False}
+        original, batches = self.subject.model, self._unlabelled()
+        if name == "recalibrate_batchnorm":
+            tdecomp.recalibrate_batchnorm(network, batches, original=original, **options)
+        else:
+            step = getattr(tdecomp, name)
+            step(network, original, batches, augment=self.subject.augment, **options)
+
+    def _unlabelled(self) -> list[Tensor]:
+        assert self.data is not None
+        if self._batches is None:
+            protocol = self.protocol
+            self._batches = self.data.train.unlabelled(
+                protocol.images, protocol.batch_size, self.seed
+            )
+        return self._batches
+
+    def _seen(self) -> tdecomp.Moments:
+        """What the layers see; one pass for all methods, which is in nobody's seconds."""
+        if self._moments is None:
+            self._moments = tdecomp.calibrate(
+                self.subject.model, self._unlabelled(), augment=self.subject.augment,
+                seed=self.seed, progress=False,
+            )  # fmt: skip
+        return self._moments
+
+    def _judged(self, network: nn.Module) -> dict[str, Any]:
+        if self.data is None or self.wanted is None:
+            return {}
+        outputs = self._outputs(network)
+        assert outputs is not None
+        if self.subject.metric is not None:
+            quality = float(self.subject.metric(network))
+        else:
+            right = outputs.argmax(dim=1) == self.data.val.labels
+            quality = 100 * float(right.double().mean())
+        error = lost_share(self.wanted, outputs)
+        return {"measure": self.subject.measure, "quality": quality, "output_error": error}
+
+    @torch.inference_mode()
+    def _outputs(self, network: nn.Module) -> Tensor | None:
+        if self.data is None:
+            return None
+        batches = self.data.val.in_order(_VAL_BATCH)
+        return torch.cat([network(x) for x, _ in batches]).double()
 
 
-def count_macs(model: nn.Module, x: Tensor) -> int:
-    """MACs of one forward pass in eval mode: half of torch's FLOPs, by kernels that it sees."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), no_fast_path(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(x)
-    return int(counter.get_total_flops()) // 2
-
-
-def summarise_ranks(ranks: Sequence[int | tuple[int, ...]]) -> str:
-    """Up to three ranks in the order of the layers; of more, the smallest and the largest."""
-    if len(ranks) <= 3:
-        return ", ".join(_join([rank] if isinstance(rank, int) else rank) for rank in ranks)
-    columns = list(
-        zip(*((rank,) if isinstance(rank, int) else rank for rank in ranks), strict=True)
+def _changed(original: nn.Module, network: nn.Module) -> int:
+    """How many layers were replaced."""
+    kinds = {name: type(module) for name, module in original.named_modules()}
+    return sum(
+        name in kinds and type(module) is not kinds[name]
+        for name, module in network.named_modules()
     )
-    lows, highs = [min(column) for column in columns], [max(column) for column in columns]
-    return _join(lows) if lows == highs else f"{_join(lows)}–{_join(highs)}"
-
-
-def _join(rank: Sequence[int]) -> str:
-    return "/".join(map(str, rank))

@@ -32,17 +32,16 @@ class Normalisation:
         return (images.float() / self.peak - mean) / std
 
 
-IMAGENET_NORMALISATION = Normalisation(255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DIGITS_NORMALISATION = Normalisation(16.0, (0.3,), (0.38,))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, channels, side, side) in uint8 with their labels (n,)."""
+    """Images (n, channels, side, side), in uint8 where they are normalised, and labels (n,)."""
 
     images: Tensor
     labels: Tensor
-    normalise: Normalisation
+    normalise: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,17 +105,19 @@ def image_folder(
 ) -> Dataset:
     """Read `root/train/<class>/*` and `root/val/<class>/*`, decoding only the images asked for.
 
-    They are drawn at random from all of a split; None stands for all of them.
+    They are drawn at random from all of a split; None stands for all of them. The seed draws those
+    to train on; those to judge by are always the same.
     """
     classes = _classes(root / "train")
     if _classes(root / "val") != classes:
         raise ValueError(f"{root}/train and {root}/val hold different classes")
     splits = []
-    for part, limit in (("train", train_images), ("val", val_images)):
+    normalise = Normalisation(255.0, image_format.mean, image_format.std)
+    for part, limit, drawn_by in (("train", train_images, seed), ("val", val_images, 0)):
         files, labels = _files(root / part, classes)
-        chosen = _choose(len(files), limit, seed)
+        chosen = _choose(len(files), limit, drawn_by)
         images = _decode([files[i] for i in chosen.tolist()], image_format)
-        splits.append(Split(images, labels[chosen], IMAGENET_NORMALISATION))
+        splits.append(Split(images, labels[chosen], normalise))
     return Dataset(folder_title(root), len(classes), *splits)
 
 

@@ -1,194 +1,164 @@
-"""A comparison as a picture: accuracy against MACs and against measured latency."""
+"""A comparison as curves over the shares, against MACs and against measured time."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
-from matplotlib.transforms import offset_copy
 
-from benchmarks.support.comparison import ORIGINAL, Measurement
-from benchmarks.support.settings import BUDGET
-from benchmarks.support.timing import Latency
+from benchmarks.support.rows import ORIGINAL, Row
+from benchmarks.support.summary import (
+    Line,
+    best_of,
+    curve_in_words,
+    lines_of,
+    stage_in_words,
+    stages_of,
+)
+from benchmarks.support.today import TODAY
+from tdecomp.pictures.style import SMALL, TEXT, WIDTH, looks_of
 
-# Okabe & Ito's colours, which stay apart for the colour-blind; black is the original's.
-COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-MARKERS = ("o", "s", "D", "^", "v", "P")
-RING, DOT = 10, 5
-SAME_MACS = 0.03
-MARKER_WIDTH = 11  # points
-TINT = 0.35  # how much of its colour a ring holds for fits to data
+X_AXES = {"macs_share": "MACs / the original's", "time_share": "measured time / the original's"}
+_PANEL = 2.3  # inches
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a method is drawn."""
+class Curve:
+    """The points of one method over the shares, where they were measured."""
+
+    name: tuple[str, str, str]
+    x: list[float]
+    y: list[float]
+    low: list[float]  # the spread over seeds
+    high: list[float]
+
+
+def curves_of(lines: Sequence[Line], x: str, y: str) -> list[Curve]:
+    """One curve for each method, fit and choice of ranks, from the smallest share."""
+    curves = []
+    for name in dict.fromkeys(line.curve for line in lines if line.run.method != ORIGINAL):
+        points = []
+        for line in lines:
+            if line.curve == name and line.values(x) and line.values(y):
+                across, up, spread = line.mean(x), line.mean(y), line.spread(y) or 0.0
+                points.append((line.run.share, across, up, up - spread, up + spread))
+        if points:
+            _, *columns = map(list, zip(*sorted(points), strict=True))
+            curves.append(Curve(name, *columns))
+    return curves
+
+
+def draw_comparison(rows: Sequence[Row], path: Path, *, y: str, title: str) -> bool:
+    """Write an SVG file of the quality, the output error or the time; False if there is none.
+
+    A row of panels for each stage; time has one panel, against MACs.
+    """
+    lines = lines_of(rows)
+    stages = [stage for stage in stages_of(lines) if any(_at(lines, stage, y))]
+    axes_x = {name: label for name, label in X_AXES.items() if name != y}
+    if y == "time_share":  # no step after the decomposition changes it
+        stages = stages[:1]
+    if not stages:
+        return False
+    styles = _styles(lines)
+    figure = Figure(figsize=(WIDTH, _PANEL * len(stages) + 1.3), layout="constrained")
+    panels = figure.subplots(
+        len(stages), len(axes_x), sharex="col", sharey=y == "quality", squeeze=False
+    )
+    for row, stage in zip(panels, stages, strict=True):
+        for axes, x in zip(row, axes_x, strict=True):
+            _draw(axes, _at(lines, stage, y), x, y, styles)
+        row[0].set_ylabel(_label(rows, y))
+        if len(stages) > 1:
+            row[0].set_title(stage_in_words(stage), loc="left", fontsize=TEXT)
+    for axes, label in zip(panels[-1], axes_x.values(), strict=True):
+        axes.set_xlabel(label)
+    handles = [
+        Line2D([], [], label=curve_in_words(name), **_drawn(style))
+        for name, style in styles.items()
+    ]
+    handles.append(Line2D([], [], ls="--", color="black", lw=0.8, label=ORIGINAL))
+    handles.append(
+        Line2D([], [], ls="", marker="o", mfc="none", mec="black", ms=11, label="best of a share")
+    )
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL
+    )
+    figure.suptitle(title, fontsize=TEXT + 1)
+    with rc_context({"svg.hashsalt": "compare"}):  # the same picture is the same file
+        figure.savefig(path, metadata={"Date": None})
+    return True
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How a curve is drawn: dashed and hollow for weights, dotted for the ways of today."""
 
     colour: str
     marker: str
+    line: str
+    fill: str
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a network stands on an x axis, and by how many points it is moved beside others."""
-
-    x: float
-    spread: tuple[float, float] | None = None
-    shift: float = 0.0
-
-
-def draw_comparison(
-    measurements: Sequence[Measurement], path: Path, *, title: str, finetune: int
-) -> None:
-    """Write a PNG; without accuracies it shows latency against MACs."""
-    styles = _styles(measurements)
-    macs = _macs_places(measurements)
-    latency = {m.label: _latency_place(m.latency) for m in measurements if m.latency is not None}
-    if measurements[0].accuracy_before is None:
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
-        _draw_latencies(axes, measurements, latency, styles)
-    else:
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        _draw_accuracies(left, measurements, macs, styles)
-        _draw_accuracies(right, measurements, latency, styles)
-        left.set_ylabel("accuracy")
-        left.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _finish(left, "MACs / the original's (ties side by side)")
-        _finish(right, "measured latency / the original's")
-    handles = _legend(styles, finetune, data=any(m.data for m in measurements))
-    figure.legend(handles=handles, loc="outside right center", frameon=False)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
-
-
-def _styles(measurements: Sequence[Measurement]) -> dict[str, Style]:
+def _styles(lines: Sequence[Line]) -> dict[tuple[str, str, str], _Style]:
+    """The ways of today have the colour of the method with the same chain."""
+    names = list(dict.fromkeys(line.curve for line in lines if line.run.method != ORIGINAL))
+    alike = {name: TODAY[name].like if name in TODAY else name for name, _, _ in names}
+    looks = looks_of([*alike, *alike.values()])
     styles = {}
-    for i, method in enumerate(dict.fromkeys(m.method for m in measurements if m.method)):
-        marker = (i + i // len(COLOURS)) % len(MARKERS)  # a second lap pairs them anew
-        styles[method] = Style(COLOURS[i % len(COLOURS)], MARKERS[marker])
-    return {ORIGINAL: Style("black", "*")} | styles
+    for name in names:
+        method, fitted, _ = name
+        colour = looks[alike[method]].colour
+        line = ":" if method in TODAY else "-" if fitted == "data" else "--"
+        fill = colour if fitted == "data" else "white"
+        styles[name] = _Style(colour, looks[method].marker, line, fill)
+    return styles
 
 
-def _macs_places(measurements: Sequence[Measurement]) -> dict[str, Place]:
-    """Where several networks have about the same MACs, as is the point, they stand side by side.
-
-    Fits of one method, to weights and to data, stand above each other.
-    """
-    groups: list[list[Measurement]] = []
-    for m in sorted(measurements, key=lambda m: m.macs_ratio):
-        if groups and m.macs_ratio - groups[-1][0].macs_ratio < SAME_MACS:
-            groups[-1].append(m)
-        else:
-            groups.append([m])
-    order = {m.label: i for i, m in enumerate(measurements)}
-    places = {}
-    for group in groups:
-        group.sort(key=lambda m: order[m.label])
-        columns = list(dict.fromkeys((m.method, m.rank) for m in group))
-        for m in group:
-            shift = MARKER_WIDTH * (columns.index((m.method, m.rank)) - (len(columns) - 1) / 2)
-            places[m.label] = Place(m.macs_ratio, shift=shift)
-    return places
-
-
-def _latency_place(latency: Latency) -> Place:
-    return Place(latency.ratio, latency.ratio_quartiles)
-
-
-def _draw_accuracies(
-    axes: Axes,
-    measurements: Sequence[Measurement],
-    places: dict[str, Place],
-    styles: dict[str, Style],
-) -> None:
-    """A ring before fine-tuning, a dot after it, and a line between them."""
-    for m in measurements:
-        style, place = styles[m.method or ORIGINAL], places[m.label]
-        points = [y for y in (m.accuracy_before, m.accuracy_after) if y is not None]
-        moved = offset_copy(axes.transData, axes.get_figure(root=True), place.shift, units="points")
-        lines = axes.plot([place.x] * len(points), points, lw=1, ls=":")
-        fill = _tinted(style.colour) if m.data else "none"
-        lines += axes.plot(place.x, points[0], style.marker, ms=RING, mfc=fill, mew=1.3)
-        if len(points) > 1:
-            lines += axes.plot(place.x, points[1], style.marker, ms=DOT)
-        if place.spread is not None:
-            lines += axes.plot(place.spread, [points[-1]] * 2, lw=1.5, alpha=0.6)
-        for line in lines:  # moved only now: a moved line no longer counts for the axes' limits
-            line.set(color=style.colour, transform=moved)
-            if line.get_markersize() == RING:
-                line.set_markerfacecolor(fill)
-        _name_rank(axes, m, place.x, points[-1], style)
-
-
-def _draw_latencies(
-    axes: Axes,
-    measurements: Sequence[Measurement],
-    places: dict[str, Place],
-    styles: dict[str, Style],
-) -> None:
-    by_method = defaultdict(list)
-    for m in measurements:
-        style, place = styles[m.method or ORIGINAL], places[m.label]
-        axes.plot(m.macs_ratio, place.x, style.marker, ms=8, color=style.colour)
-        if place.spread is not None:
-            axes.plot([m.macs_ratio] * 2, place.spread, lw=1.5, color=style.colour)
-        by_method[m.method].append((m.macs_ratio, place.x))
-        _name_rank(axes, m, m.macs_ratio, place.x, style)
-    for method, points in by_method.items():
-        axes.plot(
-            *zip(*sorted(points), strict=True), lw=0.8, color=styles[method or ORIGINAL].colour
+def _at(lines: Sequence[Line], stage: tuple[str, int], y: str) -> list[Line]:
+    """The lines of a stage that have a value, with the original's for as much fine-tuning."""
+    return [
+        line
+        for line in lines
+        if line.values(y)
+        and (
+            line.run.stage == stage
+            or (line.run.method == ORIGINAL and line.run.finetune == stage[1])
         )
-    axes.set_ylabel("measured latency / the original's")
-    axes.axhline(1.0, color="grey", lw=0.8, ls="--", zorder=0)
-    axes.set_ylim(bottom=0)
-    _finish(axes, "MACs / the original's")
+    ]
 
 
-def _name_rank(axes: Axes, m: Measurement, x: float, y: float, style: Style) -> None:
-    """Say the ranks that the MACs do not tell, once."""
-    if m.rank is None or m.data:
-        return
-    if not m.rank.removeprefix(f"{BUDGET}:").replace(".", "").isdecimal():
-        offset = (8, 4)
-        axes.annotate(
-            m.rank, (x, y), offset, textcoords="offset points", fontsize=8, color=style.colour
-        )
-
-
-def _finish(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label)
-    axes.set_xlim(-0.1, max(1.1, axes.get_xlim()[1]))  # room for ties beside a small share
-    axes.axvline(1.0, color="grey", lw=0.8, ls="--", zorder=0)
+def _draw(
+    axes: Axes, lines: Sequence[Line], x: str, y: str, styles: dict[tuple[str, str, str], _Style]
+) -> None:
+    for curve in curves_of(lines, x, y):
+        style = styles[curve.name]
+        axes.plot(curve.x, curve.y, **_drawn(style))
+        axes.vlines(curve.x, curve.low, curve.high, color=style.colour, lw=1.1)
+    for line in best_of(lines, y).values():
+        axes.plot(line.mean(x), line.mean(y), "o", ms=11, mfc="none", mec="black", mew=0.9)
+    for line in lines:
+        if line.run.method == ORIGINAL and y != "output_error":
+            axes.axhline(line.mean(y), ls="--", color="black", lw=0.8, zorder=0)
+    if y == "output_error":
+        axes.set_yscale("log")
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=SMALL)
 
 
-def _tinted(colour: str) -> tuple[float, float, float]:
-    """A pale form of a colour; transparency would also fade the edge of a marker."""
-    red, green, blue = (1 - TINT * (1 - part) for part in to_rgb(colour))
-    return red, green, blue
+def _label(rows: Sequence[Row], y: str) -> str:
+    measure = next((row.found.measure for row in rows if row.found.measure), None)
+    return {"quality": measure or "", "output_error": "output error"}.get(y, X_AXES.get(y, ""))
 
 
-def _legend(styles: dict[str, Style], finetune: int, *, data: bool) -> list[Line2D]:
-    def entry(label: str, colour: str, marker: str, size: int, fill: Any = None) -> Line2D:
-        return Line2D(
-            [], [], ls="", marker=marker, color=colour, ms=size, mfc=fill or colour, label=label
-        )
-
-    handles = [entry(method, style.colour, style.marker, 8) for method, style in styles.items()]
-    if data:
-        handles.append(entry("fitted to weights", "grey", "o", RING, "none"))
-        handles.append(entry("fitted to data", "grey", "o", RING, _tinted("grey")))
-    elif finetune:
-        handles.append(entry("before fine-tuning", "grey", "o", RING, "none"))
-    if finetune:
-        handles.append(entry(f"after {finetune} steps", "grey", "o", DOT))
-    return handles
+def _drawn(style: _Style) -> dict[str, Any]:
+    return {
+        "ls": style.line, "marker": style.marker, "color": style.colour, "mfc": style.fill,
+        "ms": 4.5, "lw": 1.1,
+    }  # fmt: skip

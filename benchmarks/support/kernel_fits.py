@@ -4,7 +4,6 @@ Both are judged by the same relative error. Kernels are Gaussian, with a flat sp
 slow case for every method, or have a spectrum that falls as those of trained layers do.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor
 
 from benchmarks.support.pairs import in_turns, row
+from benchmarks.support.today import quiet_tensorly
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.cp import CPSeparable
 from tdecomp.decomposers.fit_layer import factorize, relative_error, spectra_of
@@ -92,9 +92,7 @@ def plain_parafac(rank: int, *, joined: bool) -> Callable[[Tensor], Tensor]:
 
     def fit(weight: Tensor) -> Tensor:
         tensor = weight.flatten(2) if joined else weight
-        with tensorly.backend_context("pytorch"), warnings.catch_warnings():
-            # Of ranks above the three that a spatial mode has.
-            warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
+        with quiet_tensorly():
             found: Tensor = tensorly.cp_to_tensor(parafac(tensor, rank, init="svd"))
         return found.reshape(weight.shape)
 
@@ -103,8 +101,7 @@ def plain_parafac(rank: int, *, joined: bool) -> Callable[[Tensor], Tensor]:
 
 def plain_tucker2(weight: Tensor, ranks: tuple[int, int]) -> Tensor:
     """TensorLy's, at the ranks (in, out), multiplied back."""
-    with tensorly.backend_context("pytorch"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
+    with quiet_tensorly():
         (core, factors), _ = partial_tucker(
             weight, rank=list(ranks[::-1]), modes=[0, 1], init="svd"
         )

@@ -1,9 +1,12 @@
-"""Models by name, with weights from a file, from torchvision, or drawn at random."""
+"""Models by name, with weights from a file, from torchvision or timm, or drawn at random."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +18,7 @@ from benchmarks.support.torchvision_import import import_torchvision
 
 DEFAULT = "DEFAULT"
 TORCHVISION = "torchvision:"
+TIMM = "timm:"
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "weights" / "digits_vgg.safetensors"
 
 _UNREADABLE = (SafetensorError, UnpicklingError, RuntimeError, ValueError, OSError, EOFError)
@@ -22,11 +26,14 @@ _UNREADABLE = (SafetensorError, UnpicklingError, RuntimeError, ValueError, OSErr
 
 @dataclass(frozen=True)
 class InputFormat:
-    """The images a model takes, and what their shorter side is resized to before the crop."""
+    """The images a model takes, what their shorter side is resized to before the crop, and how
+    pixels between 0 and 1 are normalised."""
 
     channels: int
     side: int
     resize: int | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 CIFAR_INPUT = InputFormat(channels=3, side=32)
@@ -51,6 +58,8 @@ MODELS: Mapping[str, Entry] = {
 
 def input_format(name: str) -> InputFormat:
     """The images that the named model takes; a ValueError for an unknown name lists the others."""
+    if name.startswith(TIMM):
+        return _timm_format(name.removeprefix(TIMM))
     return IMAGENET_INPUT if name.startswith(TORCHVISION) else _entry(name).input_format
 
 
@@ -64,6 +73,8 @@ def load_model(name: str, weights: str | None = None, *, seed: int = 0) -> nn.Mo
     torch.manual_seed(seed)
     if name.startswith(TORCHVISION):
         model = _torchvision_model(name.removeprefix(TORCHVISION), weights)
+    elif name.startswith(TIMM):
+        model = _timm_model(name.removeprefix(TIMM), weights)
     else:
         model = _own_model(name, weights)
     return model.eval()
@@ -72,7 +83,10 @@ def load_model(name: str, weights: str | None = None, *, seed: int = 0) -> nn.Mo
 def _entry(name: str) -> Entry:
     if name not in MODELS:
         names = ", ".join(MODELS)
-        raise ValueError(f"unknown model {name!r}; there are {names} and {TORCHVISION}NAME")
+        raise ValueError(
+            f"unknown model {name!r}; there are {names}, {TORCHVISION}NAME and "
+            f"{TIMM}NAME, or FILE.py"
+        )
     return MODELS[name]
 
 
@@ -98,24 +112,61 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
         try:
             pretrained: nn.Module = models.get_model(name, weights=DEFAULT)
         except OSError as error:
-            raise ValueError(
-                f"torchvision's weights for {name} cannot be downloaded ({error}); give a file"
-            ) from error
+            raise _not_downloaded(TORCHVISION + name, error) from error
         return pretrained
     # Inception and GoogLeNet return a tuple in training mode unless their auxiliary heads are off.
     options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = models.get_model(name, weights=None, **options)
+    return _with_weights(partial(models.get_model, name, weights=None, **options), name, weights)
+
+
+def _timm() -> ModuleType:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ValueError("timm is not installed; pip install timm") from error
+
+
+def _timm_format(name: str) -> InputFormat:
+    """What timm says of the model's own weights."""
+    cfg = _timm().get_pretrained_cfg(name)
+    if cfg is None:
+        return IMAGENET_INPUT
+    channels, side, _ = cfg.input_size
+    return InputFormat(channels, side, round(side / cfg.crop_pct), cfg.mean, cfg.std)
+
+
+def _timm_model(name: str, weights: str | None) -> nn.Module:
+    timm = _timm()
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"{name[:4]}*")[:20])
+        raise ValueError(f"timm has no model {name!r}; of similar names it has {near or 'none'}")
+    if weights == DEFAULT:
+        try:
+            pretrained: nn.Module = timm.create_model(name, pretrained=True)
+        except Exception as error:  # of whatever fetches them
+            raise _not_downloaded(TIMM + name, error) from error
+        return pretrained
+    return _with_weights(partial(timm.create_model, name), name, weights)
+
+
+def _not_downloaded(name: str, error: Exception) -> ValueError:
+    return ValueError(f"the weights of {name} cannot be downloaded ({error}); give a file")
+
+
+def _with_weights(build: Callable[..., nn.Module], name: str, weights: str | None) -> nn.Module:
+    """The model with the weights of a file, and with as many classes as these are for."""
+    model = build()
     if weights is not None:
         state = read_state_dict(Path(weights))
         classes = _classes_of(state, model)
         if classes is not None:
-            model = models.get_model(name, weights=None, num_classes=classes, **options)
+            model = build(num_classes=classes)
         _load_into(model, name, Path(weights), state)
     return model
 
 
 def _classes_of(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
-    """How many classes the weights are for: their size where torchvision's model has 1000."""
+    """How many classes the weights are for: their size where the library's model has 1000."""
     for name, parameter in model.named_parameters():
         if parameter.shape[0] == 1000 and name in state and state[name].dim() > 0:
             return state[name].shape[0]

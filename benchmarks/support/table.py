@@ -1,58 +1,108 @@
-"""A comparison as text."""
+"""A comparison as tables: plain text, Markdown and LaTeX."""
 
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from benchmarks.support.comparison import Measurement
-from benchmarks.support.timing import Latency
+from benchmarks.support.rows import ORIGINAL, Row
+from benchmarks.support.summary import (
+    Line,
+    best_of,
+    curve_in_words,
+    lines_of,
+    stage_in_words,
+    stages_of,
+)
 
 MISSING = "–"
+FORMATS = {"text": "simple", "markdown": "github", "latex": "latex_raw"}
+_BOLD = {"text": "*{}", "markdown": "**{}**", "latex": r"\textbf{{{}}}"}
+# What is measured, its title, the format of its numbers; the quality's title is its measure.
+_KEPT = {"quality": ("", ".2f"), "output_error": ("output error", ".3g")}
+_COSTS = {
+    "macs_share": ("MACs, of the original's", ".3f"),
+    "params_share": ("parameters, of the original's", ".3f"),
+    "time_share": ("measured time, of the original's", ".2f"),
+    "seconds": ("seconds to decompose", ".2f"),
+}
 
 
-def format_table(measurements: Sequence[Measurement], *, finetune: int) -> str:
-    """One line for each network; columns without any value are left out."""
-    columns = {
-        "method": [m.title for m in measurements],
-        "rank": [m.rank or MISSING for m in measurements],
-        "layers\nchanged": [_layers(m) for m in measurements],
-        "ranks": [m.ranks or MISSING for m in measurements],
-        "svd ranks\n(Linear)": [m.linear_ranks or MISSING for m in measurements],
-        "params": [_amount(m.params, m.params_ratio) for m in measurements],
-        "MACs": [_amount(m.macs, m.macs_ratio) for m in measurements],
-        "latency": [_latency(m.latency) for m in measurements],
-        "fit (s)": [_number(m.decompose_seconds, ".2f") for m in measurements],
-        "weight\nerror": [_number(m.weight_error, ".3f") for m in measurements],
-        "output\nerror": [_number(m.output_error, ".3f") for m in measurements],
-        "accuracy\n(%)": [_percent(m.accuracy_before) for m in measurements],
-        f"after {finetune}\nsteps (%)": [_percent(m.accuracy_after) for m in measurements],
-    }
-    shown = {title: cells for title, cells in columns.items() if set(cells) != {MISSING}}
-    right = {"params", "MACs", "latency"}
-    alignment = ["right" if title in right or "(" in title else "left" for title in shown]
-    return tabulate(shown, headers="keys", colalign=alignment, disable_numparse=True)
+def format_tables(rows: Sequence[Row], style: str) -> str:
+    """What each method keeps at each share, stage by stage, then what it costs.
+
+    The best of each share is bold, in plain text marked by a star.
+    """
+    lines = lines_of(rows)
+    stages = stages_of(lines)
+    parts = []
+    for name, (title, form) in _KEPT.items():
+        measure = title or next((row.found.measure for row in rows if row.found.measure), "")
+        for stage in stages:
+            heading = f"{measure}, {stage_in_words(stage)}"
+            parts.append(_titled(heading, _table(lines, stage, name, form, style), style))
+    for name, (title, form) in _COSTS.items():  # no step after the decomposition changes them
+        parts.append(_titled(title, _table(lines, stages[0], name, form, style), style))
+    return "\n\n".join(part for part in parts if part)
 
 
-def _layers(m: Measurement) -> str:
-    return MISSING if m.layers_changed is None else f"{m.layers_changed} of {m.layers_total}"
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Why some runs are missing; the same reason once for each method."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.found.reason is not None:
+            shares = found.setdefault((row.run.method, row.found.reason), [])
+            shares += [] if row.run.share in shares else [row.run.share]
+    return [
+        f"{method} at {', '.join(map(str, shares))} left out: {reason}"
+        for (method, reason), shares in found.items()
+    ]
 
 
-def _amount(value: int, ratio: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit} ({ratio:.2f}×)"
-    return f"{value} ({ratio:.2f}×)"
+def _table(
+    lines: Sequence[Line], stage: tuple[str, int], name: str, form: str, style: str
+) -> list[list[str]]:
+    """A line for each curve, a column for each share; nothing where nothing was measured."""
+    shares = sorted({line.run.share for line in lines if line.run.method != ORIGINAL}, reverse=True)
+    at = {(line.curve, line.run.share): line for line in lines if line.run.stage == stage}
+    best = best_of(at.values(), name) if name in {*_KEPT, "time_share"} else {}
+    table = []
+    for line in lines:
+        original = line.run.method == ORIGINAL and line.run.finetune == stage[1]
+        if original and name == "quality" and line.values(name):
+            table.append([ORIGINAL, _cell(line, name, form), *[""] * (len(shares) - 1)])
+    for curve in dict.fromkeys(line.curve for line in at.values() if line.run.method != ORIGINAL):
+        cells = []
+        for share in shares:
+            known = at.get((curve, share))
+            cell = MISSING if known is None else _cell(known, name, form)
+            marked = known is not None and best.get(share) is known
+            cells.append(_BOLD[style].format(cell) if marked else cell)
+        if {*cells} != {MISSING}:
+            table.append([curve_in_words(curve), *cells])
+    return [["method", *map(str, shares)], *table] if table else []
 
 
-def _latency(latency: Latency | None) -> str:
-    if latency is None:
+def _cell(line: Line, name: str, form: str) -> str:
+    if not line.values(name):
         return MISSING
-    return f"{latency.median * 1e3:.1f} ms ({latency.ratio:.2f}×)"
+    spread = line.spread(name)
+    return format(line.mean(name), form) + ("" if spread is None else f" ± {spread:{form}}")
 
 
-def _number(value: float | None, form: str) -> str:
-    return MISSING if value is None else format(value, form)
+def _titled(title: str, table: list[list[str]], style: str) -> str:
+    if not table:
+        return ""
+    if style == "latex":
+        table = [[_latex(cell) for cell in line] for line in table]
+    alignment = ["left", *["right"] * (len(table[0]) - 1)]
+    text = tabulate(
+        table[1:], table[0], tablefmt=FORMATS[style], colalign=alignment, disable_numparse=True
+    )
+    heading = {"text": f"{title}\n", "markdown": f"**{title}**\n", "latex": f"% {title}"}[style]
+    return f"{heading}\n{text}"
 
 
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2%}".removesuffix("%")
+def _latex(cell: str) -> str:
+    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), (MISSING, "--")):
+        cell = cell.replace(plain, escaped)
+    return cell

@@ -1,7 +1,9 @@
 """Accuracy, and a short fine-tuning with labels."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ def fine_tune(
     batch_size: int,
     seed: int = 0,
     learning_rate: float = LEARNING_RATE,
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
     title: str = "fine-tuning",
     progress: bool = False,
 ) -> None:
@@ -42,7 +45,7 @@ def fine_tune(
     quiet = None if progress else True  # None: only where there is no terminal
     for x, y in tqdm(batches, desc=title, total=steps, leave=False, disable=quiet):
         optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(model(x), y).backward()
+        loss(model(x), y).backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()

@@ -2,33 +2,33 @@
 
 from collections.abc import Sequence
 
-from benchmarks.support.comparison import ORIGINAL, Measurement
+from benchmarks.support.rows import ORIGINAL, Row
+from benchmarks.support.summary import curve_in_words, lines_of, stage_in_words
 
-# Points of accuracy that a faster network may be behind the most accurate of the smaller ones.
-_POINTS = 0.02
+# Of the most accurate network's quality, so much may be given up for speed.
+_SHARE = 0.02
 
 
-def verdict(measurements: Sequence[Measurement]) -> str:
-    """The fastest line that is about as accurate as the best, unless the original is faster.
+def verdict(rows: Sequence[Row]) -> str:
+    """The fastest network that is about as good as the best, unless the original is faster.
 
-    Without accuracies, the fastest of all.
+    Without a measured quality, the fastest of all.
     """
-    lines = [m for m in measurements if m.label != ORIGINAL and m.latency is not None]
-    best = max((m.accuracy_before or 0.0 for m in lines), default=0.0)
-    close = [m for m in lines if (m.accuracy_before or 0.0) >= best - _POINTS]
-    if not close:
+    lines = [x for x in lines_of(rows) if x.run.method != ORIGINAL and x.values("time_share")]
+    if not lines:
         return "nothing was timed, so that nothing can be said about this machine"
-    fastest = min(close, key=lambda m: _ratio(m)[0])
-    ratio, high = _ratio(fastest)
-    words = f"{fastest.title} at {fastest.rank}: {ratio:.2f} of the original's time at "
-    words += f"{fastest.macs_ratio:.2f} of its MACs"
-    if fastest.accuracy_before is not None:
-        words += f", accuracy {fastest.accuracy_before:.2%}"
-    if high >= 1:
+    if any(line.values("quality") for line in lines):
+        lines = [line for line in lines if line.values("quality")]
+        best = max(line.mean("quality") for line in lines)
+        lines = [x for x in lines if x.mean("quality") >= best - _SHARE * abs(best)]
+    fastest = min(lines, key=lambda line: line.mean("time_share"))
+    words = (
+        f"{curve_in_words(fastest.curve)} at {fastest.run.share:g}, "
+        f"{stage_in_words(fastest.run.stage)}: {fastest.mean('time_share'):.2f} of the original's "
+        f"time at {fastest.mean('macs_share'):.2f} of its MACs"
+    )
+    if fastest.values("quality"):
+        words += f", {fastest.rows[0].found.measure} {fastest.mean('quality'):.2f}"
+    if fastest.mean("time_high") >= 1:
         return f"on this machine none is measurably faster than the original (nearest: {words})"
     return f"on this machine use {words}"
-
-
-def _ratio(measurement: Measurement) -> tuple[float, float]:
-    assert measurement.latency is not None
-    return measurement.latency.ratio, measurement.latency.ratio_quartiles[1]

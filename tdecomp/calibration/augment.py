@@ -25,8 +25,8 @@ def flip_and_shift(batch: Any, generator: torch.Generator) -> Any:
     torch.Size([2, 3, 8, 8])
 
     No label can become wrong by this, as the original model's outputs are the targets. Only
-    floating tensors (batch, channels, height, width) of at least 8×8 are taken for images;
-    everything else is returned as it is.
+    floating tensors (batch, channels, height, width) of at least 8×8 in `batch` are taken for
+    images; everything else is returned as it is. `generator` draws what is random.
     """
     return _each_image_tensor(batch, _varied, generator)
 

@@ -1,7 +1,6 @@
 """One pass over unlabelled batches, for the moments of the inputs of a model's layers."""
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients, enough, sums_bytes
 from tdecomp.calibration.augment import Augment
@@ -145,8 +143,6 @@ def calibrate_layers(
     if layers:
         rows.check_used()
     moments.unreached = tuple(name for name in layers if name not in moments)
-    if batches.progress:
-        tqdm.write(f"calibrate: {moments!r}", file=sys.stderr)
     return moments
 
 

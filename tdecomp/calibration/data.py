@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.moments import Moments
@@ -24,6 +23,7 @@ from tdecomp.model.batches import (
     tensors_of,
 )
 from tdecomp.model.weights import refuse_lazy
+from tdecomp.progress import SILENT, Progress
 from tdecomp.torch_state import evaluating, exact_passes
 
 Mask = Callable[[Any], Tensor]  # says which rows of a batch count
@@ -131,7 +131,7 @@ class Batches:
     caller: str  # the function that runs the model, with which error messages start
     forward: Forward = call_model
     seed: int | None = None  # all random numbers derive from it; None for those of seed 0
-    progress: bool = True  # whether to show bars
+    progress: Progress = SILENT
     seen: Seen = field(default_factory=Seen)
 
     def called_by(self, caller: str) -> "Batches":
@@ -239,15 +239,15 @@ class Batches:
 
     def bar(self, device: torch.device, title: str) -> Iterator[Any]:
         """`on`, with a progress bar."""
-        total = len(self) - held_among(len(self), self.data.held_out) or None
+        total = len(self) - held_among(len(self), self.data.held_out)
         return self._with_bar(self.on(device), title, total)
 
     def bar_of_parts(self, device: torch.device, title: str) -> Iterator[tuple[Any, bool]]:
         """`parts`, with a progress bar."""
-        return self._with_bar(self.parts(device), title, len(self) or None)
+        return self._with_bar(self.parts(device), title, len(self))
 
-    def _with_bar(self, batches: Iterator[Any], title: str, total: int | None) -> Iterator[Any]:
-        yield from tqdm(batches, title, total, unit="batch", disable=not self.progress)
+    def _with_bar(self, batches: Iterator[Any], title: str, total: int) -> Iterator[Any]:
+        yield from self.progress.over(batches, title, total, "batches")
 
     def variants(self, device: torch.device) -> Iterator[Any]:
         """Yield the batches in further passes, varied by `data.augment`."""
@@ -306,7 +306,7 @@ def batches_for(
     *,
     forward: Forward | None = None,
     seed: int | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
     **options: Any,
 ) -> Batches:
     """The batches for `caller`, from a `Data`, or from batches and `options`, the fields of one."""
@@ -322,11 +322,15 @@ def batches_for(
     else:
         data = Data(data, **options)
     _check_seed(seed)
-    return Batches(data, caller, forward or call_model, seed, progress)
+    return Batches(data, caller, forward or call_model, seed, Progress.of(progress))
 
 
 def batches_or_moments(
-    data: Any, *, forward: Forward | None = None, seed: int | None = None, progress: bool = True
+    data: Any,
+    *,
+    forward: Forward | None = None,
+    seed: int | None = None,
+    progress: bool | Progress = True,
 ) -> Batches | Moments | None:
     """What a user gave as ``data=``: None, `Moments`, or a `Data` or batches as `Batches`."""
     if forward is not None and not callable(forward):

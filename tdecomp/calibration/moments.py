@@ -230,9 +230,12 @@ class FitCache:
 class Moments(Mapping[str, LayerMoments]):
     """The moments of every layer's inputs, by the layer's name.
 
-    >>> moments = tdecomp.calibrate(model, batches)            # doctest: +SKIP
-    >>> moments.save("moments.safetensors")                    # doctest: +SKIP
-    >>> halves = calibrate(model, first) + calibrate(model, second)  # doctest: +SKIP
+    >>> model, batches = nn.Sequential(nn.Linear(16, 8)), [*torch.randn(4, 64, 16)]
+    >>> moments = tdecomp.calibrate(model, batches, progress=False)
+    >>> moments.save("moments.safetensors")
+    >>> both = moments + Moments.load("moments.safetensors")
+    >>> moments.samples, both.samples, list(both)
+    (192, 384, ['0'])
 
     Attributes
     ----------

@@ -19,15 +19,25 @@ class LowRankSolution:
 
     >>> factorize_matrix(torch.eye(8), torch.eye(8), torch.eye(8), rank=2).rank
     2
+
+    Attributes
+    ----------
+    Wa : Tensor
+        A matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw).
+    Wb : Tensor or None
+        (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no larger than two.
+    bias : Tensor or None, shape (out,)
+    rank : int
+        The size between the two, -1 where nothing was factorized.
+    nmse : float
+        The mean squared error of the outputs over the variance of all entries of the target (over
+        their mean square, if they do not vary): 0 for no error, 1 for no better than a constant.
     """
 
-    Wa: Tensor | None = None  # a matrix (fan_in, rank), or a kernel (rank, in_channels, kh, kw)
-    # (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no larger than two.
+    Wa: Tensor | None = None
     Wb: Tensor | None = None
-    bias: Tensor | None = None  # (out,)
-    rank: int = -1  # the size between the two, -1 where nothing was factorized
-    # The mean squared error of the outputs over the variance of all entries of the target (over
-    # their mean square, if they do not vary): 0 for no error, 1 for no better than a constant.
+    bias: Tensor | None = None
+    rank: int = -1
     nmse: float = 0.0
 
 

@@ -24,6 +24,10 @@ DRAFT_ITERATIONS = 8
 class Decomposer(ABC):
     """One method: which layers it takes, its ranks, its chain and how to fit it.
 
+    >>> method, spec = tdecomp.LowRank(), LayerSpec.of(nn.Conv2d(16, 32, 3))
+    >>> method.max_rank(spec), method.refusal(LayerSpec.of(nn.Linear(4, 4)))
+    (32, 'lowrank takes convolutions; svd takes Linear layers')
+
     A subclass is usually a frozen dataclass whose fields are the options of the fit. It has a
     `name`, a `source` (the paper), and defines the four abstract methods; where each rank belongs
     to the spectrum of an unfolding of the kernel, `unfoldings` too.

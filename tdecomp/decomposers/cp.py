@@ -190,7 +190,14 @@ class CP(Iterative):
 
 @dataclass(frozen=True)
 class CPSeparable(CP):
-    """As `CP`, with the depthwise step split into one layer per spatial dimension (four in 2-d)."""
+    """As `CP`, with the depthwise step split into one layer per spatial dimension (four in 2-d).
+
+    >>> spec = LayerSpec.of(nn.Conv2d(16, 32, 3))
+    >>> [stage.kernel_size for stage in CPSeparable().stages(spec, 8)]
+    [(1, 1), (3, 1), (1, 3), (1, 1)]
+
+    Its parameters are those of `CP`.
+    """
 
     name = "cp-separable"
     source = "Lebedev et al. 2015"

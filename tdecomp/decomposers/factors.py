@@ -13,7 +13,15 @@ from tdecomp.linalg.second_moment import SecondMoment
 
 
 class Factors(ABC):
-    """The factors of one dense kernel: a frozen dataclass of tensors."""
+    """The factors of one dense kernel: a frozen dataclass of tensors.
+
+    >>> kernel = torch.ones(8, 4, 3, 3)
+    >>> factors = tdecomp.LowRank().fit(kernel, 1)
+    >>> [tuple(weight.shape) for weight in factors.stage_weights()]
+    [(1, 4, 3, 3), (8, 1, 1, 1)]
+    >>> torch.allclose(factors.to_kernel(), kernel)
+    True
+    """
 
     @abstractmethod
     def to_kernel(self) -> Tensor:

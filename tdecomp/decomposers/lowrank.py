@@ -14,6 +14,9 @@ from tdecomp.layers.spec import LayerSpec
 class LowRank(SVD):
     """A convolution S→T becomes K×K S→rank without bias and 1×1 rank→T with it.
 
+    >>> print(*LowRank().stages(LayerSpec.of(nn.Conv2d(16, 32, 3, padding=1)), 8))
+    Conv2d(16→8, 3×3, padding=1, no bias) Conv2d(8→32, 1×1)
+
     The same optimum as `SVD`, of the kernel as a matrix (T, S · K · K), on any convolution.
     """
 

@@ -54,7 +54,11 @@ def unregister(name: str) -> None:
 
 
 def registered() -> tuple[str, ...]:
-    """The names of all registered decomposers."""
+    """The names of all registered decomposers.
+
+    >>> registered()[:4]
+    ('svd', 'lowrank', 'spatial', 'tucker2')
+    """
     return tuple(_REGISTRY)
 
 

@@ -64,3 +64,14 @@ def chain_cost(stages: Sequence[Stage], calls: Sequence[Call] | None) -> Cost:
             macs += stage.macs(Call(call.batch, size))
             size = stage.output_size(size)
     return Cost(params, macs)
+
+
+def count_in_words(value: float) -> str:
+    """Three significant digits and a metric prefix."""
+    amount, prefix = float(value), ""
+    for larger in ("k", "M", "G", "T"):
+        if abs(amount) < 999.5:
+            break
+        amount, prefix = amount / 1000, larger
+    digits = max(0, 3 - len(str(int(abs(amount))))) if prefix else 0
+    return f"{amount:.{digits}f}{prefix}"

@@ -35,8 +35,19 @@ class LayerSpec:
     >>> spec.output_size((9, 9)), spec.macs(Call(1, (9, 9)))
     ((5, 5), 115200)
 
-    Every tuple has one entry per spatial dimension; `padding` may be "same" or "valid" instead.
-    `kind` is the name of a `LayerKind`; left out, it is torch's own layer of this geometry.
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Features for a Linear.
+    kernel_size, stride, dilation, output_padding : tuple of int
+        One entry per spatial dimension; empty for a Linear.
+    padding : tuple of int or {"same", "valid"}
+    groups : int
+    padding_mode : str
+        As torch names it: "zeros", "reflect", "replicate" or "circular".
+    bias, transposed : bool
+    kind : str
+        The name of a `LayerKind`; left out, it is torch's own layer of this geometry.
     """
 
     in_channels: int
@@ -247,6 +258,13 @@ def _whole(numbers: Iterable[Any], least: int) -> bool:
 
 class LayerKind(ABC):
     """How the layers of one kind are recognised, read, built and laid out.
+
+    >>> layer = nn.ConvTranspose2d(8, 4, 3)
+    >>> kind = kind_of(layer)
+    >>> kind.to_forward_layout(layer.weight, kind.spec_of(layer)).shape
+    torch.Size([4, 8, 3, 3])
+
+    `tdecomp.register_layer_kind` shows one of one's own.
 
     A layer of any kind computes the same as torch's own layer of its spec, from parameters `weight`
     (its dimensions in any order) and `bias`.

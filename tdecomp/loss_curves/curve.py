@@ -37,6 +37,10 @@ _LEAST = 1e-12
 class LossCurve:
     """What one layer loses along the ranks of one method.
 
+    >>> table = tdecomp.sensitivity(nn.Sequential(nn.Linear(16, 8)), "svd", progress=False)
+    >>> [point.rank for point in table["0"]["svd"].points]
+    [1, 2, 3, 4, 5]
+
     Attributes
     ----------
     method : Decomposer

@@ -1,11 +1,9 @@
-"""How long the drafts of a plan are going to take, said before a long run starts."""
+"""How long the drafts of a plan are going to take, said until the first ones are made."""
 
-import sys
 import time
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from tdecomp.calibration.moments import Moments
 from tdecomp.loss_curves.offers import Able
@@ -16,13 +14,13 @@ _LONG = 30.0  # seconds that are worth a word
 _SIDE = 512  # of the matrices by which the speed of products is measured
 
 
-def announce(able: Sequence[Able], moments: Moments | None) -> None:
-    """Say how long the drafts will take about, if that is long."""
+def expected_time(able: Sequence[Able], moments: Moments | None) -> str:
+    """In words, how long the drafts will take about; none if that is not long."""
     operations = products_of_drafts(able, moments)
     seconds = operations / _speed() if operations else 0.0
-    if seconds > _LONG:
-        words = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-        tqdm.write(f"plan: the fits of {len(able)} layers take about {words}", file=sys.stderr)
+    if seconds <= _LONG:
+        return ""
+    return f"about {seconds / 60:.0f} minutes" if seconds > 90 else f"about {seconds:.0f} seconds"
 
 
 def products_of_drafts(able: Sequence[Able], moments: Moments | None) -> float:

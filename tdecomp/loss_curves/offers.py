@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from tdecomp.calibration.moments import FitCache, Moments
 from tdecomp.decomposers.base import Decomposer
@@ -18,6 +17,7 @@ from tdecomp.loss_curves.curve import LossCurve, layer_curves
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
 from tdecomp.model.sites import Site, check_weight
 from tdecomp.parallel import on_cpu, parallel_map
+from tdecomp.progress import SILENT, Progress
 from tdecomp.ranks.base import Candidate, Choice
 from tdecomp.ranks.grid import ANY_RANK, Rounding
 
@@ -62,7 +62,8 @@ def offer_ranks(
     *,
     curves: bool,
     rounding: Rounding = ANY_RANK,
-    progress: bool = False,
+    progress: Progress = SILENT,
+    words: str = "",
 ) -> list[Offer]:
     """For each layer its candidates; with `curves` the losses along their ranks, side by side."""
     losses = layer_losses([site for site, _ in able], moments)
@@ -79,8 +80,11 @@ def offer_ranks(
 
     drawn: list[dict[str, LossCurve]] = [{}] * len(work)
     if curves:
-        with tqdm(total=len(work), desc="plan", unit="layer", disable=not progress) as bar:
-            drawn = parallel_map(draw, work, size=size, done=lambda _item, _curves: bar.update())
+        sizes = sum(map(size, work))
+        with progress.step("plan", len(work), "layers", work=sizes, words=words) as step:
+            drawn = parallel_map(
+                draw, work, size=size, done=lambda item, _: step.advance(work=size(item))
+            )
     rounded = rounding != ANY_RANK
     offers = []
     for ((site, methods), mine), found in zip(work, drawn, strict=True):

@@ -20,6 +20,8 @@ from tdecomp.loss_curves.offers import able_sites, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
+from tdecomp.pictures.style import largest, needs_matplotlib
+from tdecomp.progress import Progress
 from tdecomp.ranks.base import Option
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 # The shares of a layer's cost at which the table shows what is lost.
 _SHOWN = (0.75, 0.5, 0.25, 0.1)
+_DRAWN = 24  # layers
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,16 @@ class LayerSensitivity(Mapping[str, LossCurve]):
 class Sensitivity(Mapping[str, LayerSensitivity]):
     """What each layer loses at each rank, by each method; `tdecomp.sensitivity` makes it.
 
-    >>> table = tdecomp.sensitivity(model, "dense", data=batches)     # doctest: +SKIP
-    >>> table["features.3"]["tucker2"].points[-1].error               # doctest: +SKIP
-    >>> table.plot().savefig("sensitivity.png")                       # doctest: +SKIP
+    >>> model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    >>> table = tdecomp.sensitivity(model, "dense", progress=False)
+    >>> point = table["2"]["lowrank"].points[-1]
+    >>> point.rank, point.cost.params, 0 < point.error < 1
+    (14, 2256, True)
+
+    Attributes
+    ----------
+    layers : tuple of LayerSensitivity
+        Each a mapping from a method's name to its `LossCurve`.
     """
 
     def __init__(self, layers: Sequence[LayerSensitivity]) -> None:
@@ -121,6 +131,8 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
     def plot(self) -> "Figure":
         """One panel for each layer: the error of each method against its share of the cost.
 
+        Of many layers, those of the largest cost have one. Markers stand where it was computed.
+
         Returns
         -------
         matplotlib.figure.Figure
@@ -130,13 +142,10 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
         ImportError
             Without matplotlib, which the extra ``plot`` installs.
         """
-        try:
-            from tdecomp.loss_curves.plot import small_multiples  # matplotlib is an extra
-        except ImportError as error:
-            raise ImportError(
-                "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
-            ) from error
-        drawn = [layer for layer in self.layers if any(c.points for c in layer.values())]
+        with needs_matplotlib("plot()"):
+            from tdecomp.pictures.curves import small_multiples
+        able = [layer for layer in self.layers if any(c.points for c in layer.values())]
+        drawn = largest(able, lambda layer: layer.before.amount, _DRAWN)
         panels = {
             layer.name or "(model)": {
                 method: _series(layer.before, curve)
@@ -147,7 +156,10 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
         }
         unit = drawn[0].before.unit if drawn else "cost"
         errors = "output error" if any(layer.of_outputs for layer in drawn) else "weight error"
-        return small_multiples(panels, x_label=f"share of the layer's {unit}", y_label=errors)
+        share = f"share of the layer's {unit}"
+        if len(drawn) < len(able):
+            share += f" (the {len(drawn)} largest of {len(able)} layers)"
+        return small_multiples(panels, x_label=share, y_label=errors)
 
 
 def measure_sensitivity(
@@ -157,7 +169,7 @@ def measure_sensitivity(
     example: Example | None,
     data: Batches | Moments | None,
     *,
-    progress: bool,
+    progress: Progress,
 ) -> Sensitivity:
     """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())

@@ -1,4 +1,4 @@
-"""What a summary says of the data: none, or too little for some layers."""
+"""What a table says of the data: none, or too little for some layers."""
 
 import math
 from collections.abc import Iterable
@@ -10,8 +10,11 @@ from tdecomp.plans.row import Row
 _ENOUGH = 4
 # Weight errors below this are hardly felt in outputs, whatever the inputs.
 _SMALL = 0.1
+# What a note begins with that readers have to know before they look at the errors.
+WARNING = "warning: "
 _BY_WEIGHTS = (
-    "errors are of weights, outputs may lose more: data= (unlabelled inputs) fits to outputs"
+    f"{WARNING}errors are of weights, outputs may lose more: "
+    "data= (unlabelled inputs) fits to outputs"
 )
 
 
@@ -27,7 +30,8 @@ def data_notes(rows: Iterable[Row], moments: Moments | None) -> tuple[str, ...]:
     if not changed:
         return ()
     notes = [
-        "nothing is held out: errors are of what was fitted to, those of other inputs are higher"
+        f"{WARNING}nothing is held out: errors are of what was fitted to, those of other inputs "
+        "are higher"
     ]
     if held := moments.held_out:
         notes = [
@@ -41,8 +45,8 @@ def data_notes(rows: Iterable[Row], moments: Moments | None) -> tuple[str, ...]:
     if few:
         times, name, seen = max(few, key=lambda one: one[0])
         notes.append(
-            f"too little data for {len(few)} of {len(changed)} layers, least for {name!r}: "
-            f"{seen.count:,} inputs of {seen.spec.fan_in:,} entries; {math.ceil(times)} times as "
-            "much would do"
+            f"{WARNING}too little data for {len(few)} of {len(changed)} layers, least for "
+            f"{name!r}: {seen.count:,} inputs of {seen.spec.fan_in:,} entries; "
+            f"{math.ceil(times)} times as much would do"
         )
     return tuple(notes)

@@ -6,7 +6,6 @@ from functools import partial
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from tqdm import tqdm
 
 from tdecomp.calibration.calibrate import site_moments
 from tdecomp.calibration.data import Batches
@@ -14,7 +13,7 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, total
-from tdecomp.loss_curves.estimate import announce
+from tdecomp.loss_curves.estimate import expected_time
 from tdecomp.loss_curves.offers import Offer, able_sites, fit_size, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
@@ -23,8 +22,10 @@ from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
+from tdecomp.plans.left_alone import largest_left_alone
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
+from tdecomp.progress import SILENT, Progress
 from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
@@ -32,8 +33,6 @@ from tdecomp.timing.choose import TimedChoices, choose_with_times
 from tdecomp.timing.layout_times import LayoutTimes
 from tdecomp.timing.measure import check_profile, measure
 from tdecomp.timing.profile import Profile
-
-_SHOWN = 3  # of the layers that keep a budget from being met
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Request:
     allow_expansion: bool = False
     profile: Profile | None = None
     only_if_faster: bool = False
-    progress: bool = True
+    progress: Progress = SILENT
     left_alone: Mapping[str, str] = field(default_factory=dict)  # layers that broke the model, why
 
 
@@ -88,23 +87,23 @@ def make_plan(
         sites = _leave(found, moments.oddities)
         able, choices = able_sites(sites, request.methods)
     times = _profile(model, request, sites)
-    if weighs and request.progress:
-        announce(able, moments)
+    words = expected_time(able, moments) if weighs and request.progress.shown else ""
     offers = offer_ranks(
         able, moments, curves=weighs, rounding=_rounding(selector, times),
-        progress=request.progress,
+        progress=request.progress, words=words,
     )  # fmt: skip
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params)
     if found.trace is not None:
         whole = Cost(params, found.trace.total_macs, uncounted=found.trace.uncounted)
     try:
-        chosen = _choose(model, request, times, offers, whole)
+        with request.progress.step("choose ranks"):
+            chosen = _choose(model, request, times, offers, whole)
     except UnmetError as unmet:
         largest = _largest(sites, choices, whole, unmet.unit)
         raise UnmetError(f"{unmet}{largest}", unmet.unit, unmet.least) from unmet
     if expect and isinstance(data, Moments):  # which keep the fits for `apply`
-        _fit_chosen(offers, chosen.choices, moments, progress=request.progress)
+        _fit_chosen(offers, chosen.choices, moments, request.progress)
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses
@@ -132,7 +131,7 @@ def make_plan(
 
 
 def _fit_chosen(
-    offers: Sequence[Offer], choices: Sequence[Choice], moments: Moments | None, *, progress: bool
+    offers: Sequence[Offer], choices: Sequence[Choice], moments: Moments | None, progress: Progress
 ) -> None:
     """Fit what was chosen, so that the rows' errors are those of the result."""
     pairs = zip(offers, choices, strict=True)
@@ -146,8 +145,8 @@ def _fit_chosen(
     def size(item: tuple[Offer, Choice]) -> int:
         return fit_size(item[0].site, moments)
 
-    with tqdm(total=len(todo), desc="fit", unit="layer", disable=not progress) as bar:
-        parallel_map(fit, todo, size=size, done=lambda _item, _fit: bar.update())
+    with progress.step("fit", len(todo), "layers", work=sum(map(size, todo))) as step:
+        parallel_map(fit, todo, size=size, done=lambda item, _: step.advance(work=size(item)))
 
 
 def _leave(found: Sites, reasons: Mapping[str, str]) -> list[Site]:
@@ -208,16 +207,12 @@ def _largest(
     counted: set[int] = set()
     rows = [_row(site, left_alone.get(site.name, Choice()), counted, {}) for site in sites]
     rest = whole - total(row.before for row in rows)
-    found = [(row.before, repr(row.name), row.reason) for row in rows if row.name in left_alone]
-    found.append((rest, "everything else", "no layer's, such as attention's scores"))
-    amounts = [(getattr(cost, unit) or 0, name, why) for cost, name, why in found]
-    costly = [
-        f"{name} ({amount / getattr(whole, unit):.1%}: {why})"
-        for amount, name, why in sorted(amounts, key=lambda entry: -entry[0])[:_SHOWN]
-        if amount > 0
+    found = [
+        (row.before, repr(row.name), row.reason or "") for row in rows if row.name in left_alone
     ]
-    named = "MACs" if unit == "macs" else "parameters"
-    return f". The largest left alone, of all {named}: {'; '.join(costly)}" if costly else ""
+    found.append((rest, "everything else", "no layer's, such as attention's scores"))
+    words = largest_left_alone(found, whole, unit)
+    return f". Left alone, {words}" if words else ""
 
 
 def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]) -> None:

@@ -14,16 +14,17 @@ from tdecomp.model.sites import Site
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.row import Row
 from tdecomp.plans.table import FORMAT, Table
-from tdecomp.ranks.base import spread
+from tdecomp.ranks.base import checked_rank
 from tdecomp.timing.speed import Speed
 
 
 class Plan(Table):
     """Which layer gets which method and rank. Plain data: print it, edit it, save it, apply it.
 
-    >>> plan = tdecomp.plan(model, "svd", rank=8)              # doctest: +SKIP
-    >>> plan = plan.edit("fc1", rank=4)                        # doctest: +SKIP
-    >>> tdecomp.apply(model, Plan.from_json(plan.to_json()))   # doctest: +SKIP
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    >>> plan = tdecomp.plan(model, "svd", rank=8, progress=False).edit("2", rank=4)
+    >>> Plan.from_json(plan.to_json())["2"].rank
+    4
 
     Attributes
     ----------
@@ -48,10 +49,8 @@ class Plan(Table):
         loss: ExpectedLoss | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(rows, everything_else, speed, notes)
+        super().__init__(rows, everything_else, decomposers, speed, notes)
         self.loss = loss
-        used = {row.method for row in rows}
-        self.decomposers = {name: d for name, d in decomposers.items() if name in used}
 
     def edit(
         self, name: str, *, method: str | Decomposer | None = None, rank: Any = None
@@ -100,9 +99,8 @@ class Plan(Table):
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         return Plan(rows, self.everything_else, self.decomposers, speed, notes=self.notes)
 
-    def summary(self) -> str:
-        """One line: how many layers, parameters and MACs, and with a budget what is lost."""
-        return super().summary() + (f"; {self.loss}" if self.loss else "")
+    def _facts(self) -> list[str]:
+        return [*super()._facts(), *([str(self.loss)] if self.loss else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with the options of its methods.
@@ -178,15 +176,7 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
     """The row with this method and rank and their costs; a ValueError where they cannot be."""
     if row.layer is None:
         raise ValueError(f"layer {row.name!r} cannot be decomposed: {row.reason}")
-    refusal = decomposer.refusal(row.layer)
-    if refusal is not None:
-        raise ValueError(f"layer {row.name!r} ({row.layer}): {refusal}")
-    rank = tuple(rank) if isinstance(rank, list) else rank
-    rank = spread(rank, decomposer.max_rank(row.layer))
-    try:
-        decomposer.check_rank(rank, row.layer)
-    except ValueError as error:
-        raise ValueError(f"layer {row.name!r}: {error}") from error
+    rank = checked_rank(f"layer {row.name!r}", decomposer, row.layer, rank)
     cost = chain_cost(decomposer.stages(row.layer, rank), row.calls)
     row = replace(row, method=decomposer.name, rank=rank, reason=None)
     return replace(row, params_after=cost.params, macs_after=cost.macs)

@@ -1,8 +1,9 @@
 """What was done to each layer, and to the model afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.cost import Cost
 from tdecomp.plans.row import Row
 from tdecomp.plans.table import Table
@@ -11,6 +12,11 @@ from tdecomp.timing.speed import Speed
 
 class Report(Table):
     """What `apply` did, layer by layer.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> report = tdecomp.decompose(model, "svd", rank=8, exclude="2", progress=False).report
+    >>> report.before.params, report.after.params, report["2"].reason
+    (4290, 1218, "excluded by '2'")
 
     Attributes
     ----------
@@ -22,16 +28,16 @@ class Report(Table):
         self,
         rows: Sequence[Row],
         everything_else: Cost,
+        decomposers: Mapping[str, Decomposer],
         recovery: Sequence[Any] = (),
         speed: Speed | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(rows, everything_else, speed, notes)
+        super().__init__(rows, everything_else, decomposers, speed, notes)
         self.recovery = tuple(recovery)
 
-    def summary(self) -> str:
-        """One line: how many layers, parameters and MACs, and what was done afterwards."""
-        return "; ".join((super().summary(), *map(str, self.recovery)))
+    def _facts(self) -> list[str]:
+        return [*super()._facts(), *map(str, self.recovery)]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, with the results of the recovery steps."""

@@ -14,35 +14,66 @@ from tdecomp.layers.spec import Call, LayerSpec
 class Row:
     """What is to be done, or was done, with one layer.
 
-    MACs, calls and latencies are those of one pass of the example inputs, None without them.
-    Latencies are measured seconds of the layer and of the chain alone, both in the layout of the
-    result; None without a profile. The expected error is known before the fit, of ``output_error``
-    with data and of ``weight_error`` without: exact for svd, lowrank and spatial, a bound for
-    tucker2, None for CP unless a budget fitted it.
+    >>> row = tdecomp.plan(nn.Linear(64, 32), "svd", rank=8, progress=False)[""]
+    >>> row.method, row.rank, row.params_before, row.params_after
+    ('svd', 8, 2080, 800)
+
+    Attributes
+    ----------
+    name : str
+        The first of its names; "" for the model itself.
+    names : tuple of str
+    layer : LayerSpec or None
+        None where the sizes are not known (lazy and quantized layers).
+    params_before, params_after : int
+        Parameters, the bias included.
+    macs_before, macs_after : int or None
+        Of one pass of the example inputs; None without them.
+    method, rank : str and int or tuple of int; or None
+        None where the layer is left alone.
+    reason : str or None
+        Why it is left alone.
+    note : str or None
+        A remark, for example that a break-even counted parameters.
+    expected_error : float or None
+        Known before the fit, of `output_error` with data and of `weight_error` without: exact for
+        svd, lowrank and spatial, a bound for tucker2, None for CP unless a budget fitted it.
+    weight_error : float or None
+        ‖W − W̃‖ / ‖W‖, of the weights as they are stored.
+    output_error, output_error_se, output_error_margin : float or None
+        With data, the lost share of the output's variance, on samples that are held out; its
+        standard error and the half-width of its 95% interval are None where it is of what was
+        fitted to.
+    latency_before, latency_after : float or None
+        Measured seconds of the layer and of the chain alone, in one pass of the example inputs,
+        both in the layout of the result; None without a profile.
+    fit_seconds : float or None
+    component_norms : float or None
+        Of CP, over the kernel's norm: far above √rank the components cancel.
+    calls : tuple of Call or None
+        The sizes of the layer's calls in one pass of the example inputs.
     """
 
-    name: str  # the first of its names; "" for the model itself
+    name: str
     names: tuple[str, ...]
-    layer: LayerSpec | None  # None where the sizes are not known (lazy and quantized layers)
+    layer: LayerSpec | None
     params_before: int
     params_after: int
     macs_before: int | None = None
     macs_after: int | None = None
-    method: str | None = None  # None where the layer is left alone
+    method: str | None = None
     rank: Rank | None = None
-    reason: str | None = None  # why it is left alone
-    note: str | None = None  # a remark, for example that a break-even counted parameters
+    reason: str | None = None
+    note: str | None = None
     expected_error: float | None = None
-    weight_error: float | None = None  # ‖W − W̃‖ / ‖W‖, of the weights as they are stored
-    # With data, the lost share of the output's variance, on samples that are held out; its standard
-    # error and the half-width of its 95% interval are None where it is of what was fitted to.
+    weight_error: float | None = None
     output_error: float | None = None
     output_error_se: float | None = None
     output_error_margin: float | None = None
     latency_before: float | None = None
     latency_after: float | None = None
     fit_seconds: float | None = None
-    component_norms: float | None = None  # of CP, over the kernel's: far above √rank they cancel
+    component_norms: float | None = None
     calls: tuple[Call, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -1,13 +1,23 @@
 """Rows as the table that people look at."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tdecomp.layers.cost import Cost, total
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.files.whole_file import whole_file
+from tdecomp.layers.cost import Cost, count_in_words, total
 from tdecomp.loss_curves.columns import filled_columns
+from tdecomp.pictures.chain import drawn_chain
+from tdecomp.pictures.drawing import Drawing
+from tdecomp.pictures.page import Page
+from tdecomp.pictures.style import largest, needs_matplotlib
+from tdecomp.plans.data_notes import WARNING
+from tdecomp.plans.left_alone import largest_left_alone
+from tdecomp.plans.page_columns import page_columns
 from tdecomp.plans.row import Row
 from tdecomp.timing.speed import Speed
 
@@ -17,6 +27,7 @@ if TYPE_CHECKING:
 
 # Of plans, reports and files; 1 was that of tdecomp 0.1.
 FORMAT = 2
+_DRAWN = 40  # chains on a page; of more layers, those of the largest cost
 
 
 class Table:
@@ -31,6 +42,8 @@ class Table:
         The whole model's time against the original's, where it was measured.
     notes : tuple of str
         What the summary says of the data.
+    decomposers : mapping of str to Decomposer
+        The methods that the rows name, with their options.
     """
 
     title = "layers"
@@ -39,12 +52,15 @@ class Table:
         self,
         rows: Sequence[Row],
         everything_else: Cost,
+        decomposers: Mapping[str, Decomposer],
         speed: Speed | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.rows = tuple(rows)
         self.notes = tuple(notes)
         self.speed = speed
+        used = {row.method for row in rows}
+        self.decomposers = {name: d for name, d in decomposers.items() if name in used}
         self.everything_else = everything_else
         self._by_name = {name: row for row in self.rows for name in row.names}
 
@@ -89,7 +105,8 @@ class Table:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     def __str__(self) -> str:
-        return f"{self._render('simple')}\n{self.summary()}"
+        below = [*self._left_alone(), "; ".join(self._facts())]
+        return "\n".join([*self.warnings, self._render("simple"), *below])
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._changed()} of {len(self)} {self.title} decomposed>"
@@ -98,10 +115,30 @@ class Table:
         return sum(row.method is not None for row in self.rows)
 
     def _repr_html_(self) -> str:
-        return f"{self._render('html')}<p>{escape(self.summary())}</p>"
+        below = [*self._left_alone(), "; ".join(self._facts())]
+        above, below = ([f"<p>{escape(line)}</p>" for line in p] for p in (self.warnings, below))
+        return "".join([*above, self._render("html"), *below])
 
     def summary(self) -> str:
-        """One line: how many layers, parameters and MACs."""
+        """One line: warnings, how many layers, parameters and MACs, and what else was found."""
+        return "; ".join([*self.warnings, *self._facts()])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before looking at the rest."""
+        found = () if self.speed is None else self.speed.shortfalls
+        notes = [note for note in self.notes if note.startswith(WARNING)]
+        return (*(WARNING + words for words in found), *notes)
+
+    def _left_alone(self) -> list[str]:
+        """The largest layers that are left alone, and why: what a chain would have lost."""
+        rows, whole = [row for row in self.rows if row.method is None], self.before
+        found = [(row.before, row.name or "(model)", row.reason or "") for row in rows]
+        unit = "macs" if whole.macs else "params"
+        words = largest_left_alone(found, whole, unit)
+        return [f"left alone: {len(rows)}, {words}"] if words else []
+
+    def _facts(self) -> list[str]:
         before, after = self.before, self.after
         macs = (
             "without example_inputs: costs are parameters, and without data, too, it was not "
@@ -114,7 +151,21 @@ class Table:
                 macs += f" without those of {before.uncounted} ({remedy})"
         changed = f"{self._changed()} of {len(self)} layers decomposed"
         words = [changed, f"parameters {_change(before.params, after.params)}", macs]
-        return "; ".join([*words, *([] if self.speed is None else [str(self.speed)]), *self.notes])
+        notes = [note for note in self.notes if not note.startswith(WARNING)]
+        return [*words, *([] if self.speed is None else [str(self.speed)]), *notes]
+
+    def draw(self, name: str) -> Drawing:
+        """The layer of this name above the chain in its place, with the costs of its calls.
+
+        >>> result.report.draw("features.3").save("features-3.svg")  # doctest: +SKIP
+
+        A KeyError is raised if no layer has that name, a ValueError if it is left alone.
+        """
+        row = self[name]
+        if row.layer is None or row.method is None or row.rank is None:
+            raise ValueError(f"draw: layer {name!r} is left alone ({row.reason}): it has no chain")
+        method = self.decomposers[row.method]
+        return drawn_chain(row.layer, row.calls, method, row.rank, name or "(model)")
 
     def plot(self) -> "Figure":
         """Each layer's MACs (parameters where none were observed) before and after, and its error.
@@ -123,18 +174,49 @@ class Table:
 
         An ImportError is raised without matplotlib, which the extra ``plot`` installs.
         """
+        with needs_matplotlib("plot()"):
+            from tdecomp.pictures.costs import LayerBars, costs_and_errors
+        counted = self.everything_else.macs is not None
+        layers = []
+        for row in self.rows:
+            cost: tuple[int, int] = row.params_before, row.params_after
+            if counted:
+                cost = row.macs_before or 0, row.macs_after or 0
+            seconds = None
+            if row.latency_before is not None and row.latency_after is not None:
+                seconds = row.latency_before, row.latency_after
+            layers.append(
+                LayerBars(row.name or "(model)", row.method, cost, seconds, _errors_of(row))
+            )
+        return costs_and_errors(layers, "MACs" if counted else "parameters")
+
+    def to_html(self, file: str | os.PathLike[str]) -> None:
+        """Write one page that can be sent to somebody: warnings, totals, pictures, chains.
+
+        >>> result.report.to_html("report.html")  # doctest: +SKIP
+
+        It fetches nothing; a click on a column's head sorts the table. Without matplotlib, which
+        the extra ``plot`` installs, the picture of costs is left out, and the page says so.
+        """
         try:
-            from tdecomp.plans.plot import bars_and_errors  # matplotlib is an extra
+            with needs_matplotlib("the picture of costs and errors"):
+                from tdecomp.pictures.figure import as_svg
+            picture = as_svg(self.plot()), f"Costs and errors of {len(self)} layers"
         except ImportError as error:
-            raise ImportError(
-                "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
-            ) from error
-        unit, costs = "parameters", [(row.params_before, row.params_after) for row in self.rows]
-        if self.everything_else.macs is not None:
-            unit = "MACs"
-            costs = [(row.macs_before or 0, row.macs_after or 0) for row in self.rows]
-        labels = [row.name or "(model)" for row in self.rows]
-        return bars_and_errors(labels, costs, [row.weight_error for row in self.rows], unit)
+            picture = "", str(error)
+        changed = [row for row in self.rows if row.method is not None]
+        drawn = largest(changed, lambda row: row.before.amount, _DRAWN)
+        rest, whole = (self.everything_else,) * 2, (self.before, self.after)
+        page = Page(
+            repr(self)[1:-1],
+            self.warnings,
+            [*self._facts(), *self._left_alone()],
+            picture,
+            page_columns(self.rows, rest, whole),
+            [self.draw(row.name) for row in drawn],
+        )
+        with whole_file(file) as draft:
+            draft.write_text(page.html(), encoding="utf-8")
 
     def _render(self, style: str) -> str:
         numbers, rest = ("params", "MACs", "ms", *_ERRORS), self.everything_else
@@ -146,6 +228,15 @@ class Table:
 
 
 _ERRORS = ("expected error", "weight error", "output error")
+
+
+def _errors_of(row: Row) -> dict[str, tuple[float, float]]:
+    """What is known of the row's errors, with their margins; an expectation until it was fitted."""
+    known = {"weight error": row.weight_error, "output error": row.output_error}
+    if row.weight_error is None:
+        known["expected error"] = row.expected_error
+    margins = {"output error": row.output_error_margin or 0.0}
+    return {name: (e, margins.get(name, 0.0)) for name, e in known.items() if e is not None}
 
 
 def _cells(row: Row) -> list[str]:
@@ -185,14 +276,3 @@ def _costs(before: Cost, after: Cost) -> list[str]:
 def _change(before: int, after: int) -> str:
     share = f" ({after / before:.3f})" if before else ""
     return f"{count_in_words(before)} → {count_in_words(after)}{share}"
-
-
-def count_in_words(value: float) -> str:
-    """Three significant digits and a metric prefix."""
-    amount, prefix = float(value), ""
-    for larger in ("k", "M", "G", "T"):
-        if abs(amount) < 999.5:
-            break
-        amount, prefix = amount / 1000, larger
-    digits = max(0, 3 - len(str(int(abs(amount))))) if prefix else 0
-    return f"{amount:.{digits}f}{prefix}"

@@ -14,6 +14,7 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tdecomp.plans.make import Request
+from tdecomp.progress import Progress
 from tdecomp.quality.compression import UNITS, Compression
 from tdecomp.quality.quality import Quality
 from tdecomp.quality.search import EVERYTHING, Search
@@ -94,7 +95,8 @@ def compress_to(
     if of not in UNITS:
         raise ValueError(f"compress_to: expected of to be one of {[*UNITS]}, got {of!r}")
     steps = recovery_steps(recover)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=progress)
+    bar = Progress(progress)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
     with restoring(model, seed=seed):
         filters = Filters(include, exclude, where)
@@ -107,11 +109,11 @@ def compress_to(
             )
         request = Request(
             listed_methods(methods), EVERYTHING, filters, example, profile=profile,
-            progress=progress,
+            progress=bar,
         )  # fmt: skip
         if of == "latency" and profile is None and example is not None:
             sites = list(find_sites(model, filters, example).values())
-            times = measure(model, example, sites, request.methods, progress=progress)
+            times = measure(model, example, sites, request.methods, progress=bar)
             request = replace(request, profile=times)
         return Search(model, quality, of, request, steps, batches).run()
 

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tdecomp.loss_curves.columns import filled_columns
+from tdecomp.pictures.style import needs_matplotlib
 from tdecomp.quality.quality import Verdict
 from tdecomp.result import Decomposition
 
@@ -28,6 +29,14 @@ class Trial:
 @dataclass(frozen=True)
 class Compression(Decomposition):
     """The smallest model found that keeps the quality, and what was tried on the way.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> x = torch.randn(256, 64)
+    >>> y = model(x).detach()
+    >>> quality = Quality(lambda m: -((m(x) - y).square().mean() / y.var()).item(), drop=0.1)
+    >>> found = tdecomp.compress_to(model, quality, "svd", data=[x], progress=False)
+    >>> found.share == found.chosen.reached, found.evaluations <= 10
+    (True, True)
 
     `str()` is a table of the trials and a summary. Where none of them keeps the quality, the model
     is a copy of the original, `share` is 1, and the summary says which came closest.
@@ -126,12 +135,8 @@ class Compression(Decomposition):
         It is drawn into the axes `ax` if any are given. An ImportError is raised without
         matplotlib, which the extra ``plot`` installs.
         """
-        try:
-            from tdecomp.quality.plot import quality_against_share  # matplotlib is an extra
-        except ImportError as error:
-            raise ImportError(
-                "plot() needs matplotlib: pip install 'tdecomp-torch[plot]'"
-            ) from error
+        with needs_matplotlib("plot()"):
+            from tdecomp.pictures.shares import quality_against_share
         points = {trial: _point(trial) for trial in self.trials}
         return quality_against_share(
             list(points.values()), None if self.chosen is None else points[self.chosen],

@@ -1,13 +1,11 @@
 """Trying one share after the other."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
@@ -45,29 +43,23 @@ class Search:
         self._model, self._of, self._steps = model, of, steps
         self._progress, profile = request.progress, request.profile
         self._stopwatch = THIS_MACHINE if profile is None else profile.stopwatch
-        self._judge = Judge(quality, model)
-        self._say(
-            f"the metric takes {self._judge.seconds:.2g} s; at most {self._judge.left} smaller "
-            "models will be made and evaluated"
-        )
+        with self._progress.step("evaluate the original"):
+            self._judge = Judge(quality, model)
         self._seen: Batches | Moments | None = data
         self._request = request
         self._whole = self._plan(EVERYTHING)
-        # From here on the only bar is that over the evaluations.
-        self._seen, self._request = self._whole.moments, replace(request, progress=False)
-        self._data = replace(data, progress=False) if isinstance(data, Batches) else data
+        self._seen, self._data = self._whole.moments, data
 
     def run(self) -> Compression:
         """Try shares until the smallest that will do is found, or no evaluation is left."""
         judge, bracket, trials = self._judge, Bracket(), list[Trial]()
         best, smallest = self._undecomposed(), 1.0
         used = {_choices(best.plan): 0.0}  # how much of what may be lost, by what was chosen
-        with tqdm(
-            total=judge.left, desc="compress_to", unit="evaluation", disable=not self._progress
-        ) as bar:
+        metric = f"the metric takes {judge.seconds:.2g} s"
+        with self._progress.step("compress_to", judge.left, "evaluations", words=metric) as step:
             while judge.left and (share := bracket.next_share()) is not None:
                 words = f"{share:.3f} of the {UNITS[self._of]}"
-                bar.set_postfix_str(words)
+                step.say(f"{words}, {smallest:.3f} will do" if smallest < 1 else words)
                 started = time.perf_counter()
                 try:
                     planned = self._plan(self._budget(share))
@@ -82,15 +74,7 @@ class Search:
                 reached = self._share_of(result.report)
                 verdict = judge.judge(result.model, f"the model at {words}")
                 trials.append(Trial(share, reached, verdict, time.perf_counter() - started))
-                bar.update(len(verdict.values))
-                if len(trials) == 1:
-                    took, left = (
-                        tqdm.format_interval(seconds)
-                        for seconds in (trials[0].seconds, judge.left * trials[0].seconds)
-                    )
-                    self._say(
-                        f"the first took {took}; all others, at most {judge.left}, take {left}"
-                    )
+                step.advance(count=len(verdict.values))
                 used[choices] = verdict.used
                 bracket.add(min(share, reached) if verdict.kept else share, verdict.used)
                 if verdict.kept and reached < smallest:
@@ -117,7 +101,7 @@ class Search:
 
         return carry_out(
             self._model, planned, self._steps, self._data, example=self._request.example,
-            timed=self._of == "latency", replan=replan, progress=False,
+            timed=self._of == "latency", replan=replan, progress=self._progress,
             stopwatch=self._stopwatch,
         )  # fmt: skip
 
@@ -126,7 +110,7 @@ class Search:
         why = "no smaller model keeps the quality"
         reasons = {row.name: why for row in self._whole.plan if row.method is not None}
         planned = replace(self._whole, plan=self._whole.plan.without(reasons))
-        return carry_out(self._model, planned, (), None, progress=False)
+        return carry_out(self._model, planned, (), None)
 
     def _share_of(self, report: Report) -> float:
         if self._of != "latency":
@@ -143,11 +127,10 @@ class Search:
         speed = measured_speed(
             self._model, result.model, result.plan.speed, example, self._stopwatch
         )
-        return Report(report.rows, report.everything_else, report.recovery, speed, report.notes)
-
-    def _say(self, words: str) -> None:
-        if self._progress:
-            tqdm.write(f"compress_to: {words}", file=sys.stderr)
+        return Report(
+            report.rows, report.everything_else, report.decomposers, report.recovery, speed,
+            report.notes,
+        )  # fmt: skip
 
 
 def _choices(plan: Plan) -> tuple[tuple[str, str | None, Rank | None], ...]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.spectrum import Spectrum
 
 NOTHING = Cost(0, 0)
@@ -41,31 +43,79 @@ def _unknown(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method that can take a layer; what is expensive is a callable, computed when called."""
+    """A method that can take a layer; what is expensive is a callable, computed when called.
 
-    layer: str  # the layer's name, for messages
+    >>> class Quarter(tdecomp.LocalSelector):
+    ...     def choose(self, candidate):
+    ...         return Choice(candidate, candidate.max_rank // 4)
+    >>> tdecomp.plan(nn.Linear(64, 32), "svd", rank=Quarter(), progress=False)[""].rank
+    8
+
+    Attributes
+    ----------
+    layer, method : str
+        The names of the layer and of the method.
+    max_rank : int or tuple of int
+        The largest useful rank, or ranks.
+    before : Cost
+        Of the layer itself: parameters, MACs (None without example inputs), seconds (`latency`).
+    cost : callable ``(rank) -> Cost``
+        Of the chain; it grows with each rank.
+    spectra : callable ``() -> tuple of Spectrum``
+        One spectrum for each rank; None for methods whose rank has none.
+    options : callable ``() -> sequence of Option``
+        The ranks worth considering, with their costs, losses and errors.
+    aliases : tuple of str
+        The layer's other names.
+    rounded : bool
+        Whether the options are multiples that the hardware runs efficiently, so that the ranks
+        between them save no time.
+    decomposer : Decomposer
+        The method itself with its options.
+    errors : callable ``() -> sequence of float``
+        The exact errors at rank 0, 1, 2 … of a method whose best fits are nested, else None.
+    error_at : callable ``(rank) -> float``
+        Of a fit at this rank; None if it fails.
+    by_outputs : bool
+        Whether errors are shares of the variance of the layer's output on data, not
+        ‖W − W̃‖ / ‖W‖.
+    """
+
+    layer: str
     method: str
-    max_rank: Rank  # the largest useful rank, or ranks
-    before: Cost  # of the layer itself
-    cost: Callable[[Rank], Cost]  # of the chain; it grows with each rank
-    # One spectrum for each rank; None for methods whose rank has none.
+    max_rank: Rank
+    before: Cost
+    cost: Callable[[Rank], Cost]
     spectra: Callable[[], tuple[Spectrum, ...] | None]
-    options: Callable[[], Sequence[Option]] = tuple  # the ranks worth considering
-    aliases: tuple[str, ...] = ()  # the layer's other names
-    # Whether the options are multiples that the hardware runs efficiently, so that the ranks
-    # between them save no time.
+    options: Callable[[], Sequence[Option]] = tuple
+    aliases: tuple[str, ...] = ()
     rounded: bool = False
-    decomposer: Any = None  # the method itself with its options
-    # The exact errors at rank 0, 1, 2 … of a method whose best fits are nested, else None.
+    decomposer: Any = None
     errors: Callable[[], Sequence[float] | None] = _unknown
-    error_at: Callable[[Rank], float | None] = _unknown  # of a fit at this rank; None if it fails
-    # Whether errors are shares of the variance of the layer's output on data, not ‖W − W̃‖ / ‖W‖.
+    error_at: Callable[[Rank], float | None] = _unknown
     by_outputs: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A selector's answer for one layer: a method and a rank, or the reason for none."""
+    """A selector's answer for one layer: a method and a rank, or the reason for none.
+
+    >>> Choice(reason="too narrow")
+    Choice(candidate=None, rank=None, reason='too narrow', note=None, error=None, loss=0.0)
+
+    Parameters
+    ----------
+    candidate : Candidate, optional
+        The one that is chosen.
+    rank : int or tuple of int, optional
+        Of the form of `Candidate.max_rank`, at most that.
+    reason : str, optional
+        Why the layer is left alone.
+    note : str, optional
+        A remark for the layer's row.
+    error, loss : float
+        What is expected to be lost; only needed where the selector compares layers.
+    """
 
     candidate: Candidate | None = None
     rank: Rank | None = None
@@ -76,7 +126,17 @@ class Choice:
 
 
 class RankSelector(ABC):
-    """Chooses the ranks. Local selectors see one layer at a time, a budget sees all of them."""
+    """Chooses the ranks. Local selectors see one layer at a time, a budget sees all of them.
+
+    >>> class OnlyTheLargest(RankSelector):
+    ...     def select(self, sites, rest=NOTHING):
+    ...         largest = sorted(sites, key=lambda site: site[0].before.params)[-1]
+    ...         small = Choice(reason="not the largest layer")
+    ...         return [Choice(s[0], 8) if s is largest else small for s in sites]
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    >>> [row.rank for row in tdecomp.plan(model, "svd", rank=OnlyTheLargest(), progress=False)]
+    [8, None]
+    """
 
     # Whether losses are compared between layers, which gradients make more accurate.
     weighs_layers: ClassVar[bool] = False
@@ -124,7 +184,14 @@ def checked_choices(
 
 
 class LocalSelector(RankSelector):
-    """A selector that decides for each layer alone, with the first method that can take it."""
+    """A selector that decides for each layer alone, with the first method that can take it.
+
+    >>> class Narrow(LocalSelector):
+    ...     def choose(self, candidate):
+    ...         return Choice(candidate, 1)
+    >>> tdecomp.plan(nn.Linear(64, 32), "svd", rank=Narrow(), progress=False)[""].rank
+    1
+    """
 
     @abstractmethod
     def choose(self, candidate: Candidate) -> Choice:
@@ -162,6 +229,19 @@ def spread(rank: Rank, max_rank: Rank) -> Rank:
     if isinstance(rank, int) and isinstance(max_rank, tuple):
         return (rank,) * len(max_rank)
     return rank
+
+
+def checked_rank(where: str, method: Decomposer, spec: LayerSpec, rank: Any) -> Rank:
+    """The rank as the method takes it; a ValueError where it cannot take the layer, or the rank."""
+    refusal = method.refusal(spec)
+    if refusal is not None:
+        raise ValueError(f"{where} ({spec}): {refusal}")
+    chosen = spread(tuple(rank) if isinstance(rank, list) else rank, method.max_rank(spec))
+    try:
+        method.check_rank(chosen, spec)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return chosen
 
 
 def spectra_of(candidate: Candidate, selector: str) -> tuple[Spectrum, ...]:

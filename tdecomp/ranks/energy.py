@@ -10,7 +10,7 @@ from tdecomp.ranks.base import Candidate, Choice, LocalSelector, check_share, in
 
 @dataclass(frozen=True)
 class Energy(LocalSelector):
-    """Keep this share of the squared singular values, above 0 and at most 1.
+    """Keep this `share` of the squared singular values, above 0 and at most 1.
 
     >>> Energy(0.9)
     Energy(share=0.9)

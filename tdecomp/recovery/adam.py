@@ -1,11 +1,11 @@
 """Adam with steps that suit trained weights, of layers whose inputs may be whitened."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR
 
 from tdecomp.recovery.whitening import Basis
 
@@ -53,17 +53,42 @@ class Coordinates:
             basis, given = self._bases.get(parameter), size * value
             parameter.detach().copy_(given if basis is None else basis.outwards(given))
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the values may be changed; afterwards they and the parameters are as before."""
+        changed = [*self.values, *(parameter.detach() for parameter in self.parameters)]
+        held = [tensor.clone() for tensor in changed]
+        try:
+            yield
+        finally:
+            for tensor, before in zip(changed, held, strict=True):
+                tensor.copy_(before)
+
 
 class Adam:
-    """Adam with a rate that rises over the first tenth of the steps and then falls to zero."""
+    """Adam, on coordinates of parameters."""
 
-    def __init__(self, coordinates: Coordinates, lr: float, steps: int) -> None:
+    def __init__(self, coordinates: Coordinates, lr: float) -> None:
         self._coordinates, self._begun = coordinates, False
         # Together, as most of the time for small parameters goes to Python itself.
         self._adam = torch.optim.Adam(coordinates.values, lr=lr, foreach=True)
+        self._schedule: LRScheduler
+
+    @classmethod
+    def one_cycle(cls, coordinates: Coordinates, lr: float, steps: int) -> "Adam":
+        """The rate rises to `lr` over the first tenth of the steps and then falls to zero."""
+        adam = cls(coordinates, lr)
         # OneCycleLR divides by the length of the warm-up, 0 if it is exactly the first step.
         warm_up = 0.99 * _WARM_UP if _WARM_UP * max(steps, 2) == 1 else _WARM_UP
-        self._schedule = OneCycleLR(self._adam, lr, total_steps=max(steps, 2), pct_start=warm_up)
+        adam._schedule = OneCycleLR(adam._adam, lr, total_steps=max(steps, 2), pct_start=warm_up)
+        return adam
+
+    @classmethod
+    def rising(cls, coordinates: Coordinates, lr: float, factor: float) -> "Adam":
+        """The rate begins with `lr`, and each step multiplies it."""
+        adam = cls(coordinates, lr)
+        adam._schedule = ExponentialLR(adam._adam, factor)
+        return adam
 
     def step(self, loss: Tensor, device: torch.device) -> None:
         """A step against the gradients of this loss, which are not kept."""

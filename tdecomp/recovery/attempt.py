@@ -64,6 +64,12 @@ class Attempt:
         )  # fmt: skip
 
 
+def errors_so_far(layers: Mapping[str, tuple[float, float]]) -> str:
+    """The errors of the parts of a model that are done, before and after, on average."""
+    before, after = (sum(errors) / len(layers) for errors in zip(*layers.values(), strict=True))
+    return f"error {before:.3g} → {after:.3g}"
+
+
 def left_note(left: int, count: int, parts: str) -> list[str]:
     """What is said where some of the parts of a model are not changed, as this does not help."""
     return [f"{left} of {count} {parts} left as they were: no gain that is sure"] if left else []

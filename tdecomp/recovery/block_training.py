@@ -1,7 +1,7 @@
 """The training of one block to give the original block's outputs for the inputs that it gets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from tdecomp.calibration.estimate import helps
 from tdecomp.model.batches import copied, in_parts, tensors_of
 from tdecomp.recovery.adam import Adam, Coordinates
 from tdecomp.recovery.blocks import Block
+from tdecomp.recovery.range_test import range_test
 from tdecomp.recovery.walk import Item
 from tdecomp.recovery.whitening import bases_of
 
@@ -40,22 +41,27 @@ class BlockTraining:
         outputs = zip(*(wanted for _, _, wanted in few), strict=False)
         self._scales = [1.0 / max(_variance(ys), _TINY) for ys in outputs]
 
-    def train(self, epochs: int, lr: float, device: torch.device) -> tuple[float, float, bool]:
-        """The lost shares of the outputs before and after, and whether the training is kept."""
+    def train(
+        self, epochs: float, lr: float | None, device: torch.device
+    ) -> tuple[float, float, bool]:
+        """The lost shares of the outputs before and after, and whether the training is kept.
+
+        Without a rate, a range test finds one.
+        """
         trained = self._block.parameters()
         values = [p.detach().clone() for p in trained]
         before = self._errors()
         runs = ((item.batch, partial(self._run, given)) for item, given, _ in self._fits)
         bases = bases_of(self._block.modules, trained, self._rows, runs, _SHOWN)
         coordinates = Coordinates(trained, bases)
-        optimizer = Adam(coordinates, lr, epochs * len(self._fits))
+        losses = self._losses(max(1, round(epochs * len(self._fits))))
+        lr = range_test(coordinates, losses, device) if lr is None else lr
+        optimizer = Adam.one_cycle(coordinates, lr, len(losses))
         with torch.enable_grad():
-            for _ in range(epochs):
-                order = torch.randperm(len(self._fits), generator=self._generator, device="cpu")
-                for place in order.tolist():
-                    loss = self._distances(*self._fits[place]).mean()
-                    if loss.requires_grad:  # else something in the block has no gradients
-                        optimizer.step(loss, device)
+            for loss_of in losses:
+                loss = loss_of()
+                if loss.requires_grad:  # else something in the block has no gradients
+                    optimizer.step(loss, device)
         for parameter in trained:
             parameter.grad = None
         after = self._errors()
@@ -97,6 +103,18 @@ class BlockTraining:
     def _run(self, given: Any) -> Any:
         args, kwargs = copied(given)
         return self._block(args, kwargs)
+
+    def _losses(self, steps: int) -> list[Callable[[], Tensor]]:
+        """Those of the calls that are fitted to, again and again in another order."""
+        order: list[int] = []
+        while len(order) < steps:
+            order += torch.randperm(
+                len(self._fits), generator=self._generator, device="cpu"
+            ).tolist()
+        return [partial(self._loss, *self._fits[place]) for place in order[:steps]]
+
+    def _loss(self, item: Item, given: Any, wanted: Sequence[Tensor]) -> Tensor:
+        return self._distances(item, given, wanted).mean()
 
     def _errors(self) -> Tensor:
         """Each sample's distance (samples,), of those that are held out if there are any."""

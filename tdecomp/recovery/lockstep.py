@@ -1,6 +1,6 @@
 """All batches through two models at once, which wait for one another at the same places.
 
-Each pass runs in a thread of its own, one thread at a time. It stops where one of the places
+Each pass runs in a thread of its own, one of each model at a time. It stops where one of the places
 begins or ends, until whoever runs the passes lets it go on: what all batches show at a place is
 there together, and what is changed there holds for the rest of the same passes.
 """
@@ -8,6 +8,7 @@ there together, and what is changed there holds for the rest of the same passes.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -53,10 +54,13 @@ class _Pass(Generic[Place]):
         with interrupts_deferred():  # a thread interrupted at its start would be on its own
             self._thread.start()
 
-    def go_on(self, patience: float) -> None:
-        """Run it until it waits or is over; raises what the model raises."""
+    def go_on(self) -> None:
+        """Let it run until it waits again or is over."""
         self.at = None
         self._go.release()
+
+    def await_it(self, patience: float) -> None:
+        """Until it waits or is over; raises what the model raises."""
         if not self._back.acquire(timeout=patience):
             raise TimeoutError("the pass waits for something else")
         if self._error is not None:
@@ -135,8 +139,16 @@ class Passes(Scope, Generic[Place]):
 
     def advance(self, one: _Pass[Place]) -> None:
         """Let one of the passes go on to its next place, or to its end."""
+        with self.advancing(one):
+            pass
+
+    @contextmanager
+    def advancing(self, one: _Pass[Place]) -> Iterator[None]:
+        """Inside, one of the passes goes on; afterwards it is at its next place, or at its end."""
         self._running = one
-        one.go_on(self._patience)
+        one.go_on()
+        yield
+        one.await_it(self._patience)
         self._running = None
 
     def _stop(self, place: Place, value: Any) -> None:
@@ -174,17 +186,20 @@ def shown_at(
 
 
 def meetings(
-    mine: Passes[Place], theirs: Passes[Place], order: Sequence[Place]
+    mine: Passes[Place], theirs: Passes[Place], order: Sequence[Place], *, abreast: bool = False
 ) -> Iterator[tuple[Place, list[tuple[int, Any, Any]]]]:
     """Each place that passes come to, with the number of each batch there and what both show.
 
     All of `mine` wait at some place or are over; those at the first place in `order` meet there
-    with `theirs`. They go on when the next meeting is asked for.
+    with `theirs`. They go on when the next meeting is asked for, and `abreast`, one of `theirs`
+    runs to its own next place while one of `mine` does: only for models without modules in common.
     """
     for _ in order:
-        for one in mine.all:
+        for one, other in zip(mine.all, theirs.all, strict=True):
             if one.at not in mine.places and not one.over:
-                mine.advance(one)
+                ahead = abreast and not other.shown and not other.over
+                with theirs.advancing(other) if ahead else nullcontext():
+                    mine.advance(one)
         waiting = {one.at for one in mine.all}
         place = next((place for place in order if place in mine.places and place in waiting), None)
         if place is None:

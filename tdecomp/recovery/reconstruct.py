@@ -6,17 +6,17 @@ section 3.2, which trains the rounding of weights.
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.model.example import images_in_layout
-from tdecomp.recovery.attempt import Attempt, left_note
+from tdecomp.recovery.attempt import Attempt, errors_so_far, left_note
 from tdecomp.recovery.block_training import BlockTraining
 from tdecomp.recovery.blocks import Block, blocks_of
 from tdecomp.recovery.held_out import HeldOut
@@ -27,7 +27,7 @@ from tdecomp.recovery.walk import Walk
 from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
 
 _SAMPLES = 1024  # that blocks are trained on, variants among them
-_SEEN = 3072  # samples that the steps of a block see by default, each as often
+_SEEN = 2560  # samples that the steps of a block see by default, and each of them at least once
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reconstruct(RecoveryStep):
     """`reconstruct` as a step of `decompose`, with its options `epochs` and `lr`.
 
     >>> Reconstruct(epochs=4)
-    Reconstruct(epochs=4, lr=0.0015)
+    Reconstruct(epochs=4, lr=None)
 
     A ValueError refuses a number of epochs below 1, and a rate that is not finite and above 0.
     """
@@ -44,15 +44,16 @@ class Reconstruct(RecoveryStep):
     uses_variants: ClassVar[bool] = True
 
     epochs: int | None = None
-    lr: float = 1.5e-3
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         epochs = self.epochs
         if epochs is not None and not (type(epochs) is int and epochs >= 1):
             raise ValueError(f"reconstruct: expected epochs of at least 1, got {epochs!r}")
-        number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
-        if not (number and 0 < self.lr < math.inf):
-            raise ValueError(f"reconstruct: expected a finite rate above 0, got lr={self.lr!r}")
+        lr = self.lr
+        number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
+        if lr is not None and not (number and 0 < lr < math.inf):
+            raise ValueError(f"reconstruct: expected a finite rate above 0, got lr={lr!r}")
 
     def run(
         self, model: nn.Module, original: nn.Module, batches: Batches, held_out: HeldOut
@@ -81,9 +82,11 @@ class Reconstruct(RecoveryStep):
                 items, lambda args, kwargs: (args, kwargs),
             )  # fmt: skip
             samples = sum(item.samples for item in items if not item.held)
-            epochs = self.epochs or max(1, round(_SEEN / max(samples, 1)))
-            hidden = not batches.progress
-            for block, calls in tqdm(met, self.name, len(blocks), unit="block", disable=hidden):
+            epochs = self.epochs or max(1.0, _SEEN / max(samples, 1))
+            so_far = partial(errors_so_far, layers)
+            for block, calls in batches.progress.over(
+                met, self.name, len(blocks), "blocks", so_far
+            ):
                 training = BlockTraining(block, calls, batches)
                 *lost, better = training.train(epochs, self.lr, device)
                 layers[block.name] = lost[0], lost[1]
@@ -113,7 +116,7 @@ def reconstruct(
     batches: Any,
     *,
     epochs: int | None = None,
-    lr: float = Reconstruct.lr,
+    lr: float | None = None,
     augment: Augment | None = flip_and_shift,
     forward: Forward | None = None,
     max_batches: int | None = None,
@@ -146,10 +149,11 @@ def reconstruct(
         As for `tdecomp.calibrate`.
     epochs : int, optional
         How often each block goes through its inputs, 32 samples a step. By default as often as
-        shows it about 3,072 samples, 1,024 of them different: variants count.
-    lr : float
+        shows it about 2,560 samples, 1,024 of them different: variants count.
+    lr : float, optional
         The highest rate of Adam, for weights whose coordinates are about 0.2; for others the rate
-        is in proportion.
+        is in proportion. By default each block's is found by a few steps whose rate rises (Smith
+        2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3).
     augment : callable ``(batch, generator) -> batch``, optional
         As for `tdecomp.refit`.
     inplace : bool

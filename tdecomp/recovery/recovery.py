@@ -17,25 +17,44 @@ from tdecomp.torch_state import restoring
 class Recovery:
     """The result of one step.
 
+    >>> original = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> smaller = tdecomp.decompose(original, "svd", rank=2, progress=False).model
+    >>> recovery = tdecomp.refit(smaller, original, [torch.randn(512, 16)], progress=False)
+    >>> recovery.step, recovery.samples, recovery.error_after < recovery.error_before
+    ('refit', 102, True)
+
     Errors are the share of the variance of the original model's outputs that is lost, on a few
     hundred samples that are held out; NaN without an original. A step of tdecomp that does not
     surely lower it leaves the model as it was.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A copy, or the model that was given if it was changed in place.
+    step : str
+    error_before, error_after : float
+    layers : dict of str to (float, float)
+        For steps that go layer by layer, the share of each original output's variance that was
+        lost before and after, weighted by how much the model's outputs depend on it.
+    notes : tuple of str
+    error_se, error_margin, gain_se : float or None
+        The standard error of `error_after`, the half-width of its 95% confidence interval, and the
+        standard error of the gain, `error_before - error_after`. None where the samples cannot
+        tell.
+    samples : int
+        The number that are held out.
     """
 
-    model: nn.Module  # a copy, or the model that was given if it was changed in place
+    model: nn.Module
     step: str
     error_before: float
     error_after: float
-    # For steps that go layer by layer, the share of each original output's variance that was lost
-    # before and after, weighted by how much the model's outputs depend on it.
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    # None where the samples cannot tell: the standard error of `error_after`, the half-width of its
-    # 95% confidence interval, and the standard error of the gain, `error_before - error_after`.
     error_se: float | None = None
     error_margin: float | None = None
     gain_se: float | None = None
-    samples: int = 0  # the number that are held out
+    samples: int = 0
 
     def __str__(self) -> str:
         errors = f": output error {self.error_before:.4g} → {self.error_after:.4g}"
@@ -55,10 +74,27 @@ class Recovery:
 
 
 class RecoveryStep(ABC):
-    """One way of getting accuracy back; its fields are its options."""
+    """One way of getting accuracy back; its fields are its options.
+
+    >>> class Leave(RecoveryStep):
+    ...     name = "leave"
+    ...     def run(self, model, original, batches, held_out):
+    ...         error = held_out.estimate(held_out.lost(model)).value
+    ...         return Recovery(model, self.name, error, error)
+    >>> layer, data = nn.Linear(16, 4), [torch.randn(64, 16)]
+    >>> tdecomp.decompose(
+    ...     layer, "svd", rank=2, data=data, recover=Leave(), progress=False
+    ... ).report.recovery[0].step
+    'leave'
+
+    Attributes
+    ----------
+    name : str
+    uses_variants : bool
+        Whether it uses variants of the batches, so that fits before it should, too.
+    """
 
     name: ClassVar[str]
-    # Whether it uses variants of the batches, so that fits before it should, too.
     uses_variants: ClassVar[bool] = False
 
     @abstractmethod

@@ -7,11 +7,11 @@ Detection", section 3.3: asymmetric reconstruction, in the order of the network.
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tdecomp.calibration.accumulator import OutputGradients, is_large
 from tdecomp.calibration.augment import Augment, flip_and_shift
@@ -24,7 +24,7 @@ from tdecomp.layers.chain import Chain
 from tdecomp.linalg.second_moment import is_wide
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.parallel import OneThread
-from tdecomp.recovery.attempt import Attempt, left_note
+from tdecomp.recovery.attempt import Attempt, errors_so_far, left_note
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
@@ -79,8 +79,10 @@ class Refit(RecoveryStep):
             notes += [short] if short else []
             patches = sum(item.samples for item in items if not item.held)
             found = walk.arrivals(chains, items)
-            hidden, kept = not batches.progress, 0
-            for layer, arrivals in tqdm(found, "refit", len(chains), unit="layer", disable=hidden):
+            kept, so_far = 0, partial(errors_so_far, layers)
+            for layer, arrivals in batches.progress.over(
+                found, self.name, len(chains), "layers", so_far
+            ):
                 match = Match(layer, items, int(patches * walk.patches[layer]), batches.seed or 0)
                 for item, calls in arrivals:
                     rows.begin(item.batch)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.counted_rows import CountedRows
@@ -66,15 +65,18 @@ class Training:
         coordinates = self._coordinates(counted)
         lr = self._rate(coordinates) if lr is None else lr
         model, original, batches = self.model, self.original, self.batches
-        optimizer = Adam(coordinates, lr, steps)
+        optimizer = Adam.one_cycle(coordinates, lr, steps)
         device = device_of(model)
         endless = itertools.chain.from_iterable(batches.on(device) for _ in itertools.count())
         generator = batches.generator(0)
         stretch = max(1, steps // _STRETCHES)
         quick = take_channels_last(batches, [model, original], self._first)
-        with Outputs(model, self.hints) as mine, Outputs(original, self.hints) as wanted:
-            bar = tqdm(range(1, steps + 1), "distill", unit="step", disable=not batches.progress)
-            for step in bar:
+        with (
+            Outputs(model, self.hints) as mine,
+            Outputs(original, self.hints) as wanted,
+            batches.progress.step("distill", steps, "steps") as bar,
+        ):
+            for step in range(1, steps + 1):
                 batch = variant(batches, next(endless), generator)
                 batch = images_in_layout(batch, "channels_last") if quick else batch
                 counted.begin(batch)
@@ -93,7 +95,7 @@ class Training:
                         f"one: try a lower rate than lr={lr:g}, and look for NaN in the batches"
                     )
                 optimizer.step(loss, device)
-                bar.set_postfix_str(f"loss {value:.4g}", refresh=False)
+                bar.advance(f"loss {value:.3g}")
                 if step % stretch == 0 or step == steps:
                     yield
 
@@ -118,16 +120,12 @@ class Training:
         with torch.no_grad():
             wanted = tensors_of(self.batches.run(self.original, batch))
             before = [z.clone() for z in tensors_of(self.batches.run(self.model, batch))]
-            values = coordinates.values
-            held = [value.detach().clone() for value in values]
-            for value in values:
-                bits = torch.randint(0, 2, value.shape, generator=generator, device="cpu")
-                value.add_((2 * bits - 1).to(value), alpha=_HIGHEST_RATE)
-            coordinates.write()
-            moved = tensors_of(self.batches.run(self.model, batch))
-            for value, before_it in zip(values, held, strict=True):
-                value.copy_(before_it)
-            coordinates.write()
+            with coordinates.restored():
+                for value in coordinates.values:
+                    bits = torch.randint(0, 2, value.shape, generator=generator, device="cpu")
+                    value.add_((2 * bits - 1).to(value), alpha=_HIGHEST_RATE)
+                coordinates.write()
+                moved = tensors_of(self.batches.run(self.model, batch))
             error, change = _squared_distance(before, wanted), _squared_distance(moved, before)
         share = error / change if change > 0 else 1.0
         return _HIGHEST_RATE * min(1.0, math.sqrt(_SHARE_OF_ERROR * share))

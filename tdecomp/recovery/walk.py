@@ -28,6 +28,7 @@ from tdecomp.recovery.lockstep import (
     take_turns,
 )
 from tdecomp.recovery.replaced import ReplacedLayer
+from tdecomp.torch_state import thread_count
 
 # Layers are fitted to at least this many samples, if there are so many.
 _SAMPLES = 512
@@ -199,7 +200,8 @@ class Walk:
             Passes(mine, places, before=True, pick=pick) as given,
             Passes(theirs, ends, before=False) as wanted,
         ):
-            for place, found in meetings(given, wanted, [*places]):
+            abreast = thread_count() > 1 and not self._share_modules()
+            for place, found in meetings(given, wanted, [*places], abreast=abreast):
                 yield place, [(items[number], x, y) for number, x, y in found]
 
     def _one_by_one(self, layer: ReplacedLayer, items: Sequence[Item]) -> Arrivals:
@@ -223,6 +225,10 @@ class Walk:
         with shown_at({layer: module}, take, before=before), suppress(Ended):
             self.batches.run(model, batch)
         return found
+
+    def _share_modules(self) -> bool:
+        """Whether a module of one model is in the other: it may hold what a pass has to itself."""
+        return not {*self.model.modules()}.isdisjoint(self.original.modules())
 
     def _runs(self, model: nn.Module, batches: Sequence[Any]) -> list[Callable[[], Any]]:
         return [partial(self.batches.run, model, batch) for batch in batches]

@@ -16,12 +16,13 @@ from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec, kind_of
-from tdecomp.linalg.second_moment import is_wide
 from tdecomp.model.batches import count_samples
 from tdecomp.torch_state import hooks
 
 # Added to the eigenvalues, as a share of their mean.
 _DAMPING = 1e-2
+# With more inputs, the change of coordinates costs more than the steps themselves.
+_MOST_INPUTS = 1024
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def bases_of(
     """The bases of the trained weights of layers in these modules.
 
     They come from the rows that count of the first `samples` samples; `runs` are batches, each
-    with a call that shows it to the modules. Layers with many inputs have none: it would cost more
-    than the steps themselves.
+    with a call that shows it to the modules. Layers with many inputs have none.
     """
     able = {*trained}
     sums: dict[nn.Parameter, Accumulator] = {}
@@ -86,7 +86,7 @@ def bases_of(
             continue
         # About zero and not about the mean: a step may well change the mean output.
         spec = replace(LayerSpec.of(layer), bias=False)
-        if spec.transposed or is_wide(spec.fan_in):
+        if spec.transposed or spec.fan_in > _MOST_INPUTS:
             continue
         sums[weight] = Accumulator(spec, enough(spec))
         marks.append(partial(layer.register_forward_hook, partial(add, weight)))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import Methods, listed_methods
@@ -17,6 +16,7 @@ from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.weights import refuse_lazy
+from tdecomp.progress import SILENT, Progress
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Setting, Stages, Stopwatch, TimingEffort
@@ -115,7 +115,7 @@ def profile(
         sites = list(find_sites(model, None, example).values())
         return measure(
             model, example, sites, listed_methods(methods), layouts=layouts, compiled=compiled,
-            effort=EFFORTS[effort], cache=cache, progress=progress,
+            effort=EFFORTS[effort], cache=cache, progress=Progress(progress),
         )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def measure(
     compiled: bool = False,
     effort: TimingEffort = EFFORTS["default"],
     cache: Profile | None = None,
-    progress: bool = False,
+    progress: Progress = SILENT,
     stopwatch: Stopwatch = THIS_MACHINE,
 ) -> Profile:
     """The profile of a model whose sites are known; layers that are left alone are not timed."""
@@ -145,7 +145,7 @@ def measure(
     geometries, seconds_of = _geometries(sites), stopwatch.layers_in(model, effort)
     result.round_to = cache.round_to if cache else _multiple(geometries, result, seconds_of)
     work = list(product(dict.fromkeys(map(result.timed_in, layouts)), geometries))
-    for layout, (spec, call) in tqdm(work, desc="profile", unit="layer", disable=not progress):
+    for layout, (spec, call) in progress.over(work, "profile", len(work), "layers"):
         chains: list[Stages] = [(spec,)]
         for method in (d for d in decomposers if d.refusal(spec) is None):
             ranks = timed_ranks(method, spec, call, result.rounding, result.points)

@@ -38,20 +38,38 @@ _PLAIN = {"model": str, "inputs": str, "round_to": int, "points": int}
 class Profile:
     """How long a model, its layers and the chains that may replace them take; `profile` makes it.
 
-    >>> tdecomp.profile(model, x).save("times.json")  # doctest: +SKIP
-    >>> times = tdecomp.Profile.load("times.json")  # doctest: +SKIP
-    >>> half = tdecomp.Budget(latency=0.5)
-    >>> tdecomp.plan(model, "dense", rank=half, example_inputs=x, profile=times)  # doctest: +SKIP
+    >>> model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.zeros(8, 64)
+    >>> tdecomp.profile(model, x, "svd", effort="quick", progress=False).save("times.json")
+    >>> times = tdecomp.Profile.load("times.json")
+    >>> plan = tdecomp.plan(model, "svd", rank=8, example_inputs=x, profile=times, progress=False)
+    >>> 0 < plan["0"].latency_before < 1
+    True
+
+    Attributes
+    ----------
+    setting : Setting
+        The machine and the mode.
+    model, inputs : str
+        In words.
+    whole : dict of str to Quartiles
+        Seconds of the whole model in each layout that was tried.
+    times : dict
+        Seconds of one call of each layer and chain that was timed, as `Quartiles`.
+    round_to : int
+        The multiple of ranks that is fastest on this machine.
+    points : int
+        How many ranks of each method are timed on each layer.
+    stopwatch : Stopwatch
+        Takes all further measurements made with this profile; it is not saved.
     """
 
-    setting: Setting  # the machine and the mode
-    model: str  # in words, as are the inputs
+    setting: Setting
+    model: str
     inputs: str
-    whole: dict[str, Quartiles]  # seconds of the whole model in each layout that was tried
-    times: dict[Key, Quartiles] = field(default_factory=dict)  # seconds of one call
-    round_to: int = 1  # the multiple of ranks that is fastest on this machine
-    points: int = 5  # how many ranks of each method are timed on each layer
-    # Takes all further measurements made with this profile; it is not saved.
+    whole: dict[str, Quartiles]
+    times: dict[Key, Quartiles] = field(default_factory=dict)
+    round_to: int = 1
+    points: int = 5
     stopwatch: Stopwatch = field(default=THIS_MACHINE, repr=False, compare=False)
     _curves: dict[Any, Curve] = field(default_factory=dict, repr=False, compare=False)
 

@@ -71,13 +71,22 @@ class Speed:
             parts.append(f"predicted {self.predicted:.3f}{of}")
         if budget is not None:
             parts.append(f"asked for {budget:g}")
-            if measured and measured.median > budget:
-                parts.append(f"missed by {measured.median / budget - 1:.1%}")
         layouts = f"{self.layout_before} before, {self.layout} after"
         parts.append(self.layout if self.layout == self.layout_before else layouts)
         if self.compiled:
             parts.append("compiled")
+        return ", ".join(parts)
+
+    @property
+    def shortfalls(self) -> tuple[str, ...]:
+        """In words, where the measured time is not what it was to become."""
+        measured, budget, found = self.measured, self.budget, []
         if measured and measured.high > 1:
             how = "SLOWER" if measured.low > 1 else "not measurably faster"
-            parts.append(f"{how} than the original")
-        return ", ".join(parts)
+            found.append(f"{how} than the original: {measured.median:.3f} of its time")
+        if measured and budget is not None and measured.median > budget:
+            found.append(
+                f"the time that was asked for, {budget:g} of the original's, is missed by "
+                f"{measured.median / budget - 1:.1%}"
+            )
+        return tuple(found)

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.benchmark import Timer
-from tqdm import trange
 
 from tdecomp.layers.spec import Call
 from tdecomp.layers.stage import Stage
 from tdecomp.model.example import Example, images_in_layout, in_layout, layout_of
 from tdecomp.model.surgery import copy_with
+from tdecomp.progress import Progress
 from tdecomp.timing.speed import Quartiles
 from tdecomp.torch_state import evaluating
 
@@ -111,7 +111,8 @@ def interleaved(
     # `times` holds one number; `mean` would be computed on the default device, which may be meta.
     repeats = [max(1, round(min_block / timer.timeit(1).times[0])) for timer in timers]
     seconds, order = np.empty((rounds, len(timers))), range(len(timers))
-    for i in trange(rounds, desc=progress, leave=False, disable=progress is None):
+    bar = Progress(progress is not None)
+    for i in bar.over(range(rounds), progress or "", rounds, "rounds"):
         for j in order if i % 2 == 0 else reversed(order):
             seconds[i, j] = timers[j].timeit(repeats[j]).times[0]
     return seconds

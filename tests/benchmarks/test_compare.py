@@ -1,5 +1,4 @@
-import contextlib
-import io
+import csv
 import json
 import shutil
 
@@ -7,80 +6,135 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.compare import build_parser, choose_settings, main, prepare, run
+from benchmarks.compare import main, prepare, run
+from benchmarks.support.compare_options import build_parser
 from benchmarks.support.models import load_model
 from benchmarks.support.networks import ResNet20
-from benchmarks.support.settings import Setting
+from benchmarks.support.rows import ORIGINAL
 
-QUICK = ["--rounds", "1", "--batch-size", "4", "--finetune", "2", "--data-images", "8"]
-
-
-@pytest.fixture(scope="module")
-def digits_run(tmp_path_factory):
-    """One quick run on the default model: what it wrote to the folder and to the screen."""
-    out = tmp_path_factory.mktemp("results")
-    screen = io.StringIO()
-    with contextlib.redirect_stdout(screen):
-        main([*QUICK, "--methods", "tucker2", "lowrank", "--out", str(out)])
-    return out, screen.getvalue()
+QUICK = ["--rounds", "1", "--batch-size", "16", "--images", "32"]
+FEW = ["--methods", "svd", "tensorly-tucker", "--shares", "0.5", "0.25"]
 
 
-@pytest.mark.slow
-def test_the_table_has_a_line_for_each_network(digits_run):
-    _, text = digits_run
-    assert "digits_vgg on handwritten digits" in text
-    starts = [tuple(line.split()[:2]) for line in text.splitlines() if line.strip()]
-    for line in (("original", "–"), ("tucker2", "0.1"), ("lowrank", "0.1"), ("tucker2", "vbmf")):
-        assert line in starts
-    assert starts.count(("tucker2", "+")) == 2
-    assert starts.count(("lowrank", "+")) == 1
-    assert "in 8 training images without labels" in text
-    assert "the original too, is fine-tuned" in text
-    assert "left out" not in text
+def rows_of(folder, name="own"):
+    with (folder / f"compare-{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.mark.slow
-def test_the_json_holds_what_the_table_says(digits_run):
-    out, _ = digits_run
-    content = json.loads((out / "compare-digits_vgg.json").read_text(encoding="utf-8"))
-    assert content["versions"].keys() == {"python", "tdecomp", "torch", "tensorly", "numpy"}
-    assert content["machine"].keys() == {"cpu", "cores", "torch_threads", "system"}
-    assert content["machine"]["torch_threads"] == torch.get_num_threads()
-    assert content["arguments"]["seed"] == 0
-    assert content["protocol"]["finetune"] == 2
-    assert content["protocol"]["data_images"] == 8
-    original, *rows = content["measurements"]
-    assert [(row["method"], row["data"]) for row in rows] == [
-        ("tucker2", False),
-        ("tucker2", True),
-        ("lowrank", False),
-        ("lowrank", True),
-        ("tucker2", False),
-        ("tucker2", True),
-    ]
-    assert original["label"] == "original"
-    assert original["accuracy_before"] >= 0.98
+@pytest.fixture
+def own(model_file, tmp_path):
+    """Compares the small model of a file, and returns the rows."""
+
+    def compared(*options):
+        main(["--model", str(model_file), *QUICK, "--out", str(tmp_path), *options])
+        return rows_of(tmp_path)
+
+    return compared
+
+
+def test_a_model_of_a_file_gives_a_tidy_row_for_each_run(own, tmp_path, capsys):
+    rows = own(*FEW, "--recover", "none", "refit", "--finetune", "0", "3", "--seeds", "0", "1")
+    # For each seed the original twice, svd on weights and on data, with and without recovery and
+    # fine-tuning, and TensorLy's as it is and fine-tuned, all at two shares.
+    assert len(rows) == 2 * (2 + 2 * 2 * 2 * 2 + 2 * 2)
+    assert len({tuple(list(row.values())[:15]) for row in rows}) == len(rows)
+    assert {row["reason"] for row in rows} == {""}
     for row in rows:
-        assert 0 < row["macs_ratio"] < 1
-        assert row["macs_ratio"] == row["macs"] / original["macs"]
-        assert row["latency"]["median"] > 0
-        assert 0 < row["weight_error"] < 2
-        assert row["output_error"] > 0
-        errors = [one["output_error"] for one in row["layers"] if one["method"]]
-        assert row["output_error"] == pytest.approx(sum(errors) / len(errors))
-        assert 0 <= row["accuracy_after"] <= 1
-        assert row["decompose_seconds"] > 0
-        assert 0 < row["layers_changed"] <= row["layers_total"] == len(row["layers"])
-    assert rows[0]["macs_ratio"] == pytest.approx(0.1, abs=0.02)
-    for by_weights, by_data in zip(rows[::2], rows[1::2], strict=True):
-        assert by_data["rank"] == by_weights["rank"]
-        assert by_data["macs"] == by_weights["macs"]
+        share = float(row["share"])
+        assert share - 0.12 < float(row["macs_share"]) <= share
+        assert float(row["time_share"]) > 0
+        assert 0 <= float(row["quality"]) <= 100
+        assert row["torch"] == torch.__version__
+        assert row["cpu"]
+    assert json.loads((tmp_path / "compare-own.json").read_text())[0]["method"] == ORIGINAL
+    text = capsys.readouterr().out
+    assert "accuracy (%), after refit, then 3 steps of fine-tuning" in text
+    assert " ± " in text
+    for suffix in (".md", ".tex", "-quality.svg", "-output-error.svg", "-time-share.svg"):
+        assert (tmp_path / f"compare-own{suffix}").stat().st_size > 0
+
+
+def test_steps_of_recovery_follow_each_other(own):
+    options = ["--methods", "svd", "--shares", "0.25", "--fitted", "weights", "--finetune", "0"]
+    rows = own(*options, "--recover", "none", "refit", "refit+recalibrate_batchnorm")
+    errors = [float(row["output_error"]) for row in rows[1:]]
+    assert errors[1] < errors[0]
+    assert errors[2] == errors[1]  # this model has no batch norm
+
+
+def test_the_original_is_fine_tuned_too_and_not_changed_before(own):
+    rows = own(*FEW, "--finetune", "0", "20")
+    (before, after) = [row for row in rows if row["method"] == ORIGINAL]
+    assert float(before["output_error"]) == 0
+    assert float(after["output_error"]) > 0
+
+
+def test_rows_that_are_there_are_not_computed_again(own, tmp_path):
+    file = tmp_path / "compare-own.csv"
+    first = own(*FEW, "--finetune", "0")
+    lines = file.read_text().splitlines(keepends=True)
+    marked = [line.replace(",accuracy (%),", ",was kept,") for line in lines]
+    file.write_text("".join(marked[:4]) + marked[4][:70])  # stopped while it wrote the fourth
+    again = own(*FEW, "--finetune", "0", "--resume")
+    assert [row["measure"] for row in again] == ["was kept"] * 3 + ["accuracy (%)"] * 4
+    exact = ("method", "share", "fitted", "macs", "quality", "output_error")
+    assert [[row[x] for x in exact] for row in again] == [[row[x] for x in exact] for row in first]
+
+
+def test_without_resume_all_is_computed_again(own, tmp_path):
+    own(*FEW, "--finetune", "0")
+    own("--methods", "svd", "--shares", "0.5", "--fitted", "weights", "--finetune", "0")
+    assert len(rows_of(tmp_path)) == 2
+
+
+def test_tables_of_rows_that_are_there(own, tmp_path, capsys):
+    own(*FEW, "--finetune", "0")
+    said = capsys.readouterr().out.split("written:")[0]
+    tables = (tmp_path / "compare-own.md").read_text()
+    (tmp_path / "there").mkdir()
+    main(["--tables", str(tmp_path / "compare-own.csv"), "--out", str(tmp_path / "there")])
+    assert capsys.readouterr().out.split("written:")[0] == said
+    assert (tmp_path / "there" / "compare-own.md").read_text() == tables
+    with pytest.raises(SystemExit):
+        main(["--tables", "nowhere.csv"])
+    assert "nowhere.csv: expected the rows of one model, got 0 rows" in capsys.readouterr().err
+
+
+def test_a_method_that_fails_is_a_row_with_a_reason(own, capsys):
+    rows = own("--methods", "svd", "--shares", "0.01", "0.5", "--fitted", "weights")
+    failed = [row for row in rows if row["share"] == "0.01"]
+    assert len(failed) == 2
+    assert {row["reason"].partition(":")[0] for row in failed} == {"ValueError"}
+    assert {row["quality"] for row in failed} == {""}
+    assert all(row["quality"] for row in rows if row["share"] != "0.01")
+    assert "svd at 0.01 left out: ValueError: svd at 0.01 of the macs" in capsys.readouterr().out
+
+
+def test_a_metric_of_the_users_own(own, model_file):
+    model_file.write_text(model_file.read_text() + "def metric(model): return -5.0\n")
+    rows = own("--methods", "svd", "--shares", "0.5", "--finetune", "0", "--fitted", "weights")
+    assert [(row["measure"], row["quality"]) for row in rows] == [("metric", "-5.0")] * 2
+
+
+def test_equal_parameters(own):
+    rows = own("--methods", "svd", "--shares", "0.5", "--finetune", "0", "--equal", "params")
+    assert 0.4 < float(rows[1]["params_share"]) <= 0.5
+    assert {row["equal"] for row in rows[1:]} == {"params"}
 
 
 @pytest.mark.slow
-def test_the_figure_is_a_picture(digits_run):
-    out, _ = digits_run
-    assert (out / "compare-digits_vgg.png").read_bytes().startswith(b"\x89PNG")
+def test_the_default_model_brings_its_data(tmp_path, capsys):
+    options = ["--methods", "lowrank", "auto", "plain-svd", "--shares", "0.1", "--finetune", "0"]
+    main([*options, "--rounds", "1", "--images", "128", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "digits_vgg on handwritten digits (540 to judge by)" in text
+    assert "left out" not in text
+    rows = {(row["method"], row["fitted"]): row for row in rows_of(tmp_path, "digits_vgg")}
+    error = {name: float(row["output_error"]) for name, row in rows.items()}
+    assert float(rows[ORIGINAL, "weights"]["quality"]) >= 98
+    assert error["lowrank", "data"] < 0.6 * error["lowrank", "weights"]
+    assert error["auto", "data"] < error["lowrank", "data"]
+    assert error["plain-svd", "weights"] == pytest.approx(error["lowrank", "weights"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -90,91 +144,31 @@ def test_a_users_own_weights_and_images(folder, tmp_path, capsys):
         for i in range(8):  # ten classes in all, as the network has
             shutil.copytree(folder / split / "red", folder / split / f"red{i}")
     options = ["--model", "resnet20", "--weights", str(tmp_path / "w.safetensors")]
-    options += ["--data", str(folder), "--methods", "lowrank", "--rank", "0.75", "0.5"]
-    main([*options, *QUICK, "--out", str(tmp_path)])
-    text = capsys.readouterr().out
-    assert "resnet20 on colours (20 images to judge by)" in text
-    assert "0.75" in text
-    content = json.loads((tmp_path / "compare-resnet20.json").read_text(encoding="utf-8"))
-    shares = [row["macs_ratio"] for row in content["measurements"]]
-    assert shares[0] == 1 > shares[1] == shares[2] > shares[3] == shares[4] > 0
-    assert content["protocol"]["data_images"] == 8
+    options += ["--data", str(folder), "--methods", "lowrank", "--shares", "0.75", "0.5"]
+    main([*options, *QUICK, "--finetune", "0", "2", "--out", str(tmp_path)])
+    assert "resnet20 on colours (20 to judge by)" in capsys.readouterr().out
+    rows = rows_of(tmp_path, "resnet20")
+    assert {row["weights"] for row in rows} == {"w.safetensors"}
+    assert {row["val_images"] for row in rows} == {"20"}
 
 
-@pytest.mark.slow
-def test_data_fits_lose_less_of_the_outputs_and_a_budget_is_refitted(tmp_path, capsys):
-    options = ["--methods", "lowrank", "dense", "--rank", "budget:0.1", "0.1", "--rounds", "1"]
-    options += ["--finetune", "0", "--batch-size", "64", "--data-images", "128"]
-    main([*options, "--out", str(tmp_path)])
-    content = json.loads((tmp_path / "compare-digits_vgg.json").read_text(encoding="utf-8"))
-    rows = {row["label"]: row for row in content["measurements"]}
-    assert rows["lowrank 0.1 + data"]["output_error"] < 0.6 * rows["lowrank 0.1"]["output_error"]
-    refitted = rows["dense budget:0.1 + data + refit"]
-    assert refitted["macs_ratio"] <= 0.1
-    assert refitted["accuracy_before"] > rows["lowrank 0.1 + data"]["accuracy_before"]
-    assert refitted["weight_error"] is None
-    assert "lowrank budget:0.1" not in rows
-    text = capsys.readouterr().out
-    assert "+ refit: then every chain once more" in text
-    assert "budget: one share of the model's MACs" in text
-
-
-@pytest.mark.slow
-def test_weights_alone_when_no_images_are_to_be_used(tmp_path, capsys):
-    options = ["--methods", "lowrank", "--rank", "0.5", "--finetune", "0", "--rounds", "1"]
-    main([*options, "--batch-size", "4", "--data-images", "0", "--out", str(tmp_path)])
-    text = capsys.readouterr().out
-    assert "+ data" not in text
-    assert "output error" in text
-
-
-def test_without_data_there_are_no_accuracies(tmp_path, capsys):
-    options = ["--model", "resnet20", "--methods", "lowrank", "--rounds", "1", "--batch-size", "2"]
-    main([*options, "--out", str(tmp_path)])
+def test_without_data_there_are_costs_only(tmp_path, capsys):
+    options = ["--model", "resnet20", "--methods", "lowrank", "--shares", "0.5"]
+    main([*options, "--rounds", "1", "--batch-size", "2", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert "resnet20 with random weights on random images" in text
     assert "accuracy" not in text
-    assert "+ data" not in text
     assert "output" not in text
-    assert (tmp_path / "compare-resnet20.png").exists()
+    assert (tmp_path / "compare-resnet20-time-share.svg").exists()
+    assert not (tmp_path / "compare-resnet20-quality.svg").exists()
 
 
-@pytest.mark.slow
-def test_a_setting_that_means_nothing_is_left_out_with_the_reason(tmp_path, capsys):
-    options = ["--methods", "cp", "lowrank", "--rank", "vbmf", "--finetune", "0", "--rounds", "1"]
-    main([*options, "--batch-size", "4", "--data-images", "0", "--out", str(tmp_path)])
-    text = capsys.readouterr().out
-    assert "cp vbmf left out: " in text
-    assert "steps (%)" not in text
-
-
-@pytest.mark.slow
-def test_the_model_is_not_changed_by_the_comparison():
-    job = prepare(build_parser().parse_args([*QUICK, "--methods", "lowrank"]))
-    run(job)
+def test_the_model_is_not_changed_by_the_comparison(tmp_path):
+    options = ["--methods", "lowrank", "--shares", "0.5", "--finetune", "1"]
+    job = prepare(build_parser(None).parse_args([*QUICK, *options]))
+    run(job, tmp_path / "rows.csv", resume=False)
     shipped = load_model("digits_vgg").state_dict()
-    assert all(torch.equal(shipped[k], v) for k, v in job.model.state_dict().items())
-
-
-def test_default_settings_are_four_methods_and_vbmf():
-    assert choose_settings(None, None) == [
-        Setting("cp", "0.1"),
-        Setting("cp-separable", "0.1"),
-        Setting("tucker2", "0.1"),
-        Setting("lowrank", "0.1"),
-        Setting("tucker2", "vbmf"),
-    ]
-    assert choose_settings(["cp"], None) == [Setting("cp", "0.1")]
-    assert choose_settings(["tucker2"], ["8", "8"]) == [Setting("tucker2", "8")]
-
-
-def test_with_data_each_setting_comes_twice_and_a_budget_is_added():
-    labels = [setting.label for setting in choose_settings(None, None, data=True)]
-    assert labels[:2] == ["cp 0.1", "cp 0.1 + data"]
-    assert labels[-3:] == ["tucker2 vbmf", "tucker2 vbmf + data", "auto budget:0.1 + data + refit"]
-    assert len(labels) == 11
-    assert choose_settings(None, ["8"], data=True)[-1] == Setting("lowrank", "8", data=True)
-    assert choose_settings(["dense"], ["budget:0.3"]) == [Setting("dense", "budget:0.3")]
+    assert all(torch.equal(shipped[k], v) for k, v in job.subject.model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -182,16 +176,18 @@ def test_with_data_each_setting_comes_twice_and_a_budget_is_added():
     [
         (["--model", "resnet21"], "unknown model 'resnet21'; there are digits_vgg"),
         (["--model", "torchvision:resnet17"], "no classifier 'resnet17'"),
+        (["--model", "timm:resnet17"], "timm has no model 'resnet17'"),
+        (["--model", "nowhere.py"], "no file nowhere.py"),
         (["--model", "resnet20", "--weights", "nowhere.pt"], "no weights file nowhere.pt"),
         (["--model", "resnet20", "--data", "nowhere"], "no folder nowhere/train"),
         (["--model", "resnet20", "--finetune", "5"], "--finetune needs --data"),
-        (["--model", "resnet20", "--data-images", "5"], "--data-images needs --data"),
-        (["--data-images", "-1"], "expected 0 or more"),
-        (["--rank", "budget:2"], "rank 'budget:2': expected"),
+        (["--model", "resnet20", "--fitted", "data"], "--fitted needs --data"),
+        (["--model", "resnet20", "--recover", "refit"], "--recover needs --data"),
+        (["--recover", "refitt"], "unknown step 'refitt'; there are none, refit"),
         (["--data", "somewhere"], "leave out --data"),
         (["--methods", "cpp"], "unknown method 'cpp'; there are"),
-        (["--rank", "half"], "rank 'half': expected"),
-        (["--methods", "cp", "--rank", "vbmf", "--data-images", "4"], "nothing to compare"),
+        (["--shares", "2"], "--shares: expected numbers between 0 and 1"),
+        (["--shares", "half"], "invalid"),
         (["--finetune", "-1"], "expected 0 or more"),
         (["--batch-size", "0"], "expected 1 or more"),
         (["--rounds", "many"], "invalid"),
@@ -199,15 +195,21 @@ def test_with_data_each_setting_comes_twice_and_a_budget_is_added():
 )
 def test_bad_options_end_with_one_clear_line(options, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([*options, "--rounds", "1"] if "--rounds" not in options else options)
+        main(options)
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
 
 
-def test_the_wrong_number_of_classes_is_told(folder, capsys):
+def test_nothing_to_compare(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["--model", "resnet20", "--data", str(folder), *QUICK])
+        main([*QUICK, "--methods", "cp", "--shares", "0.0001", "--out", str(tmp_path)])
+    assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_the_wrong_number_of_classes_is_told(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "resnet20", "--data", str(folder), *QUICK, "--out", str(tmp_path)])
     assert "10 classes apart, but" in (error := capsys.readouterr().err)
     assert "2 class folders" in error

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.support.comparison import count_macs, count_params
+from benchmarks.support.costs import count_macs, count_params
 from benchmarks.support.data import digits
 from benchmarks.support.models import DIGITS_WEIGHTS, MODELS, input_format, load_model
 from benchmarks.support.training import accuracy
@@ -106,19 +106,21 @@ def test_models_are_ready_for_evaluation(name):
     assert model(example(name)).shape == (1, 1000 if name.startswith("torchvision") else 10)
 
 
-def test_torchvision_weights_for_other_classes(tmp_path):
-    state = load_model("torchvision:resnet18").state_dict()
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_weights_for_other_classes(name, tmp_path):
+    state = load_model(name).state_dict()
     state["fc.weight"], state["fc.bias"] = torch.ones(7, 512), torch.zeros(7)
     torch.save(state, tmp_path / "seven.pt")
-    model = load_model("torchvision:resnet18", str(tmp_path / "seven.pt"))
+    model = load_model(name, str(tmp_path / "seven.pt"))
     assert model.fc.weight.shape == (7, 512)
 
 
 @pytest.mark.parametrize(
     "name, weights, message",
     [
-        ("resnet21", None, "'resnet21'.* digits_vgg, resnet20, vgg11_bn and torchvision:NAME"),
+        ("resnet21", None, "'resnet21'.* digits_vgg, .*torchvision:NAME and timm:NAME, or FILE.py"),
         ("torchvision:resnet17", None, "'resnet17'.* resnet18, "),
+        ("timm:resnet17", None, "'resnet17'; of similar names it has .*resnet18,"),
         ("resnet20", "missing.safetensors", r"no weights file missing\.safetensors"),
         ("resnet20", "DEFAULT", "resnet20 ships without weights; give a file"),
     ],
@@ -126,6 +128,13 @@ def test_torchvision_weights_for_other_classes(tmp_path):
 def test_bad_names_say_what_there_is(name, weights, message):
     with pytest.raises(ValueError, match=message):
         load_model(name, weights)
+
+
+def test_timm_says_how_its_own_images_are_normalised():
+    images = input_format("timm:mobilevit_s")
+    assert (images.side, images.resize) == (256, 284)
+    assert images.mean == (0.0, 0.0, 0.0)
+    assert input_format("torchvision:resnet18").mean == (0.485, 0.456, 0.406)
 
 
 def test_weights_that_cannot_be_downloaded_are_told(monkeypatch, tmp_path):

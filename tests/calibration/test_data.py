@@ -64,7 +64,7 @@ def test_batches_and_data_become_the_same():
     data = batches_for("test", Data([ONE], max_batches=3, augment=None), seed=5, progress=False)
     for given in (plain, data):
         assert (given.data.max_batches, given.data.augment) == (3, None)
-        assert (given.caller, given.seed, given.progress) == ("test", 5, False)
+        assert (given.caller, given.seed, given.progress.shown) == ("test", 5, False)
     assert Data([ONE]).augment is flip_and_shift
 
 

@@ -78,8 +78,16 @@ def test_its_picture_has_a_panel_for_each_layer():
             assert list(errors) == sorted(errors, reverse=True)
 
 
+def test_of_many_layers_the_largest_have_a_panel():
+    model = nn.Sequential(*(nn.Linear(8, 9 + i) for i in range(30)))
+    figure = tdecomp.sensitivity(model, "svd", **QUIET).plot()
+    titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
+    assert titles == [str(i) for i in range(6, 30)]
+    assert "(the 24 largest of 30 layers)" in figure.get_supxlabel()
+
+
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "tdecomp.loss_curves.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "tdecomp.pictures.curves", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'tdecomp-torch\[plot\]'"):
         tdecomp.sensitivity(mlp(), "svd", **QUIET).plot()

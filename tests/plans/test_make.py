@@ -154,7 +154,7 @@ def test_a_plan_prints_before_anything_is_changed():
     assert "(4, 6)" in text
     assert "everything else" in text
     assert "total" in text
-    header = text.splitlines()[0]
+    header = text.splitlines()[1]
     assert "expected error" in header
     assert "weight error" not in header  # nothing was fitted yet
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.layers.cost import Cost
+from tdecomp.decomposers.registry import get_decomposer, registered
+from tdecomp.layers.cost import Cost, count_in_words
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.plans.table import count_in_words
 from tests.models import MODELS
 
 
@@ -56,7 +57,8 @@ def test_fields_that_do_not_apply_are_none():
 
 def test_the_table_as_text():
     text = str(decomposed())
-    lines = text.splitlines()
+    warning, *lines = text.splitlines()
+    assert warning.startswith("warning: errors are of weights")
     assert all(word in lines[0] for word in ("layer", "method", "rank", "params", "MACs", "error"))
     (line,) = [line for line in lines if line.startswith("features.3 ")]
     assert "Conv2d(16→24, 3×3, stride=2, padding=1)" in line
@@ -66,15 +68,17 @@ def test_the_table_as_text():
     (line,) = [line for line in lines if line.startswith("features.5 ")]
     assert "—" in line
     assert "depthwise" in line
+    assert lines[-2].startswith("left alone: 1, the largest of all MACs: features.5 (")
+    assert "depthwise" in lines[-2]
     assert lines[-1].startswith("6 of 7 layers decomposed; parameters")
     assert "MACs" in lines[-1]
 
 
 def test_without_inputs_only_parameters_are_shown():
     text = str(decomposed(inputs=False))
-    assert "MACs" not in text.splitlines()[0]
-    assert "MACs" not in text.splitlines()[-1]
-    assert "params" in text.splitlines()[0]
+    header, last = text.splitlines()[1], text.splitlines()[-1]
+    assert "MACs" not in header + last
+    assert "params" in header
 
 
 def test_a_shared_layer_names_its_other_places():
@@ -97,13 +101,13 @@ NASTY = "<b>&\"'</b>"
 
 
 def nasty():
-    return Report([Row(NASTY, (NASTY,), None, 3, 3, reason=f"{NASTY} is left alone")], Cost(0))
+    return Report([Row(NASTY, (NASTY,), None, 3, 3, reason=f"{NASTY} is left alone")], Cost(0), {})
 
 
 def test_html_is_escaped():
     html = nasty()._repr_html_()
     assert "<b>" not in html
-    assert html.count("&lt;b&gt;&amp;") == 2
+    assert html.count("&lt;b&gt;&amp;") == 4  # in its row, and where layers are left alone
 
 
 def test_html_holds_the_same_cells():
@@ -112,7 +116,7 @@ def test_html_holds_the_same_cells():
     assert "features.3" in html
     assert "(4, 6)" in html
     assert "6 of 7 layers decomposed" in html
-    assert html.startswith("<table>")
+    assert html.startswith("<p>warning: errors are of weights")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -164,7 +168,7 @@ def test_counts_have_three_digits(value, text):
 
 def test_a_report_of_a_layer_of_unknown_size_still_has_totals():
     rows = [Row("0", ("0",), None, 0, 0, reason="quantized"), Row("1", ("1",), None, 8, 4, 16, 8)]
-    report = Report(rows, Cost(0, 32))
+    report = Report(rows, Cost(0, 32), {})
     assert report.before.params == 8
 
 
@@ -200,19 +204,49 @@ def test_a_plot_of_macs_and_errors(tmp_path):
     macs, errors = figure.axes
     assert macs.get_xlabel() == "MACs"
     assert [label.get_text() for label in macs.get_yticklabels()] == [r.name for r in report]
-    before, after = ([bar.get_width() for bar in bars] for bars in macs.containers)
+    before, *after = ([bar.get_width() for bar in bars] for bars in macs.containers)
     assert before == [row.macs_before for row in report]
-    assert after == [row.macs_after for row in report]
-    (line,) = errors.lines
+    assert [width for bar in after for width in bar] == [row.macs_after for row in report]
     shown = [row.weight_error for row in report if row.weight_error is not None]
-    assert list(line.get_xdata()) == shown
+    assert [float(line.get_xdata()[0]) for line in errors.lines] == shown
     assert pixels(figure, tmp_path / "report.png").std() > 0
 
 
-def test_a_plan_has_no_errors_to_plot():
+def test_a_plan_shows_the_errors_that_it_expects():
     figure = tdecomp.plan(MODELS["cnn"].build(), "svd", rank=2).plot()
-    (axis,) = figure.axes
-    assert axis.get_xlabel() == "parameters"
+    costs, errors = figure.axes
+    assert (costs.get_xlabel(), errors.get_xlabel()) == ("parameters", "expected error")
+
+
+def of_many(count, timed=False):
+    """A report whose first layer has no chain, and whose next ones have all methods in turn."""
+    spec, decomposers = LayerSpec(16, 16), {name: get_decomposer(name) for name in registered()}
+    rows = []
+    for i in range(count):
+        name, macs, method = f"layer{i}", 1000 + i, [None, *decomposers][i % 7]
+        done = {"reason": "too small"} if method is None else {"method": method, "rank": 2}
+        times = {"latency_before": 0.2, "latency_after": 0.1} if timed else {}
+        errors = {"output_error": 0.2, "output_error_margin": 0.05} if method else {}
+        rows.append(Row(name, (name,), spec, 9, 3, macs, macs // 2, **done, **times, **errors))
+    return Report(rows, Cost(0, 0), decomposers)
+
+
+def test_times_and_output_errors_are_plotted_where_they_are_known():
+    costs, times, errors = of_many(7, timed=True).plot().axes
+    assert times.get_xlabel() == "measured ms"
+    assert [bar.get_width() for bar in times.containers[0]] == [200] * 7
+    assert errors.get_xlabel() == "output error"
+    assert len(errors.containers) == 6
+    legend = [text.get_text() for text in costs.get_figure().legends[0].get_texts()]
+    assert legend == ["before", *registered(), "left alone", "output error"]
+
+
+def test_of_many_layers_the_largest_are_plotted():
+    (costs, _) = of_many(200).plot().axes
+    shown = [label.get_text() for label in costs.get_yticklabels()]
+    assert shown == [*(f"layer{i}" for i in range(168, 200)), "and 168 more"]
+    before = sum(range(1000, 1168))
+    assert f"{count_in_words(before)} → " in costs.texts[0].get_text()
 
 
 def test_a_model_of_one_layer_can_be_plotted(tmp_path):
@@ -231,7 +265,7 @@ def test_plotting_opens_no_window_and_changes_no_style():
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     report = decomposed("linear", "svd", 2)
-    monkeypatch.delitem(sys.modules, "tdecomp.plans.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "tdecomp.pictures.costs", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'tdecomp-torch\[plot\]'"):
         report.plot()

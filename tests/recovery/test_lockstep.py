@@ -28,36 +28,61 @@ def places(model, *names):
     return {name: model.get_submodule(name) for name in names}
 
 
+@pytest.mark.parametrize("abreast", [False, True])
 @torch.no_grad()
-def test_all_batches_meet_at_each_place_in_order():
-    model, batches = mlp(), vectors()
+def test_all_batches_meet_at_each_place_in_order(abreast):
+    model, original, batches = mlp(), mlp(), vectors()
     order = ["0", "2", "4"]
     found = []
     with (
         Passes(runs(model, batches), places(model, *order), before=True) as mine,
-        Passes(runs(model, batches), places(model, *order), before=False) as theirs,
+        Passes(runs(original, batches), places(original, *order), before=False) as theirs,
     ):
-        for place, those in meetings(mine, theirs, order):
+        for place, those in meetings(mine, theirs, order, abreast=abreast):
             found.append(place)
             assert [number for number, _, _ in those] == [0, 1, 2]
             for _, x, y in those:
-                assert torch.equal(model.get_submodule(place)(x), y)
+                assert torch.equal(original.get_submodule(place)(x), y)
     assert found == order
 
 
+@pytest.mark.parametrize("abreast", [False, True])
 @torch.no_grad()
-def test_what_is_changed_at_a_place_holds_for_the_rest_of_the_same_passes():
+def test_what_is_changed_at_a_place_holds_for_the_rest_of_the_same_passes(abreast):
     model, original, batches = mlp(), mlp(), vectors()
     with (
         Passes(runs(model, batches), places(model, "0", "2"), before=True) as mine,
         Passes(runs(original, batches), places(original, "0", "2"), before=False) as theirs,
     ):
-        for place, those in meetings(mine, theirs, ["0", "2"]):
+        for place, those in meetings(mine, theirs, ["0", "2"], abreast=abreast):
             if place == "0":
                 model[0].weight.mul_(2.0)
             else:
-                for number, x, _ in those:
+                for number, x, y in those:
                     assert torch.equal(x, model[:2](batches[number]))
+                    assert torch.equal(y, original[:3](batches[number]))
+
+
+@torch.no_grad()
+def test_a_pass_of_the_original_runs_at_the_same_time():
+    model, original, batch = mlp(), mlp(), vectors()[0]
+    both = threading.Barrier(2)  # nobody leaves before the other one is there
+    with (
+        Passes([lambda: (both.wait(10), model(batch))], places(model, "0"), before=True) as mine,
+        Passes([lambda: (both.wait(10), original(batch))], places(original, "0"), before=False)
+        as theirs,
+    ):  # fmt: skip
+        assert [place for place, _ in meetings(mine, theirs, ["0"], abreast=True)] == ["0"]
+
+
+def test_models_that_share_a_module_run_in_turn():
+    original = mlp()
+    smaller = decomposed(original)
+    found = batches_for("refit", vectors())
+    walk = Walk.through(smaller, original, replaced_layers(smaller, original, "refit"), found, CPU)
+    assert not walk._share_modules()
+    smaller[1] = original[1]
+    assert walk._share_modules()
 
 
 @torch.no_grad()
