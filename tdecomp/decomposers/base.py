@@ -83,9 +83,9 @@ class Decomposer(ABC):
     ) -> Factors | None:
         """Fit one group's kernel in the norm of its inputs; None for methods that cannot.
 
-        Both tensors are float64. `start` holds factors of this rank to improve on, such as a
-        chain's own; by default those that `fit` finds. Except for a draft, the result is never
-        worse than the start.
+        The kernel is float64; the moment may be held in float32. `start` holds factors of this
+        rank to improve on, such as a chain's own; by default those that `fit` finds. Except for a
+        draft, the result is never worse than the start.
         """
         return None
 
