@@ -174,6 +174,9 @@ class Reader(nn.Module):
         return self.out(x.to(self.out.weight.dtype))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="its compiler cannot follow `weight.dtype`"
+)
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("inputs", [True, False])
 def test_models_that_read_what_layers_are_like_go_on(inplace, inputs):

@@ -196,7 +196,7 @@ def test_the_fourth_notebook_runs_and_its_story_holds():
     assert values["registered"][-2:] == ["pointwise-first", "pointwise-first-fitted"]
     assert all(error < 1e-5 for error in values["whole"].values())
     assert values["lost"]["pointwise-first-fitted"] < values["lost"]["pointwise-first"]
-    assert len(values["comparison"]) == 16
+    assert len(values["comparison"]) == 9
     for point in values["comparison"]:
         assert point["fitted to data, refit"] < point["fitted to data"]
     assert values["bit_equal"] is True
