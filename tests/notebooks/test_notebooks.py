@@ -177,7 +177,6 @@ def test_the_third_notebook_runs_and_its_story_holds():
     errors = {}
     for point in values["comparison"]:
         assert point["MACs"] <= point["share"] + 0.02
-        assert point["time"] > 0
         key = point["method"], point["share"]
         errors.setdefault(point["stage"], {})[key] = point["output error"]
     by_weights, by_data, recovered = errors.values()
