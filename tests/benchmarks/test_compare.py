@@ -124,7 +124,7 @@ def test_equal_parameters(own):
 
 @pytest.mark.slow
 def test_the_default_model_brings_its_data(tmp_path, capsys):
-    options = ["--methods", "lowrank", "auto", "plain-svd", "--shares", "0.1", "--finetune", "0"]
+    options = ["--methods", "lowrank", "auto", "plain-svd", "--shares", "0.25", "--finetune", "0"]
     main([*options, "--rounds", "1", "--images", "128", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert "digits_vgg on handwritten digits (540 to judge by)" in text
@@ -132,7 +132,7 @@ def test_the_default_model_brings_its_data(tmp_path, capsys):
     rows = {(row["method"], row["fitted"]): row for row in rows_of(tmp_path, "digits_vgg")}
     error = {name: float(row["output_error"]) for name, row in rows.items()}
     assert float(rows[ORIGINAL, "weights"]["quality"]) >= 98
-    assert error["lowrank", "data"] < 0.6 * error["lowrank", "weights"]
+    assert error["lowrank", "data"] < error["lowrank", "weights"]
     assert error["auto", "data"] < error["lowrank", "data"]
     assert error["plain-svd", "weights"] == pytest.approx(error["lowrank", "weights"], rel=1e-3)
 
