@@ -187,7 +187,7 @@ def test_the_third_notebook_runs_and_its_story_holds():
     assert len(by_weights) == 12
     for key, error in by_weights.items():
         assert recovered[key] < by_data[key]
-        assert by_data[key] < error or error > 1  # nothing is left of the network
+        assert by_data[key] < error or error > 1.0  # else too little is left for any fit
     assert values["mixed"]["output error"] < min(
         recovered[key] for key in recovered if key[1] == 0.05
     )
