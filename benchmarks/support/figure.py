@@ -20,6 +20,7 @@ from benchmarks.support.summary import (
     stages_of,
 )
 from benchmarks.support.today import TODAY
+from tdecomp.pictures.figure import bare
 from tdecomp.pictures.style import SMALL, TEXT, WIDTH, looks_of
 
 X_AXES = {"macs_share": "MACs / the original's", "time_share": "measured time / the original's"}
@@ -148,7 +149,7 @@ def _draw(
         axes.set_yscale("log")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3, lw=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    bare(axes)
     axes.tick_params(labelsize=SMALL)
 
 

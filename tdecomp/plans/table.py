@@ -105,8 +105,7 @@ class Table:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     def __str__(self) -> str:
-        below = [*self._left_alone(), "; ".join(self._facts())]
-        return "\n".join([*self.warnings, self._render("simple"), *below])
+        return "\n".join([*self.warnings, self._render("simple"), *self._below()])
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._changed()} of {len(self)} {self.title} decomposed>"
@@ -115,9 +114,14 @@ class Table:
         return sum(row.method is not None for row in self.rows)
 
     def _repr_html_(self) -> str:
-        below = [*self._left_alone(), "; ".join(self._facts())]
-        above, below = ([f"<p>{escape(line)}</p>" for line in p] for p in (self.warnings, below))
+        above, below = (
+            [f"<p>{escape(line)}</p>" for line in lines] for lines in (self.warnings, self._below())
+        )
         return "".join([*above, self._render("html"), *below])
+
+    def _below(self) -> list[str]:
+        """The lines below the table."""
+        return [*self._left_alone(), "; ".join(self._facts())]
 
     def summary(self) -> str:
         """One line: warnings, how many layers, parameters and MACs, and what else was found."""

@@ -1,10 +1,12 @@
 """Adam with steps that suit trained weights, of layers whose inputs may be whitened."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR
 
 from tdecomp.recovery.whitening import Basis
@@ -68,27 +70,27 @@ class Coordinates:
 class Adam:
     """Adam, on coordinates of parameters."""
 
-    def __init__(self, coordinates: Coordinates, lr: float) -> None:
+    def __init__(
+        self, coordinates: Coordinates, lr: float, schedule: Callable[[Optimizer], LRScheduler]
+    ) -> None:
         self._coordinates, self._begun = coordinates, False
         # Together, as most of the time for small parameters goes to Python itself.
         self._adam = torch.optim.Adam(coordinates.values, lr=lr, foreach=True)
-        self._schedule: LRScheduler
+        self._schedule = schedule(self._adam)
 
     @classmethod
     def one_cycle(cls, coordinates: Coordinates, lr: float, steps: int) -> "Adam":
         """The rate rises to `lr` over the first tenth of the steps and then falls to zero."""
-        adam = cls(coordinates, lr)
+        total = max(steps, 2)
         # OneCycleLR divides by the length of the warm-up, 0 if it is exactly the first step.
-        warm_up = 0.99 * _WARM_UP if _WARM_UP * max(steps, 2) == 1 else _WARM_UP
-        adam._schedule = OneCycleLR(adam._adam, lr, total_steps=max(steps, 2), pct_start=warm_up)
-        return adam
+        warm_up = 0.99 * _WARM_UP if _WARM_UP * total == 1 else _WARM_UP
+        schedule = partial(OneCycleLR, max_lr=lr, total_steps=total, pct_start=warm_up)
+        return cls(coordinates, lr, schedule)
 
     @classmethod
     def rising(cls, coordinates: Coordinates, lr: float, factor: float) -> "Adam":
         """The rate begins with `lr`, and each step multiplies it."""
-        adam = cls(coordinates, lr)
-        adam._schedule = ExponentialLR(adam._adam, factor)
-        return adam
+        return cls(coordinates, lr, partial(ExponentialLR, gamma=factor))
 
     def step(self, loss: Tensor, device: torch.device) -> None:
         """A step against the gradients of this loss, which are not kept."""

@@ -5,7 +5,6 @@ network as in Romero et al. 2015, "FitNets", and images pasted together as in Yu
 "CutMix".
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ from tdecomp.calibration.data import Batches
 from tdecomp.model.batches import Forward
 from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
+from tdecomp.recovery.options import check_training
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.training import Training, hinted
 from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
@@ -40,12 +40,7 @@ class Distill(RecoveryStep):
     hints: bool = True
 
     def __post_init__(self) -> None:
-        steps, lr = self.steps, self.lr
-        if steps is not None and not (type(steps) is int and steps >= 1):
-            raise ValueError(f"distill: expected steps of at least 1, got {steps!r}")
-        number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
-        if lr is not None and not (number and 0 < lr < math.inf):
-            raise ValueError(f"distill: expected a finite rate above 0, got lr={lr!r}")
+        check_training(self.name, self.lr, steps=self.steps)
 
     def run(
         self, model: nn.Module, original: nn.Module, batches: Batches, held_out: HeldOut

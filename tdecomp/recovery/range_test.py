@@ -4,6 +4,7 @@ Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def range_test(
     `losses` are those of batches, with a graph for gradients; what is trained is afterwards as it
     was.
     """
-    losses = [losses[step % len(losses)] for step in range(_STEPS)]
+    losses = losses[:_STEPS]
     with torch.no_grad():
         before = [float(loss()) for loss in losses]
     factor = (_HIGHEST / _LOWEST) ** (1 / (_STEPS - 1))
@@ -36,7 +37,7 @@ def range_test(
     shares: list[float] = []
     best, least = 0, float("inf")
     with coordinates.restored(), torch.enable_grad():
-        for loss, first in zip(losses, before, strict=True):
+        for loss, first in islice(cycle(zip(losses, before, strict=True)), _STEPS):
             found = loss()
             shares.append(float(found.detach()) / max(first, torch.finfo(torch.float32).tiny))
             mean = sum(shares[-_JOINED:]) / _JOINED

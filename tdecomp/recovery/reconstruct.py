@@ -4,7 +4,6 @@ Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block
 section 3.2, which trains the rounding of weights.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from tdecomp.recovery.attempt import Attempt, errors_so_far, left_note
 from tdecomp.recovery.block_training import BlockTraining
 from tdecomp.recovery.blocks import Block, blocks_of
 from tdecomp.recovery.held_out import HeldOut
+from tdecomp.recovery.options import check_training
 from tdecomp.recovery.quick_layout import take_channels_last
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import replaced_layers
@@ -47,13 +47,7 @@ class Reconstruct(RecoveryStep):
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        epochs = self.epochs
-        if epochs is not None and not (type(epochs) is int and epochs >= 1):
-            raise ValueError(f"reconstruct: expected epochs of at least 1, got {epochs!r}")
-        lr = self.lr
-        number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
-        if lr is not None and not (number and 0 < lr < math.inf):
-            raise ValueError(f"reconstruct: expected a finite rate above 0, got lr={lr!r}")
+        check_training(self.name, self.lr, epochs=self.epochs)
 
     def run(
         self, model: nn.Module, original: nn.Module, batches: Batches, held_out: HeldOut
