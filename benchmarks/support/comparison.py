@@ -146,10 +146,10 @@ class _Bench:
 
     def _recovered(self, run: Run) -> tuple[nn.Module, float]:
         """The network before fine-tuning, and what it took; that of the last run is kept."""
-        start = replace(run, recover=NO_RECOVERY, finetune=0, images=0)
+        stage = replace(run, finetune=0, learning_rate=0.0)
+        start = replace(stage, recover=NO_RECOVERY, images=0)
         if start not in self._last:
             self._last = {start: self._decomposed(run)}
-        stage = replace(run, finetune=0)
         if run.recover != NO_RECOVERY and stage not in self._last:
             network, seconds = self._last[start]
             network, begin = copy.deepcopy(network), time.perf_counter()

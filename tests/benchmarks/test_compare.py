@@ -69,6 +69,14 @@ def test_the_original_is_fine_tuned_too_and_not_changed_before(own):
     assert float(after["output_error"]) > 0
 
 
+def test_a_network_is_decomposed_once_for_all_that_follows(own):
+    steps = ["--recover", "none", "refit", "--finetune", "0", "3"]
+    rows = own("--methods", "svd", "--shares", "0.5", *steps)
+    # A second decomposition, or recovery, would have taken another time.
+    seconds = {(row["method"], row["fitted"], row["recover"], row["seconds"]) for row in rows}
+    assert len(rows) == 2 * len(seconds) == 2 * (1 + 2 * 2)
+
+
 def test_rows_that_are_there_are_not_computed_again(own, tmp_path):
     file = tmp_path / "compare-own.csv"
     first = own(*FEW, "--finetune", "0")
