@@ -23,8 +23,10 @@ from tdecomp.decomposers.spatial import Spatial
 from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.chain import Chain
+from tdecomp.layers.cost import Cost
 from tdecomp.layers.kinds import register_layer_kind
 from tdecomp.layers.spec import LayerKind, LayerSpec
+from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.sensitivity import Sensitivity
 from tdecomp.model.filters import at_least
@@ -66,6 +68,7 @@ __all__ = [
     "Chain",
     "Choice",
     "Compression",
+    "Cost",
     "Data",
     "Decomposer",
     "Decomposition",
@@ -92,6 +95,7 @@ __all__ = [
     "Refit",
     "Report",
     "Row",
+    "SecondMoment",
     "Sensitivity",
     "Spatial",
     "Tucker2",

@@ -26,11 +26,27 @@ _WIDE = 512
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """``E[x xᵀ]`` of a layer's inputs: a matrix, or for few samples the samples themselves."""
+    """``G = E[x xᵀ]`` of a layer's inputs: a matrix, or for few samples the samples themselves.
 
-    matrix: Tensor | None = None  # (fan_in, fan_in)
-    rows: Tensor | None = None  # (samples, fan_in), with ``rows.T @ rows`` the second moment
-    added: float = 0.0  # to the diagonal of that of the rows
+    >>> moment = tdecomp.SecondMoment(rows=torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    >>> moment.lost(torch.tensor([[1.0, 0.0]])), moment.lost(torch.tensor([[0.0, 1.0]]))
+    (9.0, 1.0)
+
+    A method's `fit_to` gets that of the patches that its kernel sees, flattened to ``fan_in``
+    numbers: channels first, then the places of the kernel.
+
+    Attributes
+    ----------
+    matrix : Tensor of shape (fan_in, fan_in), or None
+    rows : Tensor of shape (samples, fan_in), or None
+        Instead of the matrix; ``rows.T @ rows`` is the second moment.
+    added : float
+        To the diagonal of that of the rows.
+    """
+
+    matrix: Tensor | None = None
+    rows: Tensor | None = None
+    added: float = 0.0
 
     def __post_init__(self) -> None:
         assert (self.matrix is None) != (self.rows is None)

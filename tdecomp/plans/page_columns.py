@@ -26,7 +26,7 @@ def page_columns(rows: Sequence[Row], rest: Pair, whole: Pair) -> list[Column]:
     columns += [
         *_costs(rows, (rest, whole), "params", "parameters", count_in_words),
         Column("kind", [str(row.layer or "") for row in rows]),
-        Column("notes", [row.reason or row.note or "" for row in rows]),
+        Column("notes", [row.remarks for row in rows]),
     ]
     return [column for column in columns if any(column.cells)]
 

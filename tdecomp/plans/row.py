@@ -98,6 +98,16 @@ class Row:
     def after(self) -> Cost:
         return Cost(self.params_after, self.macs_after, self.latency_after)
 
+    @property
+    def remarks(self) -> str:
+        """All that there is to say of it: reason or note, how CP's components are, other names."""
+        said = [self.reason or self.note or ""]
+        if self.component_norms is not None:
+            said.append(f"component norms {self.component_norms:.1f} times the kernel's")
+        if len(self.names) > 1:
+            said.append(f"also {', '.join(self.names[1:])}")
+        return "; ".join(words for words in said if words)
+
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data, without NaN and infinities; `Row.from_dict` brings it back."""
         plain = asdict(self).items()

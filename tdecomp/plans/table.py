@@ -250,11 +250,6 @@ def _cells(row: Row) -> list[str]:
     ]
     if row.output_error_margin is not None:
         errors[-1] += f" ± {row.output_error_margin:.4f}"
-    notes = [row.reason or row.note or ""]
-    if row.component_norms is not None:
-        notes.append(f"component norms {row.component_norms:.1f} times the kernel's")
-    if len(row.names) > 1:
-        notes.append(f"also {', '.join(row.names[1:])}")
     return [
         row.name or "(model)",
         "" if row.layer is None else str(row.layer),
@@ -262,7 +257,7 @@ def _cells(row: Row) -> list[str]:
         "" if row.rank is None else str(row.rank),
         *_costs(row.before, row.after),
         *errors,
-        "; ".join(note for note in notes if note),
+        row.remarks,
     ]
 
 

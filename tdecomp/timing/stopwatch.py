@@ -29,6 +29,8 @@ Stages = tuple[Stage, ...]
 # Rounds in which whole models are timed, for how many seconds in each.
 MODEL_ROUNDS = 9
 _MODEL_BLOCK = 0.02
+# One trial that something else disturbs would leave a block with too few calls.
+_TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,26 @@ def interleaved(
     threads = torch.get_num_threads()
     # torch's own timer waits for GPUs, holds off the garbage collector and warms up.
     timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    # `times` holds one number; `mean` would be computed on the default device, which may be meta.
-    repeats = [max(1, round(min_block / timer.timeit(1).times[0])) for timer in timers]
+    repeats = [max(1, round(min_block / _one_call(timer, min_block))) for timer in timers]
     seconds, order = np.empty((rounds, len(timers))), range(len(timers))
     bar = Progress(progress is not None)
     for i in bar.over(range(rounds), progress or "", rounds, "rounds"):
         for j in order if i % 2 == 0 else reversed(order):
-            seconds[i, j] = timers[j].timeit(repeats[j]).times[0]
+            seconds[i, j] = _timed(timers[j], repeats[j])
     return seconds
+
+
+def _one_call(timer: Timer, min_block: float) -> float:
+    """Seconds of one call: the least of three, or of fewer where they take long."""
+    trials = [_timed(timer, 1)]
+    while len(trials) < _TRIALS and sum(trials) < _TRIALS * min_block:
+        trials.append(_timed(timer, 1))
+    return min(trials)
+
+
+def _timed(timer: Timer, repeats: int) -> float:
+    # `times` holds one number; `mean` would be computed on the default device, which may be meta.
+    return float(timer.timeit(repeats).times[0])
 
 
 def ratio(seconds: NDArray[np.float64], of: int, to: int) -> Quartiles:

@@ -5,6 +5,8 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from torch import nn
 
 import tdecomp
 from tests.models import MODELS
@@ -77,6 +79,17 @@ def test_numbers_are_sorted_by_their_value(report, tmp_path):
 def test_a_plan_has_a_page_too(tmp_path):
     tdecomp.plan(MODELS["cnn"].build(), "svd", rank=2).to_html(tmp_path / "plan.html")
     assert "expected error" in Page(tmp_path / "plan.html").words
+
+
+def test_the_remarks_of_a_row_are_those_of_the_table(tmp_path):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3)
+    model = nn.Sequential(conv, conv)
+    report = tdecomp.decompose(model, "cp", rank=4, progress=False).report
+    report.to_html(tmp_path / "report.html")
+    (remarks,) = [words for words in Page(tmp_path / "report.html").words if "also 1" in words]
+    assert "; component norms " in remarks
+    assert remarks in str(report)
 
 
 def test_names_are_escaped(tmp_path):
