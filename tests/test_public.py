@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tdecomp
+import tdecomp.composer
 
 ROOT = Path(tdecomp.__file__).parent
 MODULES = sorted(
@@ -53,9 +54,10 @@ def test_it_needs_a_python_that_it_runs_on():
 def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some save files
     module = importlib.import_module(name)
-    # What an example may take for granted: it stands in the file that defines it.
-    names = {**vars(torch), **vars(module), "torch": torch, "nn": torch.nn, "tdecomp": tdecomp}
-    names |= {n: getattr(tdecomp, n) for n in tdecomp.__all__}
+    # What an example may take for granted, as the first page of the reference says.
+    package = tdecomp.composer if name.startswith("tdecomp.composer") else tdecomp
+    names = {"torch": torch, "nn": torch.nn, "tdecomp": tdecomp}
+    names |= {n: getattr(package, n) for n in package.__all__}
     with torch.random.fork_rng():
         results = doctest.testmod(
             module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False

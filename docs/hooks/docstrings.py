@@ -1,15 +1,27 @@
 """What Markdown needs of docstrings: examples as blocks of code, public names as links."""
 
+import doctest
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from griffe import Extension, GriffeLoader, Module, Object
+from griffe import (
+    DocstringSectionKind,
+    ExprTuple,
+    Extension,
+    GriffeLoader,
+    Module,
+    Object,
+    ParameterKind,
+)
 
 _EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)  # up to a blank line
 _OPTION = re.compile(r" *# doctest: .*")
 _TYPE = re.compile(r"^(?:[\w*, ]+ : |callable ).*``.*$", re.MULTILINE)  # shown as code as it is
 _NAME = re.compile(r"(?<![`\[])`(?:tdecomp\.)?(\w+)`(?!`)")
+_WRITTEN = re.compile(r"^([\w*]+(?:, [\w*]+)*) : (.*)$", re.MULTILINE)
+_NAMED = (DocstringSectionKind.parameters, DocstringSectionKind.attributes)
+_STARRED = (ParameterKind.var_positional, ParameterKind.var_keyword)
 
 
 class Docstrings(Extension):
@@ -19,17 +31,54 @@ class Docstrings(Extension):
         del loader
         public = {str(name) for name in pkg.exports or ()}
 
-        def link(found: re.Match[str]) -> str:
-            code, name = found[0], found[1]
-            # Lower case without the package may be a parameter of the same name.
-            sure = name[0].isupper() or code.startswith("`tdecomp.")
-            return f"[{code}][tdecomp.{name}]" if name in public and sure else code
-
         for entry in _objects(pkg):
             if entry.docstring is not None:
                 text = _EXAMPLE.sub(_fenced, entry.docstring.value)
                 text = _TYPE.sub(lambda line: line[0].replace("``", ""), text)
-                entry.docstring.value = _NAME.sub(link, text)
+                entry.docstring.value = _NAME.sub(_link(entry, public), text)
+                _as_they_are(entry)
+
+
+def _link(entry: Object, public: set[str]) -> Callable[[re.Match[str]], str]:
+    """What makes links of public names, unless the entry has a parameter of that name."""
+    own = {entry.name, *_signature(entry), *(_signature(entry.parent) if entry.parent else ())}
+
+    def linked(found: re.Match[str]) -> str:
+        code, name = found[0], found[1]
+        sure = name not in own or code.startswith("`tdecomp.")
+        return f"[{code}][tdecomp.{name}]" if name in public and sure else code
+
+    return linked
+
+
+def _as_they_are(entry: Object) -> None:
+    """Give each documented name its own type and default, as the signature or the text has them.
+
+    Griffe gives all names of ``a, b`` those of the first, ``{"x", "y"}`` the default "x", and
+    reads a type in words with a comma as a tuple.
+    """
+    assert entry.docstring is not None
+    own = _signature(entry)
+    written = dict(_WRITTEN.findall(entry.docstring.value))
+    for section in entry.docstring.parsed:
+        for item in section.value if section.kind in _NAMED else ():
+            if any(item.annotation is annotation for annotation, _ in own.values()):
+                item.annotation = own.get(item.name, (item.annotation, None))[0]
+            elif isinstance(item.annotation, ExprTuple):
+                texts = (text for names, text in written.items() if item.name in names.split(", "))
+                item.annotation = next(texts, item.annotation)
+            if item.name in own and section.kind is DocstringSectionKind.parameters:
+                item.value = own[item.name][1]
+
+
+def _signature(entry: Object) -> dict[str, tuple[Any, Any]]:
+    """The annotation and the default of each parameter, or of each field of a dataclass."""
+    if entry.is_class and "__init__" not in entry.members:
+        fields = (member for member in entry.members.values() if member.is_attribute)
+        return {field.name: (field.annotation, field.value) for field in fields}
+    function = entry.members["__init__"] if entry.is_class else entry
+    parameters = getattr(function, "parameters", ())
+    return {p.name: (p.annotation, None if p.kind in _STARRED else p.default) for p in parameters}
 
 
 def _objects(entry: Object) -> Iterator[Object]:
@@ -40,4 +89,11 @@ def _objects(entry: Object) -> Iterator[Object]:
 
 
 def _fenced(example: re.Match[str]) -> str:
-    return f"```pycon\n{_OPTION.sub('', example[0])}\n```"
+    """Code that can be copied as it is, and what it prints in a block of its own."""
+    blocks, code = [], ""
+    for part in doctest.DocTestParser().get_examples(example[0] + "\n"):
+        code += _OPTION.sub("", part.source)
+        if part.want:
+            blocks += [f"```python\n{code}```", f"```text\n{part.want}```"]
+            code = ""
+    return "\n\n".join([*blocks, *([f"```python\n{code}```"] if code else [])])

@@ -36,6 +36,7 @@ def parsed(text: str | bytes, kind: str, form: int) -> dict[str, Any]:
 def typed(hint: Any, value: Any, place: str) -> Any:
     """The value as one of a type: lists become tuples, and objects dataclasses.
 
+    >>> from tdecomp.files.typed import typed
     >>> typed(tuple[str, ...] | None, ["fc", "head"], "names")
     ('fc', 'head')
 

@@ -32,8 +32,8 @@ class LayerSpec:
     """A Linear (no spatial dimension) or a convolution, without its weights.
 
     >>> spec = LayerSpec.of(nn.Conv2d(16, 32, 3, stride=2, padding=1))
-    >>> spec.output_size((9, 9)), spec.macs(Call(1, (9, 9)))
-    ((5, 5), 115200)
+    >>> spec.output_size((9, 9)), spec.params
+    ((5, 5), 4640)
 
     Parameters
     ----------
@@ -259,10 +259,9 @@ def _whole(numbers: Iterable[Any], least: int) -> bool:
 class LayerKind(ABC):
     """How the layers of one kind are recognised, read, built and laid out.
 
-    >>> layer = nn.ConvTranspose2d(8, 4, 3)
-    >>> kind = kind_of(layer)
-    >>> kind.to_forward_layout(layer.weight, kind.spec_of(layer)).shape
-    torch.Size([4, 8, 3, 3])
+    >>> spec = LayerSpec.of(nn.ConvTranspose2d(8, 4, 3))
+    >>> spec.kind, spec.weight_shape  # as torch stores it: (in, out, *kernel)
+    ('ConvTranspose2d', (8, 4, 3, 3))
 
     `tdecomp.register_layer_kind` shows one of one's own.
 

@@ -19,6 +19,7 @@ Shape = Sequence[int]
 class MacCounter(OperatorMode):
     """Counts what runs inside a `with` block, the same on every device and by every kernel.
 
+    >>> from tdecomp.model.macs import MacCounter
     >>> with MacCounter() as counter:
     ...     q = torch.ones(1, 2, 16, 8)
     ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)

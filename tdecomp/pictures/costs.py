@@ -102,8 +102,8 @@ def _draw_errors(
                 error, place, xerr=margin or None, fmt=look.marker, color=look.colour, markersize=5,
                 fillstyle=FILLS[kind], capsize=2, elinewidth=1,
             )  # fmt: skip
-    axes.set_xlim(left=0)
     axes.margins(x=0.08)
+    axes.set_xlim(left=0)  # after the margins: it ends autoscaling
     axes.set_xlabel(" and ".join(kinds), fontsize=SMALL)
     axes.grid(axis="x", color=LIGHT)
     axes.set_axisbelow(True)

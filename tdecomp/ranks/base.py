@@ -129,7 +129,7 @@ class RankSelector(ABC):
     """Chooses the ranks. Local selectors see one layer at a time, a budget sees all of them.
 
     >>> class OnlyTheLargest(RankSelector):
-    ...     def select(self, sites, rest=NOTHING):
+    ...     def select(self, sites, rest=None):
     ...         largest = sorted(sites, key=lambda site: site[0].before.params)[-1]
     ...         small = Choice(reason="not the largest layer")
     ...         return [Choice(s[0], 8) if s is largest else small for s in sites]
