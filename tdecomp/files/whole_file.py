@@ -13,6 +13,8 @@ def whole_file(file: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(file))  # a link stays one
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {target.parent}")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; expected the name of a file in it")
     draft = target.with_name(f".{uuid.uuid4().hex}.draft")  # however long the name
     try:
         yield draft

@@ -155,6 +155,7 @@ def candidate(
         decomposer=method,
         errors=partial(losses.nested_errors, method),
         error_at=partial(losses.error_at, method),
+        expected=partial(losses.expected_error, method),
         by_outputs=losses.fits_to_data(method),
     )
 

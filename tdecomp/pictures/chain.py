@@ -59,10 +59,12 @@ def draw(
         spec = layer if isinstance(layer, LayerSpec) else LayerSpec.of(layer)
     if method is None or rank is None:
         raise ValueError(f"draw: expected a method and a rank for {spec}, got {method!r}, {rank!r}")
-    call = Call(1, tuple(size or ()))
     known = spec.ndim == 0 or size is not None
-    if known and not spec.takes(call):
-        raise ValueError(f"draw: {spec} takes no input of size {size!r}")
+    call = Call(1, tuple(size) if isinstance(size, Sequence) else ())
+    fits = spec.takes(call) and 0 not in spec.output_size(call.size)
+    if size is not None and not (isinstance(size, Sequence) and fits):
+        wanted = f"{spec.ndim} sizes large enough for its kernel" if spec.ndim else "none"
+        raise ValueError(f"draw: {spec} takes no input of size {size!r}; expected {wanted}")
     decomposer = get_decomposer(method)
     chosen = checked_rank("draw", decomposer, spec, rank)
     return drawn_chain(spec, (call,) if known else None, decomposer, chosen)

@@ -13,10 +13,19 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from tdecomp.layers.cost import count_in_words
 from tdecomp.pictures.figure import NotebookFigure, bare
-from tdecomp.pictures.style import DARK, GREY, LIGHT, SMALL, WIDTH, Look, largest, looks_of
+from tdecomp.pictures.style import (
+    DARK,
+    GREY,
+    LIGHT,
+    SMALL,
+    WIDTH,
+    Look,
+    largest,
+    looks_of,
+    shortened,
+)
 
 _MOST = 32  # of the layers; the largest are shown
-_LABEL = 30  # characters of a name
 # How the markers of each error are filled; that of the weight is hollow.
 FILLS: dict[str, Any] = {"weight error": "none", "output error": "full", "expected error": "full"}
 
@@ -46,9 +55,9 @@ def costs_and_errors(layers: Sequence[LayerBars], unit: str) -> Figure:
     figure = NotebookFigure(figsize=(WIDTH, 0.2 * max(lines, 4) + 1.3), layout="constrained")
     panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False, width_ratios=ratios)[0]
 
-    names = [_short(layer.name) for layer in shown]
+    names = [shortened(layer.name) for layer in shown]
     names += [f"and {len(others)} more"] if others else []
-    panels[0].set_yticks(range(lines), names, fontsize=SMALL)
+    panels[0].set_yticks(range(lines), names, fontsize=SMALL, parse_math=False)
     panels[0].set_ylim(lines - 0.4, -0.6)
     _draw_bars(panels[0], shown, looks, lambda layer: layer.cost)
     panels[0].set_xlabel(unit, fontsize=SMALL)
@@ -123,7 +132,3 @@ def _legend(
         Line2D([], [], marker="o", linestyle="", color=DARK, fillstyle=FILLS[kind], label=kind)
         for kind in kinds
     ]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LABEL else f"…{name[1 - _LABEL :]}"

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from tdecomp.pictures.figure import NotebookFigure, bare
-from tdecomp.pictures.style import LIGHT, SMALL, TEXT, WIDTH, looks_of
+from tdecomp.pictures.style import LIGHT, SMALL, TEXT, WIDTH, looks_of, shortened
 
 _COLUMNS = 4
+_TITLE = 24  # characters that fit above a panel
 # Shares of the cost, errors, and whether each was computed rather than interpolated.
 Series = tuple[Sequence[float], Sequence[float], Sequence[bool]]
 
@@ -29,8 +30,9 @@ def small_multiples(
             axis.plot(
                 shares, errors, color=look.colour, linestyle=look.dashes, linewidth=1.2,
                 marker=look.marker, markersize=3, markevery=_spread(marked), label=method,
+                clip_on=False,  # markers at the edge are whole
             )  # fmt: skip
-        axis.set_title(title, fontsize=SMALL)
+        axis.set_title(shortened(title, _TITLE), fontsize=SMALL, parse_math=False)
         axis.set_xlim(0, 1)
         axis.set_ylim(bottom=0)
         axis.grid(color=LIGHT)

@@ -53,6 +53,11 @@ def largest(items: Sequence[Item], amount: Callable[[Item], float], most: int) -
     return [items[i] for i in sorted(kept)]
 
 
+def shortened(name: str, most: int = 30) -> str:
+    """At most that many characters of a layer's name: its end, which tells layers apart."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
 @contextmanager
 def needs_matplotlib(caller: str) -> Iterator[None]:
     """Say which extra installs it where an import inside fails."""

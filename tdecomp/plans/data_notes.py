@@ -1,7 +1,7 @@
 """What a table says of the data: none, or too little for some layers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tdecomp.calibration.moments import Moments
 from tdecomp.plans.row import Row
@@ -10,6 +10,9 @@ from tdecomp.plans.row import Row
 _ENOUGH = 4
 # Weight errors below this are hardly felt in outputs, whatever the inputs.
 _SMALL = 0.1
+# The share of a layer's output, or of its squared weights, beyond which little is left of it.
+_ALMOST_ALL = 0.9
+_NAMED = 3
 # What a note begins with that readers have to know before they look at the errors.
 WARNING = "warning: "
 _BY_WEIGHTS = (
@@ -21,14 +24,15 @@ _BY_WEIGHTS = (
 def data_notes(rows: Iterable[Row], moments: Moments | None) -> tuple[str, ...]:
     """For the rows of a plan or of a report, fitted to these moments or, for None, to weights."""
     changed = [row for row in rows if row.method is not None]
-    if moments is None:
-        errors = [row.expected_error if row.weight_error is None else row.weight_error
-                  for row in changed]  # fmt: skip
-        if any(error is None or error > _SMALL for error in errors):
-            return (_BY_WEIGHTS,)
-        return ()
     if not changed:
         return ()
+    if moments is None:
+        errors = [_weight_error(row) for row in changed]
+        bounds = [r.weight_error is None and isinstance(r.rank, tuple) for r in changed]
+        pairs = zip(errors, bounds, strict=True)
+        lost = [None if error is None or bound else error**2 for error, bound in pairs]
+        notes = [_BY_WEIGHTS] if any(error is None or error > _SMALL for error in errors) else []
+        return (*notes, *_ruined(changed, lost, "weights"))
     notes = [
         f"{WARNING}nothing is held out: errors are of what was fitted to, those of other inputs "
         "are higher"
@@ -49,4 +53,22 @@ def data_notes(rows: Iterable[Row], moments: Moments | None) -> tuple[str, ...]:
             f"{name!r}: {seen.count:,} inputs of {seen.spec.fan_in:,} entries; "
             f"{math.ceil(times)} times as much would do"
         )
-    return tuple(notes)
+    shares = [r.expected_error if r.output_error is None else r.output_error for r in changed]
+    return (*notes, *_ruined(changed, shares, "output"))
+
+
+def _weight_error(row: Row) -> float | None:
+    return row.expected_error if row.weight_error is None else row.weight_error
+
+
+def _ruined(rows: Sequence[Row], lost: Sequence[float | None], what: str) -> tuple[str, ...]:
+    """A warning of chains that have next to nothing of their layers."""
+    pairs = zip(rows, lost, strict=True)
+    names = [repr(row.name) for row, share in pairs if share is not None and share > _ALMOST_ALL]
+    if not names:
+        return ()
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"{WARNING}{len(names)} of {len(rows)} layers lose over {_ALMOST_ALL:.0%} of their {what} "
+        f"({', '.join(names[:_NAMED])}{more}): take larger ranks, or leave them alone",
+    )

@@ -98,7 +98,7 @@ def make_plan(
         whole = Cost(params, found.trace.total_macs, uncounted=found.trace.uncounted)
     try:
         with request.progress.step("choose ranks"):
-            chosen = _choose(model, request, times, offers, whole)
+            chosen = _choose(model, request, times, offers, whole, expect=expect)
     except UnmetError as unmet:
         largest = _largest(sites, choices, whole, unmet.unit)
         raise UnmetError(f"{unmet}{largest}", unmet.unit, unmet.least) from unmet
@@ -185,12 +185,15 @@ def _profile(model: nn.Module, request: Request, sites: Sequence[Site]) -> Profi
 
 
 def _choose(
-    model: nn.Module, request: Request, times: Profile | None, offers: Sequence[Offer], whole: Cost
-) -> TimedChoices:
+    model: nn.Module, request: Request, times: Profile | None, offers: Sequence[Offer],
+    whole: Cost, *, expect: bool,
+) -> TimedChoices:  # fmt: skip
     """A guarded choice for each offer, with measured times if there is a profile."""
     selector, example = request.selector, request.example
     rest = whole - total(offer.losses.before for offer in offers)
-    guard: Callable[[Choice], Choice] = (lambda c: c) if request.allow_expansion else guarded
+    guard: Callable[[Choice], Choice] = partial(guarded, expect=expect)
+    if request.allow_expansion:
+        guard = _as_it_is
     if times is None or example is None:
         candidates = [offer.candidates for offer in offers]
         chosen = list(map(guard, checked_choices(selector, candidates, rest)))
@@ -198,6 +201,10 @@ def _choose(
     return choose_with_times(LayoutTimes(
         offers, selector, rest, times, example, model, request.only_if_faster, guard
     ))  # fmt: skip
+
+
+def _as_it_is(choice: Choice) -> Choice:
+    return choice
 
 
 def _largest(

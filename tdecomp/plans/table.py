@@ -1,5 +1,6 @@
 """Rows as the table that people look at."""
 
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +67,9 @@ class Table:
 
     def __getitem__(self, name: str) -> Row:
         if name not in self._by_name:
-            raise KeyError(f"no Linear or convolution is named {name!r}")
+            near = difflib.get_close_matches(name, self._by_name) or [*self._by_name][:3]
+            there = f"of {len(self)} there are {', '.join(map(repr, near))}"
+            raise KeyError(f"no Linear or convolution is named {name!r}; {there}")
         return self._by_name[name]
 
     def __iter__(self) -> Iterator[Row]:

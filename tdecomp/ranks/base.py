@@ -76,6 +76,8 @@ class Candidate:
         The exact errors at rank 0, 1, 2 … of a method whose best fits are nested, else None.
     error_at : callable ``(rank) -> float``
         Of a fit at this rank; None if it fails.
+    expected : callable ``(rank) -> float``
+        The error to expect of this rank, exact or a bound; None where only a fit would tell.
     by_outputs : bool
         Whether errors are shares of the variance of the layer's output on data, not
         ‖W − W̃‖ / ‖W‖.
@@ -93,7 +95,17 @@ class Candidate:
     decomposer: Any = None
     errors: Callable[[], Sequence[float] | None] = _unknown
     error_at: Callable[[Rank], float | None] = _unknown
+    expected: Callable[[Rank], float | None] = _unknown
     by_outputs: bool = False
+
+    def would_lose(self, rank: Rank, error: float) -> str:
+        """In words, what the layer's chain of this rank would lose."""
+        lost = (
+            f"lose {error:.1%} of the output"
+            if self.by_outputs
+            else f"have the relative error {error:.3f}"
+        )
+        return f"its best chain ({self.method} {rank}) would {lost}"
 
 
 @dataclass(frozen=True)

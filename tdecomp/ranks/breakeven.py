@@ -35,4 +35,4 @@ class BreakEven(LocalSelector):
 
 def by_parameters(candidate: Candidate) -> str | None:
     """The note of a row whose break-even rank compares parameters, as no MACs are known."""
-    return None if candidate.before.macs else "break-even by parameters: no MACs observed"
+    return None if candidate.before.macs else "compared by parameters: no MACs observed"

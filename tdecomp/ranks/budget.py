@@ -226,9 +226,5 @@ class _LayerChoices(Choices):
         if not chains:
             return "kept as it is: no cheaper chain is worth considering"
         candidate, best = min(chains, key=lambda pair: pair[1].loss)
-        by_outputs = f"would lose {best.error:.1%} of the output"
-        by_weights = f"would have the relative error {best.error:.3f}"
-        return (
-            f"kept as it is, as the budget allows: its best chain ({candidate.method} {best.rank}) "
-            + (by_outputs if candidate.by_outputs else by_weights)
-        )
+        lost = candidate.would_lose(best.rank, best.error)
+        return f"kept as it is, as the budget allows: {lost}"

@@ -125,6 +125,8 @@ def test_a_drawing_is_saved_and_shown_in_a_notebook(tmp_path):
         (nn.Linear(8, 8), "tucker2", 2, None, "svd takes Linear layers"),
         (nn.Linear(8, 8), "svd", 99, None, "at most 8"),
         (nn.Conv2d(8, 8, 3), "cp", 2, (7,), r"no input of size \(7,\)"),
+        (nn.Conv2d(8, 8, 3), "cp", 2, (2, 2), r"expected 2 sizes large enough"),
+        (nn.Conv2d(8, 8, 3), "cp", 2, 14, "no input of size 14; expected 2 sizes"),
         (nn.ReLU(), "svd", 2, None, "expected a layer of a known kind"),
     ],
 )

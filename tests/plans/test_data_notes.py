@@ -1,5 +1,7 @@
 """What the summaries of plans and reports say of the data."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,15 @@ def test_fits_to_weights_are_told_where_they_lose_anything(model):
     with torch.no_grad():  # a layer that has this rank anyway
         model[0].weight[:, 4:] = 0
     assert not any(WEIGHTS in summary for summary in summaries(model, {"0": 4}))
+
+
+def test_layers_of_which_next_to_nothing_is_left_are_named(model):
+    words = r"[12] of 2 layers lose over 90% of their {} \('0'.*\): take larger ranks"
+    for summary in summaries(model, 1):
+        assert re.search(words.format("weights"), summary)
+    for summary in summaries(model, 1, data=inputs(500)):
+        assert re.search(words.format("output"), summary)
+    assert not any("lose over" in summary for summary in summaries(model, 15))
 
 
 def test_too_little_data_is_told_with_how_much_would_do(model):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tdecomp
+from tdecomp.pictures.figure import as_svg
 from tests.models import MODELS
 from tests.plans.test_report import NASTY, nasty
 
@@ -97,6 +98,24 @@ def test_names_are_escaped(tmp_path):
     page = Page(tmp_path / "report.html")
     assert NASTY in page.words
     assert not page.tags("b")
+
+
+def test_names_are_no_formulas():
+    model = nn.Sequential()
+    model.add_module("a$x^2$", nn.Linear(16, 16))
+    model.add_module("b$\\nothing$" + 40 * "b", nn.Linear(16, 16))
+    model.eval()
+    x = torch.randn(4, 16)
+    plan = tdecomp.plan(model, "svd", rank=4, example_inputs=x, progress=False)
+    for figure in (plan.plot(), tdecomp.sensitivity(model, "svd", progress=False).plot()):
+        assert "a$x^2$" in as_svg(figure)
+
+
+def test_a_page_is_no_folder(report, tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder; expected the name of a file"):
+        report.to_html(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        report.to_html(tmp_path / "nowhere/report.html")
 
 
 def test_without_matplotlib_a_page_says_what_its_picture_needs(report, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_a_note_appears_once():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     plan = tdecomp.plan(model, "svd", rank="breakeven", **QUIET)
     for row in plan:
-        assert row.note.count("break-even by parameters") == 1
+        assert row.note.count("compared by parameters") == 1
     assert replace(plan["0"]) == plan["0"]
 
 

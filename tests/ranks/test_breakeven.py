@@ -96,7 +96,7 @@ def test_by_parameters_without_example_inputs_and_the_note_says_so():
     conv = nn.Conv2d(16, 24, 3, stride=2, bias=False)
     row = row_of(conv, "cp")
     assert row.rank == fewest(16 + 9 + 24, 16 * 24 * 9)
-    assert row.note == "break-even by parameters: no MACs observed"
+    assert row.note == "compared by parameters: no MACs observed"
     assert row_of(conv, "cp", torch.zeros(1, 16, 8, 8)).note is None
 
 
@@ -148,9 +148,11 @@ def test_a_rank_that_saves_nothing_is_refused_with_both_numbers(selector):
     assert row.method is None
     assert row.rank is None
     assert row.macs_after == row.macs_before
+    best = row_of(layer, "svd", x)
     assert row.reason == (
         f"svd at rank {allowed.rank} would not save MACs: {allowed.macs_after:,} against the "
-        f"layer's {row.macs_before:,}"
+        f"layer's {row.macs_before:,}; its best chain (svd {best.rank}) would have the relative "
+        f"error {best.expected_error:.3f}"
     )
     assert allowed.method == "svd"
     assert allowed.macs_after >= allowed.macs_before
@@ -166,7 +168,7 @@ def test_the_guard_goes_by_parameters_without_inputs_and_says_so():
     row = row_of(LAYERS["linear"][0], "svd", rank=BREAK_EVEN + 1)
     assert "would not save parameters: 504 against the layer's 500" in row.reason
     row = row_of(LAYERS["linear"][0], "svd", rank=BREAK_EVEN)
-    assert row.note == "break-even by parameters: no MACs observed"
+    assert row.note == "compared by parameters: no MACs observed"
 
 
 def test_the_guard_goes_by_macs_where_parameters_would_say_otherwise():
