@@ -31,6 +31,11 @@ from benchmarks.support.subject import DIGITS, Subject, named_subject, subject_o
 from benchmarks.support.table import failures, format_tables
 from benchmarks.support.verdict import verdict
 
+# What all rows of one table have in common; the last two are 0 where they do not matter.
+_WHERE_USED = ("images", "learning_rate")
+_THE_SAME = ("model", "weights", "data", "equal", "val_images", "batch_size", "min_channels",
+             *_WHERE_USED)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Job:
@@ -56,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for note in (*_notes(rows), *failures(rows)):
         print(f"* {note}")
     print(f"\n{verdict(rows)}\n")
+    if options.tables is None:
+        print(f"written: {_file(options.out, rows[0].run.model, 'csv')}")
     for path in write(options.out, rows):
         print(f"written: {path}")
 
@@ -105,6 +112,8 @@ def run(job: Job, file: Path, *, resume: bool) -> list[Row]:
     runs = runs_of(job.subject, job.protocol)
     known = read_rows(file) if resume else []
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and not resume:  # hours of work, perhaps
+        file.replace(file.with_suffix(".csv.old"))
     write_rows(known, file)  # without a line that was cut off
     done = {row.run for row in known}
     todo = [one for one in runs if one not in done]
@@ -118,20 +127,28 @@ def run(job: Job, file: Path, *, resume: bool) -> list[Row]:
 
 
 def of_table(file: Path) -> list[Row]:
-    """The rows of a CSV file of this command, of one model."""
+    """The rows of one comparison in a CSV file of this command; of a run told twice, the last."""
     rows = read_rows(file)
-    if len({row.run.model for row in rows}) != 1:
-        raise ValueError(f"--tables {file}: expected the rows of one model, got {len(rows)} rows")
-    return rows
+    if not rows:
+        raise ValueError(f"--tables {file}: expected rows that this command wrote, got none")
+    for name in _THE_SAME:
+        runs = (row.run for row in rows if row.run.method != ORIGINAL or name in _THE_SAME[:3])
+        found = {value for run in runs if (value := getattr(run, name)) or name not in _WHERE_USED}
+        if len(found) > 1:
+            raise ValueError(
+                f"--tables {file}: expected the rows of one comparison, got {name} of "
+                f"{' and '.join(sorted(map(str, found)))}; keep one of them in the file"
+            )
+    return of_runs(rows, dict.fromkeys(row.run for row in rows))
 
 
 def write(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write the JSON file, the tables and the pictures; returns their paths and the CSV file's."""
+    """Write the JSON file, the tables and the pictures; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     model = rows[0].run.model
-    written = [_file(folder, model, suffix) for suffix in ("csv", "json", "md", "tex")]
-    write_json(rows, written[1])
-    for path, style in zip(written[2:], ("markdown", "latex"), strict=True):
+    written = [_file(folder, model, suffix) for suffix in ("json", "md", "tex")]
+    write_json(rows, written[0])
+    for path, style in zip(written[1:], ("markdown", "latex"), strict=True):
         path.write_text(format_tables(rows, style) + "\n", encoding="utf-8")
     for y in ("quality", "output_error", "time_share"):
         path = _file(folder, f"{model}-{y.replace('_', '-')}", "svg")
@@ -162,7 +179,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     ]
     images = max(run.images for run in runs)
     if images:
-        notes.append(f"data, and steps without labels: {images:,} training images")
+        notes.append(f"data, and steps without labels: up to {images:,} training images")
     if runs[0].val_images:
         notes.append("output error: the share of the variance of the model's outputs that is lost")
     if any(run.finetune for run in runs):

@@ -1,6 +1,7 @@
 """Decompose one model in several ways and measure what each way costs and keeps."""
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -217,8 +218,12 @@ class _Bench:
             return {}
         outputs = self._outputs(network)
         assert outputs is not None
+        if not outputs.isfinite().all():
+            raise ValueError("its outputs are not finite, so that there is nothing to judge")
         if self.subject.metric is not None:
             quality = float(self.subject.metric(network))
+            if not math.isfinite(quality):
+                raise ValueError(f"metric(model) gave {quality}; expected a finite number")
         else:
             right = outputs.argmax(dim=1) == self.data.val.labels
             quality = 100 * float(right.double().mean())

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from benchmarks.support.models import InputFormat
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp"})
+# Those of torchvision's ImageFolder.
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 KNOWN_TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
 
 
@@ -109,8 +112,12 @@ def image_folder(
     to train on; those to judge by are always the same.
     """
     classes = _classes(root / "train")
-    if _classes(root / "val") != classes:
-        raise ValueError(f"{root}/train and {root}/val hold different classes")
+    other = set(classes) ^ set(_classes(root / "val"))
+    if other:
+        raise ValueError(
+            f"{root}/train and {root}/val hold different classes: {', '.join(sorted(other))} "
+            "only one of them"
+        )
     splits = []
     normalise = Normalisation(255.0, image_format.mean, image_format.std)
     for part, limit, drawn_by in (("train", train_images, seed), ("val", val_images, 0)):
@@ -136,7 +143,9 @@ def _classes(folder: Path) -> list[str]:
             f"no folder {folder}; expected FOLDER/train/<class>/<image> and "
             "FOLDER/val/<class>/<image>"
         )
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    classes = sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
+    )
     if not classes:
         raise ValueError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
     return classes
@@ -147,7 +156,7 @@ def _files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
     labels: list[int] = []
     for label, name in enumerate(classes):
         found = sorted(
-            path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
+            path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
         )
         if not found:
             raise ValueError(f"{folder / name} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")

@@ -121,9 +121,12 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
 
 def _timm() -> ModuleType:
     try:
+        import_torchvision()  # timm imports it, with what its operators need
         return importlib.import_module("timm")
     except ImportError as error:
-        raise ValueError("timm is not installed; pip install timm") from error
+        raise ValueError(
+            f"{TIMM}NAME needs timm and torchvision: pip install timm ({error})"
+        ) from error
 
 
 def _timm_format(name: str) -> InputFormat:

@@ -17,7 +17,10 @@ from tdecomp import flip_and_shift
 
 DIGITS = "digits_vgg"
 ACCURACY = "accuracy (%)"
-_LABELS_ARE = "expected batches (inputs, labels), each a tensor, as a DataLoader yields them"
+_LABELS_ARE = (
+    "expected batches (inputs, labels), each a tensor, as a DataLoader yields them; a model of "
+    "several inputs can be wrapped in a module that takes one"
+)
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,32 @@ def subject_of_file(path: Path, *, train_images: int, val_images: int | None) ->
         for batches, limit in zip(both, (train_images, val_images), strict=True)
     )
     own = Dataset(path.stem, 0, train, val)
+    _check_outputs(path, model.eval(), val, judged_by_accuracy=not hasattr(module, "metric"))
     inputs = partial(_first, val)
     return Subject(
-        path.stem, "own", model.eval(), own.title, inputs, lambda _seed: own, len(val),
+        path.stem, "own", model, own.title, inputs, lambda _seed: own, len(val),
         metric=getattr(module, "metric", None),
         loss=getattr(module, "loss", nn.functional.cross_entropy),
     )  # fmt: skip
+
+
+def _check_outputs(path: Path, model: nn.Module, val: Split, *, judged_by_accuracy: bool) -> None:
+    """A ValueError if what the model gives cannot be compared, or not with the labels."""
+    x, y = val.at(slice(0, 1))
+    with torch.inference_mode():
+        outputs = model(x)
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"{path}: the model gave a {type(outputs).__name__}, expected a tensor; wrap it in a "
+            "module that returns one"
+        )
+    classes = outputs.dim() == 2 and y.dim() == 1 and not y.is_floating_point()
+    if judged_by_accuracy and not classes:
+        raise ValueError(
+            f"{path}: outputs of shape {tuple(outputs.shape)} and labels of {y.dtype} and shape "
+            f"{tuple(y.shape)} have no accuracy, which needs (n, classes) and whole numbers (n,); "
+            "expected metric(model)"
+        )
 
 
 def _executed(path: Path) -> ModuleType:
@@ -129,7 +152,10 @@ def _joined(batches: Iterable[Any], limit: int | None, where: str) -> Split:
             or not all(isinstance(part, Tensor) for part in batch[:2])
             or len(batch) < 2
         ):
-            raise ValueError(f"{where}: got a {type(batch).__name__}; {_LABELS_ARE}")
+            got = type(batch).__name__
+            if isinstance(batch, (tuple, list)):
+                got += f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
+            raise ValueError(f"{where}: got a {got}; {_LABELS_ARE}")
         inputs.append(batch[0])
         labels.append(batch[1])
         count += len(batch[1])

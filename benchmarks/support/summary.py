@@ -26,9 +26,9 @@ class Line:
         return fmean(values) if values else nan
 
     def spread(self, name: str) -> float | None:
-        """The standard deviation over the seeds, where there are several."""
+        """The standard deviation over the seeds, where there are several; time is measured once."""
         values = self.values(name)
-        return stdev(values) if len(values) > 1 else None
+        return stdev(values) if len(values) > 1 and not name.startswith("time_") else None
 
     @property
     def curve(self) -> tuple[str, str, str]:
@@ -42,6 +42,15 @@ def lines_of(rows: Iterable[Row]) -> list[Line]:
     for row in rows:
         groups.setdefault(replace(row.run, seed=0), []).append(row)
     return [Line(group[0].run, group) for group in groups.values()]
+
+
+def each_once(lines: Iterable[Line], name: str) -> list[Line]:
+    """For each curve and share the first line that has a value, whatever was done after it."""
+    found: dict[tuple[tuple[str, str, str], float], Line] = {}
+    for line in lines:
+        if line.values(name):
+            found.setdefault((line.curve, line.run.share), line)
+    return list(found.values())
 
 
 def stages_of(lines: Iterable[Line]) -> list[tuple[str, int]]:
@@ -65,13 +74,16 @@ def curve_in_words(curve: tuple[str, str, str]) -> str:
     return words if ranks == "uniform" or method in ("auto", "dense") else f"{words}, {ranks}"
 
 
-def best_of(lines: Iterable[Line], name: str) -> dict[float, Line]:
-    """At each share the line with the highest quality, or the lowest error."""
+def best_of(lines: Iterable[Line], name: str) -> dict[float, list[Line]]:
+    """At each share the lines with the highest quality, or the lowest error: all that are equal."""
     sign = 1 if name == "quality" else -1
-    best: dict[float, Line] = {}
+    best: dict[float, list[Line]] = {}
     for line in lines:
         if line.run.method != ORIGINAL and line.values(name):
-            known = best.setdefault(line.run.share, line)
-            if sign * line.mean(name) > sign * known.mean(name):
-                best[line.run.share] = line
+            known = best.setdefault(line.run.share, [])
+            ahead = sign * (line.mean(name) - known[0].mean(name)) if known else 1.0
+            if ahead > 0:
+                known.clear()
+            if ahead >= 0:
+                known.append(line)
     return best

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from benchmarks.support.rows import ORIGINAL, Row
+from benchmarks.support.rows import NO_RECOVERY, ORIGINAL, Row
 from benchmarks.support.summary import (
     Line,
     best_of,
     curve_in_words,
+    each_once,
     lines_of,
     stage_in_words,
     stages_of,
@@ -23,7 +24,6 @@ _COSTS = {
     "macs_share": ("MACs, of the original's", ".3f"),
     "params_share": ("parameters, of the original's", ".3f"),
     "time_share": ("measured time, of the original's", ".2f"),
-    "seconds": ("seconds to decompose", ".2f"),
 }
 
 
@@ -39,43 +39,57 @@ def format_tables(rows: Sequence[Row], style: str) -> str:
         measure = title or next((row.found.measure for row in rows if row.found.measure), "")
         for stage in stages:
             heading = f"{measure}, {stage_in_words(stage)}"
-            parts.append(_titled(heading, _table(lines, stage, name, form, style), style))
+            originals = [
+                x for x in lines if x.run.method == ORIGINAL and x.run.finetune == stage[1]
+            ]
+            shown = [line for line in lines if line.run.stage == stage]
+            table = _table(shown, name, form, style, originals if name == "quality" else ())
+            parts.append(_titled(heading, table, style))
     for name, (title, form) in _COSTS.items():  # no step after the decomposition changes them
-        parts.append(_titled(title, _table(lines, stages[0], name, form, style), style))
+        parts.append(_titled(title, _table(each_once(lines, name), name, form, style), style))
+    for recover in dict.fromkeys(recover for recover, _ in stages):
+        mine = [line for line in lines if line.run.recover == recover]
+        title = "seconds to decompose" + ("" if recover == NO_RECOVERY else f" and {recover}")
+        parts.append(
+            _titled(title, _table(each_once(mine, "seconds"), "seconds", ".2f", style), style)
+        )
     return "\n\n".join(part for part in parts if part)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """Why some runs are missing; the same reason once for each method."""
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
+    several = len({row.run.seed for row in rows}) > 1
     for row in rows:
         if row.found.reason is not None:
             shares = found.setdefault((row.run.method, row.found.reason), [])
-            shares += [] if row.run.share in shares else [row.run.share]
+            words = f"{row.run.share}" + (f" (seed {row.run.seed})" if several else "")
+            shares += [] if words in shares else [words]
     return [
-        f"{method} at {', '.join(map(str, shares))} left out: {reason}"
+        f"{method} at {', '.join(shares)} left out: {reason}"
         for (method, reason), shares in found.items()
     ]
 
 
 def _table(
-    lines: Sequence[Line], stage: tuple[str, int], name: str, form: str, style: str
+    lines: Sequence[Line], name: str, form: str, style: str, originals: Sequence[Line] = ()
 ) -> list[list[str]]:
     """A line for each curve, a column for each share; nothing where nothing was measured."""
-    shares = sorted({line.run.share for line in lines if line.run.method != ORIGINAL}, reverse=True)
-    at = {(line.curve, line.run.share): line for line in lines if line.run.stage == stage}
-    best = best_of(at.values(), name) if name in {*_KEPT, "time_share"} else {}
-    table = []
-    for line in lines:
-        original = line.run.method == ORIGINAL and line.run.finetune == stage[1]
-        if original and name == "quality" and line.values(name):
-            table.append([ORIGINAL, _cell(line, name, form), *[""] * (len(shares) - 1)])
-    for curve in dict.fromkeys(line.curve for line in at.values() if line.run.method != ORIGINAL):
+    lines = [line for line in lines if line.run.method != ORIGINAL]
+    shares = sorted({line.run.share for line in lines}, reverse=True)
+    at = {(line.curve, line.run.share): line for line in lines}
+    best = best_of(lines, name) if name in {*_KEPT, "time_share"} else {}
+    table = [
+        [ORIGINAL, _cell(line, name, form), *[""] * (len(shares) - 1)]
+        for line in originals
+        if line.values(name)
+    ]
+    for curve in dict.fromkeys(line.curve for line in lines):
         cells = []
         for share in shares:
             known = at.get((curve, share))
             cell = MISSING if known is None else _cell(known, name, form)
-            marked = known is not None and best.get(share) is known
+            marked = known is not None and known in best.get(share, ())
             cells.append(_BOLD[style].format(cell) if marked else cell)
         if {*cells} != {MISSING}:
             table.append([curve_in_words(curve), *cells])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.compare import main, prepare, run
+from benchmarks.compare import main, of_table, prepare, run
 from benchmarks.support.compare_options import build_parser
 from benchmarks.support.models import load_model
 from benchmarks.support.networks import ResNet20
@@ -105,7 +105,37 @@ def test_tables_of_rows_that_are_there(own, tmp_path, capsys):
     assert (tmp_path / "there" / "compare-own.md").read_text() == tables
     with pytest.raises(SystemExit):
         main(["--tables", "nowhere.csv"])
-    assert "nowhere.csv: expected the rows of one model, got 0 rows" in capsys.readouterr().err
+    assert "nowhere.csv: expected rows that this command wrote, got none" in capsys.readouterr().err
+
+
+def test_tables_are_of_one_comparison(own, tmp_path):
+    own(*FEW, "--finetune", "0")
+    file = tmp_path / "compare-own.csv"
+    text = file.read_text()
+    header, *lines = text.splitlines(keepends=True)
+    file.write_text(text + lines[-1].replace("tensorly-tucker,weights", "svd,weights"))
+    own_rows = of_table(file)
+    assert len(own_rows) == len(lines)  # the line that is there twice counts once
+    where = header.split(",").index("batch_size")
+    cells = lines[-1].split(",")
+    cells[where] = "64"
+    file.write_text(text + ",".join(cells))
+    with pytest.raises(ValueError, match="one comparison, got batch_size of 16 and 64; keep one"):
+        of_table(file)
+
+
+def test_what_was_there_is_kept_beside(own, tmp_path):
+    own("--methods", "svd", "--shares", "0.5", "--finetune", "0")
+    before = (tmp_path / "compare-own.csv").read_text()
+    own("--methods", "svd", "--shares", "0.25", "--finetune", "0")
+    assert (tmp_path / "compare-own.csv.old").read_text() == before
+
+
+def test_a_metric_that_is_no_number_is_a_reason(own, model_file, capsys):
+    model_file.write_text(model_file.read_text() + "def metric(model): return float('nan')\n")
+    with pytest.raises(SystemExit):
+        own("--methods", "svd", "--shares", "0.5", "--finetune", "0")
+    assert "metric(model) gave nan; expected a finite number" in capsys.readouterr().err
 
 
 def test_a_method_that_fails_is_a_row_with_a_reason(own, capsys):

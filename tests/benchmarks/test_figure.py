@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.support.figure import curves_of, draw_comparison
+from benchmarks.support.figure import comparison_figure, curves_of, draw_comparison, styles_of
 from benchmarks.support.summary import best_of, lines_of
 from tests.benchmarks.rows import row
 
@@ -31,11 +31,31 @@ def test_networks_of_the_same_cost_are_not_moved_aside():
     assert [curve.x for curve in curves] == [[0.98 * 0.05]] * 3
 
 
+def methods(best):
+    return {share: [line.run.method for line in lines] for share, lines in best.items()}
+
+
 def test_the_best_of_each_share():
     best = best_of(lines_of(ROWS), "quality")
-    assert {share: line.run.method for share, line in best.items()} == {0.5: "tucker2", 0.1: "cp"}
+    assert methods(best) == {0.5: ["tucker2"], 0.1: ["cp"]}
     best = best_of(lines_of(ROWS), "time_share")
-    assert {share: line.run.method for share, line in best.items()} == {0.5: "tucker2", 0.1: "cp"}
+    assert methods(best) == {0.5: ["tucker2"], 0.1: ["cp"]}
+    best = best_of(lines_of([*ROWS, row("lowrank", 0.5, 85.0)]), "quality")
+    assert methods(best)[0.5] == ["tucker2", "lowrank"]
+
+
+def test_no_point_is_beyond_the_edge():
+    further = row("lowrank", 0.9, 88.0, finetune=10)  # than the points of the first stage
+    figure = comparison_figure([*ROWS, further], "quality", "of 5 $ and more")
+    for axes in figure.axes:
+        assert axes.get_xlim()[0] == 0
+        assert axes.get_xlim()[1] > 0.9
+
+
+def test_one_methods_budget_looks_other_than_its_even_shares():
+    rows = [row("cp", 0.5), row("cp", 0.5, ranks="budget"), row("auto", 0.5, ranks="budget")]
+    even, budget, auto = styles_of(lines_of(rows)).values()
+    assert (even.line, budget.line, auto.line) == ("--", "-.", "--")
 
 
 @pytest.mark.parametrize("y", ["quality", "output_error", "time_share"])

@@ -34,6 +34,17 @@ def test_a_file_with_a_metric_and_a_loss(model_file):
         ("MODEL\ndef data(): return [1]", r"data\(\) gave list, expected \(train, val\)"),
         ("MODEL\ndef data(): return [], []", "got no batches; expected batches"),
         ("MODEL\ndef data(): return [torch.ones(2)], []", "got a Tensor; expected batches"),
+        ("MODEL\ndef data(): return [({}, torch.ones(2))], []", "got a tuple of dict, Tensor;"),
+        (
+            "MODEL\ndef data(): return 2 * [[(torch.ones(4, 2), torch.ones(4))]]",
+            r"labels of torch.float32 and shape \(1,\) have no accuracy.*expected metric\(model\)",
+        ),
+        (
+            "import torch\nclass M(torch.nn.Module):\n def forward(self, x): return {'y': x}\n"
+            "def model(): return M()\n"
+            "def data(): return 2 * [[(torch.ones(4, 2), torch.ones(4))]]",
+            "the model gave a dict, expected a tensor; wrap it",
+        ),
     ],
 )
 def test_files_that_lack_something(tmp_path, text, message):

@@ -37,7 +37,20 @@ def test_costs_are_said_once_for_each_network():
     assert cells(macs, "lowrank, data") == ["lowrank, data", "0.490", "–"]
     assert text.count("**measured time, of the original's**") == 1
     time = text.split("**measured time, of the original's**")[1]
-    assert cells(time, "cp_x") == ["cp_x", "**0.50 ± 0.00**", "**0.10**"]
+    assert cells(time, "cp_x") == ["cp_x", "**0.50**", "**0.10**"]  # measured once for all seeds
+
+
+def test_costs_of_what_was_only_recovered_are_said_too():
+    rows = [row(), row("cp", 0.5), row("lowrank", 0.5, recover="refit", time=0.4)]
+    text = format_tables(rows, "markdown")
+    macs = text.split("**MACs, of the original's**")[1]
+    assert cells(macs, "lowrank") == ["lowrank", "0.490"]
+    assert cells(macs.split("**seconds to decompose and refit**")[1], "lowrank")[1] == "1.50"
+
+
+def test_equals_are_all_the_best():
+    text = format_tables([row("cp", 0.5, 80.0), row("lowrank", 0.5, 80.0)], "markdown")
+    assert cells(text, "cp")[1] == cells(text, "lowrank")[1] == "**80.00**"
 
 
 def test_latex_is_escaped():
@@ -54,4 +67,5 @@ def test_plain_text_marks_the_best_by_a_star():
 
 
 def test_a_reason_is_told_once_for_each_method():
-    assert failures(ROWS) == ["lowrank at 0.1 left out: too small"]
+    assert failures(ROWS) == ["lowrank at 0.1 (seed 0) left out: too small"]
+    assert failures(ROWS[3:]) == ["lowrank at 0.1 left out: too small"]
