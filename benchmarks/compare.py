@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = run(job, _file(options.out, job.subject.name, "csv"), resume=options.resume)
         else:
             rows = of_table(options.tables)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{_title(rows)}\n\n{format_tables(rows, 'text')}\n")
     for note in (*_notes(rows), *failures(rows)):
@@ -115,7 +115,7 @@ def run(job: Job, file: Path, *, resume: bool) -> list[Row]:
     if file.exists() and not resume:  # hours of work, perhaps
         file.replace(file.with_suffix(".csv.old"))
     write_rows(known, file)  # without a line that was cut off
-    done = {row.run for row in known}
+    done = {row.run for row in known if row.found.reason is None}  # what failed is tried again
     todo = [one for one in runs if one not in done]
     for row in tqdm(compare(job.subject, job.protocol, todo), "runs", len(todo), disable=None):
         append_row(row, file)
@@ -149,12 +149,20 @@ def write(folder: Path, rows: Sequence[Row]) -> list[Path]:
     written = [_file(folder, model, suffix) for suffix in ("json", "md", "tex")]
     write_json(rows, written[0])
     for path, style in zip(written[1:], ("markdown", "latex"), strict=True):
-        path.write_text(format_tables(rows, style) + "\n", encoding="utf-8")
+        path.write_text(_document(rows, style), encoding="utf-8")
     for y in ("quality", "output_error", "time_share"):
         path = _file(folder, f"{model}-{y.replace('_', '-')}", "svg")
         if draw_comparison(rows, path, y=y, title=_title(rows)):
             written.append(path)
     return written
+
+
+def _document(rows: Sequence[Row], style: str) -> str:
+    """The tables with their title and notes, which are comments in LaTeX."""
+    notes = [*_notes(rows), *failures(rows)]
+    head, item = ("%", "%") if style == "latex" else ("#", "-")
+    told = "\n".join(f"{item} {note}" for note in notes)
+    return f"{head} {_title(rows)}\n\n{format_tables(rows, style)}\n\n{told}\n"
 
 
 def _file(folder: Path, name: str, suffix: str) -> Path:

@@ -81,6 +81,8 @@ def read_rows(path: Path) -> list[Row]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
+        if not reader.fieldnames:  # stopped before anything was written
+            return []
         known = {field.name for kind in (Run, Found) for field in fields(kind)}
         if not known <= set(reader.fieldnames or ()):
             raise ValueError(
@@ -90,10 +92,13 @@ def read_rows(path: Path) -> list[Row]:
             )
         whole = [line for line in reader if None not in line.values()]
     rest = [name for name in reader.fieldnames or () if name not in known]
-    return [
-        Row(_parsed(Run, line), _parsed(Found, line), {name: line[name] for name in rest})
-        for line in whole
-    ]
+    try:
+        return [
+            Row(_parsed(Run, line), _parsed(Found, line), {name: line[name] for name in rest})
+            for line in whole
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that this command did not write: {error}") from error
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:

@@ -130,8 +130,8 @@ def _uniform(plan: Callable[[float, Any], tdecomp.Plan], setting: Setting) -> td
         above = low
     else:
         raise ValueError(
-            f"{setting.label}: no rank is small enough in every layer; expected a larger share, or "
-            "fewer layers left alone (--min-channels)"
+            f"{setting.label}: the layers that it takes cannot be made so small that the whole "
+            "model is; expected a larger share, or fewer layers left alone (--min-channels)"
         )
     for _ in range(_HALVINGS):
         middle = (low + above) / 2

@@ -1,5 +1,6 @@
 """What is compared: a model by name or from a .py file, its data, and how it is judged."""
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ def named_subject(
     if name == DIGITS and folder is not None:
         raise ValueError(f"{name} takes 8×8 digits and brings them; leave out --data")
     model = load_model(name, weights, seed=seed)
-    known = "random" if weights is None and name != DIGITS else Path(weights or DEFAULT).name
+    known = "random"
+    if weights is not None or name == DIGITS:
+        known = f"{Path(weights or DEFAULT).name} {_digest(model)}"
     if name == DIGITS:
         own = digits()
         inputs = partial(_first, own.val)
@@ -107,10 +110,18 @@ def subject_of_file(path: Path, *, train_images: int, val_images: int | None) ->
     _check_outputs(path, model.eval(), val, judged_by_accuracy=not hasattr(module, "metric"))
     inputs = partial(_first, val)
     return Subject(
-        path.stem, "own", model, own.title, inputs, lambda _seed: own, len(val),
+        path.stem, f"own {_digest(model)}", model, own.title, inputs, lambda _seed: own, len(val),
         metric=getattr(module, "metric", None),
         loss=getattr(module, "loss", nn.functional.cross_entropy),
     )  # fmt: skip
+
+
+def _digest(model: nn.Module) -> str:
+    """A few characters that tell these weights from others of the same file's name."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:8]
 
 
 def _check_outputs(path: Path, model: nn.Module, val: Split, *, judged_by_accuracy: bool) -> None:
@@ -163,7 +174,10 @@ def _joined(batches: Iterable[Any], limit: int | None, where: str) -> Split:
             break
     if not inputs:
         raise ValueError(f"{where}: got no batches; {_LABELS_ARE}")
-    return Split(torch.cat(inputs)[:limit], torch.cat(labels)[:limit], _as_they_are)
+    try:
+        return Split(torch.cat(inputs)[:limit], torch.cat(labels)[:limit], _as_they_are)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: expected batches of one shape ({error})") from error
 
 
 def _as_they_are(inputs: Tensor) -> Tensor:

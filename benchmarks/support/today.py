@@ -126,9 +126,22 @@ def _tensorly_torch(factorization: str) -> Replace:
                 implementation="factorized",
                 decompose_weights=True,
             )
-        return layer
+        return _OnTorch(layer)
 
     return replace
+
+
+class _OnTorch(nn.Module):
+    """Calls a layer of tensorly-torch, which takes TensorLy's backend of the moment for torch."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with quiet_tensorly():
+            outputs: Tensor = self.layer(x)
+        return outputs
 
 
 TODAY = {

@@ -82,9 +82,12 @@ def offer_ranks(
     if curves:
         sizes = sum(map(size, work))
         with progress.step("plan", len(work), "layers", work=sizes, words=words) as step:
-            drawn = parallel_map(
-                draw, work, size=size, done=lambda item, _: step.advance(work=size(item))
-            )
+
+            def advance(item: tuple[Able, LayerLosses], _: object) -> None:
+                step.words = ""  # from now on the bar knows better
+                step.advance(work=size(item))
+
+            drawn = parallel_map(draw, work, size=size, done=advance)
     rounded = rounding != ANY_RANK
     offers = []
     for ((site, methods), mine), found in zip(work, drawn, strict=True):

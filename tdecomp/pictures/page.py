@@ -21,6 +21,7 @@ th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #dddd
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.words { white-space: normal; min-width: 30rem; }
 th[scope=row] { position: sticky; left: 0; background: #ffffff; font-weight: 600; }
+thead th:first-child { position: sticky; left: 0; background: #ffffff; }
 tfoot { font-weight: 600; }
 th button { font: inherit; border: 0; background: none; padding: 0; cursor: pointer;
   text-decoration: underline; }

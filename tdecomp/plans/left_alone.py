@@ -15,7 +15,7 @@ def largest_left_alone(found: Sequence[tuple[Cost, str, str]], whole: Cost, unit
     all_of_it = getattr(whole, unit) or 1
     shares = [((getattr(cost, unit) or 0) / all_of_it, name, why) for cost, name, why in found]
     costly = [
-        f"{name} ({f'{share:.1%}' if share >= 0.001 else 'under 0.1%'}: {why})"
+        f"{name} ({f'{share:.1%}' if share >= 0.001 else 'under 0.1%'}{why and f': {why}'})"
         for share, name, why in sorted(shares, key=lambda entry: -entry[0])[:_SHOWN]
         if share > 0
     ]

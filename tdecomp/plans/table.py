@@ -138,9 +138,9 @@ class Table:
         return (*(WARNING + words for words in found), *notes)
 
     def _left_alone(self) -> list[str]:
-        """The largest layers that are left alone, and why: what a chain would have lost."""
+        """The largest layers that are left alone; their rows say why."""
         rows, whole = [row for row in self.rows if row.method is None], self.before
-        found = [(row.before, row.name or "(model)", row.reason or "") for row in rows]
+        found = [(row.before, row.name or "(model)", "") for row in rows]  # its notes say why
         unit = "macs" if whole.macs else "params"
         words = largest_left_alone(found, whole, unit)
         return [f"left alone: {len(rows)}, {words}"] if words else []

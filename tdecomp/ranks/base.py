@@ -100,11 +100,9 @@ class Candidate:
 
     def would_lose(self, rank: Rank, error: float) -> str:
         """In words, what the layer's chain of this rank would lose."""
-        lost = (
-            f"lose {error:.1%} of the output"
-            if self.by_outputs
-            else f"have the relative error {error:.3f}"
-        )
+        lost = f"have the relative error {error:.3f}"
+        if self.by_outputs:
+            lost = f"lose {f'{error:.1%}' if error >= 0.001 else 'under 0.1%'} of the output"
         return f"its best chain ({self.method} {rank}) would {lost}"
 
 

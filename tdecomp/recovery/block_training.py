@@ -33,7 +33,7 @@ class BlockTraining:
     ) -> None:
         """`calls` have the inputs that the block gets, and what the original's returns."""
         self._block, self._rows = block, CountedRows(batches)
-        self._generator = batches.generator(0)
+        self._generator, self._progress = batches.generator(0), batches.progress
         known = [(item, given, tensors_of(wanted)) for item, given, wanted in self._in_steps(calls)]
         self._fits: list[Call] = [call for call in known if not call[0].held]
         self._held: list[Call] = [call for call in known if call[0].held]
@@ -58,7 +58,7 @@ class BlockTraining:
         lr = range_test(coordinates, losses, device) if lr is None else lr
         optimizer = Adam.one_cycle(coordinates, lr, len(losses))
         with torch.enable_grad():
-            for loss_of in losses:
+            for loss_of in self._progress.over(losses, "train", len(losses), "steps"):
                 loss = loss_of()
                 if loss.requires_grad:  # else something in the block has no gradients
                     optimizer.step(loss, device)
