@@ -173,7 +173,9 @@ def _title(rows: Sequence[Row]) -> str:
     """What was compared on what."""
     run = rows[0].run
     model = f"{run.model} with random weights" if run.weights == "random" else run.model
-    return f"{model} on {run.data}" + (f" ({run.val_images} to judge by)" if run.val_images else "")
+    return f"{model} on {run.data}" + (
+        f", judged on {run.val_images:,} samples" if run.val_images else ""
+    )
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

@@ -186,7 +186,7 @@ def test_the_default_model_brings_its_data(tmp_path, capsys):
     options = ["--methods", "lowrank", "auto", "plain-svd", "--shares", "0.25", "--finetune", "0"]
     main([*options, "--rounds", "1", "--images", "128", "--out", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "digits_vgg on handwritten digits (540 to judge by)" in text
+    assert "digits_vgg on handwritten digits, judged on 540 samples" in text
     assert "left out" not in text
     rows = {(row["method"], row["fitted"]): row for row in rows_of(tmp_path, "digits_vgg")}
     error = {name: float(row["output_error"]) for name, row in rows.items()}
@@ -205,7 +205,7 @@ def test_a_users_own_weights_and_images(folder, tmp_path, capsys):
     options = ["--model", "resnet20", "--weights", str(tmp_path / "w.safetensors")]
     options += ["--data", str(folder), "--methods", "lowrank", "--shares", "0.75", "0.5"]
     main([*options, *QUICK, "--finetune", "0", "2", "--out", str(tmp_path)])
-    assert "resnet20 on colours (20 to judge by)" in capsys.readouterr().out
+    assert "resnet20 on colours, judged on 20 samples" in capsys.readouterr().out
     rows = rows_of(tmp_path, "resnet20")
     assert {row["weights"].split()[0] for row in rows} == {"w.safetensors"}
     assert {row["val_images"] for row in rows} == {"20"}
