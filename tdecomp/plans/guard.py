@@ -27,7 +27,10 @@ def guarded(choice: Choice, *, expect: bool = True) -> Choice:
         best = largest_rank(choice.candidate, lambda cost: cost.amount < before.amount)
         if expect and best is not None and before.params <= _MOST:
             error = choice.candidate.expected(best)
-            words += "" if error is None else f"; {choice.candidate.would_lose(best, error)}"
+            # Of several ranks it is a bound, unless a fit told it.
+            bound = isinstance(best, tuple) and not choice.candidate.by_outputs
+            if error is not None:
+                words += f"; {choice.candidate.would_lose(best, error, bound=bound)}"
         return Choice(reason=words)
     notes = (choice.note, by_parameters(choice.candidate))
     return replace(choice, note="; ".join(dict.fromkeys(n for n in notes if n)) or None)

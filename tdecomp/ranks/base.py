@@ -98,11 +98,13 @@ class Candidate:
     expected: Callable[[Rank], float | None] = _unknown
     by_outputs: bool = False
 
-    def would_lose(self, rank: Rank, error: float) -> str:
-        """In words, what the layer's chain of this rank would lose."""
-        lost = f"have the relative error {error:.3f}"
+    def would_lose(self, rank: Rank, error: float, *, bound: bool = False) -> str:
+        """In words, what the layer's chain of this rank would lose; or at most, for a bound."""
+        most = "at most " if bound else ""
+        lost = f"have the relative error {most}{error:.3f}"
         if self.by_outputs:
-            lost = f"lose {f'{error:.1%}' if error >= 0.001 else 'under 0.1%'} of the output"
+            amount = f"{error:.1%}" if error >= 0.001 else "under 0.1%"
+            lost = f"lose {most}{amount} of the output"
         return f"its best chain ({self.method} {rank}) would {lost}"
 
 
