@@ -26,6 +26,7 @@ import tdecomp
 from benchmarks.support.machine import describe_machine, describe_versions, peak_memory
 from benchmarks.support.wide_networks import (
     pitch_network,
+    resnet18,
     smooth_images,
     sounds,
     text_detector,
@@ -52,6 +53,8 @@ class Case:
 CASES = (
     Case("VGG-16-BN, 16 images", vgg16, partial(smooth_images, 16, 256, at_a_time=4), "dense",
          refit=False, bound="3 plain loops, apply a quarter of plan"),
+    Case("ResNet-18, 64 images", resnet18, partial(smooth_images, 64, 224, at_a_time=16), "dense",
+         refit=True, bound="none"),
     Case("pitch network, 800 frames", pitch_network, partial(sounds, 800), "auto",
          refit=True, bound="30 s, 0.6 GB"),
     Case("text detector, 8 images", text_detector, partial(smooth_images, 8, 256, at_a_time=1),

@@ -40,6 +40,13 @@ def vgg16() -> nn.Module:
     return _as_if_trained(features, smooth_images(2, 128, at_a_time=2)[0])
 
 
+def resnet18() -> nn.Module:
+    """torchvision's ResNet-18, with kernels of decaying singular values."""
+    torch.manual_seed(0)
+    network: nn.Module = import_torchvision().models.resnet18(weights=None)
+    return _as_if_trained(network, smooth_images(2, 128, at_a_time=2)[0])
+
+
 def text_detector() -> nn.Module:
     """27 convolutions: the trunk of VGG-16-BN, two wide layers, and a decoder with skips."""
     torch.manual_seed(0)
