@@ -29,7 +29,9 @@ class Plan(Table):
     Attributes
     ----------
     rows : tuple of Row
+        One for each weight of two or more dimensions.
     everything_else : Cost
+        The cost of all that no row stands for.
     decomposers : mapping of str to Decomposer
         The methods that the rows name, with their options.
     speed : Speed or None
@@ -60,9 +62,11 @@ class Plan(Table):
         Parameters
         ----------
         name : str
+            Of the layer.
         method : str or Decomposer, optional
+            By default the one that is planned already.
         rank : int or tuple of int, optional
-            By default those that are planned already.
+            By default what is planned already.
 
         Raises
         ------
