@@ -31,13 +31,15 @@ class Plan(Table):
     rows : tuple of Row
         One for each weight of two or more dimensions.
     everything_else : Cost
-        The cost of all that no row stands for.
+        Parameters and MACs of all that is no row; the same before and after.
     decomposers : mapping of str to Decomposer
         The methods that the rows name, with their options.
     speed : Speed or None
         With a profile, the time of the whole model with such chains.
     loss : ExpectedLoss or None
         With a `Budget`, the sum that it makes small, beside a lower bound.
+    notes : tuple of str
+        What the summary says of the data.
     """
 
     title = "layers to be"
