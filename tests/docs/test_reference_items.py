@@ -41,8 +41,10 @@ def test_each_parameter_has_its_default(package: Any, name: str) -> None:
         parameter = own[item.name.lstrip("*")]
         if parameter.kind in STARRED or parameter.default is parameter.empty:
             assert item.value is None, item.name
-        elif callable(parameter.default):
-            assert str(item.value) == parameter.default.__name__
+            continue
+        assert item.value is not None, item.name
+        if callable(parameter.default):
+            assert str(item.value) == parameter.default.__name__, item.name
         else:
             assert eval(str(item.value), {}) == parameter.default, item.name
 
