@@ -58,6 +58,7 @@ def decompose(
     Parameters
     ----------
     model : nn.Module
+        A trained model, or a single layer.
     methods : str, Decomposer or a sequence of them
         With several, the first that can take a layer is used, unless the ranks are a `Budget`,
         which finds the best for each layer. "auto" is all of them, "dense" those without
@@ -228,6 +229,7 @@ def apply(
     model : nn.Module
         The one that was planned for, or another of the same architecture.
     plan : Plan
+        From `tdecomp.plan`, edited or not.
     example_inputs : Tensor, tuple or dict, optional
         With these the result is timed against the original, in the mode that the plan's profile
         was taken in.
@@ -235,6 +237,7 @@ def apply(
     Returns
     -------
     Decomposition
+        With `.model`, `.report` and `.plan`.
 
     Raises
     ------

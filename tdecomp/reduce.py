@@ -56,6 +56,7 @@ def reduce_ranks(
     Parameters
     ----------
     decomposition : Decomposition
+        From `decompose`, `apply` or an earlier `reduce_ranks`.
     rank : int, tuple, float, str, RankSelector or dict
         As for `tdecomp.plan`; shares are of the chains and the model as they are now.
     data, forward, seed, progress

@@ -23,7 +23,9 @@ class Decomposition:
     model : nn.Module
         A copy, or the model that was given if it was changed in place.
     report : Report
+        What was done to each layer, and what it cost.
     plan : Plan
+        The methods and ranks that the model has.
     """
 
     model: nn.Module

@@ -1,5 +1,6 @@
 """What Markdown needs of docstrings: examples as blocks of code, public names as links."""
 
+import builtins
 import doctest
 import re
 from collections.abc import Callable, Iterator
@@ -38,6 +39,13 @@ class Docstrings(Extension):
                 entry.docstring.value = _NAME.sub(_link(entry, public), text)
                 _as_they_are(entry)
 
+    def on_module(self, *, mod: Module, loader: GriffeLoader, **_: Any) -> None:
+        """Rewrite signatures, once dataclasses have theirs: they get them after `on_package`."""
+        del loader
+        public = {str(name) for name in mod.package.exports or ()}
+        for entry in _objects(mod) if mod.parent is None else ():
+            _without_private_names(entry, public)
+
 
 def _link(entry: Object, public: set[str]) -> Callable[[re.Match[str]], str]:
     """What makes links of public names, unless the entry has a parameter of that name."""
@@ -67,8 +75,24 @@ def _as_they_are(entry: Object) -> None:
             elif isinstance(item.annotation, ExprTuple):
                 texts = (text for names, text in written.items() if item.name in names.split(", "))
                 item.annotation = next(texts, item.annotation)
-            if item.name in own and section.kind is DocstringSectionKind.parameters:
-                item.value = own[item.name][1]
+            name = item.name.lstrip("*")
+            if name in own and section.kind is DocstringSectionKind.parameters:
+                item.value = own[name][1]
+
+
+def _without_private_names(entry: Object, public: set[str]) -> None:
+    """Leave private parameters out of a signature, and write `...` for defaults that are private.
+
+    A parameter whose default were left out would look as if it had to be given.
+    """
+    parameters = getattr(entry, "parameters", ())
+    for parameter in [*parameters]:
+        default = str(parameter.default)
+        hidden = default.isidentifier() and not hasattr(builtins, default)
+        if parameter.name.startswith("_") and parameter.default is not None:
+            del parameters[parameter.name]
+        elif hidden and default not in public:
+            parameter.default = "..."
 
 
 def _signature(entry: Object) -> dict[str, tuple[Any, Any]]:

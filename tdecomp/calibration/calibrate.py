@@ -54,6 +54,7 @@ def calibrate(
     Parameters
     ----------
     model : nn.Module
+        The one whose layers are going to be decomposed.
     batches, max_batches
         As for `tdecomp.Data`; a Data, which may also hold a mask, is taken for both.
     forward : callable ``(model, batch) -> output``, optional

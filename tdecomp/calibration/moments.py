@@ -240,6 +240,7 @@ class Moments(Mapping[str, LayerMoments]):
     Attributes
     ----------
     layers : dict of str to LayerMoments
+        The mean and the second moment of each layer's inputs.
     unreached : tuple of str
         Layers that no batch reached; they are fitted by their weights.
     oddities : dict of str to str

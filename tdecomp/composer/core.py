@@ -27,6 +27,7 @@ class LowRankSolution:
     Wb : Tensor or None
         (rank, out), or (out_channels, rank, 1, 1); None where one matrix is no larger than two.
     bias : Tensor or None, shape (out,)
+        Added after the last factor; None where no bias was given.
     rank : int
         The size between the two, -1 where nothing was factorized.
     nmse : float
@@ -126,6 +127,7 @@ def factorize_conv2d(
     X : Tensor, shape (N, in_channels, H, W) or (in_channels, H, W)
         Inputs; the outputs follow from the weights.
     Wa : Tensor, shape (out_channels, in_channels, kh, kw), or (latent, …) with `Wb`
+        The kernel of the convolution, or of its first layer.
     Wb : Tensor, shape (out_channels, latent, 1, 1), optional
         If given, the convolution is `Wa` and then `Wb`, whose latent size is to be reduced.
     rank : int or float

@@ -75,6 +75,9 @@ class CP(Iterative):
     >>> CP(random_state=1).max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
     144
 
+    Lebedev et al. 2015, "Speeding-up Convolutional Neural Networks Using Fine-tuned
+    CP-Decomposition", equations 4 to 8, with the spatial modes kept together.
+
     Parameters
     ----------
     n_iter_max : int
@@ -88,6 +91,11 @@ class CP(Iterative):
     effort : {"balanced", "quick"}
         "quick" stops at twenty times `tol` and polishes less: two or three times as fast, at an
         error up to some hundredths larger.
+
+    Raises
+    ------
+    ValueError
+        If `n_iter_max` is below 1, `tol` or `l2_reg` below 0, or `effort` is none of the two.
     """
 
     name = "cp"
@@ -196,7 +204,7 @@ class CPSeparable(CP):
     >>> [stage.kernel_size for stage in CPSeparable().stages(spec, 8)]
     [(1, 1), (3, 1), (1, 3), (1, 1)]
 
-    Its parameters are those of `CP`.
+    The form of Lebedev et al. 2015, equations 4 to 8. Its parameters are those of `CP`.
     """
 
     name = "cp-separable"

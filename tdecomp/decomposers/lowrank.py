@@ -18,6 +18,9 @@ class LowRank(SVD):
     Conv2d(16→8, 3×3, padding=1, no bias) Conv2d(8→32, 1×1)
 
     The same optimum as `SVD`, of the kernel as a matrix (T, S · K · K), on any convolution.
+
+    Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and
+    Detection": the chain in section 3.1, the fit to data in equations 4 to 6.
     """
 
     name = "lowrank"

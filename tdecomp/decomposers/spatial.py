@@ -53,12 +53,20 @@ class Spatial(Iterative):
     >>> Spatial().max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
     48
 
+    Jaderberg et al. 2014, "Speeding up Convolutional Neural Networks with Low Rank Expansions",
+    section 2.1, scheme 2.
+
     Parameters
     ----------
     n_iter_max : int
         Iterations of a fit to data at most; a fit to the weights is an SVD and needs none.
     tol : float
         Such a fit stops when the share of the output that is lost changes by less.
+
+    Raises
+    ------
+    ValueError
+        If `n_iter_max` is below 1 or `tol` below 0.
     """
 
     name = "spatial"

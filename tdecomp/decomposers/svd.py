@@ -41,6 +41,10 @@ class SVD(Decomposer):
 
     >>> print(*SVD().stages(LayerSpec(8, 6), 2))
     Linear(8→2, no bias) Linear(2→6)
+
+    Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks for Efficient
+    Evaluation", section 3.2.1. The fit to data: Zhang et al. 2016, "Accelerating Very Deep
+    Convolutional Networks for Classification and Detection", equations 4 to 6.
     """
 
     name = "svd"

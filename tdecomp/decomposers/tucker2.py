@@ -67,12 +67,20 @@ class Tucker2(Iterative):
     >>> Tucker2().max_rank(LayerSpec(16, 32, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)))
     (16, 32)
 
+    Kim et al. 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power
+    Mobile Applications", section 3.1.
+
     Parameters
     ----------
     n_iter_max : int
         Sweeps at most.
     tol : float
         Stops when the relative reconstruction error changes by less from one sweep to the next.
+
+    Raises
+    ------
+    ValueError
+        If `n_iter_max` is below 1 or `tol` below 0.
     """
 
     name = "tucker2"

@@ -42,12 +42,22 @@ class LayerSpec:
     kernel_size, stride, dilation, output_padding : tuple of int
         One entry per spatial dimension; empty for a Linear.
     padding : tuple of int or {"same", "valid"}
+        As torch takes it: one entry per spatial dimension, or the name; empty for a Linear.
     groups : int
+        Groups of channels that do not see each other; both channel counts are multiples of it.
     padding_mode : str
         As torch names it: "zeros", "reflect", "replicate" or "circular".
-    bias, transposed : bool
+    bias : bool
+        Whether the layer has a bias.
+    transposed : bool
+        Whether it is a transposed convolution.
     kind : str
         The name of a `LayerKind`; left out, it is torch's own layer of this geometry.
+
+    Raises
+    ------
+    ValueError
+        If the channels are no multiples of `groups`, or the other sizes are those of no layer.
     """
 
     in_channels: int

@@ -38,6 +38,7 @@ class SecondMoment:
     Attributes
     ----------
     matrix : Tensor of shape (fan_in, fan_in), or None
+        The second moment; exactly one of `matrix` and `rows` is given.
     rows : Tensor of shape (samples, fan_in), or None
         Instead of the matrix; ``rows.T @ rows`` is the second moment.
     added : float

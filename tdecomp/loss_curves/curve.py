@@ -44,6 +44,7 @@ class LossCurve:
     Attributes
     ----------
     method : Decomposer
+        The method with its options.
     points : tuple of Option
         Ascending ranks with their costs, losses and errors; empty where the method is not worth
         considering.

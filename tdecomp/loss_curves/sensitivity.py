@@ -136,6 +136,7 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
         Returns
         -------
         matplotlib.figure.Figure
+            One panel for each layer that is drawn.
 
         Raises
         ------

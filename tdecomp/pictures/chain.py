@@ -37,6 +37,7 @@ def draw(
     layer : nn.Module or LayerSpec
         A Linear, a convolution, or what `decompose` put in its place, which needs nothing else.
     method : str or Decomposer
+        Needed for a layer that is not decomposed yet.
     rank : int or tuple of int
         One int means it for each rank of the method.
     size : sequence of int, optional

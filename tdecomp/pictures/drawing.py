@@ -66,6 +66,7 @@ class Drawing:
     title : str
         What it shows, for those who cannot see it.
     svg : str
+        The text of the SVG.
     """
 
     title: str

@@ -29,13 +29,17 @@ class Plan(Table):
     Attributes
     ----------
     rows : tuple of Row
+        One for each weight of two or more dimensions.
     everything_else : Cost
+        Parameters and MACs of all that is no row; the same before and after.
     decomposers : mapping of str to Decomposer
         The methods that the rows name, with their options.
     speed : Speed or None
         With a profile, the time of the whole model with such chains.
     loss : ExpectedLoss or None
         With a `Budget`, the sum that it makes small, beside a lower bound.
+    notes : tuple of str
+        What the summary says of the data.
     """
 
     title = "layers to be"
@@ -60,9 +64,11 @@ class Plan(Table):
         Parameters
         ----------
         name : str
+            Of the layer.
         method : str or Decomposer, optional
+            By default the one that is planned already.
         rank : int or tuple of int, optional
-            By default those that are planned already.
+            By default what is planned already.
 
         Raises
         ------

@@ -20,8 +20,18 @@ class Report(Table):
 
     Attributes
     ----------
+    rows : tuple of Row
+        One for each weight of two or more dimensions.
+    everything_else : Cost
+        Parameters and MACs of all that is no row; the same before and after.
+    decomposers : mapping of str to Decomposer
+        The methods that the rows name, with their options.
     recovery : tuple of Recovery
         What the steps after the fit did to the error of the whole model.
+    speed : Speed or None
+        The whole model's time against the original's, where it was measured.
+    notes : tuple of str
+        What the summary says of the data.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ class Row:
     name : str
         The first of its names; "" for the model itself.
     names : tuple of str
+        All names under which the model holds the layer; several where it is shared.
     layer : LayerSpec or None
         None where the sizes are not known (lazy and quantized layers).
     params_before, params_after : int
@@ -48,6 +49,7 @@ class Row:
         Measured seconds of the layer and of the chain alone, in one pass of the example inputs,
         both in the layout of the result; None without a profile.
     fit_seconds : float or None
+        Seconds that the fit took; None where nothing was fitted, as in a plan.
     component_norms : float or None
         Of CP, over the kernel's norm: far above √rank the components cancel.
     calls : tuple of Call or None

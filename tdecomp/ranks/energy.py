@@ -10,13 +10,24 @@ from tdecomp.ranks.base import Candidate, Choice, LocalSelector, check_share, in
 
 @dataclass(frozen=True)
 class Energy(LocalSelector):
-    """Keep this `share` of the squared singular values, above 0 and at most 1.
+    """The smallest rank that keeps this share of the squared singular values.
 
     >>> Energy(0.9)
     Energy(share=0.9)
 
     For Tucker-2 each rank keeps this share of its own channel unfolding; in grouped layers the
     singular values of all groups are summed.
+
+    Parameters
+    ----------
+    share : float
+        Above 0 and at most 1.
+
+    Raises
+    ------
+    ValueError
+        If the share is out of range; and when planning, if a method's rank has no singular values,
+        as with CP.
     """
 
     share: float

@@ -31,6 +31,12 @@ class VBMF(LocalSelector):
     weaken : float
         0 gives the estimate, 1 the full rank, values in between a rank between the two, as in
         MUSCO (Gusak et al. 2019, section 3.2).
+
+    Raises
+    ------
+    ValueError
+        If `weaken` is not from 0 to 1; and when planning, if a method's rank has no singular
+        values, as with CP.
     """
 
     weaken: float = 0.0

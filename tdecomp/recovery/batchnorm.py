@@ -83,6 +83,7 @@ def recalibrate_batchnorm(
     Returns
     -------
     Recovery
+        With the model, and its error before and after.
     """
     return run_on_copy(
         RecalibrateBatchnorm(), model, original, batches, inplace, forward=forward,

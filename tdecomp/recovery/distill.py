@@ -29,7 +29,15 @@ class Distill(RecoveryStep):
     >>> Distill(steps=50)
     Distill(steps=50, lr=None, hints=True)
 
-    A ValueError refuses a number of steps below 1, and a rate that is not finite and above 0.
+    Parameters
+    ----------
+    steps, lr, hints
+        As for `distill`.
+
+    Raises
+    ------
+    ValueError
+        For a number of steps below 1, and a rate that is not finite and above 0.
     """
 
     name: ClassVar[str] = "distill"
@@ -104,6 +112,7 @@ def distill(
     model : nn.Module
         What `decompose` or `apply` made of `original`, or any model with outputs of its shape.
     original : nn.Module
+        The model before it was decomposed; it is left as it was.
     batches : list of batches, DataLoader or Data
         As for `tdecomp.calibrate`; gone through as often as needed.
     steps : int, optional
@@ -126,6 +135,7 @@ def distill(
     Returns
     -------
     Recovery
+        With the model, and its error before and after.
 
     Raises
     ------

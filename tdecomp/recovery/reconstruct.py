@@ -37,7 +37,15 @@ class Reconstruct(RecoveryStep):
     >>> Reconstruct(epochs=4)
     Reconstruct(epochs=4, lr=None)
 
-    A ValueError refuses a number of epochs below 1, and a rate that is not finite and above 0.
+    Parameters
+    ----------
+    epochs, lr
+        As for `reconstruct`.
+
+    Raises
+    ------
+    ValueError
+        For a number of epochs below 1, and a rate that is not finite and above 0.
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -139,6 +147,7 @@ def reconstruct(
     model : nn.Module
         What `decompose` or `apply` made of `original`; `refit` before it gains little more.
     original : nn.Module
+        The model before it was decomposed; it is left as it was.
     batches : list of batches, DataLoader or Data
         As for `tdecomp.calibrate`.
     epochs : int, optional

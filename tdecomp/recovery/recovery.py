@@ -32,11 +32,14 @@ class Recovery:
     model : nn.Module
         A copy, or the model that was given if it was changed in place.
     step : str
+        The name of the step.
     error_before, error_after : float
+        The error of the whole model, as above, before the step and after it.
     layers : dict of str to (float, float)
         For steps that go layer by layer, the share of each original output's variance that was
         lost before and after, weighted by how much the model's outputs depend on it.
     notes : tuple of str
+        Remarks on what the step did.
     error_se, error_margin, gain_se : float or None
         The standard error of `error_after`, the half-width of its 95% confidence interval, and the
         standard error of the gain, `error_before - error_after`. None where the samples cannot
@@ -90,6 +93,7 @@ class RecoveryStep(ABC):
     Attributes
     ----------
     name : str
+        What `recover=` and reports call it.
     uses_variants : bool
         Whether it uses variants of the batches, so that fits before it should, too.
     """

@@ -42,6 +42,11 @@ class Refit(RecoveryStep):
 
     >>> Refit(gradients=False)
     Refit(gradients=False)
+
+    Parameters
+    ----------
+    gradients : bool
+        As for `refit`.
     """
 
     name: ClassVar[str] = "refit"
@@ -137,6 +142,7 @@ def refit(
     model : nn.Module
         What `decompose` or `apply` made of `original`.
     original : nn.Module
+        The model before it was decomposed; it is left as it was.
     batches : list of batches, DataLoader or Data
         As for `tdecomp.calibrate`; there are several passes.
     gradients : bool
@@ -153,6 +159,7 @@ def refit(
     Returns
     -------
     Recovery
+        With the model, and its error before and after.
 
     Raises
     ------
