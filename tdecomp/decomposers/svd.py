@@ -1,6 +1,6 @@
 """Truncated SVD of a matrix: two dense layers in place of one.
 
-Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks", section 3.2.
+Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks", section 3.2.1.
 """
 
 from dataclasses import dataclass

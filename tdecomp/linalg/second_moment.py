@@ -43,6 +43,11 @@ class SecondMoment:
         Instead of the matrix; ``rows.T @ rows`` is the second moment.
     added : float
         To the diagonal of that of the rows.
+
+    Raises
+    ------
+    ValueError
+        If both or neither of `matrix` and `rows` are given.
     """
 
     matrix: Tensor | None = None
@@ -50,7 +55,8 @@ class SecondMoment:
     added: float = 0.0
 
     def __post_init__(self) -> None:
-        assert (self.matrix is None) != (self.rows is None)
+        if (self.matrix is None) == (self.rows is None):
+            raise ValueError("SecondMoment: expected a matrix or rows, got both or neither")
 
     @property
     def _matrix(self) -> Tensor:
