@@ -34,10 +34,11 @@ def small_multiples(
             )  # fmt: skip
         axis.set_title(shortened(title, _TITLE), fontsize=SMALL, parse_math=False)
         axis.set_xlim(0, 1)
-        axis.set_ylim(bottom=0)
         axis.grid(color=LIGHT)
         axis.tick_params(labelsize=SMALL - 1, labelbottom=i + columns >= len(panels))
         bare(axis)
+    # Last, as it ends the choice of limits: they are those of all panels.
+    axes[0, 0].set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     lines = {line.get_label(): line for a in axes.flat for line in a.get_lines()}
