@@ -12,7 +12,7 @@ from benchmarks.support.training import LEARNING_RATE
 
 DEFAULT_METHODS = ("cp", "tucker2", "lowrank", "auto", "tensorly-tucker", "tensorly-cp")
 DEFAULT_SHARES = (0.5, 0.25, 0.1)
-DEFAULT_FINETUNE = 30
+DEFAULT_FINETUNE = 20
 DEFAULT_IMAGES = 512
 
 
@@ -138,7 +138,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         default=64,
         help="of all images, and of the measured time (default: %(default)s)",
     )
-    add("--rounds", type=_positive, default=9, help="of time measurements (default: %(default)s)")
+    add("--rounds", type=_positive, default=5, help="of time measurements (default: %(default)s)")
     add("--resume", action="store_true", help="do not compute again the rows of --out's CSV file")
     add(
         "--tables",

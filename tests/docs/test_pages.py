@@ -21,6 +21,8 @@ WITH_BLOCKS = [
     if any(blocks(page))
 ]
 _PICTURE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<file>[^)\s]+)[^)]*\)")
+# What needs torchvision: transformers and timm import it.
+_TORCHVISION = re.compile(r"\b(import|from) (torchvision|transformers|timm)\b")
 _TAG = re.compile(r"<img\b[^>]*>")
 
 
@@ -51,7 +53,7 @@ def test_the_blocks_of_a_page_run_in_order(page: Path) -> None:
     if package is not None:
         pytest.importorskip(package)
         warnings.simplefilter("ignore")  # those of a package that nobody has pinned
-    if "import torchvision" in page.read_text() or "from torchvision" in page.read_text():
+    if _TORCHVISION.search(page.read_text()):
         import_torchvision()
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
