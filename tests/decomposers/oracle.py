@@ -50,6 +50,8 @@ def middle(largest):
     return max(1, largest // 2)
 
 
+# torch warns once in a process, so that any of these tests may be the first.
+@pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
 class DecomposerCase:
     """A method's class sets the attributes; `takes` says which layers the method is for."""
 
@@ -115,7 +117,6 @@ class DecomposerCase:
         if not spec.ndim:
             assert distance(chain(x[None]), expected[None]) < 1e-10
 
-    @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
     def test_chain_equals_the_layer_with_the_factorized_kernel(self, geometry):
         for rank in self.ranks(geometry.spec):
             self.check_against_the_layer(geometry, rank)
@@ -125,13 +126,11 @@ class DecomposerCase:
         rank = data.draw(st.sampled_from(self.ranks(geometry.spec)))
         self.check_against_the_layer(geometry, rank)
 
-    @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
     @given(data=st.data())
     def test_drawn_chains_equal_the_layer(self, data):
         self.check_drawn(data)
 
     @pytest.mark.slow
-    @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
     @settings(max_examples=1000)
     @given(data=st.data())
     def test_many_drawn_chains_equal_the_layer(self, data):
@@ -139,7 +138,6 @@ class DecomposerCase:
 
     # -- structure and cost -------------------------------------------------------------------
 
-    @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
     def test_cost_is_what_torch_counts(self):
         for geometry in self.taken():
             with case(geometry):
@@ -495,7 +493,6 @@ class DecomposerCase:
                 for a, b in zip(again.stage_weights(), factors.stage_weights(), strict=True)
             )
 
-    @pytest.mark.filterwarnings(SAME_PADDING_OF_EVEN_KERNELS)
     def test_factors_come_back_from_a_chain(self):
         for geometry in self.taken():
             with case(geometry):
