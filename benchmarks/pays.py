@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from benchmarks.support.machine import describe_machine, describe_versions
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.pictures.figure import as_svg
 from tdecomp.pictures.style import SMALL, WIDTH, looks_of
 from tdecomp.ranks.grid import Rounding
 from tdecomp.timing.profile import timed_ranks
@@ -128,8 +128,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
         handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=SMALL,
         handlelength=3,
     )  # fmt: skip
-    with rc_context({"svg.hashsalt": "pays", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    path.write_text(as_svg(figure), encoding="utf-8")
 
 
 def at_half(

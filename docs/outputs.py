@@ -15,11 +15,12 @@ from pathlib import Path
 
 import matplotlib
 
-from tests.docs.pages import blocks
+from tests.docs.pages import blocks, give_torchvision
 
 
 def rewrite(page: Path) -> None:
     """Write what the blocks print below them, and keep the pictures that they draw."""
+    give_torchvision(page)
     text, pieces, end, home = page.read_text(), [], 0, Path.cwd()
     names: dict[str, object] = {"__name__": "__main__"}
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.support.torchvision_import import import_torchvision
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
@@ -17,6 +19,8 @@ _BLOCK = re.compile(
     r"(?:\n(?P=indent)```text(?P<title>.*?)\n(?P<shown>.*?)^(?P=indent)```)?",
     re.M | re.S,
 )
+# What needs torchvision: transformers and timm import it.
+_TORCHVISION = re.compile(r"\b(import|from) (torchvision|transformers|timm)\b")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ def blocks(page: Path) -> Iterator[Block]:
         shown = None if shown is None else textwrap.dedent(shown)
         titled, span = bool(found["title"]), found.span("shown")
         yield Block(page, line, code, found["indent"], shown, titled, span)
+
+
+def give_torchvision(page: Path) -> None:
+    """Import torchvision as it can be imported here, for a page that needs it."""
+    if _TORCHVISION.search(page.read_text()):
+        import_torchvision()
 
 
 def is_slow(page: Path) -> bool:

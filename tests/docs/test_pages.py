@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import tdecomp
-from benchmarks.support.torchvision_import import import_torchvision
 from tdecomp.layers.spec import KINDS
-from tests.docs.pages import PAGES, ROOT, blocks, is_slow, needed, title
+from tests.docs.pages import PAGES, ROOT, blocks, give_torchvision, is_slow, needed, title
 
 WITH_BLOCKS = [
     pytest.param(page, id=title(page), marks=pytest.mark.slow if is_slow(page) else ())
@@ -21,8 +20,6 @@ WITH_BLOCKS = [
     if any(blocks(page))
 ]
 _PICTURE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<file>[^)\s]+)[^)]*\)")
-# What needs torchvision: transformers and timm import it.
-_TORCHVISION = re.compile(r"\b(import|from) (torchvision|transformers|timm)\b")
 _TAG = re.compile(r"<img\b[^>]*>")
 
 
@@ -53,8 +50,7 @@ def test_the_blocks_of_a_page_run_in_order(page: Path) -> None:
     if package is not None:
         pytest.importorskip(package)
         warnings.simplefilter("ignore")  # those of a package that nobody has pinned
-    if _TORCHVISION.search(page.read_text()):
-        import_torchvision()
+    give_torchvision(page)
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         printed = block.run(names)
