@@ -16,6 +16,7 @@ from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
+from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
@@ -78,6 +79,7 @@ def carry_out(
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:
         with no_inference_mode():  # whose tensors could not be trained
+            close_unchanged(changed)
             result = changed if layout is None else in_layout(changed, layout)
         return Decomposition(result, report, plan)
     _warn_of_unoptimized(model, chains, optimizers)
@@ -164,9 +166,7 @@ def fit_row(
             ) from error
     notes = [row.note, *fitted.notes]
     if moments is not None and seen is None:
-        none = (
-            "no batch reached it" if watchable(spec) else "transposed convolutions have no moments"
-        )
+        none = "no batch reached it" if watchable(spec) else f"no moments of a {spec.kind}"
         notes.append(f"fitted by its weights: {none}")
     row = replace(
         row,

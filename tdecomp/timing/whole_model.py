@@ -9,6 +9,7 @@ from torch import nn
 from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.layers.chain import Chain
 from tdecomp.model.example import Example, layout_of
+from tdecomp.model.opened.scope import closed
 from tdecomp.model.surgery import copy_with
 from tdecomp.ranks.base import Choice
 from tdecomp.timing.layout_times import LayoutTimes
@@ -90,7 +91,8 @@ def compare(
     """
     runs = [(original, layout) for layout in layouts[0]]
     runs += [(changed, layout) for layout in layouts[1]]
-    seconds = stopwatch.models(runs, example, compiled=compiled, rounds=rounds)
+    with closed(original), closed(changed):
+        seconds = stopwatch.models(runs, example, compiled=compiled, rounds=rounds)
     medians, split = np.median(seconds, axis=0), len(layouts[0])
     before, after = int(np.argmin(medians[:split])), split + int(np.argmin(medians[split:]))
     measured, best = ratio(seconds, after, before), (runs[before][1], runs[after][1])
