@@ -57,7 +57,8 @@ class GroupedLinear(nn.Module):
         """
         if ends is None:
             last, rows = torch.arange(1, self.groups + 1, device=x.device), x.shape[0]
-            ends = (last * rows // self.groups).to(torch.int32)
+            ends = last * rows // self.groups
+        ends = ends.to(torch.int32)  # as torch's kernel wants them
         x = x.to(self.weight.dtype)  # as autocast would; it does not know this product
         y = _grouped_product(x, self.weight.transpose(1, 2), ends)
         if self.bias is None:
@@ -74,20 +75,28 @@ class GroupedLinear(nn.Module):
 def _grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Each row times the matrix (in, out) of its group."""
     kernel: Any = getattr(functional, "grouped_mm", None)
-    takes = x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype in _OF_CPU)
-    # The kernel wants rows that begin at multiples of this many numbers.
-    multiple = 16 // x.element_size()
-    missing = [-size % multiple for size in weights.shape[1:]]
-    if kernel is not None and takes and not any(missing):
+    traced = torch.compiler.is_compiling()
+    takes = x.device.type == "cpu" and x.dtype in _OF_CPU and not traced
+    # It wants rows that begin at multiples of 16 bytes.
+    aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
+    if kernel is not None and aligned and (takes or x.dtype == torch.bfloat16):
         return kernel(x, weights, offs=ends)  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling() and kernel is not None and takes:  # where no loop can be
-        wider = functional.pad(weights.transpose(1, 2), (0, missing[0], 0, missing[1]))
-        padded = kernel(functional.pad(x, (0, missing[0])), wider.transpose(1, 2), offs=ends)
-        return padded[:, : weights.shape[2]]  # type: ignore[no-any-return]
+    if traced:
+        return _traceable_product(x, weights, ends)
     firsts = [0, *ends.tolist()]
     parts = [x[a:b] @ w for a, b, w in zip(firsts, firsts[1:], weights, strict=False)]
     left_out = x.new_zeros(x.shape[0] - firsts[-1], weights.shape[2])
     return torch.cat([*parts, left_out])
+
+
+def _traceable_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """The same where torch traces: without a loop whose steps depend on the data."""
+    operators: Any = getattr(torch.ops, "transformers", None)  # if that has been imported
+    if hasattr(operators, "grouped_mm_fallback"):
+        return operators.grouped_mm_fallback(x, weights, offs=ends)  # type: ignore[no-any-return]
+    row = torch.arange(x.shape[0], device=x.device)
+    group = torch.searchsorted(ends, row, right=True).clamp_max(weights.shape[0] - 1)
+    return (x.unsqueeze(1) @ weights[group]).squeeze(1)
 
 
 class GroupedLinearKind(LayerKind):

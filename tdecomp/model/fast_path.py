@@ -5,13 +5,14 @@ A `TransformerEncoder` looks at its first layer alone, and hands all of them nes
 only the kernel takes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
 
 from torch import nn
 
 from tdecomp.layers.chain import Chain
+from tdecomp.model.opened.attention import SeparateAttention
 from tdecomp.model.opened.base import Opened
 
 
@@ -39,8 +40,17 @@ def _nesting(model: nn.Module) -> list[nn.TransformerEncoder]:
     return [encoder for encoder in encoders if getattr(encoder, "use_nested_tensor", False)]
 
 
-def has_fused_layers(model: nn.Module) -> bool:
-    """Whether chains are in modules for which torch has a fused kernel."""
-    fused = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-    chains = (m for part in model.modules() if isinstance(part, fused) for m in part.modules())
-    return any(isinstance(module, Chain) for module in chains)
+def has_fused_layers(model: nn.Module, layers: Collection[nn.Module]) -> bool:
+    """Whether one of these layers is in a module for which torch has a fused kernel."""
+    inside = (m for part in model.modules() if _has_kernel(part) for m in part.modules())
+    return any(module in layers for module in inside)
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return bool(module.activation_relu_or_gelu) and _has_kernel(module.self_attn)
+    if not isinstance(module, nn.MultiheadAttention) or isinstance(module, SeparateAttention):
+        return False
+    usual = module.batch_first and module.num_heads % 2 == 0 and module._qkv_same_embed_dim
+    added = module.bias_k is not None or module.add_zero_attn
+    return usual and not added and module.out_proj.bias is not None

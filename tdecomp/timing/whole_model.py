@@ -25,6 +25,9 @@ _LEAST_SAVING = 0.05
 _NEARLY_BEST = 1.15
 
 
+Timed = tuple[Example, Stopwatch]
+
+
 def rehearse(times: LayoutTimes, choices: Sequence[Choice]) -> Speed:
     """The speed of the whole model with the chosen chains; a ValueError if it scatters too much."""
     profile, budget = times.profile, times.selector.latency
@@ -73,6 +76,22 @@ def measured_speed(
         original, changed, example, (tried, tried), compiled=compiled, stopwatch=stopwatch
     )
     return replace(found, predicted=expected.predicted, budget=expected.budget, tried=tried)
+
+
+def fused_kernels_note(original: nn.Module, speed: Speed | None, timed: Timed | None) -> str:
+    """That torch's fused kernels are off where chains are, and what the original loses by that."""
+    words = "torch's fused transformer kernels are off where chains are"
+    if speed is None or timed is None:
+        return f"{words}; a profile tells what that costs"
+    layout = layout_of(original)
+    try:
+        slow = copy_with(original, {})  # whose attention is open, as the original's is here
+    except ValueError:
+        return words
+    example, stopwatch = timed
+    with closed(original):
+        seconds = stopwatch.models([(original, layout), (slow, layout)], example)
+    return f"{words}: without them the original takes {ratio(seconds, 1, 0).median:.2f} of its time"
 
 
 def compare(

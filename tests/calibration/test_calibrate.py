@@ -178,7 +178,7 @@ def test_fast_paths_hide_nothing_and_are_on_again_afterwards(model):
     assert torch.backends.mha.get_fastpath_enabled()
     moments = taken(model.build(), [model.inputs(4)], forward=forward, max_memory=10**6)
     assert moments.unreached == ()
-    assert inside == [False] * 2
+    assert set(inside) == {False}
     assert torch.backends.mha.get_fastpath_enabled()
 
 

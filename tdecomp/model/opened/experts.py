@@ -9,7 +9,7 @@ from tdecomp.layers.grouped_linear import GroupedLinear
 from tdecomp.model.opened.base import Opened, own_weights
 
 # What transformers says of a class of experts, whose layout and gate it then knows how to compute.
-_SAYS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "act_fn")
+_SAYS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated")
 _UP = ("gate_up_proj", "up_proj")  # with a gate, and without one
 
 
@@ -32,6 +32,8 @@ class OpenExperts(Opened):
         if isinstance(module, Opened) or not all(hasattr(module, name) for name in _SAYS):
             return False
         if "forward" in vars(module) or getattr(module, "_is_expert_parallel", False):
+            return False
+        if not (module.has_gate or hasattr(module, "act_fn")):
             return False
         up = _UP[not module.has_gate]
         names = [name for own in (up, "down_proj") for name in (own, f"{own}_bias")]

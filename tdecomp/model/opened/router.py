@@ -61,39 +61,37 @@ class OpenRouter(Opened):
 def _seen(layer: Any, name: str) -> Any:
     """What the forward pass may take for the layer's weight or bias."""
     value = getattr(layer, name)
-    if value is None:
-        return None
-    seen = torch.empty(value.shape, dtype=value.dtype, device="meta").as_subclass(_Operand)
-    seen.layer = layer
-    return seen
+    return None if value is None else _Operand(layer, value)
 
 
-class _Operand(Tensor):
-    """A weight or a bias without values: products with it are those of its layer."""
+class _Operand:
+    """A weight or a bias without values, in products with which the layer is called instead.
 
-    layer: Any
+    torch asks what is given to its functions for `__torch_function__`, of tensors or not.
+    """
+
+    def __init__(self, layer: nn.Module, value: Tensor) -> None:
+        self.layer = layer
+        self.shape, self.dtype, self.ndim = value.shape, value.dtype, value.ndim
+        self.requires_grad = value.requires_grad
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layer.parameters()).device
+
+    def to(self, *_: Any, **__: Any) -> "_Operand":
+        """Itself: the layer computes in the precision of its weights."""
+        return self
+
+    float = type = type_as = contiguous = to
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.linear:
-            operands: list[Any] = [*args, *kwargs.values()]
+        operands: list[Any] = [*args, *(kwargs or {}).values()]
+        if func is functional.linear and isinstance(operands[1], cls):
             x, weight = operands[:2]
-            if isinstance(weight, cls):
-                return weight.layer(x.to(weight.dtype)).to(x.dtype)
-        if func in _CASTS:
-            return args[0]  # the layer computes in the precision of its weights
-        if func in _DESCRIBING:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return weight.layer(x.to(weight.dtype)).to(x.dtype)
         raise ValueError(
             "the values of a decomposed router's weight are read, which are gone: leave it alone "
             "with exclude=[...]"
         )
-
-
-_CASTS = {Tensor.to, Tensor.float, Tensor.type, Tensor.type_as, Tensor.contiguous}
-_DESCRIBING = {
-    *(getattr(Tensor, name).__get__ for name in ("dtype", "shape", "ndim", "requires_grad")),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
-}
