@@ -16,6 +16,7 @@ _OF_CPU = (torch.float32, torch.float16)  # that torch's kernel takes there, bfl
 class GroupedLinear(nn.Module):
     """`groups` layers ``in_features → out_features``, for rows that are sorted by group.
 
+    >>> from tdecomp.layers.grouped_linear import GroupedLinear
     >>> layer = GroupedLinear(2, 4, 3)
     >>> layer(torch.ones(5, 4), torch.tensor([2, 5])).shape  # 2 rows of the first, 3 of the second
     torch.Size([5, 3])

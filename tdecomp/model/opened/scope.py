@@ -17,7 +17,7 @@ from tdecomp.model.opened.router import OpenRouter
 from tdecomp.model.trace import Reads
 from tdecomp.model.weights import is_lazy
 from tdecomp.scope import Scope
-from tdecomp.torch_state import evaluating, hooks, no_fast_path
+from tdecomp.torch_state import evaluating, exact_passes, hooks
 
 _CLASSES: tuple[type[Opened], ...] = (OpenAttention, SeparateAttention, OpenExperts, OpenRouter)
 Run = Callable[[nn.Module], Any]
@@ -112,7 +112,7 @@ class _Watch:
         starts = [partial(m.register_forward_pre_hook, self._begin, with_kwargs=True) for m in own]
         ends = [partial(m.register_forward_hook, self._end, always_call=True) for m in own]
         reads = Reads(own, self._read)
-        with evaluating(model), hooks([*starts, *ends]), no_fast_path(), torch.no_grad(), reads:
+        with evaluating(model), hooks([*starts, *ends]), exact_passes(), torch.no_grad(), reads:
             for run in runs:
                 with suppress(Exception):  # whoever runs it next says what is wrong
                     run(model)
