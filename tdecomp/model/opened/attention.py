@@ -129,21 +129,22 @@ class OpenAttention(Opened, nn.MultiheadAttention):
         self, attention: Tensor | None, padding: Tensor | None, q: Tensor, keys: int
     ) -> Tensor | None:
         """Both masks as numbers to add to the scores, of a shape that spreads over these."""
-        batch, heads, length, _ = q.shape
+        batch, heads, length, _ = q.shape  # plain ifs, as torch.jit.script reads them
         if attention is not None:
             attention = _added(attention, q.dtype)
-            sizes = {2: (length, keys), 3: (batch * heads, length, keys)}
-            if tuple(attention.shape) != sizes.get(attention.dim()):
-                expected = " or ".join(map(str, sizes.values()))
-                got = tuple(attention.shape)
-                raise RuntimeError(f"attn_mask: expected the shape {expected}, got {got}")
+            size, plane = attention.shape, (length, keys)
+            fits = attention.dim() == 2 and size[0] == length and size[1] == keys
+            if attention.dim() == 3 and size[0] == batch * heads:
+                fits = size[1] == length and size[2] == keys
+            if not fits:
+                expected = f"{plane}, or that for each of {batch * heads} heads"
+                raise RuntimeError(f"attn_mask: expected the shape {expected}; got {size}")
             if attention.dim() == 3:
                 attention = attention.unflatten(0, (batch, heads))
         if padding is None:
             return attention
-        if tuple(padding.shape) != (batch, keys):
-            got = tuple(padding.shape)
-            raise RuntimeError(f"key_padding_mask: expected {(batch, keys)}, got {got}")
+        if padding.dim() != 2 or padding.shape[0] != batch or padding.shape[1] != keys:
+            raise RuntimeError(f"key_padding_mask: expected {(batch, keys)}, got {padding.shape}")
         hidden = _added(padding, q.dtype)[:, None, None, :]
         return hidden if attention is None else attention + hidden
 
