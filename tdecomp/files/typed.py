@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 # The types that a value of plain data may have where this is not the expected type alone.
 _FORMS: dict[Any, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
+# The metadata of a dataclass's field that files of before do not have: its default is read then.
+LATER = {"later": True}
 _IN_WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text",
     NoneType: "null", tuple: "a list", dict: "an object",
@@ -78,8 +80,13 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind) if field.init}
 
 
+@cache
+def _later(kind: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(kind) if "later" in field.metadata}
+
+
 def _record(kind: Any, value: Any, place: str) -> Any:
-    hints = _hints(kind)
+    hints, value = _hints(kind), {**_later(kind), **value}
     if value.keys() != hints.keys():
         wrong = reprlib.repr(sorted(map(str, hints.keys() ^ value.keys())))
         raise TypeError(f"{place}: entries missing or unknown: {wrong}")
