@@ -50,7 +50,7 @@ def test_only_linear_layers_have_parts():
 
 @pytest.mark.parametrize("parts", [(4, 5), (0, 8), (4.0, 4), ("a",)])
 def test_parts_are_all_of_the_outputs(parts):
-    with pytest.raises(ValueError, match="expected parts to be sizes .* the 8 outputs"):
+    with pytest.raises(ValueError, match=r"expected parts to be sizes .* the 8 outputs"):
         LayerSpec(3, 8, parts=parts)
 
 
