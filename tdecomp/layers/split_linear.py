@@ -49,7 +49,8 @@ class SplitLinear(nn.Module):
         for i, part in enumerate(self.parts):  # in a form that torch.jit.script takes
             outputs.append(part(inputs[i]))
         y = torch.cat(outputs, dim=-1)
-        return y if self.bias is None else y + self.bias
+        # In place: no second tensor as large, and under autocast the dtype of the products.
+        return y if self.bias is None else y.add_(self.bias)
 
 
 @dataclass(frozen=True)

@@ -431,6 +431,14 @@ def test_a_stage_in_words_and_as_plain_data():
     assert math.prod(stage.output_size(())) == 1
 
 
+def test_under_autocast_it_gives_what_a_linear_gives():
+    layer, x = nn.Linear(8, 24), torch.randn(3, 8)
+    chain = tdecomp.decompose(layer, SplitSVD(parts=3), rank=2, **QUIET).model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chain(x).dtype == layer(x).dtype == torch.bfloat16
+    chain.half()(x.half()).sum().backward()
+
+
 def test_building_one_draws_no_random_numbers():
     before = torch.get_rng_state()
     SplitStage((2, 3), (8, 4), bias=True).build()
