@@ -10,8 +10,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 # The types that a value of plain data may have where this is not the expected type alone.
 _FORMS: dict[Any, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
-# The metadata of a dataclass's field that files of before do not have: its default is read then.
-LATER = {"later": True}
 _IN_WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text",
     NoneType: "null", tuple: "a list", dict: "an object",
@@ -42,9 +40,9 @@ def typed(hint: Any, value: Any, place: str) -> Any:
     >>> typed(tuple[str, ...] | None, ["fc", "head"], "names")
     ('fc', 'head')
 
-    Unions, tuples of any length, dicts, dataclasses (all of their fields have to be there), plain
-    types and Any. Anything else is a TypeError that says where it was, as are numbers that are not
-    finite and whole ones beyond 64 bits.
+    Unions, tuples of any length, dicts, dataclasses (all of their fields have to be there, but for
+    those that their attribute `later` names), plain types and Any. Anything else is a TypeError
+    that says where it was, as are numbers that are not finite and whole ones beyond 64 bits.
     """
     if hint is Any:
         return value
@@ -80,13 +78,10 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind) if field.init}
 
 
-@cache
-def _later(kind: Any) -> dict[str, Any]:
-    return {field.name: field.default for field in fields(kind) if "later" in field.metadata}
-
-
 def _record(kind: Any, value: Any, place: str) -> Any:
-    hints, value = _hints(kind), {**_later(kind), **value}
+    hints = _hints(kind)
+    later = {name for name in getattr(kind, "later", ()) if name not in value}
+    hints = {name: hint for name, hint in hints.items() if name not in later}
     if value.keys() != hints.keys():
         wrong = reprlib.repr(sorted(map(str, hints.keys() ^ value.keys())))
         raise TypeError(f"{place}: entries missing or unknown: {wrong}")

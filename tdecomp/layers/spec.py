@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdecomp.files.typed import LATER, typed
+from tdecomp.files.typed import typed
 
 # What has one entry for each dimension, and the least that each may be.
 _LEAST = {"kernel_size": 0, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -77,7 +77,10 @@ class LayerSpec:
     bias: bool = True
     transposed: bool = False
     kind: str = ""
-    parts: tuple[int, ...] = field(default=(), compare=False, metadata=LATER)
+    parts: tuple[int, ...] = field(default=(), compare=False)
+
+    # Fields that files of earlier versions lack.
+    later: ClassVar[tuple[str, ...]] = ("parts",)
 
     def __post_init__(self) -> None:
         into, out, groups = self.in_channels, self.out_channels, self.groups
