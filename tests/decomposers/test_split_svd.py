@@ -13,6 +13,7 @@ from tdecomp import LayerSpec, SplitSVD
 from tdecomp.decomposers.fit_layer import factorize, spectra_of
 from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.split_linear import SplitLinear, SplitStage
+from tdecomp.recovery.weights import Weights
 from tests.decomposers.oracle import MOMENT_KINDS, ExactMethodCase, distance
 from tests.geometries import Geometry, geometries
 
@@ -253,7 +254,14 @@ def nothing_planted():
     return gaussian(3 * WIDTH, WIDTH)
 
 
-WEIGHTS = {f.__name__: f for f in (own_ranks, one_row_space, nothing_planted)}
+def values_of_rank_two():
+    """What is left over of a budget is wasted on them."""
+    low = gaussian(WIDTH, 2) @ gaussian(2, WIDTH)
+    return torch.cat([gaussian(2 * WIDTH, WIDTH), low])
+
+
+KINDS = (own_ranks, one_row_space, nothing_planted, values_of_rank_two)
+WEIGHTS = {f.__name__: f for f in KINDS}
 
 
 def model(kind, seed=0, block=Attention):
@@ -379,6 +387,8 @@ def test_saved_loaded_and_reduced(x, tmp_path):
         assert reduced < (4, 6, 20)
         assert all(now <= before for now, before in zip(reduced, (4, 6, 20), strict=True))
         less.model(x).sum().backward()
+    whole = tdecomp.reduce_ranks(result, rank=tdecomp.Ratio(1.0, of="params"), **QUIET)
+    assert whole.model[0].qkv.rank == (4, 6, 20)
     with pytest.raises(ValueError, match="above its current one"):
         tdecomp.reduce_ranks(result, rank=(4, 7, 20), **QUIET)
 
@@ -399,6 +409,30 @@ def test_recovered(x):
     del x
 
 
+def test_refitting_mixes_outputs_within_a_part_only():
+    spec, generator = LayerSpec(10, 24, parts=(8, 6, 10)), torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 10, generator=generator).double()
+    root = torch.randn(24, 24, generator=generator).double()
+    weights = Weights(spec, root @ root.T, 100, SplitSVD().output_blocks(spec))
+    factors = factorize(SplitSVD(), weight, spec, (3, 2, 5))
+    mixed = weights.of_factors(factors, SplitSVD())
+    (whole,) = weights.of([factors.to_kernel()])
+    assert distance(mixed.to_kernel(), whole) < 1e-12
+    stage = SplitSVD().stages(spec, (3, 2, 5))[-1]
+    module = stage.build(dtype=torch.float64)
+    stage.put(module, mixed.stage_weights()[-1])
+    assert torch.equal(stage.read(module), mixed.stage_weights()[-1])  # no other entries
+    assert distance(weights.undone(mixed, SplitSVD()).to_kernel(), factors.to_kernel()) < 1e-12
+
+
+def test_a_chain_that_does_not_pay_says_exactly_what_one_that_does_would_lose(x):
+    net = model("own_ranks", block=Fused)
+    plan = tdecomp.plan(net, "split-svd", rank=WIDTH, example_inputs=x, **QUIET)
+    best = tdecomp.plan(net, "split-svd", rank="breakeven", example_inputs=x, **QUIET)["0.qkv"]
+    words = f"(split-svd {best.rank}) would have the relative error {best.expected_error:.3f}"
+    assert words in plan["0.qkv"].reason
+
+
 def test_timed(x):
     net = model("own_ranks")
     times = tdecomp.profile(net, x, ["svd", "split-svd"], effort="quick", **QUIET)
@@ -413,10 +447,10 @@ def test_equal_layers_of_other_parts_are_timed_as_well():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.qkv = nn.Linear(24, 72), nn.Linear(24, 72)
+            self.qkv, self.other = nn.Linear(24, 72), nn.Linear(24, 72)
 
         def forward(self, x):
-            return self.first(x) + self.qkv(x)
+            return self.qkv(x) + self.other(x)
 
     times = tdecomp.profile(Two(), torch.zeros(2, 24), "split-svd", effort="quick", **QUIET)
     assert any(isinstance(s, str) for _, stages, _ in times.times for s in stages)
