@@ -64,8 +64,8 @@ def best_ranks(
     gains = [_tails(v * ((h @ u) * u).sum(dim=0).clamp_min(0.0)) for (v, u), h in counts]
     ranks = _by_gain(gains, prices, steps)
     # In the directions of all parts' leading outputs: errors of one are errors of others, too.
-    rotated = torch.block_diag(*(u for _, u in leading))
-    products = (rotated.T @ importance @ rotated) * (rotated.T @ outputs @ rotated)
+    bases = [basis for _, basis in leading]
+    products = _rotated(importance, bases) * _rotated(outputs, bases)
     order = _order(ranks, largest)
     weighted = _lost_from(products[order][:, order])[[sum(rank) for rank in ranks]]
     return BestRanks(ranks, alone, weighted)
@@ -75,6 +75,15 @@ def diagonal_blocks(matrix: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The blocks of these sizes on the diagonal."""
     rows = matrix.split([*sizes])
     return [row.split([*sizes], dim=1)[i] for i, row in enumerate(rows)]
+
+
+def _rotated(matrix: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """A matrix (out, out) in the bases (out_i, components) of the parts of its rows and columns."""
+    sizes = [len(basis) for basis in bases]
+    columns = zip(matrix.split(sizes, dim=1), bases, strict=True)
+    right = torch.cat([block @ basis for block, basis in columns], dim=1)
+    rows = zip(bases, right.split(sizes), strict=True)
+    return torch.cat([basis.T @ block for basis, block in rows])
 
 
 def _leading(outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
