@@ -462,6 +462,9 @@ def test_a_stage_in_words_and_as_plain_data():
     assert stage.to_dict() == {"into": (2, 3), "out": (8, 4), "bias": False}
     assert (stage.in_channels, stage.params) == (5, 28)
     assert replace(stage, bias=True).params == 28 + 12
+    drawing = str(tdecomp.draw(nn.Linear(8, 12), SplitSVD(parts=(8, 4)), (2, 3)))
+    assert ">SplitLinear<" in drawing
+    assert ">2→8, 3→4<" in drawing
     assert math.prod(stage.output_size(())) == 1
 
 
