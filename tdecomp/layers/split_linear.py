@@ -98,9 +98,15 @@ class SplitStage:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The lines of a drawing."""
+        blocks = (f"{i}→{o}" for i, o in zip(self.into, self.out, strict=True))
+        return "SplitLinear", ", ".join(blocks)
+
     def __str__(self) -> str:
-        blocks = ", ".join(f"{i}→{o}" for i, o in zip(self.into, self.out, strict=True))
-        return f"SplitLinear({blocks}{'' if self.bias else ', no bias'})"
+        name, blocks = self.words
+        return f"{name}({blocks}{'' if self.bias else ', no bias'})"
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:

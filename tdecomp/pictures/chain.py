@@ -121,10 +121,7 @@ def _boxes(stages: Sequence[Stage], calls: Sequence[Call] | None) -> list[Box]:
 def _words(stage: Stage) -> list[str]:
     """The kernel, the channels, and what else the stage does with its input."""
     if not isinstance(stage, LayerSpec):
-        if type(stage).__str__ is object.__str__:
-            return [type(stage).__name__]
-        name, _, inner = str(stage).partition("(")  # as a layer's: Name(2→8, 3→4)
-        return [name, inner.removesuffix(")")]
+        return [*getattr(stage, "words", (type(stage).__name__,))]
     kernel = "×".join(map(str, stage.kernel_size))
     lines = [f"{stage.kind} {kernel}".rstrip(), f"{stage.in_channels} → {stage.out_channels}"]
     more = []

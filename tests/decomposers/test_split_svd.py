@@ -53,6 +53,7 @@ class TestSplitSVD(ExactMethodCase):
     decomposer = SplitSVD()
     drawn = geometries(ndims=(0,)).map(halved)
     dense = LayerSpec(10, 24, parts=(8, 6, 10))
+    stage_types = (nn.Linear, SplitLinear)
 
     def takes(self, spec):
         return bool(spec.parts)
@@ -70,16 +71,13 @@ class TestSplitSVD(ExactMethodCase):
         wrong = [(*first, 0), (*first, -1), (*first, last + 1), (*first, 1.0), (*first, True)]
         return [*wrong, 1, (*largest, 1), tuple(first), ()]
 
-    # Layers without groups only, and the last layer is its own.
+    # Layers without groups only.
 
     def test_groups_are_fitted_one_by_one(self):
         with pytest.raises(ValueError, match="parts"):
             replace(self.dense, in_channels=20, out_channels=48, groups=2)
 
     test_groups_are_fitted_to_their_own_data = test_groups_are_fitted_one_by_one
-
-    def stock(self, chain):
-        return [chain[0], *chain[-1].parts]
 
     # -- its own --------------------------------------------------------------------------------
 
