@@ -20,6 +20,7 @@ from tdecomp.decomposers.factors import Factors
 from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.decomposers.registry import register, registered
 from tdecomp.decomposers.spatial import Spatial
+from tdecomp.decomposers.split_svd import SplitSVD
 from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.chain import Chain
@@ -98,6 +99,7 @@ __all__ = [
     "SecondMoment",
     "Sensitivity",
     "Spatial",
+    "SplitSVD",
     "Tucker2",
     "apply",
     "at_least",

@@ -1,6 +1,6 @@
 """From a decomposed model on to lower ranks, with training in between."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.layers.chain import Chain
+from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.cost import chain_cost, total
 from tdecomp.loss_curves.offers import offer_ranks
 from tdecomp.model.batches import Forward
@@ -194,6 +194,13 @@ def _candidates(
     return candidates
 
 
+def _within(ranks: Mapping[Rank, float] | None, current: Rank) -> dict[Rank, float] | None:
+    """Those that are at most the current one, which ends them: no rank loses less."""
+    if ranks is None:
+        return None
+    return {r: error for r, error in ranks.items() if not exceeds(r, current)} | {current: 0.0}
+
+
 def _limited(free: Candidate, row: Row) -> Candidate:
     current = row.rank
     assert current is not None
@@ -203,4 +210,5 @@ def _limited(free: Candidate, row: Row) -> Candidate:
         max_rank=current,
         before=chain_cost(free.decomposer.stages(row.layer, current), row.calls),
         options=lambda: [o for o in free.options() if not exceeds(o.rank, current)],
+        best_ranks=lambda: _within(free.best_ranks(), current),
     )

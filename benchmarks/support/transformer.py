@@ -24,15 +24,33 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)  # (n, length, width)
-        parts = (
-            layer(y).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value)
-        )
+        parts = (part.unflatten(-1, (self.heads, -1)) for part in self.projected(self.norm1(x)))
         q, k, v = (part.transpose(1, 2) for part in parts)  # (n, heads, length, width / heads)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         more: Tensor = self.down(functional.gelu(self.up(self.norm2(x))))
         return x + more
+
+    def projected(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The queries, keys and values (n, length, width)."""
+        return self.query(y), self.key(y), self.value(y)
+
+
+class FusedBlock(Block):
+    """The same, with queries, keys and values from one layer."""
+
+    def __init__(self, block: Block) -> None:
+        layers = [block.query, block.key, block.value]
+        super().__init__(block.query.in_features, block.heads)
+        self.load_state_dict(block.state_dict())
+        del self.query, self.key, self.value
+        self.qkv = nn.Linear(block.query.in_features, sum(layer.out_features for layer in layers))
+        with torch.no_grad():
+            self.qkv.weight.copy_(torch.cat([layer.weight for layer in layers]))
+            self.qkv.bias.copy_(torch.cat([layer.bias for layer in layers]))
+
+    def projected(self, y: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(y).chunk(3, dim=-1)  # type: ignore[no-any-return]
 
 
 class ByteTransformer(nn.Module):
@@ -72,6 +90,13 @@ def trained_transformer() -> ByteTransformer:
     """The one that ships in benchmarks/weights, in evaluation mode."""
     model = ByteTransformer()
     model.load_state_dict(read_state_dict(TEXT_WEIGHTS))
+    return model.eval()
+
+
+def fused_transformer() -> ByteTransformer:
+    """The same one, its queries, keys and values from one layer in each block."""
+    model = trained_transformer()
+    model.blocks = nn.Sequential(*(FusedBlock(block) for block in model.blocks))  # type: ignore[arg-type]
     return model.eval()
 
 

@@ -99,10 +99,16 @@ def _signature(entry: Object) -> dict[str, tuple[Any, Any]]:
     """The annotation and the default of each parameter, or of each field of a dataclass."""
     if entry.is_class and "__init__" not in entry.members:
         fields = (member for member in entry.members.values() if member.is_attribute)
-        return {field.name: (field.annotation, field.value) for field in fields}
+        return {field.name: (field.annotation, _default(field.value)) for field in fields}
     function = entry.members["__init__"] if entry.is_class else entry
     parameters = getattr(function, "parameters", ())
     return {p.name: (p.annotation, None if p.kind in _STARRED else p.default) for p in parameters}
+
+
+def _default(value: Any) -> Any:
+    """The default of a field, where it is written as ``field(default=..., ...)``."""
+    given = getattr(value, "arguments", ()) if str(value).startswith("field(") else ()
+    return next((a.value for a in given if getattr(a, "name", "") == "default"), value)
 
 
 def _objects(entry: Object) -> Iterator[Object]:

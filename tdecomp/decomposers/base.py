@@ -7,6 +7,7 @@ layouts, dtypes and scales are handled once, in `fit_layer` and `assemble`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.stage import Stage
+from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
 
 # A draft is only compared with other drafts: a few iterations are enough.
@@ -55,7 +58,7 @@ class Decomposer(ABC):
         """The largest useful rank: per group, and a tuple for methods of several ranks."""
 
     @abstractmethod
-    def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+    def stages(self, spec: LayerSpec, rank: Rank) -> tuple[Stage, ...]:
         """The layers of the chain, first to last; the last one has the bias.
 
         Usually each is a `LayerSpec`, which builds a stock layer. A method whose chain has a
@@ -98,6 +101,34 @@ class Decomposer(ABC):
         the outputs; a missing one counts as the identity.
         """
         return None
+
+    def best_ranks(
+        self,
+        kernel: Tensor,
+        moment: SecondMoment | None,
+        importance: Tensor | None,
+        steps: Sequence[int],
+    ) -> BestRanks | None:
+        """The ranks that lose least together, where several ranks' losses need no fit; else None.
+
+        In the norms of `lost_at_every_rank`; each rank is a multiple of its entry of `steps`. Only
+        asked of layers without groups.
+        """
+        return None
+
+    def for_layer(self, spec: LayerSpec) -> "Decomposer":
+        """The method for the kernels of this layer, where its spec says more of them than shapes.
+
+        Its `fit`, `fit_to`, `unfoldings`, `lost_at_every_rank` and `best_ranks` are called.
+        """
+        return self
+
+    def output_blocks(self, spec: LayerSpec) -> tuple[int, ...]:
+        """The sizes of runs of a group's outputs that no factor mixes with each other.
+
+        Refitting multiplies the outputs by matrices, which have to leave the factors their form.
+        """
+        return (spec.group_out,)
 
     def contained_in(self, spec: LayerSpec) -> tuple[str, ...]:
         """The methods that include this one on such a layer: they lose no more at the same rank.
@@ -142,6 +173,11 @@ class Decomposer(ABC):
     def uses_moments(self) -> bool:
         """Whether `fit_to` is defined."""
         return type(self).fit_to is not Decomposer.fit_to
+
+    @property
+    def knows_best_ranks(self) -> bool:
+        """Whether `best_ranks` is defined."""
+        return type(self).best_ranks is not Decomposer.best_ranks
 
 
 @dataclass(frozen=True)

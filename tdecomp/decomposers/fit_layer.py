@@ -114,6 +114,7 @@ def factorize(
     Methods that iterate improve on `start`, factors of this rank; a draft makes few iterations.
     """
     method.check_rank(rank, spec)
+    method = method.for_layer(spec)
     dtype, starts = fit_dtype(method, weight), start.groups if start else [None] * spec.groups
     seconds: Sequence[SecondMoment | None] = [None] * spec.groups
     if moments is not None and method.uses_moments:
@@ -190,6 +191,7 @@ def _zero_factors(method: Decomposer, kernel: Tensor, rank: Rank) -> Factors | N
 
 def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:
     """The spectrum behind each rank, or None if this method's rank has none."""
+    method = method.for_layer(spec)
     with full_precision(weight.device):
         per_group = [method.unfoldings(k) for k in group_kernels(weight.detach(), spec)]
         if per_group[0] is None:

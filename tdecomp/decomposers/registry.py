@@ -10,12 +10,13 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.cp import CP, CPSeparable
 from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.decomposers.spatial import Spatial
+from tdecomp.decomposers.split_svd import SplitSVD
 from tdecomp.decomposers.svd import SVD
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.kinds import enter_under_its_name
 
-_BUILT_IN = (SVD, LowRank, Spatial, Tucker2, CP, CPSeparable)
-_DENSE = ("svd", "lowrank", "spatial", "tucker2")
+_BUILT_IN = (SVD, LowRank, Spatial, Tucker2, CP, CPSeparable, SplitSVD)
+_DENSE = ("svd", "lowrank", "spatial", "tucker2", "split-svd")
 _REGISTRY: dict[str, Decomposer] = {}
 
 Methods = str | Decomposer | Sequence[str | Decomposer]

@@ -40,9 +40,9 @@ def typed(hint: Any, value: Any, place: str) -> Any:
     >>> typed(tuple[str, ...] | None, ["fc", "head"], "names")
     ('fc', 'head')
 
-    Unions, tuples of any length, dicts, dataclasses (all of their fields have to be there), plain
-    types and Any. Anything else is a TypeError that says where it was, as are numbers that are not
-    finite and whole ones beyond 64 bits.
+    Unions, tuples of any length, dicts, dataclasses (all of their fields have to be there, but for
+    those that their attribute `later` names), plain types and Any. Anything else is a TypeError
+    that says where it was, as are numbers that are not finite and whole ones beyond 64 bits.
     """
     if hint is Any:
         return value
@@ -80,6 +80,8 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _record(kind: Any, value: Any, place: str) -> Any:
     hints = _hints(kind)
+    later = {name for name in getattr(kind, "later", ()) if name not in value}
+    hints = {name: hint for name, hint in hints.items() if name not in later}
     if value.keys() != hints.keys():
         wrong = reprlib.repr(sorted(map(str, hints.keys() ^ value.keys())))
         raise TypeError(f"{place}: entries missing or unknown: {wrong}")

@@ -4,7 +4,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -53,11 +53,16 @@ class LayerSpec:
         Whether it is a transposed convolution.
     kind : str
         The name of a `LayerKind`; left out, it is torch's own layer of this geometry.
+    parts : tuple of int
+        Of a Linear that is several fused into one, such as queries, keys and values: how many of
+        the outputs, in their order, belong to each; else empty. Specs that differ in it alone are
+        equal, as their layers compute the same.
 
     Raises
     ------
     ValueError
-        If the channels are no multiples of `groups`, or the other sizes are those of no layer.
+        If the channels are no multiples of `groups`, the parts are not all of the outputs of a
+        Linear, or the other sizes are those of no layer.
     """
 
     in_channels: int
@@ -72,6 +77,10 @@ class LayerSpec:
     bias: bool = True
     transposed: bool = False
     kind: str = ""
+    parts: tuple[int, ...] = field(default=(), compare=False)
+
+    # Fields that files of earlier versions lack.
+    later: ClassVar[tuple[str, ...]] = ("parts",)
 
     def __post_init__(self) -> None:
         into, out, groups = self.in_channels, self.out_channels, self.groups
@@ -80,6 +89,11 @@ class LayerSpec:
             raise ValueError(f"expected multiples of groups={groups!r}, got {into!r}→{out!r}")
         sizes = (self.kernel_size, self.stride, self.padding, self.dilation, self.output_padding)
         _check_sizes(sizes, self.transposed)
+        if self.parts and (self.ndim or not _whole(self.parts, 1) or sum(self.parts) != out):
+            raise ValueError(
+                f"expected parts to be sizes of at least 1 that sum to the {out} outputs of a "
+                f"Linear, got {self.parts!r}"
+            )
         if not self.kind:
             convolution = f"Conv{'Transpose' if self.transposed else ''}{self.ndim}d"
             linear = "Linear" if groups == 1 else "GroupedLinear"
@@ -173,7 +187,7 @@ class LayerSpec:
 
     def like(self, **changes: Any) -> "LayerSpec":
         """The stock layer of torch with this geometry, and with some changes."""
-        return replace(self, **{"kind": "", **changes})
+        return replace(self, **{"kind": "", "parts": (), **changes})
 
     def pointwise(self, in_channels: int, out_channels: int, *, bias: bool = False) -> "LayerSpec":
         """A kernel of size 1 (a Linear, where this is one) that keeps the spatial size."""

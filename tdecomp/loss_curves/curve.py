@@ -13,7 +13,7 @@ from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.loss_curves.losses import LayerLosses, Lost, only_rank
 from tdecomp.ranks.base import Option, as_tuple, spread
-from tdecomp.ranks.grid import ANY_RANK, Rounding, rank_steps
+from tdecomp.ranks.grid import ANY_RANK, Rounding, rank_steps, steps_along
 
 # The largest share of a layer's cost at which a chain is worth an iterative fit.
 _LARGEST = 0.9
@@ -111,13 +111,19 @@ class _Draft:
     """A curve in the making."""
 
     def __init__(self, losses: LayerLosses, method: Decomposer, rounding: Rounding) -> None:
-        nested = losses.nested(method)
-        self.losses, self.method, self.exact = losses, method, nested is not None
+        nested, largest = losses.nested(method), method.max_rank(losses.spec)
+        steps = [rounding.of(most) for most in as_tuple(largest)]
+        best = losses.best_ranks(method, steps) if nested is None else None
+        self.losses, self.method = losses, method
+        self.exact = nested is not None or best is not None
         # Where losses are known without a fit, every rank that saves anything is offered.
         before = losses.before.amount
         self.limit = before - 1 if self.exact else _LARGEST * before
-        largest, cost = method.max_rank(losses.spec), partial(losses.cost, method)
-        self.ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
+        cost = partial(losses.cost, method)
+        if best is None:
+            self.ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
+        else:
+            self.ranks = steps_along([*best], cost, self.limit, _POINTS)
         self.costs = [cost(rank) for rank in self.ranks]
         # By the index of the rank: what it loses as far as is known, and which of these are fits.
         self.known: dict[int, Lost] = {}
@@ -125,6 +131,8 @@ class _Draft:
         self.probed = 0
         if nested is not None:
             self.known = {i: nested[only_rank(rank)] for i, rank in enumerate(self.ranks)}
+        elif best is not None:
+            self.known = {i: best[rank] for i, rank in enumerate(self.ranks)}
 
     def _nearest(self, share: float) -> int:
         """The index of the rank whose cost is nearest to a share of the largest one."""

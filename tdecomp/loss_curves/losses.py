@@ -16,8 +16,10 @@ from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels,
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum
+from tdecomp.ranks.base import as_tuple
 from tdecomp.torch_state import full_precision
 
 Value = TypeVar("Value")
@@ -25,6 +27,25 @@ Value = TypeVar("Value")
 # output's variance or of its squared weights.
 Measured = tuple[float | None, float]
 Lost = tuple[float, float]  # the loss, comparable from layer to layer, and the same share
+
+
+@dataclass(frozen=True)
+class KnownRanks:
+    """The ranks that lose least together, with losses that need no fit."""
+
+    best: BestRanks
+    variance: float  # of the output, or the sum of the squared weights
+
+    def share(self, rank: Rank) -> float:
+        """The lost share of any ranks."""
+        return self.best.lost(as_tuple(rank)) / self.variance
+
+    @property
+    def measured(self) -> dict[Rank, Measured]:
+        """By each of the ranks, ascending, what it loses."""
+        ranks, weighted = self.best.ranks, self.best.weighted
+        losses = [None] * len(ranks) if weighted is None else weighted.tolist()
+        return {r: (loss, self.share(r)) for r, loss in zip(ranks, losses, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -69,9 +90,11 @@ class LayerLosses:
         error = None if fit is None else fit.held_out_error(self.weight, self.moments)
         if error is not None:
             return error.value
-        nested = self.nested(method)
+        nested, several = self.nested(method), self._known_ranks(method)
         if nested is not None:
             return self.row_error(method, nested[only_rank(rank)][1])
+        if several is not None:
+            return self.row_error(method, several.share(rank))
         outside = self._outside(method, rank)
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return None if outside is None else math.sqrt(min(sum(outside), 1.0))
@@ -124,6 +147,28 @@ class LayerLosses:
         found = self._cached(method, "nested", lambda: self._nested_now(method))
         return None if found is None else list(map(self._in_unit, found))
 
+    def best_ranks(self, method: Decomposer, steps: Sequence[int]) -> dict[Rank, Lost] | None:
+        """Loss and share of the ranks that lose least together, ascending, in these steps.
+
+        None for methods of which only fits tell them.
+        """
+        known = self._known_ranks(method, steps)
+        return None if known is None else {r: self._in_unit(m) for r, m in known.measured.items()}
+
+    def errors_of_best_ranks(self, method: Decomposer) -> dict[Rank, float] | None:
+        """The errors in rows of these ranks; None for methods of which only fits tell them."""
+        known = self._known_ranks(method)
+        if known is None:
+            return None
+        return {rank: self.row_error(method, share) for rank, (_, share) in known.measured.items()}
+
+    def _known_ranks(self, method: Decomposer, steps: Sequence[int] = ()) -> KnownRanks | None:
+        if not method.knows_best_ranks or self.spec.groups > 1:
+            return None
+        steps = tuple(steps) or (1,) * len(as_tuple(method.max_rank(self.spec)))
+        what = ("best ranks", steps)
+        return self._cached(method, what, lambda: self._known_ranks_now(method, steps))
+
     def fitted(self, method: Decomposer, rank: Rank, *, draft: bool = True) -> Lost:
         """Loss and share of a fit at this rank; infinite if the fit fails."""
         fit = self.fit(method, rank, draft=draft)
@@ -164,7 +209,24 @@ class LayerLosses:
         loss, share = measured
         return self.unit * share if loss is None else loss, share
 
+    def _known_ranks_now(self, method: Decomposer, steps: Sequence[int]) -> KnownRanks | None:
+        method = method.for_layer(self.spec)
+        moments = self.moments if self.fits_to_data(method) else None
+        with full_precision(self.weight.device):
+            (kernel,) = group_kernels(self.weight.detach().double(), self.spec)
+            second = importance = None
+            if moments is not None:
+                (second,), blocks = moments.second_moments(), moments.gradient_blocks()
+                importance = None if blocks is None else blocks[0]
+            best = method.best_ranks(kernel, second, importance, steps)
+            if best is None:
+                return None
+            whole = best.lost((0,) * len(steps))
+            variance = whole if moments is None else moments.output_variance(self.weight)
+            return KnownRanks(best, variance or 1.0)
+
     def _nested_now(self, method: Decomposer) -> list[Measured] | None:
+        method = method.for_layer(self.spec)
         moments = self.moments if self.fits_to_data(method) else None
         with full_precision(self.weight.device):
             kernels = group_kernels(self.weight.detach().double(), self.spec)

@@ -158,6 +158,7 @@ def candidate(
         decomposer=method,
         errors=partial(losses.nested_errors, method),
         error_at=partial(losses.error_at, method),
+        best_ranks=partial(losses.errors_of_best_ranks, method),
         expected=partial(losses.expected_error, method),
         by_outputs=losses.fits_to_data(method),
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from tdecomp.layers.spec import KINDS, Call, LayerSpec
 from tdecomp.model.filters import Filters
+from tdecomp.model.fused import with_parts
 from tdecomp.model.reasons import Reasons
 from tdecomp.model.trace import Trace, trace
 from tdecomp.model.weights import is_layer, is_lazy, spec_of, weights_of
@@ -56,7 +57,7 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
             f"the model ({type(model).__name__}) has no Linear or convolution to decompose, nor "
             f"another known layer ({', '.join(KINDS)}; tdecomp.register_layer_kind adds a kind)"
         )
-    specs = {row.names[0]: spec_of(row.module) for row in rows}
+    specs = {row.names[0]: with_parts(spec_of(row.module), row.names) for row in rows}
     if filters is not None:
         filters.check([name for row in rows for name in row.names])
     sites, reasons = Sites(), Reasons(model)

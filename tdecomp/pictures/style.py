@@ -13,12 +13,12 @@ DARK, GREY, LIGHT = "#1a1a1a", "#8a8a8a", "#e2e2e2"
 KEPT, LOST = "#0072b2", "#d55e00"
 # Colours that people with colour blindness tell apart (Okabe and Ito 2008); hatches, markers and
 # lines tell methods apart in print.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_HATCHES = ("", "////", "\\\\\\\\", "xxxx", "----", "||||", "++++")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
+_HATCHES = ("", "////", "\\\\\\\\", "xxxx", "----", "||||", "++++", "oooo")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = (
     "-", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)),
-    (0, (1, 2)),
+    (0, (1, 2)), (0, (10, 1, 1, 1)),
 )  # fmt: skip
 
 Item = TypeVar("Item")

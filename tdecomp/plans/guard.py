@@ -28,7 +28,8 @@ def guarded(choice: Choice, *, expect: bool = True) -> Choice:
         if expect and best is not None and before.params <= _MOST:
             error = choice.candidate.expected(best)
             # Of several ranks it is a bound, unless a fit told it.
-            bound = isinstance(best, tuple) and not choice.candidate.by_outputs
+            known = choice.candidate.by_outputs or choice.candidate.best_ranks() is not None
+            bound = isinstance(best, tuple) and not known
             if error is not None:
                 words += f"; {choice.candidate.would_lose(best, error, bound=bound)}"
         return Choice(reason=words)

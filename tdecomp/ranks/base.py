@@ -5,7 +5,7 @@ take the layer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -76,6 +76,9 @@ class Candidate:
         The exact errors at rank 0, 1, 2 … of a method whose best fits are nested, else None.
     error_at : callable ``(rank) -> float``
         Of a fit at this rank; None if it fails.
+    best_ranks : callable ``() -> mapping of rank to float``
+        For a method of several ranks those that lose least together, ascending, with their errors;
+        None where only fits would tell.
     expected : callable ``(rank) -> float``
         The error to expect of this rank, exact or a bound; None where only a fit would tell.
     by_outputs : bool
@@ -95,6 +98,7 @@ class Candidate:
     decomposer: Any = None
     errors: Callable[[], Sequence[float] | None] = _unknown
     error_at: Callable[[Rank], float | None] = _unknown
+    best_ranks: Callable[[], Mapping[Rank, float] | None] = _unknown
     expected: Callable[[Rank], float | None] = _unknown
     by_outputs: bool = False
 

@@ -196,13 +196,24 @@ class Budget(RankSelector):
             choices[i] = replace(choices[i], rank=higher)
 
     def _raised(self, rank: Rank, candidate: Candidate, allowed: Amounts) -> Rank:
-        """The largest rank that fits, from this one on; of several the first is raised last."""
+        """The largest rank that fits, from this one on.
+
+        Of several those that lose least together come first; else the first is raised last.
+        """
+
+        def affordable(raised: Rank) -> bool:
+            cost = candidate.cost(raised)
+            saves = cost.amount < candidate.before.amount
+            return saves and bool(np.all(self._amounts(cost) <= allowed))
+
+        best = [*(candidate.best_ranks() or ())]
+        if rank in best:
+            place = last(best.index(rank), len(best) - 1, lambda i: affordable(best[i]))
+            rank = best[place]
         ranks, largest = list(as_tuple(rank)), as_tuple(candidate.max_rank)
 
         def fits(i: int, value: int) -> bool:
-            cost = candidate.cost(in_form_of(rank, (*ranks[:i], value, *ranks[i + 1 :])))
-            saves = cost.amount < candidate.before.amount
-            return saves and bool(np.all(self._amounts(cost) <= allowed))
+            return affordable(in_form_of(rank, (*ranks[:i], value, *ranks[i + 1 :])))
 
         for i in reversed(range(len(ranks))):
             ranks[i] = last(ranks[i], largest[i], partial(fits, i))

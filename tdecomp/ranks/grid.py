@@ -80,6 +80,14 @@ def rank_steps(
     return sorted((rank for rank in rounded if size(rank) <= limit), key=size)
 
 
+def steps_along(
+    ranks: Sequence[Rank], cost: Callable[[Rank], Cost], limit: float, count: int
+) -> list[Rank]:
+    """About `count` of these ranks at most, whose costs ascend, within the limit."""
+    most = last(0, len(ranks), lambda place: cost(ranks[place - 1]).amount <= limit)
+    return [ranks[place - 1] for place in _spaced(1, most, count)]
+
+
 def rank_at(max_rank: Rank, fraction: float | Fraction) -> Rank:
     """That fraction of the largest useful rank, or of each one: rounded down, at least 1."""
     return in_form_of(max_rank, (max(1, int(fraction * limit)) for limit in as_tuple(max_rank)))
@@ -93,9 +101,15 @@ def rank_ladder(max_rank: Rank) -> Sequence[Rank]:
     return sorted({rank_at(max_rank, fraction) for fraction in fractions})
 
 
+def ladder_of(candidate: Candidate) -> Sequence[Rank]:
+    """The ranks that lose least together where they are known, else those of `rank_ladder`."""
+    best = candidate.best_ranks()
+    return rank_ladder(candidate.max_rank) if best is None else [*best]
+
+
 def largest_rank(candidate: Candidate, fits: Callable[[Cost], bool]) -> Rank | None:
     """The largest rank of the ladder whose cost `fits`, or None; costs grow along the ladder."""
-    ladder = rank_ladder(candidate.max_rank)
+    ladder = ladder_of(candidate)
     count = bisect_left(ladder, True, key=lambda rank: not fits(candidate.cost(rank)))
     return ladder[count - 1] if count else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
 from tdecomp.ranks.base import NOTHING, Candidate, Choice, LocalSelector, check_share
-from tdecomp.ranks.grid import rank_ladder
+from tdecomp.ranks.grid import ladder_of
 
 # Of the output's variance: what an exact fit may lose by round-off.
 _ROUND_OFF = 1e-9
@@ -21,9 +21,10 @@ class OutputVariance(LocalSelector):
     >>> OutputVariance(0.95)
     OutputVariance(share=0.95)
 
-    Exact for methods whose best fits are nested, svd and lowrank. For all others the rank is found
-    by bisection, with a fit at each step, assuming that the error falls with the rank. For Tucker-2
-    both ranks grow by a common fraction of their largest ones.
+    Exact for methods whose best fits are nested, svd and lowrank, and for split-svd, whose ranks
+    are then those that lose least together. For all others the rank is found by bisection, with a
+    fit at each step, assuming that the error falls with the rank. For Tucker-2 both ranks grow by a
+    common fraction of their largest ones.
 
     A layer is left alone where its output error is not known: no batch reaches it, it is a
     transposed convolution, or the method cannot be fitted to data. So is one of which no rank
@@ -63,17 +64,18 @@ class OutputVariance(LocalSelector):
                 reason=f"the output error of {candidate.method} is not known: no batch reached the "
                 "layer, it is transposed, or the method cannot be fitted to data"
             )
-        ladder, exact = rank_ladder(candidate.max_rank), candidate.errors()
+        ladder, exact, best = ladder_of(candidate), candidate.errors(), candidate.best_ranks()
         # Exact errors are those at rank 0, 1, 2 …; of a reduced chain only up to its own rank.
-        errors: dict[Rank, float | None] = {} if exact is None else dict(enumerate(exact))
+        errors: dict[Rank, float | None] = dict(best or enumerate(exact or ()))
+        known = bool(errors)
 
         def keeps(rank: Rank) -> bool:
-            if exact is None:
+            if not known:
                 errors[rank] = candidate.error_at(rank)
             error = errors[rank]
             return error is not None and error <= 1 - self.share + _ROUND_OFF
 
-        if exact is None:
+        if not known:
             place = bisect_left(ladder, True, key=keeps)
         else:
             place = next((i for i, rank in enumerate(ladder) if keeps(rank)), len(ladder))

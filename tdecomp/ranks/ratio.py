@@ -24,7 +24,7 @@ class Ratio(LocalSelector):
     of : {"rank", "params", "macs"}
         "rank": of the largest useful rank, rounded down, at least 1 (for Tucker-2 of both ranks).
         "params", "macs": the largest rank whose chain has at most that share of the layer's (for
-        Tucker-2 a common fraction of both ranks).
+        Tucker-2 a common fraction of both ranks, for split-svd the ranks that lose least together).
 
     Raises
     ------

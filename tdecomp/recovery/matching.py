@@ -161,7 +161,8 @@ class Match:
         assert method is not None
         before = factors_of_chain(chain, method)
         assert before is not None
-        weights = Weights(self._layer.spec, gradient, samples)
+        blocks = method.output_blocks(self._layer.spec)
+        weights = Weights(self._layer.spec, gradient, samples, blocks)
         fit, fold = (Joint.of(sums) for sums in self._sums)
         self._sums.clear()
         joint = self._all(fit, fold)

@@ -9,21 +9,26 @@ from torch import Tensor
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.best_ranks import diagonal_blocks
 
 
 class Weights:
     """How errors in a layer's outputs count, by the second moment G of the gradients at them.
 
     An error e counts ``eᵀ (G / mean(diag G) + λI) e``: λ, the weight that all outputs share, is
-    larger where G comes from few samples. Without gradients all outputs count alike.
+    larger where G comes from few samples. Without gradients all outputs count alike. `blocks` are
+    the runs of a group's outputs that the method mixes: others are taken as independent.
     """
 
-    def __init__(self, spec: LayerSpec, gradient: Tensor | None, samples: int) -> None:
+    def __init__(
+        self, spec: LayerSpec, gradient: Tensor | None, samples: int, blocks: Sequence[int]
+    ) -> None:
         size = spec.group_out
         pairs = []
         if gradient is not None:
             for at in range(0, spec.out_channels, size):
-                pairs.append(_roots(gradient[at : at + size, at : at + size], samples))
+                group = gradient[at : at + size, at : at + size]
+                pairs.append(_roots(_on_diagonal(group, blocks), samples))
         self.roots = [root for root, _ in pairs]
         self._inverses = [inverse for _, inverse in pairs]
 
@@ -40,6 +45,13 @@ class Weights:
     def undone(self, factors: Factorization, method: Decomposer) -> Factorization:
         """The factors of the kernels of which `of` makes these ones'."""
         return _mixed(factors, self._inverses, method) if self.roots else factors
+
+
+def _on_diagonal(gradient: Tensor, blocks: Sequence[int]) -> Tensor:
+    if len(blocks) == 1:
+        return gradient
+    independent: Tensor = torch.block_diag(*diagonal_blocks(gradient, blocks))
+    return independent
 
 
 def _roots(gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -176,13 +176,14 @@ def check_profile(name: str, value: Any) -> None:
 
 def _geometries(sites: Sequence[Site]) -> list[Geometry]:
     """Each different layer and call once, the most expensive first."""
-    found = {
-        (site.spec, call): chain_cost((site.spec,), (call,)).amount
+    found = {  # the parts are no part of a spec's identity, but methods make chains of them
+        (site.spec, site.spec.parts, call): ((site.spec, call), chain_cost((site.spec,), (call,)))
         for site in sites
         if site.spec is not None and site.reason is None
         for call in site.calls or ()
     }
-    return sorted(found, key=lambda geometry: -found[geometry])
+    ordered = sorted(found.values(), key=lambda entry: -entry[1].amount)
+    return [geometry for geometry, _ in ordered]
 
 
 def _multiple(geometries: Sequence[Geometry], result: Profile, seconds_of: Any) -> int:

@@ -142,7 +142,7 @@ class Profile:
 
     def _curve(self, decomposer: Decomposer, spec: LayerSpec, call: Call, layout: str) -> Curve:
         """The timed chains of a method for a layer, found once."""
-        name = (repr(decomposer), spec, call, layout)
+        name = (repr(decomposer), spec, spec.parts, call, layout)
         if name not in self._curves:
             ranks = timed_ranks(decomposer, spec, call, self.rounding, self.points)
             chains = [decomposer.stages(spec, rank) for rank in ranks]

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -22,6 +23,7 @@ RANKS = {
     "tucker2": (3, 4),
     "cp": 5,
     "cp-separable": 5,
+    "split-svd": (2, 3),
 }
 
 
@@ -33,8 +35,22 @@ def linear():
     return nn.Conv2d(4, 6, 1), nn.Linear(9, 5)
 
 
-def in_a_model(layers):
-    return nn.Sequential(layers[0], nn.BatchNorm2d(6), nn.ReLU(), layers[1]).eval()
+def fused():
+    return nn.Linear(9, 12), nn.Linear(12, 6)
+
+
+def layers_for(method):
+    """Two layers that it takes, with their specs."""
+    made = {"svd": linear, "split-svd": fused}.get(method, features)()
+    specs = [LayerSpec.of(layer) for layer in made]
+    if method == "split-svd":
+        specs = [replace(spec, parts=(spec.out_channels // 2,) * 2) for spec in specs]
+    return list(zip(made, specs, strict=True))
+
+
+def in_a_model(method, layers):
+    channels = 4 if method == "split-svd" else 6
+    return nn.Sequential(layers[0], nn.BatchNorm2d(channels), nn.ReLU(), layers[1]).eval()
 
 
 @cache
@@ -42,20 +58,18 @@ def fitted(method):
     """A model with two chains of this method in it."""
     torch.manual_seed(0)
     decomposer = get_decomposer(method)
-    layers = linear() if method == "svd" else features()
     chains = []
-    for layer in layers:
-        spec = LayerSpec.of(layer)
+    for layer, spec in layers_for(method):
         factorization = factorize(decomposer, layer.weight, spec, RANKS[method])
         chains.append(assemble(layer, decomposer, RANKS[method], factorization))
-    return in_a_model(chains)
+    return in_a_model(method, chains)
 
 
 def empty(method):
     """The same structure, made from specs and ranks alone, with NaN for weights."""
-    layers = linear() if method == "svd" else features()
-    decomposer = get_decomposer(method)
-    model = in_a_model([empty_chain(decomposer, LayerSpec.of(m), RANKS[method]) for m in layers])
+    decomposer, rank = get_decomposer(method), RANKS[method]
+    chains = [empty_chain(decomposer, spec, rank) for _, spec in layers_for(method)]
+    model = in_a_model(method, chains)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
