@@ -42,6 +42,8 @@ class SVD(Decomposer):
     >>> print(*SVD().stages(LayerSpec(8, 6), 2))
     Linear(8→2, no bias) Linear(2→6)
 
+    An Embedding becomes a narrower one and a Linear.
+
     Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks for Efficient
     Evaluation", section 3.2.1. The fit to data: Zhang et al. 2016, "Accelerating Very Deep
     Convolutional Networks for Classification and Detection", equations 4 to 6.
@@ -49,6 +51,7 @@ class SVD(Decomposer):
 
     name = "svd"
     source = "Denton et al. 2014"
+    takes_lookups = True
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return "svd takes Linear layers and 1×1 convolutions" if spec.kernel_volume > 1 else None

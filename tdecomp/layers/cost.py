@@ -59,6 +59,19 @@ class Cost:
         return "MACs" if self.macs else "parameters"
 
 
+@dataclass(frozen=True)
+class LookupCost(Cost):
+    """Of a lookup, which has no MACs, or of a chain in its place: parameters are compared."""
+
+    @property
+    def amount(self) -> int:
+        return self.params
+
+    @property
+    def unit(self) -> str:
+        return "parameters"
+
+
 def total(costs: Iterable[Cost]) -> Cost:
     """The sum, with seconds if any of the costs has them.
 

@@ -46,7 +46,7 @@ def able_sites(
         if site.reason is not None or site.spec is None:
             left_alone[site.name] = Choice(reason=site.reason)
             continue
-        refusals = [method.refusal(site.spec) for method in methods]
+        refusals = [method.refuses(site.spec) for method in methods]
         taking = [method for method, why in zip(methods, refusals, strict=True) if why is None]
         if taking:
             check_weight(site)

@@ -66,6 +66,8 @@ def _own_reason(module: nn.Module) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is no stock layer of torch"
+    if reason := kind.refusal(module):
+        return reason
     for name, parameter in module.named_parameters(recurse=False):
         dtype, kind_of_tensor = parameter.dtype, type(parameter.data).__name__
         if not is_plain(parameter):

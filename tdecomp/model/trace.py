@@ -11,7 +11,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from tdecomp.layers.patches import dense
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
@@ -45,13 +44,14 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = layers[layer]
-        value, *extra = (*args, *kwargs.values()) or (None,)
-        if extra:
-            oddities[name] = "it is called with more than its input"
+        value = next(iter((*args, *kwargs.values())), None)
         if isinstance(value, Tensor) and value.is_nested:
             oddities[name] = "it is called with a nested tensor"
         elif isinstance(value, Tensor):  # if not, the layer itself is about to complain
-            calls[name].append(specs[name].call(dense(value).shape))
+            call = specs[name].called_with(*args, **kwargs)
+            calls[name].append(call or specs[name].call(value.shape))
+            if call is None:
+                oddities[name] = "it is called with more than its input"
 
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
     uses = OddUses({name: layer for layer, name in layers.items()})

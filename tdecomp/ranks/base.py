@@ -245,7 +245,7 @@ def spread(rank: Rank, max_rank: Rank) -> Rank:
 
 def checked_rank(where: str, method: Decomposer, spec: LayerSpec, rank: Any) -> Rank:
     """The rank as the method takes it; a ValueError where it cannot take the layer, or the rank."""
-    refusal = method.refusal(spec)
+    refusal = method.refuses(spec)
     if refusal is not None:
         raise ValueError(f"{where} ({spec}): {refusal}")
     chosen = spread(tuple(rank) if isinstance(rank, list) else rank, method.max_rank(spec))

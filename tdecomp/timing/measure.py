@@ -151,7 +151,7 @@ def measure(
     work = list(product(dict.fromkeys(map(result.timed_in, layouts)), geometries))
     for layout, (spec, call) in progress.over(work, "profile", len(work), "layers"):
         chains: list[Stages] = [(spec,)]
-        for method in (d for d in decomposers if d.refusal(spec) is None):
+        for method in (d for d in decomposers if d.refuses(spec) is None):
             ranks = timed_ranks(method, spec, call, result.rounding, result.points)
             chains += [tuple(method.stages(spec, rank)) for rank in ranks]
         keyed = {key_of(layout, stages, call): stages for stages in chains}
