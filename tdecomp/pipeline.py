@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
-from tdecomp.calibration.calibrate import watchable
+from tdecomp.calibration.calibrate import unwatched
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.assemble import assemble
@@ -164,10 +164,7 @@ def fit_row(
             ) from error
     notes = [row.note, *fitted.notes]
     if moments is not None and seen is None:
-        none = (
-            "no batch reached it" if watchable(spec) else "transposed convolutions have no moments"
-        )
-        notes.append(f"fitted by its weights: {none}")
+        notes.append(f"fitted by its weights: {unwatched(spec) or 'no batch reached it'}")
     row = replace(
         row,
         weight_error=fitted.weight_error,

@@ -48,6 +48,10 @@ class Cost:
         uncounted = self.uncounted or other.uncounted
         return Cost(act(self.params, other.params), macs, latency, uncounted)
 
+    def by_params(self) -> "Cost":
+        """The same one, of which parameters are compared, as those of lookups are."""
+        return LookupCost(self.params, self.macs, self.latency, self.uncounted)
+
     @property
     def amount(self) -> int:
         """MACs, or parameters where MACs are unknown or 0; break-even ranks compare these."""

@@ -44,8 +44,11 @@ class LayerLosses:
         return self._cached(
             method,
             ("cost", rank, self.calls),
-            lambda: chain_cost(method.stages(self.spec, rank), self.calls),
+            lambda: self._compared(chain_cost(method.stages(self.spec, rank), self.calls)),
         )
+
+    def _compared(self, cost: Cost) -> Cost:
+        return cost.by_params() if self.spec.lookup else cost
 
     def _cached(self, method: Decomposer, what: Hashable, compute: Callable[[], Value]) -> Value:
         return self.cache.get(self._key(method, what), compute)
@@ -57,7 +60,7 @@ class LayerLosses:
     @cached_property
     def before(self) -> Cost:
         """The cost of the layer as it is."""
-        return chain_cost([self.spec], self.calls)
+        return self._compared(chain_cost([self.spec], self.calls))
 
     def expected_error(self, method: Decomposer, rank: Rank) -> float | None:
         """The error in a plan's row: exact for nested methods and where the fit itself is known.

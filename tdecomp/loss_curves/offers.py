@@ -180,5 +180,7 @@ def fit_size(site: Site, moments: Moments | None) -> int:
     size = on_cpu(weight)
     if not size or moments is None or spec is None or site.name not in moments:
         return size
+    if spec.lookup:
+        return size
     # A fit to data makes many small steps on a moment where one to weights makes few large ones.
     return max(size, spec.fan_in**2 // 4)

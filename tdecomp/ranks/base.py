@@ -156,6 +156,19 @@ class RankSelector(ABC):
     latency: float | None = None
     round_to: int | None = None
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """What it is asked to save, of "macs", "params" and "latency".
+
+        Lookups (an Embedding) have no MACs: they are offered to selectors that save parameters.
+        """
+        return ("macs",)
+
+    def wants_lookup(self, names: Sequence[str]) -> bool:
+        """Whether a lookup of these names is offered to it."""
+        del names
+        return "params" in self.saves
+
     @abstractmethod
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         """One choice for each site, from its candidates in the order of the user's methods.
