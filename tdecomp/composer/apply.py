@@ -77,7 +77,12 @@ def apply_factorization(
     with restoring(model):
         for site in find_sites(model, wide).values():
             kind, size = kinds.get(type(site.module), (None, 1))
-            if kind and site.reason is None and factorizing_could_speedup(site.module, size):
+            if (
+                kind
+                and not site.reason
+                and not site.tied
+                and factorizing_could_speedup(site.module, size)
+            ):
                 check_weight(site)
                 replacements[site.module] = kind.of(site.module, size)
         # Before anything is changed: the caller may have made warnings errors.

@@ -57,12 +57,16 @@ class Chain(nn.Sequential):
         """Let `weight` and `bias` have the dtype and `requires_grad` that the weights have now."""
         first, spec = next(self.parameters(), None), self.replaced
         if first is not None and spec is not None:
-            shapes = {"weight": spec.weight_shape, "bias": (spec.out_channels,)}
-            for name, shape in shapes.items():
+            for name, shape in self.shapes().items():
                 empty = torch.empty(shape, dtype=first.dtype, device="meta")
                 described = empty.as_subclass(_Described)
                 described.requires_grad_(first.requires_grad and first.is_floating_point())
                 vars(self)[name] = described if spec.bias or name == "weight" else None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the weight and of the bias that the layer had."""
+        assert self.replaced is not None
+        return {"weight": self.replaced.weight_shape, "bias": (self.replaced.out_channels,)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Chain":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tdecomp.layers.chain import Chain
@@ -65,3 +64,37 @@ class EmbeddingChain(Chain, nn.Embedding):
     @property
     def _table(self) -> Any:
         return self[0]
+
+
+class HeadChain(Chain):
+    """A chain in place of an output layer that is tied to an Embedding: they share a factor.
+
+    Its `weight` has as many rows as that factor has now, so that code that resized the table sees
+    an output layer that is resized already. Its `bias` is the parameter itself, which such code
+    hands on to others.
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias"]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found, rows = super().shapes(), len(self._last.weight)
+        return {name: (rows, *shape[1:]) for name, shape in found.items()}
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A tensor without values of the layer's shape."""
+        described: Tensor = vars(self)["weight"]
+        if len(described) != len(self._last.weight):
+            self.mirror_weight()
+        found: Tensor = vars(self)["weight"]
+        return found
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        """The last stage's."""
+        found: nn.Parameter | None = self._last.bias
+        return found
+
+    @property
+    def _last(self) -> Any:
+        return self[-1]

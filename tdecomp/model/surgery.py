@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from tdecomp.model.batches import in_slots, tuple_like
+from tdecomp.model.declared_ties import redeclare, redeclared
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.optimizers import Replacements, follow, restorer
 from tdecomp.model.weights import is_plain
@@ -31,6 +32,7 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
     """
     # With the replacements in the memo, old weights are not copied, and no slot is missed.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
+    memo |= {id(old): new for old, new in _biases(replacements)}
     for module in model.modules():
         # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
         for value in vars(module).values():
@@ -49,6 +51,7 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
             twin = copy.deepcopy(model, memo)
         if not isinstance(twin, nn.Module):  # as where __getattr__ answers for __deepcopy__
             raise TypeError(f"its copy is {twin!r}")
+        redeclare(twin)
         return twin
     except Exception as error:
         remedy = "use inplace=True, without recovery, on a model that you no longer need as it is"
@@ -87,6 +90,15 @@ def swap(
         for old, put in slots:
             undo.callback(put, old)
             put(chains[old])
+        biases = {id(old): new for old, new in _biases(chains)}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in biases:
+                    undo.callback(module._parameters.__setitem__, name, parameter)
+                    module._parameters[name] = biases[id(parameter)]
+        for module, attribute, names in list(redeclared(model)):
+            undo.callback(_put_back, module, attribute, vars(module).get(attribute))
+            setattr(module, attribute, names)
         for mine, value in _changed(model, values or {}):
             undo.callback(_copy, mine, mine.detach().clone())
             _copy(mine, value)
@@ -99,6 +111,22 @@ def swap(
             undo.callback(restorer(optimizer))
             follow(optimizer, chains)
         undo.pop_all()
+
+
+def _biases(replacements: Replacements) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each replaced layer's bias, which another module may hold, too, and the one of its chain."""
+    for old, chain in replacements.items():
+        mine, its = (getattr(m, "bias", None) for m in (old, chain[-1] if len(chain) else None))
+        if isinstance(mine, nn.Parameter) and isinstance(its, nn.Parameter):
+            yield mine, its
+
+
+def _put_back(module: nn.Module, attribute: str, value: Any) -> None:
+    """An attribute of the module itself, or of its class where it had none of its own."""
+    if value is None:
+        delattr(module, attribute)
+    else:
+        setattr(module, attribute, value)
 
 
 def adopt(model: nn.Module, other: nn.Module) -> nn.Module:

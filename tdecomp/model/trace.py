@@ -131,6 +131,7 @@ class OddUses(Scope):
         self.found: dict[str, str] = {}
         self.running: list[str] = []
         self._layers = layers
+        self._tied: dict[str, set[str]] = {}  # the layers that have the same parameters
 
     def change(self) -> None:
         for name, layer in self._layers.items():
@@ -139,6 +140,11 @@ class OddUses(Scope):
             end = partial(layer.register_forward_hook, partial(self._end, name), always_call=True)
             self.undo.enter_context(hooks([start, end]))
         weights = {name: tuple(m.parameters(recurse=False)) for name, m in self._layers.items()}
+        owners: dict[int, set[str]] = {}
+        for name, own in weights.items():
+            for parameter in own:
+                owners.setdefault(id(parameter), set()).add(name)
+        self._tied = {n: set().union(*(owners[id(p)] for p in own)) for n, own in weights.items()}
         self.undo.enter_context(Reads(weights, self._read))
 
     def _begin(
@@ -155,7 +161,7 @@ class OddUses(Scope):
             self.running.pop()
 
     def _read(self, name: str) -> None:
-        if name not in self.running:
+        if self._tied[name].isdisjoint(self.running):
             self.found.setdefault(name, READ_OUTSIDE)
 
 
