@@ -7,24 +7,19 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
-from tdecomp.calibration.calibrate import unwatched
 from tdecomp.calibration.data import Batches
-from tdecomp.calibration.moments import LayerMoments, Moments
-from tdecomp.decomposers.assemble import assemble
-from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, measured
-from tdecomp.decomposers.tied import factors_as, tied_chains
+from tdecomp.calibration.moments import Moments
 from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.optimizers import as_optimizers, unoptimized
-from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
 from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
+from tdecomp.plans.fit import fit_rows
 from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
@@ -150,96 +145,6 @@ def _leader_first(rows: Sequence[Row]) -> list[Row]:
     """Rows that share their factors, first the one that they are fitted as."""
     first = rows[leader([row.layer for row in rows if row.layer is not None])]
     return [first, *(row for row in rows if row is not first)]
-
-
-def fit_rows(
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    method: Decomposer,
-    moments: Moments | None,
-    known: FittedLayer | None = None,
-    draft: FittedLayer | None = None,
-) -> list[tuple[Row, Chain]]:
-    """`fit_row` for layers that share their factors: the first is fitted, the others follow."""
-    fitted = known or _fit(sites[0], rows[0], method, moments, draft)
-    found = [fit_row(sites[0], rows[0], method, moments, fitted)]
-    for site, row in zip(sites[1:], rows[1:], strict=True):
-        weight, spec = site.module.weight, site.spec
-        assert isinstance(weight, nn.Parameter)
-        assert spec is not None
-        seen = _seen(site, moments)
-        factors = factors_as(fitted.factors, spec, method)
-        follows = measured(weight, spec, method, factors, seen)
-        found.append(fit_row(site, row, method, moments, follows))
-    if len(found) == 1:
-        return found
-    words = f"fitted as {rows[0].name!r}, which has the same weight"
-    noted = [row if row.tied_to or row is found[0][0] else _noted(row, words) for row, _ in found]
-    return list(zip(noted, tied_chains([chain for _, chain in found]), strict=True))
-
-
-def _noted(row: Row, words: str) -> Row:
-    return replace(row, note="; ".join(filter(None, (row.note, words))))
-
-
-def _seen(site: Site, moments: Moments | None) -> LayerMoments | None:
-    """What is known of the layer's inputs, on its device."""
-    seen = None if moments is None else moments.layers.get(site.name)
-    weight = site.module.get_parameter("weight")
-    return None if seen is None else seen.to(weight.device)
-
-
-def fit_row(
-    site: Site,
-    row: Row,
-    method: Decomposer,
-    moments: Moments | None,
-    known: FittedLayer | None = None,
-    draft: FittedLayer | None = None,
-) -> tuple[Row, Chain]:
-    """The row with its errors and the time the fit took, and the chain for the layer."""
-    weight, spec, rank = site.module.weight, site.spec, row.rank
-    assert isinstance(weight, nn.Parameter)
-    assert spec is not None
-    assert rank is not None
-    seen = _seen(site, moments)
-    fitted = known or _fit(site, row, method, moments, draft)
-    notes = [row.note, *fitted.notes]
-    if moments is not None and seen is None:
-        notes.append(f"fitted by its weights: {unwatched(spec) or 'no batch reached it'}")
-    row = replace(
-        row,
-        weight_error=fitted.weight_error,
-        note="; ".join(note for note in notes if note) or None,
-        fit_seconds=fitted.seconds,
-        component_norms=fitted.component_norms,
-    )
-    if estimate := fitted.held_out_error(weight, seen):
-        row = replace(
-            row,
-            output_error=estimate.value,
-            output_error_se=estimate.se,
-            output_error_margin=estimate.margin,
-        )
-    return row, assemble(site.module, method, rank, fitted.factors, fitted.shift)
-
-
-def _fit(
-    site: Site, row: Row, method: Decomposer, moments: Moments | None, draft: FittedLayer | None
-) -> FittedLayer:
-    weight, spec, rank = site.module.weight, site.spec, row.rank
-    assert isinstance(weight, nn.Parameter)
-    assert spec is not None
-    assert rank is not None
-    start = None if draft is None else draft.factors
-    try:
-        return fit_layer(weight, spec, method, rank, _seen(site, moments), start)
-    except Exception as error:
-        raise ValueError(
-            f"layer {row.name!r} ({spec}): {row.method} at rank {rank} failed with "
-            f"{type(error).__name__}: {error}. Leave the layer alone with "
-            f"exclude=[{row.name!r}], or choose another method or rank for it"
-        ) from error
 
 
 def _speed(

@@ -1,17 +1,20 @@
-"""One factorization for layers that have one weight W (rows, columns) ≈ A (rows, R) · B (R, columns).
+"""One factorization for layers that have one weight W (rows, columns) ≈ A (rows, R) · B.
 
-A table looks a row of A up and multiplies it by B; an output layer multiplies by Bᵀ, then by Aᵀ.
-A is one parameter in all of their chains. B is stored transposed in an output layer's, so that
-tables have one B, and output layers another, which starts as the same.
+A table looks a row of A up and multiplies it by B (R, columns); an output layer multiplies by Bᵀ,
+then by Aᵀ. A is one parameter in all of their chains. B is stored transposed in an output layer's,
+so that tables have one B, and output layers another; without data they start as the same.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tdecomp.calibration.moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain, Rank
@@ -22,12 +25,29 @@ from tdecomp.layers.spec import Call, LayerSpec
 Member = tuple[LayerSpec, tuple[Call, ...] | None]  # a layer, and its calls if they are known
 
 
-def factors_as(factors: Factorization, spec: LayerSpec, method: Decomposer) -> Factorization:
-    """The factors of one layer as those of another that has its weight."""
-    weights = factors.stage_weights()
-    if spec.lookup != factors.spec.lookup:
-        weights = tuple(weight.T for weight in reversed(weights))
-    found = method.factors_of(weights)
+def factors_as(
+    factors: Factorization,
+    weight: Tensor,
+    spec: LayerSpec,
+    method: Decomposer,
+    moments: LayerMoments | None,
+) -> Factorization:
+    """The factors of one layer as those of another that has its weight, with the same A.
+
+    Of a table beside an output layer, B is the best one for this A: least squares over its rows, by
+    how often they are read where that is known.
+    """
+    if spec.lookup == factors.spec.lookup:
+        return replace(factors, spec=spec)
+    large = factors.stage_weights()[-1]  # (rows, R)
+    table = spec.to_forward_layout(weight.detach()).T.double()  # (rows, columns)
+    weighted = large.double()
+    if moments is not None:
+        second = moments.shrunk(moments.second_moments())[0]
+        weighted = second.applied(weighted.T).T
+    normal = weighted.T @ large.double()
+    small = torch.linalg.pinv(normal, hermitian=True) @ (weighted.T @ table)  # (R, columns)
+    found = method.factors_of((large.T, small.T.to(large.dtype)))
     assert found is not None  # a method that takes lookups can tell
     return Factorization(spec, (found,))
 
@@ -75,7 +95,7 @@ def own_params(method: Decomposer, spec: LayerSpec, rank: Rank, *, alike: bool) 
 
 
 def group_cost(method: Decomposer | None, rank: Rank, members: Sequence[Member]) -> Cost:
-    """The cost of the layers of a group together, or of their chains; what they share counts once."""
+    """What the layers of a group cost, or their chains,; what they share counts once."""
     costs, seen = [], set[bool]()
     for spec, calls in members:
         stages: Any = [spec] if method is None else method.stages(spec, rank)

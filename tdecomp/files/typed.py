@@ -40,9 +40,9 @@ def typed(hint: Any, value: Any, place: str) -> Any:
     >>> typed(tuple[str, ...] | None, ["fc", "head"], "names")
     ('fc', 'head')
 
-    Unions, tuples, dicts, dataclasses (all of their fields have to be there, but for those that its
-    attribute `later` names), plain types and Any. Anything else is a TypeError that says where it was, as are numbers that are not
-    finite and whole ones beyond 64 bits.
+    Unions, tuples, dicts, dataclasses (all of their fields have to be there, but for those that
+    their attribute `later` names), plain types and Any. Anything else is a TypeError that says
+    where it was, as are numbers that are not finite and whole ones beyond 64 bits.
     """
     if hint is Any:
         return value

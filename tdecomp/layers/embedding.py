@@ -92,11 +92,6 @@ class Bag(_Lookup):
         return super().refusal(module)
 
     def call(self, spec: LayerSpec, *inputs: Any, **named: Any) -> Call | None:
-        def bags(
-            input: Tensor, offsets: Tensor | None = None, per_sample_weights: Any = None
-        ) -> int:
-            del per_sample_weights
-            last = bool(dict(spec.options).get("include_last_offset"))
-            return len(input) if offsets is None else len(offsets) - last
-
-        return Call(bags(*inputs, **named))
+        given = dict(zip(("input", "offsets"), inputs, strict=False)) | named
+        offsets, last = given.get("offsets"), bool(dict(spec.options).get("include_last_offset"))
+        return Call(len(given["input"]) if offsets is None else len(offsets) - last)

@@ -60,7 +60,6 @@ def enter_under_its_name(caller: str, entry: Any, registry: dict[str, Any]) -> N
     registry[name] = entry
 
 
-for _kind in STOCK_KINDS:
-    register_layer_kind(_kind)
-for _kind in (Conv1D(), Table(), Bag()):
+_KINDS: tuple[LayerKind, ...] = (*STOCK_KINDS, Conv1D(), Table(), Bag())
+for _kind in _KINDS:
     register_layer_kind(_kind)

@@ -43,19 +43,22 @@ class EmbeddingChain(Chain, nn.Embedding):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The parameter of the first stage (rows, rank)."""
-        return self._table.weight
+        found: Tensor = self._table.weight
+        return found
 
     @property
-    def num_embeddings(self) -> int:  # type: ignore[override]
-        return self._table.num_embeddings
+    def num_embeddings(self) -> int:
+        found: int = self._table.num_embeddings
+        return found
 
     @num_embeddings.setter
     def num_embeddings(self, rows: int) -> None:
         self._table.num_embeddings = rows
 
     @property
-    def padding_idx(self) -> int | None:  # type: ignore[override]
-        return self._table.padding_idx
+    def padding_idx(self) -> int | None:
+        found: int | None = self._table.padding_idx
+        return found
 
     @padding_idx.setter
     def padding_idx(self, row: int | None) -> None:
@@ -81,7 +84,7 @@ class HeadChain(Chain):
         return {name: (rows, *shape[1:]) for name, shape in found.items()}
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """A tensor without values of the layer's shape."""
         described: Tensor = vars(self)["weight"]
         if len(described) != len(self._last.weight):
@@ -90,7 +93,7 @@ class HeadChain(Chain):
         return found
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:
         """The last stage's."""
         found: nn.Parameter | None = self._last.bias
         return found

@@ -125,7 +125,8 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
     def _legend(self) -> str:
         outputs = any(layer.of_outputs for layer in self.layers)
         error = "share of the output's variance" if outputs else "relative error of the weight"
-        unit = next((layer.before.unit for layer in self.layers if layer), "parameters")
+        units = dict.fromkeys(layer.before.unit for layer in self.layers if layer)
+        unit = ", or of a lookup's ".join(units) or "parameters"
         return f"{error} lost at that share of the layer's {unit} (rank in brackets)"
 
     def plot(self) -> "Figure":

@@ -113,7 +113,7 @@ def swap(
         undo.pop_all()
 
 
-def _biases(replacements: Replacements) -> Iterator[tuple[Tensor, Tensor]]:
+def _biases(replacements: Replacements) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
     """Each replaced layer's bias, which another module may hold, too, and the one of its chain."""
     for old, chain in replacements.items():
         mine, its = (getattr(m, "bias", None) for m in (old, chain[-1] if len(chain) else None))

@@ -109,7 +109,6 @@ def make_plan(
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses
         choices[name] = replace(choice, error=None)
-        choices |= dict.fromkeys((n for n in offer.site.tied if n != name), choices[name])
         if choice.candidate is not None and choice.rank is not None:
             method, rank = choice.candidate.decomposer, choice.rank
             if expect:
@@ -118,6 +117,10 @@ def make_plan(
                 choices[name] = choice if error is None else replace(choice, error=error)
             known = partial(losses.known_fit, method, rank)
             fits[name] = known(draft=False), known(draft=True)
+        # Without data, layers that have one weight lose the same of it.
+        error = choices[name].error if losses.moments is None else None
+        others = (other for other in offer.site.tied if other != name)
+        choices |= dict.fromkeys(others, replace(choices[name], error=error))
     counted: set[int] = set()
     kinds = {site.name: site.spec is not None and site.spec.lookup for site in sites}
     rows = [

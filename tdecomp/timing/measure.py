@@ -190,7 +190,7 @@ def _multiple(geometries: Sequence[Geometry], result: Profile, seconds_of: Any) 
     """
     for spec, call in geometries:
         largest = min(spec.in_channels, spec.out_channels) // 2 // _MULTIPLES[0] * _MULTIPLES[0]
-        if largest < 2 * _MULTIPLES[0] or spec.groups > 1:
+        if largest < 2 * _MULTIPLES[0] or spec.groups > 1 or spec.lookup:
             continue
         widths = list({largest - part for m in _MULTIPLES for part in (0, m // 2, m)})
         stages = [(spec.pointwise(spec.in_channels, width),) for width in widths]
