@@ -73,7 +73,7 @@ class SVD(Decomposer):
         u, s, vh = truncated_svd(kernel.flatten(1), rank)
         root = s.sqrt()
         first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
-        return LowRankFactors(first, u * root)
+        return _with_zeros_of(kernel, LowRankFactors(first, u * root))
 
     def fit_to(
         self,
@@ -90,7 +90,8 @@ class SVD(Decomposer):
         first = outputs.T @ kernel.flatten(1)  # (rank, in · kernel)
         root = first.norm(dim=1).sqrt()
         first = first / torch.where(root > 0, root, 1.0)[:, None]
-        return LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
+        found = LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
+        return _with_zeros_of(kernel, found)
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
@@ -107,3 +108,10 @@ class SVD(Decomposer):
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         return (kernel.flatten(1),)
+
+
+def _with_zeros_of(kernel: Tensor, factors: LowRankFactors) -> LowRankFactors:
+    """The factors, exactly zero for inputs and outputs of which all weights are, as for padding."""
+    nonzero = kernel != 0
+    first = factors.first * nonzero.any(dim=0)
+    return LowRankFactors(first, factors.second * nonzero.flatten(1).any(dim=1)[:, None])

@@ -21,6 +21,7 @@ class BagChain(Chain):
 class EmbeddingChain(Chain, nn.Embedding):
     """A chain that passes for an Embedding: code that resizes one resizes its table.
 
+    >>> from tdecomp.layers.lookup_chain import EmbeddingChain
     >>> chain = EmbeddingChain(nn.Embedding(9, 2), nn.Linear(2, 4, bias=False))
     >>> chain.num_embeddings, tuple(chain.weight.shape), list(chain.state_dict())
     (9, (9, 2), ['0.weight', '1.weight'])

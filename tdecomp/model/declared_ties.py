@@ -50,7 +50,14 @@ def _in_chain(module: nn.Module, name: Any) -> Iterator[tuple[str, nn.Parameter]
     path, _, part = str(name).rpartition(".")
     try:
         owner = module.get_submodule(path)
-    except AttributeError:  # a pattern, or a name that is not there
+    except AttributeError:  # a pattern, or of a chain whose layer is back in its place
+        path = path.rpartition(".")[0]
+        try:
+            parameter = module.get_submodule(path)._parameters.get(part)
+        except AttributeError:
+            return
+        if parameter is not None:
+            yield f"{path}.{part}", parameter
         return
     if not isinstance(owner, Chain):
         own = owner._parameters.get(part)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import in_slots, tuple_like
 from tdecomp.model.declared_ties import redeclare, redeclared
 from tdecomp.model.example import images_in_layout
@@ -114,11 +115,16 @@ def swap(
 
 
 def _biases(replacements: Replacements) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """Each replaced layer's bias, which another module may hold, too, and the one of its chain."""
-    for old, chain in replacements.items():
-        mine, its = (getattr(m, "bias", None) for m in (old, chain[-1] if len(chain) else None))
-        if isinstance(mine, nn.Parameter) and isinstance(its, nn.Parameter):
+    """Each replaced layer's bias, which another module may hold, too, and the new one."""
+    for old, new in replacements.items():
+        mine, its = _bias(old), _bias(new)
+        if mine is not None and its is not None:
             yield mine, its
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    holder = module[-1] if isinstance(module, Chain) and len(module) else module
+    return holder._parameters.get("bias")
 
 
 def _put_back(module: nn.Module, attribute: str, value: Any) -> None:

@@ -22,7 +22,7 @@ def groups_of(
     """
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(module)
     biases = _biases(model)
@@ -39,7 +39,7 @@ def groups_of(
 def _biases(model: nn.Module) -> dict[int, list[nn.Module]]:
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
     return owners
 
