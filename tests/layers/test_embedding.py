@@ -1,4 +1,4 @@
-"""Lookup tables: their chains give the rows of the product of the factors, in all of their modes."""
+"""Lookup tables: a chain gives the rows of the product of its factors, in every mode."""
 
 import copy
 import io
