@@ -1,8 +1,8 @@
 """How long a table takes to decompose, and what counting its rows is worth.
 
-A table of 30,522 × 384, the vocabulary of BERT and the width of a small encoder, at a quarter of its
-parameters: of random values, and of values whose spectrum falls as those of trained tables do.
-Rows are read as often as words are in texts, by Zipf's law.
+A table of 30,522 × 384, the vocabulary of BERT and the width of a small encoder, at a quarter of
+its parameters: of random values, and of values whose singular values fall as the root of their
+number. Rows are read as often as words are in texts, by Zipf's law.
 
     python -m benchmarks.embeddings
 """
@@ -46,7 +46,7 @@ def lines_of(name: str, weight: Tensor, read: list[Tensor]) -> Iterator[list[str
         began = time.process_time()
         result = tdecomp.decompose(model, "svd", rank=ratio, data=data, progress=False)
         seconds, row = time.process_time() - began, result.report["0"]
-        table, linear = (stage.get_parameter("weight") for stage in result.model.get_submodule("0"))
+        table, linear = (result.model.get_parameter(f"0.{at}.weight") for at in (0, 1))
         lost = moments["0"].held_error(weight, table @ linear.T)
         assert lost is not None
         errors = (row.weight_error or 0.0, lost.value)
