@@ -183,7 +183,9 @@ def measure_sensitivity(
     for site in sites:
         offer = offers.get(site.name)
         if offer is None:
-            reason = left_alone[site.name].reason
+            others = [name for name in site.tied if name in offers]
+            known = left_alone.get(site.name)
+            reason = known.reason if known else f"shares its factors with {others[0]!r}"
             layers.append(LayerSensitivity(site.name, site.spec, Cost(0), {}, reason=reason))
         else:
             before, of_outputs = offer.losses.before, offer.losses.moments is not None

@@ -291,3 +291,17 @@ def test_tables_alone_are_offered_for_parameters():
     assert (
         result.report.after.params == count(result.model) == sum(p.numel() for p in a.parameters())
     )
+
+
+def test_sensitivity_and_times_are_those_of_the_output_layer():
+    found = tdecomp.sensitivity(Tied(), "svd", example_inputs=IDS, **QUIET)
+    assert found["tokens"].reason == "shares its factors with 'head'"
+    ranks = [point.rank for point in found["head"]["svd"].points]
+    assert ranks[0] == 1
+    plan = tdecomp.plan(Tied(), "svd", rank=ranks[-1], example_inputs=IDS, **QUIET)
+    cost = found["head"]["svd"].points[-1].cost
+    assert cost.params == sum(plan[name].params_after for name in ("tokens", "head"))
+    assert cost.macs == sum(plan[name].macs_after for name in ("tokens", "head"))
+    times = tdecomp.profile(Tied(), IDS, "svd", effort="quick", **QUIET)
+    plan = tdecomp.plan(Tied(), "svd", rank=4, example_inputs=IDS, profile=times, **QUIET)
+    assert plan["head"].latency_after > 0
