@@ -288,7 +288,9 @@ def test_lower_ranks_refits_and_drawings():
     lower = tdecomp.reduce_ranks(result, rank={"tokens": 2}, data=data, **QUIET)
     assert lower.model.tokens.rank == 2
     assert lower.report["tokens"].output_error < 1
-    assert "Embedding" in str(tdecomp.draw(result.model.tokens))
+    drawn = str(tdecomp.draw(result.model.tokens))
+    assert "Embedding" in drawn
+    assert f"{result.report['tokens'].params_after} parameters (" in drawn
 
 
 def test_times_are_those_of_lookups():
