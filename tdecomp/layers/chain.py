@@ -1,7 +1,7 @@
 """The chain of stock layers that stands where a layer stood."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,7 @@ class Chain(nn.Sequential):
         first, spec = next(self.parameters(), None), self.replaced
         if first is not None and spec is not None:
             for name, shape in self.shapes().items():
-                empty = torch.empty(shape, dtype=first.dtype, device="meta")
-                described = empty.as_subclass(_Described)
-                described.requires_grad_(first.requires_grad and first.is_floating_point())
+                described = Described.like(first, shape)
                 vars(self)[name] = described if spec.bias or name == "weight" else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -93,12 +91,19 @@ def _mirror(chain: Chain, _: Any) -> None:
     chain.mirror_weight()
 
 
-class _Described(Tensor):
+class Described(Tensor):
     """The weight of a replaced layer without its values, on the meta device.
 
     Torch multiplies ordinary tensors by those on the meta device without an error, and returns
     whatever is in memory: here that is refused.
     """
+
+    @classmethod
+    def like(cls, weight: Tensor, shape: tuple[int, ...]) -> Self:
+        """One of this shape, in all else like a weight that is there."""
+        empty = torch.empty(shape, dtype=weight.dtype, device="meta").as_subclass(cls)
+        empty.requires_grad_(weight.requires_grad and weight.is_floating_point())
+        return empty
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

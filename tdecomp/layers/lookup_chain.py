@@ -4,7 +4,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tdecomp.layers.chain import Chain
+from tdecomp.layers.chain import Chain, Described
+
+
+_DATA: Any = Tensor.data
+_DEVICE: Any = Tensor.device
 
 
 class BagChain(Chain):
@@ -18,6 +22,25 @@ class BagChain(Chain):
         return x
 
 
+class TableWeight(Described):
+    """The table of a chain's first stage, as other code may see it: to resize, not to compute with.
+
+    What `data` and `device` say, and `data` is set to, is the parameter's own.
+    """
+
+    table: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        table = vars(args[0]).get("table") if args and isinstance(args[0], cls) else None
+        if table is not None and func in (_DATA.__get__, _DEVICE.__get__):
+            return func(table)
+        if table is not None and func == _DATA.__set__:
+            table.data = args[1]
+            return None
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class EmbeddingChain(Chain, nn.Embedding):
     """A chain that passes for an Embedding: code that resizes one resizes its table.
 
@@ -27,7 +50,8 @@ class EmbeddingChain(Chain, nn.Embedding):
     (9, (9, 2), ['0.weight', '1.weight'])
 
     Its `weight`, `num_embeddings` and `padding_idx` are those of its first stage: a new row, as
-    transformers' `resize_token_embeddings` appends, is one of the factor (rows, rank).
+    transformers' `resize_token_embeddings` appends, is one of the factor (rows, rank). Values of
+    the weight are only there by `weight.data`: those of the layer's own weight are gone.
     """
 
     # torch.jit.script compiles properties unless they are named here.
@@ -39,12 +63,14 @@ class EmbeddingChain(Chain, nn.Embedding):
             self.add_module(str(at), stage)
 
     def mirror_weight(self) -> None:
-        """Nothing: the weight is that of a stage."""
+        """Nothing: the weight is made when it is asked for."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The parameter of the first stage (rows, rank)."""
-        found: Tensor = self._table.weight
+        """The shape (rows, rank), dtype and device of the first stage's, and its `data`."""
+        table: Tensor = self._table.weight
+        found = TableWeight.like(table, tuple(table.shape))
+        found.table = table
         return found
 
     @property

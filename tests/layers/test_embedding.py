@@ -226,7 +226,9 @@ def test_it_passes_for_an_embedding():
     chain = decomposed(table(padding_idx=3))
     assert isinstance(chain, nn.Embedding)
     assert isinstance(chain, EmbeddingChain)
-    assert chain.weight is chain[0].weight
+    assert tuple(chain.weight.shape) == (30, 5)
+    assert chain.weight.data.data_ptr() == chain[0].weight.data_ptr()
+    assert (chain.weight.device, chain.weight.dtype) == (torch.device("cpu"), torch.float64)
     found = (chain.num_embeddings, chain.embedding_dim, chain.padding_idx, chain.sparse)
     assert found == (30, 12, 3, False)
     chain.num_embeddings, chain.padding_idx = 40, None
@@ -240,8 +242,7 @@ def test_it_passes_for_an_embedding():
 def test_copies_are_whole(copied):
     chain = decomposed(table())
     twin = copied(chain)
-    assert twin.weight is twin[0].weight
-    assert twin.weight is not chain.weight
+    assert twin.weight.data.data_ptr() == twin[0].weight.data_ptr() != chain[0].weight.data_ptr()
     assert torch.equal(twin(IDS), chain(IDS))
     assert (twin.rank, twin.replaced, twin.decomposer) == (5, LayerSpec.of(table()), tdecomp.SVD())
 
@@ -308,3 +309,32 @@ def test_the_chain_is_saved_by_torch():
     twin = decomposed(table(), 5)
     twin.load_state_dict(torch.load(file))
     assert torch.equal(twin(IDS), chain(IDS))
+
+
+def test_values_of_the_weight_are_not_those_of_the_table():
+    chain = decomposed(table())
+    for use in (lambda w: w.sum() + torch.ones(1), lambda w: torch.ones(2, 30) @ w):
+        with pytest.raises(ValueError, match="needs the values of a decomposed layer's weight"):
+            use(chain.weight)
+
+    class Reads(Text):
+        def forward(self, ids):
+            return super().forward(ids) + self.tokens.weight.mean()
+
+    ratio = tdecomp.Ratio(0.5, of="params")
+    for given in ({}, {"example_inputs": IDS}, {"data": [IDS]}):
+        result = tdecomp.decompose(Reads(), "svd", rank=ratio, **given, **QUIET)
+        if given:
+            assert "read outside its own forward" in result.report["tokens"].reason
+            result.model(IDS)
+        else:
+            with pytest.raises(ValueError, match="leave that layer alone"):
+                result.model(IDS)
+
+
+def test_a_resized_table_is_that_of_the_chain():
+    chain = decomposed(table(padding_idx=3))
+    chain.weight.data = torch.cat([chain.weight.data, torch.ones(2, 5, dtype=torch.float64)])
+    chain.num_embeddings = 32
+    assert tuple(chain[0].weight.shape) == tuple(chain.weight.shape) == (32, 5)
+    torch.testing.assert_close(chain(torch.tensor([31])), chain[1].weight.sum(1)[None])
