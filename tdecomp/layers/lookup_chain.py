@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from tdecomp.layers.chain import Chain, Described
 
-
 _DATA: Any = Tensor.data
 _DEVICE: Any = Tensor.device
 
