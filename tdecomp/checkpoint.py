@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdecomp._distribution import VERSION
 from tdecomp.calibration.opening import opened_for
 from tdecomp.decomposers.assemble import empty_chain_like
+from tdecomp.decomposers.tied import tied_chains
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
@@ -156,11 +157,15 @@ def _read(file: str | os.PathLike[str]) -> _Saved:
 
 def _rebuilt(saved: _Saved, model: nn.Module, sites: Mapping[str, Site]) -> nn.Module:
     matched = match_sites(sites, saved.plan)
-    chains = {}
+    chains: dict[nn.Module, Chain] = {}
+    groups: dict[str, list[nn.Module]] = {}
     for row in saved.plan:
         if row.method is not None and row.rank is not None and row.layer is not None:
             layer, method = matched[row.name].module, saved.plan.decomposers[row.method]
             chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
+            groups.setdefault(row.tied_to or row.name, []).append(layer)
+    for group in (layers for layers in groups.values() if len(layers) > 1):
+        chains |= zip(group, tied_chains([chains[layer] for layer in group]), strict=True)
     rebuilt = copy_with(model, chains)
     close_unchanged(rebuilt)
     _check(saved.tensors | {key: saved.tensors[o] for key, o in saved.shared.items()}, rebuilt)

@@ -7,24 +7,21 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
-from tdecomp.calibration.calibrate import watchable
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
-from tdecomp.decomposers.assemble import assemble
-from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.fast_path import has_fused_layers
 from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.optimizers import as_optimizers, unoptimized
-from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
+from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
+from tdecomp.plans.fit import fit_rows
 from tdecomp.plans.make import Planned
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
@@ -65,7 +62,8 @@ def carry_out(
             break
         planned = replan(broken)
     plan = planned.plan.without(broken)
-    fitted = [(row, chain) for row, chain in fitted if row.name not in broken]
+    kept = {row.name for row in plan if row.method is not None}
+    fitted = [(row, chain) for row, chain in fitted if row.name in kept]
     chains = {planned.sites[row.name].module: chain for row, chain in fitted}
     changed = model if inplace and not steps else copy_with(model, chains)
     recovered = run_steps(steps, changed, model, data)
@@ -121,72 +119,38 @@ def _broken(
 
 def fit_all(planned: Planned, progress: Progress) -> list[tuple[Row, Chain]]:
     """The finished row and the chain of each layer that is to be decomposed, in their order."""
-    todo = [row for row in planned.plan if row.method is not None]
+    groups: dict[str, list[Row]] = {}
+    for row in planned.plan:
+        if row.method is not None:
+            groups.setdefault(row.tied_to or row.name, []).append(row)
+    todo = [_leader_first(rows) for rows in groups.values()]
 
-    def fit(row: Row) -> tuple[Row, Chain]:
-        method = planned.plan.decomposers[row.method or ""]
-        known, draft = planned.fits.get(row.name, (None, None))
-        return fit_row(planned.sites[row.name], row, method, planned.moments, known, draft)
+    def fit(rows: Sequence[Row]) -> list[tuple[Row, Chain]]:
+        method = planned.plan.decomposers[rows[0].method or ""]
+        known, draft = planned.fits.get(rows[0].name, (None, None))
+        sites = [planned.sites[row.name] for row in rows]
+        return fit_rows(sites, rows, method, planned.moments, known, draft)
 
-    def size(row: Row) -> int:
-        return fit_size(planned.sites[row.name], planned.moments)
+    def size(rows: Sequence[Row]) -> int:
+        return fit_size(planned.sites[rows[0].name], planned.moments)
 
     errors = [0.0]
 
-    def show(row: Row, done: tuple[Row, Chain]) -> None:
-        of_weight, of_output = done[0].weight_error, done[0].output_error
+    def show(rows: Sequence[Row], done: list[tuple[Row, Chain]]) -> None:
+        of_weight, of_output = done[0][0].weight_error, done[0][0].output_error
         errors.append((of_weight if of_output is None else of_output) or 0.0)
-        step.advance(f"error at most {max(errors):.3g}", work=size(row))
+        step.advance(f"error at most {max(errors):.3g}", work=size(rows))
 
     with progress.step("fit", len(todo), "layers", work=sum(map(size, todo))) as step:
-        return parallel_map(fit, todo, size=size, done=show)
+        found = [pair for pairs in parallel_map(fit, todo, size=size, done=show) for pair in pairs]
+    places = {row.name: at for at, row in enumerate(planned.plan)}
+    return sorted(found, key=lambda pair: places[pair[0].name])
 
 
-def fit_row(
-    site: Site,
-    row: Row,
-    method: Decomposer,
-    moments: Moments | None,
-    known: FittedLayer | None = None,
-    draft: FittedLayer | None = None,
-) -> tuple[Row, Chain]:
-    """The row with its errors and the time the fit took, and the chain for the layer."""
-    weight, spec, rank = site.module.weight, site.spec, row.rank
-    assert isinstance(weight, nn.Parameter)
-    assert spec is not None
-    assert rank is not None
-    seen = None if moments is None else moments.layers.get(site.name)
-    on_device = None if seen is None else seen.to(weight.device)
-    fitted = known
-    if fitted is None:
-        start = None if draft is None else draft.factors
-        try:
-            fitted = fit_layer(weight, spec, method, rank, on_device, start)
-        except Exception as error:
-            raise ValueError(
-                f"layer {row.name!r} ({spec}): {row.method} at rank {rank} failed with "
-                f"{type(error).__name__}: {error}. Leave the layer alone with "
-                f"exclude=[{row.name!r}], or choose another method or rank for it"
-            ) from error
-    notes = [row.note, *fitted.notes]
-    if moments is not None and seen is None:
-        none = "no batch reached it" if watchable(spec) else f"no moments of a {spec.kind}"
-        notes.append(f"fitted by its weights: {none}")
-    row = replace(
-        row,
-        weight_error=fitted.weight_error,
-        note="; ".join(note for note in notes if note) or None,
-        fit_seconds=fitted.seconds,
-        component_norms=fitted.component_norms,
-    )
-    if estimate := fitted.held_out_error(weight, on_device):
-        row = replace(
-            row,
-            output_error=estimate.value,
-            output_error_se=estimate.se,
-            output_error_margin=estimate.margin,
-        )
-    return row, assemble(site.module, method, rank, fitted.factors, fitted.shift)
+def _leader_first(rows: Sequence[Row]) -> list[Row]:
+    """Rows that share their factors, first the one that they are fitted as."""
+    first = rows[leader([row.layer for row in rows if row.layer is not None])]
+    return [first, *(row for row in rows if row is not first)]
 
 
 def _speed(

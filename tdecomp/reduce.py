@@ -13,13 +13,15 @@ from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain, Rank
-from tdecomp.layers.cost import chain_cost, total
+from tdecomp.layers.cost import total
 from tdecomp.loss_curves.offers import offer_ranks
 from tdecomp.model.batches import Forward
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap
-from tdecomp.pipeline import check_optimizers, fit_row
+from tdecomp.model.ties import leader
+from tdecomp.pipeline import check_optimizers
 from tdecomp.plans.data_notes import data_notes
+from tdecomp.plans.fit import fit_rows
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -87,7 +89,7 @@ def reduce_ranks(
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed):
         chains = _chains(model, plan)
-        sites = {name: _site(chain, plan[name]) for name, chain in chains.items()}
+        sites = _grouped({name: _site(chain, plan[name]) for name, chain in chains.items()}, plan)
         moments = _moments(model, chains, batches, gradients=selector.weighs_layers)
         candidates = _candidates(plan, chains, sites, moments, selector, bar)
         rest = plan.after - total(mine.before for mine in candidates)
@@ -96,13 +98,18 @@ def reduce_ranks(
         rows = {row.name: row for row in plan}
         pairs = zip(candidates, choices, strict=True)
         for mine, choice in bar.over(pairs, "reduce", len(candidates), "layers"):
-            name, rank, row = mine.layer, choice.rank, rows[mine.layer]
-            if rank is not None and rank != row.rank:
-                planned = planned_row(row, mine.decomposer, rank)
-                note = f"from rank {row.rank}"
-                planned = replace(planned, note=note, expected_error=choice.error)
-                rows[name], new = fit_row(sites[name], planned, mine.decomposer, moments)
-                replacements[chains[name]] = new.train(chains[name].training)
+            rank, method = choice.rank, mine.decomposer
+            if rank is not None and rank != rows[mine.layer].rank:
+                group = [rows[site.name] for site in _group(sites[mine.layer])]
+                planned = [
+                    replace(planned_row(row, method, rank), note=f"from rank {row.rank}",
+                            expected_error=choice.error if row.name == mine.layer else None)
+                    for row in group
+                ]  # fmt: skip
+                fitted = fit_rows([sites[r.name] for r in group], planned, method, moments)
+                for row, new in fitted:
+                    rows[row.name], old = row, chains[row.name]
+                    replacements[old] = new.train(old.training)
         unfitted = [
             replace(row, weight_error=None, output_error=None, output_error_se=None,
                     output_error_margin=None)
@@ -148,11 +155,28 @@ def _site(chain: Chain, row: Row) -> Site:
             )
         layer = spec.build(first.device, first.dtype)
         layer.get_parameter("weight").copy_(factors.to_kernel())
-        if isinstance(layer.bias, nn.Parameter):
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, nn.Parameter):
             assert isinstance(chain[-1].bias, Tensor)
-            layer.bias.copy_(chain[-1].bias).requires_grad_(chain[-1].bias.requires_grad)
+            bias.copy_(chain[-1].bias).requires_grad_(chain[-1].bias.requires_grad)
     layer.get_parameter("weight").requires_grad_(first.requires_grad)
     return Site(row.names, layer.train(chain.training), row.layer, calls=row.calls)
+
+
+def _grouped(sites: dict[str, Site], plan: Plan) -> dict[str, Site]:
+    """The sites; each that shares its factors knows all that do, first what they are fitted as."""
+    groups: dict[str, list[Site]] = {}
+    for name, site in sites.items():
+        groups.setdefault(plan[name].tied_to or name, []).append(site)
+    for group in (found for found in groups.values() if len(found) > 1):
+        first = group[leader([site.spec for site in group if site.spec is not None])]
+        ordered = (first, *(site for site in group if site is not first))
+        sites |= {site.name: replace(site, group=ordered) for site in group}
+    return sites
+
+
+def _group(site: Site) -> tuple[Site, ...]:
+    return site.group or (site,)
 
 
 def _moments(
@@ -179,7 +203,11 @@ def _candidates(
     progress: Progress,
 ) -> list[Candidate]:
     """For each chain its own method, at no more than the ranks it has now."""
-    able = [(site, [chains[name].decomposer]) for name, site in sites.items()]
+    able = [
+        (site, [chains[name].decomposer])
+        for name, site in sites.items()
+        if site.name == _group(site)[0].name
+    ]
     offers = offer_ranks(able, moments, curves=selector.weighs_layers, progress=progress)
     candidates = [_limited(offer.candidates[0], plan[offer.site.name]) for offer in offers]
     for mine in candidates:
@@ -208,7 +236,7 @@ def _limited(free: Candidate, row: Row) -> Candidate:
     return replace(
         free,
         max_rank=current,
-        before=chain_cost(free.decomposer.stages(row.layer, current), row.calls),
+        before=free.cost(current),
         options=lambda: [o for o in free.options() if not exceeds(o.rank, current)],
         best_ranks=lambda: _within(free.best_ranks(), current),
     )

@@ -149,6 +149,10 @@ class Accumulator:
         cross.add_(targets.transpose(1, 2) @ rows, alpha=weight)
         total.add_(targets.sum(dim=1), alpha=weight)
 
+    def sees_few(self, each: int) -> bool:
+        """Whether there are fewer patches than so many for each entry of a patch."""
+        return self.count < each * self.spec.fan_in
+
     @property
     def nbytes(self) -> int:
         held = (self.total, self.matrix, *self.rows, *self.output_sums)
@@ -281,6 +285,8 @@ def sums_bytes(spec: LayerSpec, known: int, dtype: torch.dtype) -> int:
 
     `dtype` is that of the products.
     """
+    if spec.lookup:
+        return 8 * spec.in_channels
     rows = sample_size(spec) if is_widest(spec) else spec.fan_in
     each = dtype.itemsize
     if not is_widest(spec) and not 0 < known < spec.fan_in:

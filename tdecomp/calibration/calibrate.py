@@ -18,6 +18,7 @@ from tdecomp.calibration.held_sample import HeldSample
 from tdecomp.calibration.memory import free_memory
 from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.calibration.opening import opened_for
+from tdecomp.calibration.row_counts import RowCounts
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
@@ -119,7 +120,18 @@ def site_moments(
 
 def watchable(spec: LayerSpec | None) -> bool:
     """Whether an output of such a layer is a product with a patch of its input."""
-    return spec is not None and not spec.transposed and spec.kind != "GroupedLinear"
+    return unwatched(spec) is None
+
+
+def unwatched(spec: LayerSpec | None) -> str | None:
+    """Why no moments are taken of the inputs of such a layer; None if they are."""
+    if spec is None:
+        return "its sizes are not known"
+    return f"no moments of a {spec.kind}" if spec.transposed or spec.kind in _UNWATCHED else None
+
+
+# Whose outputs are no products of one matrix with each patch.
+_UNWATCHED = ("EmbeddingBag", "GroupedLinear")
 
 
 def calibrate_layers(
@@ -159,7 +171,7 @@ def _add_pass(
     gradients: bool,
 ) -> None:
     """Add what one pass over the batches, and further ones over variants, show of these layers."""
-    sums = {name: Accumulator(spec, _useful(spec)) for name, (_, spec) in layers.items()}
+    sums = {name: _accumulator(spec) for name, (_, spec) in layers.items()}
     slopes = OutputGradients(layers, batches) if gradients else None
     uses = OddUses({name: layer for name, (layer, _) in layers.items()})
     moments.samples, outside = 0, 0
@@ -198,7 +210,7 @@ def _add_pass(
                     warnings.warn(f"calibrate: {words}: budgets weigh layers alike", stacklevel=4)
             moments.samples += count_samples(batch)
         for batch in batches.variants(device):
-            few = [name for name, s in sums.items() if s.count < _ENOUGH * s.spec.fan_in]
+            few = [name for name, s in sums.items() if s.sees_few(_ENOUGH)]
             if not few:
                 break
             run(batch, few)
@@ -211,6 +223,10 @@ def _add_pass(
             found = replace(found, held=held.pop(name).finish(), samples=moments.samples)
             _check_finite(name, found)
             moments.layers[name] = found
+
+
+def _accumulator(spec: LayerSpec) -> Accumulator | RowCounts:
+    return RowCounts(spec) if spec.lookup else Accumulator(spec, _useful(spec))
 
 
 def _useful(spec: LayerSpec) -> int:

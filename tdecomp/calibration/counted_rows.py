@@ -84,7 +84,10 @@ class CountedRows:
 
 def _leading(x: Tensor, spec: LayerSpec) -> int:
     """How many dimensions of a layer's input or output a mask may have."""
-    return int(x.dim() == spec.ndim + 2) if spec.ndim else x.dim() - 1
+    if spec.ndim:
+        return int(x.dim() == spec.ndim + 2)
+    features = int(x.is_floating_point())  # the numbers of rows that a lookup gets have none
+    return x.dim() - features
 
 
 def _before_features(z: Tensor) -> int:

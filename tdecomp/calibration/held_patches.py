@@ -12,7 +12,7 @@ from tdecomp.calibration.estimate import Estimate, lost_share
 class HeldPatches:
     """Input patches of a layer, drawn at random from all of the samples that are held out."""
 
-    rows: Tensor  # (groups, patches, fan_in)
+    rows: Tensor  # (groups, patches, fan_in); of a lookup, the numbers of the rows: (1, patches)
     owners: Tensor  # (patches,), int64: the number of the sample that each is of
 
     def error(self, kernels: list[Tensor], gone: list[Tensor], shift: Tensor | None) -> Estimate:
@@ -21,9 +21,10 @@ class HeldPatches:
         Both have a matrix (out / groups, fan_in) for each group; `shift` (out,) is what the bias
         makes up for.
         """
-        rows = self.rows.double()
-        outputs = torch.cat([x @ k.T for x, k in zip(rows, kernels, strict=True)], dim=1)
-        lost = torch.cat([x @ k.T for x, k in zip(rows, gone, strict=True)], dim=1)
+        outputs, lost = (
+            torch.cat([_product(x, k) for x, k in zip(self.rows, matrices, strict=True)], dim=1)
+            for matrices in (kernels, gone)
+        )
         lost = lost if shift is None else lost - shift
         count = len(outputs)
         centred = (outputs - outputs.mean(dim=0)) * (count / max(count - 1, 1)) ** 0.5
@@ -42,3 +43,11 @@ class HeldPatches:
 
     def to(self, device: torch.device) -> "HeldPatches":
         return HeldPatches(self.rows.to(device), self.owners.to(device))
+
+
+def _product(rows: Tensor, kernel: Tensor) -> Tensor:
+    """The outputs (patches, out) of a kernel (out, fan_in) for some patches, or looked-up rows."""
+    if rows.dim() == 1:
+        return kernel.T.index_select(0, rows)
+    outputs: Tensor = rows.double() @ kernel.T
+    return outputs

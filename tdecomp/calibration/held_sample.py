@@ -20,7 +20,8 @@ class HeldSample:
 
     def __init__(self, spec: LayerSpec, seed: int) -> None:
         self._spec = spec
-        self._most = max(1, min(_PATCHES, _NUMBERS // (spec.groups * spec.fan_in)))
+        numbers = 1 if spec.lookup else spec.groups * spec.fan_in  # that hold one
+        self._most = max(1, min(_PATCHES, _NUMBERS // numbers))
         self._generator = np.random.default_rng(seed)
         self._share = 1.0
         self._kept: list[HeldPatches] = []
@@ -36,7 +37,7 @@ class HeldSample:
             self._share = min(1.0, self._most / present)
         taken = max(1, round(self._share * present))
         places = spread(present, taken, self._generator)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.long() if spec.lookup else x.to(torch.promote_types(x.dtype, torch.float32))
         rows = to_kernel_order(patches_at(wide, spec, places.to(x.device)), spec, (2,))
         each = present // len(owners)  # patches
         self._kept.append(HeldPatches(rows, owners[places // each].to(x.device)))

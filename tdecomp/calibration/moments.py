@@ -32,7 +32,7 @@ class LayerMoments:
 
     spec: LayerSpec
     count: int  # of input patches; for a Linear, of input vectors
-    mean: Tensor  # (groups, fan_in), float64
+    mean: Tensor  # (groups, fan_in), float64; of a lookup, how often each row is read
     matrix: Tensor | None = None  # E[x xᵀ], not centred: (groups, fan_in, fan_in)
     # The patches (groups, patches, fan_in) instead: all while there are fewer than fan_in, and a
     # random sample in the widest layers.
@@ -44,8 +44,8 @@ class LayerMoments:
 
     @property
     def few(self) -> bool:
-        """Whether fewer patches are held than a patch has entries."""
-        return self.patches < self.spec.fan_in
+        """Whether fewer patches are held than a patch has entries; a lookup needs no more."""
+        return not self.spec.lookup and self.patches < self.spec.fan_in
 
     @property
     def patches(self) -> int:
@@ -75,6 +75,8 @@ class LayerMoments:
         In double precision by default, a sample of the patches in its own.
         """
         mean, bias = self.mean[:, None], self.spec.bias
+        if self.spec.lookup:
+            return [SecondMoment(diagonal=self.mean[0].to(dtype or torch.float64))]
         if self.rows is None:
             matrix = self._as_matrix()
             if bias:  # subtracted in the precision that the matrix was found to need
@@ -101,6 +103,9 @@ class LayerMoments:
         self, weight: Tensor, second: Sequence[SecondMoment] | None = None
     ) -> float:
         """``E‖y − E y‖²`` of the layer's outputs with this weight."""
+        if self.spec.lookup:
+            centred = self.kernels(weight)[0] - self.mean_output(weight)[:, None]  # (out, rows)
+            return self.second_moments()[0].lost(centred)
         if second is None or not self.spec.bias:
             second = replace(self, spec=replace(self.spec, bias=True)).second_moments()
         return sum(m.lost(k) for m, k in zip(second, self.kernels(weight), strict=True))
@@ -163,7 +168,7 @@ class LayerMoments:
             rows = _sample_of_both(self.rows, other.rows, mine)
         elif self.rows is not None and other.rows is not None and count < self.spec.fan_in:
             rows = torch.cat([self.rows, other.rows], dim=1)
-        else:
+        elif not self.spec.lookup:
             matrix = mine * self._as_matrix() + (1 - mine) * other._as_matrix()
         if self.gradient is not None and other.gradient is not None:
             gradient = share * self.gradient + (1 - share) * other.gradient
@@ -346,7 +351,8 @@ class Moments(Mapping[str, LayerMoments]):
             for name, entry in typed(dict[str, _Entry], header.get("layers"), "layers").items():
                 keys = {part: f"{name}/{part}" for part in (*_TENSORS, *_HELD)}
                 held = {part: tensors.pop(key) for part, key in keys.items() if key in tensors}
-                needed = ("mean", "rows" if "rows" in held else "matrix")
+                second = "rows" if "rows" in held else "matrix"
+                needed = ("mean",) if entry.spec.lookup else ("mean", second)
                 if lacking := [keys[part] for part in needed if part not in held]:
                     raise ValueError(f"damaged: it lacks the moments {lacking}")
                 outside = [held.pop(part) for part in _HELD if part in held]
@@ -387,12 +393,18 @@ def _problem(moments: LayerMoments) -> str | None:
     }
     if held := moments.held:
         count = len(held.owners) if held.owners.dim() == 1 else -1
-        shapes |= {"held_rows": (spec.groups, count, spec.fan_in), "held_owners": (count,)}
+        patches = (1, count) if spec.lookup else (spec.groups, count, spec.fan_in)
+        shapes |= {"held_rows": patches, "held_owners": (count,)}
         if held.owners.dtype != torch.int64 or not count:
             return "held_owners holds no numbers of samples"
     for part, tensor in moments.tensors().items():
         if tuple(tensor.shape) != shapes[part]:
             return f"{part} of shape {tuple(tensor.shape)}, expected {shapes[part]}"
+        if part == "held_rows" and spec.lookup:
+            whole = tensor.dtype == torch.int64
+            if not whole or not bool(((tensor >= 0) & (tensor < spec.in_channels)).all()):
+                return f"{part} holds other numbers than those of rows"
+            continue
         if part == "held_owners":
             continue
         if tensor.dtype not in (torch.float32, torch.float64) or not bool(tensor.isfinite().all()):

@@ -81,8 +81,8 @@ def apply_factorization(
         fused = {layer for m in encoders for layer in (m.linear1, m.linear2)}
         for site in sites.values():
             kind, size = kinds.get(type(site.module), (None, 1))
-            possible = kind and site.reason is None and site.module not in fused
-            if kind and possible and factorizing_could_speedup(site.module, size):
+            alone = site.reason is None and not site.tied and site.module not in fused
+            if kind and alone and factorizing_could_speedup(site.module, size):
                 check_weight(site)
                 replacements[site.module] = kind.of(site.module, size)
         # Before anything is changed: the caller may have made warnings errors.

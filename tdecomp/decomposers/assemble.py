@@ -19,7 +19,8 @@ def empty_chain(
 ) -> Chain:
     """The chain for a layer and a rank, with uninitialised weights."""
     layers = [stage.build(device, dtype) for stage in method.stages(spec, rank)]
-    return Chain.from_stages(layers, method, rank, spec)
+    kind: type[Chain] = spec.chain or Chain
+    return kind.from_stages(layers, method, rank, spec)
 
 
 def empty_chain_like(layer: nn.Module, spec: LayerSpec, method: Decomposer, rank: Rank) -> Chain:
@@ -27,8 +28,9 @@ def empty_chain_like(layer: nn.Module, spec: LayerSpec, method: Decomposer, rank
     weight = layer.get_parameter("weight")
     chain = empty_chain(method, spec, rank, weight.device, weight.dtype)
     chain.requires_grad_(weight.requires_grad)
-    if isinstance(layer.bias, nn.Parameter):
-        chain[-1].get_parameter("bias").requires_grad_(layer.bias.requires_grad)
+    bias = getattr(layer, "bias", None)  # lookups have no such attribute
+    if isinstance(bias, nn.Parameter):
+        chain[-1].get_parameter("bias").requires_grad_(bias.requires_grad)
     chain.mirror_weight()
     return chain.train(layer.training)
 
@@ -44,7 +46,7 @@ def assemble(
 
     `shift` (out,) is added to the bias of a layer that has one.
     """
-    weight, bias = layer.get_parameter("weight"), layer.bias
+    weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
     with full_precision(weight.device):
         chain = empty_chain_like(layer, factors.spec, method, rank)
         write_factors(chain, method, factors)

@@ -42,12 +42,21 @@ class Decomposer(ABC):
         solve them need it.
     iterative : bool
         Whether the fit iterates. Only such a method is ever asked for a draft.
+    takes_lookups : bool
+        Whether it takes lookups (an Embedding), too: its first stage has to be one then.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     fits_in_float64: ClassVar[bool] = False
     iterative: ClassVar[bool] = False
+    takes_lookups: ClassVar[bool] = False
+
+    def refuses(self, spec: LayerSpec) -> str | None:
+        """`refusal`, which methods that take no lookups need not know of."""
+        if spec.lookup and not self.takes_lookups:
+            return f"{self.name} takes no lookups; svd does"
+        return self.refusal(spec)
 
     @abstractmethod
     def refusal(self, spec: LayerSpec) -> str | None:

@@ -66,7 +66,23 @@ def fit_layer(
             second = _second_moments(moments, weight, draft=draft)
             leant_on = moments.shrunk(second)
         factors = factorize(method, weight, spec, rank, leant_on, start, draft=draft)
-        seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return measured(weight, spec, method, factors, moments, second, seconds)
+
+
+def measured(
+    weight: Tensor,
+    spec: LayerSpec,
+    method: Decomposer,
+    factors: Factorization,
+    moments: LayerMoments | None = None,
+    second: Sequence[SecondMoment] | None = None,
+    seconds: float = 0.0,
+) -> FittedLayer:
+    """What these factors lose in the layer's place; a ValueError if they are not finite."""
+    with full_precision(weight.device):
+        if moments is not None and second is None:
+            second = moments.second_moments()
         # The factors have the weight's dtype by now; their product is not rounded once more.
         precise = factors.to(fit_dtype(method, weight))
         approximation = precise.to_kernel()

@@ -42,6 +42,8 @@ class SVD(Decomposer):
     >>> print(*SVD().stages(LayerSpec(8, 6), 2))
     Linear(8→2, no bias) Linear(2→6)
 
+    An Embedding becomes a narrower one and a Linear.
+
     Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks for Efficient
     Evaluation", section 3.2.1. The fit to data: Zhang et al. 2016, "Accelerating Very Deep
     Convolutional Networks for Classification and Detection", equations 4 to 6.
@@ -49,6 +51,7 @@ class SVD(Decomposer):
 
     name = "svd"
     source = "Denton et al. 2014"
+    takes_lookups = True
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return "svd takes Linear layers and 1×1 convolutions" if spec.kernel_volume > 1 else None
@@ -70,7 +73,7 @@ class SVD(Decomposer):
         u, s, vh = truncated_svd(kernel.flatten(1), rank)
         root = s.sqrt()
         first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
-        return LowRankFactors(first, u * root)
+        return _with_zeros_of(kernel, LowRankFactors(first, u * root))
 
     def fit_to(
         self,
@@ -87,7 +90,8 @@ class SVD(Decomposer):
         first = outputs.T @ kernel.flatten(1)  # (rank, in · kernel)
         root = first.norm(dim=1).sqrt()
         first = first / torch.where(root > 0, root, 1.0)[:, None]
-        return LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
+        found = LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
+        return _with_zeros_of(kernel, found)
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
@@ -104,3 +108,10 @@ class SVD(Decomposer):
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         return (kernel.flatten(1),)
+
+
+def _with_zeros_of(kernel: Tensor, factors: LowRankFactors) -> LowRankFactors:
+    """The factors, exactly zero for inputs and outputs of which all weights are, as for padding."""
+    nonzero = kernel != 0
+    first = factors.first * nonzero.any(dim=0)
+    return LowRankFactors(first, factors.second * nonzero.flatten(1).any(dim=1)[:, None])

@@ -40,9 +40,9 @@ def typed(hint: Any, value: Any, place: str) -> Any:
     >>> typed(tuple[str, ...] | None, ["fc", "head"], "names")
     ('fc', 'head')
 
-    Unions, tuples of any length, dicts, dataclasses (all of their fields have to be there, but for
-    those that their attribute `later` names), plain types and Any. Anything else is a TypeError
-    that says where it was, as are numbers that are not finite and whole ones beyond 64 bits.
+    Unions, tuples, dicts, dataclasses (all of their fields have to be there, but for those that
+    their attribute `later` names), plain types and Any. Anything else is a TypeError that says
+    where it was, as are numbers that are not finite and whole ones beyond 64 bits.
     """
     if hint is Any:
         return value
@@ -61,8 +61,13 @@ def typed(hint: Any, value: Any, place: str) -> Any:
             for key, entry in value.items()
         }
     if isinstance(value, (list, tuple)):
-        kind = get_args(kind)[0]
-        return tuple(typed(kind, entry, f"{place}[{i}]") for i, entry in enumerate(value))
+        kinds = get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise TypeError(f"{place}: expected {len(kinds)} entries, got {reprlib.repr(value)}")
+        pairs = enumerate(zip(kinds, value, strict=True))
+        return tuple(typed(kind, entry, f"{place}[{i}]") for i, (kind, entry) in pairs)
     if isinstance(value, str):
         value.encode()  # refuses half a surrogate pair, which nothing can print
     return value

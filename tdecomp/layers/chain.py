@@ -1,7 +1,7 @@
 """The chain of stock layers that stands where a layer stood."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Chain(nn.Sequential):
     def from_stages(
         cls, stages: Sequence[nn.Module], decomposer: Any, rank: Rank, replaced: LayerSpec
     ) -> "Chain":
-        chain = _CLASSES.get(replaced.kind, cls)(*stages)
+        chain = cls(*stages)
         chain.method, chain.decomposer = decomposer.name, decomposer
         chain.rank, chain.replaced = rank, replaced
         vars(chain).update(replaced.attributes, _parameters=_NoParameters())
@@ -57,12 +57,14 @@ class Chain(nn.Sequential):
         """Let `weight` and `bias` have the dtype and `requires_grad` that the weights have now."""
         first, spec = next(self.parameters(), None), self.replaced
         if first is not None and spec is not None:
-            shapes = {"weight": spec.weight_shape, "bias": (spec.out_channels,)}
-            for name, shape in shapes.items():
-                empty = torch.empty(shape, dtype=first.dtype, device="meta")
-                described = empty.as_subclass(_Described)
-                described.requires_grad_(first.requires_grad and first.is_floating_point())
+            for name, shape in self.shapes().items():
+                described = Described.like(first, shape)
                 vars(self)[name] = described if spec.bias or name == "weight" else None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the weight and of the bias that the layer had."""
+        assert self.replaced is not None
+        return {"weight": self.replaced.weight_shape, "bias": (self.replaced.out_channels,)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Chain":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -85,25 +87,23 @@ class Chain(nn.Sequential):
         return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"
 
 
-# By the kind of the layer, where its chain is called in a way of its own.
-_CLASSES: dict[str, type[Chain]] = {}
-
-
-def register_chain(kind: str, chain: type[Chain]) -> None:
-    """Let the chains in the place of layers of this kind be of a class of their own."""
-    _CLASSES[kind] = chain
-
-
 def _mirror(chain: Chain, _: Any) -> None:
     chain.mirror_weight()
 
 
-class _Described(Tensor):
+class Described(Tensor):
     """The weight of a replaced layer without its values, on the meta device.
 
     Torch multiplies ordinary tensors by those on the meta device without an error, and returns
     whatever is in memory: here that is refused.
     """
+
+    @classmethod
+    def like(cls, weight: Tensor, shape: tuple[int, ...]) -> Self:
+        """One of this shape, in all else like a weight that is there."""
+        empty = torch.empty(shape, dtype=weight.dtype, device="meta").as_subclass(cls)
+        empty.requires_grad_(weight.requires_grad and weight.is_floating_point())
+        return empty
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -48,6 +48,10 @@ class Cost:
         uncounted = self.uncounted or other.uncounted
         return Cost(act(self.params, other.params), macs, latency, uncounted)
 
+    def by_params(self) -> "Cost":
+        """The same one, of which parameters are compared, as those of lookups are."""
+        return LookupCost(self.params, self.macs, self.latency, self.uncounted)
+
     @property
     def amount(self) -> int:
         """MACs, or parameters where MACs are unknown or 0; break-even ranks compare these."""
@@ -57,6 +61,19 @@ class Cost:
     def unit(self) -> str:
         """The unit of `amount`, in words."""
         return "MACs" if self.macs else "parameters"
+
+
+@dataclass(frozen=True)
+class LookupCost(Cost):
+    """Of a lookup, which has no MACs, or of a chain in its place: parameters are compared."""
+
+    @property
+    def amount(self) -> int:
+        return self.params
+
+    @property
+    def unit(self) -> str:
+        return "parameters"
 
 
 def total(costs: Iterable[Cost]) -> Cost:

@@ -1,14 +1,14 @@
 """Several Linear layers in one, as the experts of a mixture: each row meets one of them."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tdecomp.layers.chain import Chain, register_chain
-from tdecomp.layers.spec import LayerKind, LayerSpec
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.spec import Call, LayerKind, LayerSpec
 
 _OF_CPU = (torch.float32, torch.float16)  # that torch's kernel takes there, bfloat16 aside
 
@@ -100,11 +100,20 @@ def _traceable_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return (x.unsqueeze(1) @ weights[group]).squeeze(1)
 
 
+class GroupedChain(Chain):
+    """The chain in the place of a `GroupedLinear`: every stage is told which rows are whose."""
+
+    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        for stage in self:
+            x = stage(x, ends)
+        return x
+
+
 class GroupedLinearKind(LayerKind):
     """`GroupedLinear`: a Linear with groups, all inputs of a row being those of its own group."""
 
     name = "GroupedLinear"
-    takes_more = True
+    chain: ClassVar[Any] = GroupedChain
 
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:
         return GroupedLinear if isinstance(module, GroupedLinear) else None
@@ -114,6 +123,9 @@ class GroupedLinearKind(LayerKind):
         groups, out, into = module.weight.shape
         bias = module.bias is not None
         return LayerSpec(groups * into, groups * out, groups=groups, bias=bias)
+
+    def call(self, spec: LayerSpec, *inputs: Any, **named: Any) -> Call | None:
+        return spec.call(next(iter((*inputs, *named.values()))).shape)
 
     def attributes(self, spec: LayerSpec) -> dict[str, Any]:
         sizes = {"in_features": spec.group_in, "out_features": spec.group_out}
@@ -130,15 +142,3 @@ class GroupedLinearKind(LayerKind):
 
     def from_forward_layout(self, kernel: Tensor, spec: LayerSpec) -> Tensor:
         return kernel.reshape(spec.groups, spec.group_out, spec.group_in)
-
-
-class GroupedChain(Chain):
-    """The chain in the place of a `GroupedLinear`: every stage is told which rows are whose."""
-
-    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
-        for stage in self:
-            x = stage(x, ends)
-        return x
-
-
-register_chain(GroupedLinearKind.name, GroupedChain)

@@ -56,7 +56,7 @@ def patches(
 def count_patches(x: Tensor, spec: LayerSpec) -> int:
     """The number of positions that `patches` yields for this input."""
     if spec.ndim == 0:
-        return x.numel() // spec.in_channels
+        return x.numel() // (1 if spec.lookup else spec.in_channels)
     batch = _batched(x, spec)
     return len(batch) * math.prod(spec.output_size(tuple(batch.shape[2:])))
 
@@ -67,7 +67,12 @@ def channels_last(x: Tensor, spec: LayerSpec) -> Tensor:
 
 
 def patches_at(x: Tensor, spec: LayerSpec, places: Tensor) -> Tensor:
-    """The rows (groups, places, fan_in) of `patches` at some places, without making the others."""
+    """The rows (groups, places, fan_in) of `patches` at some places, without making the others.
+
+    Of a lookup, the numbers (1, places) of the rows that it reads.
+    """
+    if spec.lookup:
+        return x.reshape(1, -1)[:, places]
     if spec.ndim == 0:
         return x.reshape(-1, spec.in_channels)[places][None]
     batch = _batched(x, spec)
@@ -119,6 +124,8 @@ def _padding(spec: LayerSpec) -> list[int]:
 
 def to_kernel_order(values: Tensor, spec: LayerSpec, dims: tuple[int, ...]) -> Tensor:
     """Entries ordered (*kernel, in / groups) along `dims`, reordered as (in / groups, *kernel)."""
+    if spec.kernel_volume == 1:
+        return values
     shape = values.shape
     for dim in sorted(dims, reverse=True):
         values = values.unflatten(dim, (spec.kernel_volume, spec.group_in)).transpose(dim, dim + 1)

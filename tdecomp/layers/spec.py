@@ -15,6 +15,8 @@ from tdecomp.files.typed import typed
 
 # What has one entry for each dimension, and the least that each may be.
 _LEAST = {"kernel_size": 0, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+# What else a module is made with, by name.
+Options = tuple[tuple[str, int | str | bool | None], ...]
 # Shown in the text of a convolution where they differ from torch's defaults.
 _SHOWN = ("stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
 
@@ -57,6 +59,9 @@ class LayerSpec:
         Of a Linear that is several fused into one, such as queries, keys and values: how many of
         the outputs, in their order, belong to each; else empty. Specs that differ in it alone are
         equal, as their layers compute the same.
+    options : tuple of (str, value)
+        What else the module of this kind is made with, such as the `padding_idx` of an Embedding;
+        empty for most.
 
     Raises
     ------
@@ -77,10 +82,11 @@ class LayerSpec:
     bias: bool = True
     transposed: bool = False
     kind: str = ""
+    options: Options = ()
     parts: tuple[int, ...] = field(default=(), compare=False)
 
     # Fields that files of earlier versions lack.
-    later: ClassVar[tuple[str, ...]] = ("parts",)
+    later: ClassVar[tuple[str, ...]] = ("options", "parts")
 
     def __post_init__(self) -> None:
         into, out, groups = self.in_channels, self.out_channels, self.groups
@@ -109,6 +115,11 @@ class LayerSpec:
                 f"{type(module).__name__}; tdecomp.register_layer_kind adds a kind"
             )
         return replace(kind.spec_of(module), kind=kind.name)
+
+    @property
+    def lookup(self) -> bool:
+        """Whether its inputs are the numbers of rows of its weight, which it looks up."""
+        return self.kind in KINDS and KINDS[self.kind].lookup
 
     @property
     def ndim(self) -> int:
@@ -173,11 +184,17 @@ class LayerSpec:
         """The `Call` that an input of this shape (batched or not) makes."""
         shape = tuple(input_shape)
         if self.ndim == 0:
-            return Call(math.prod(shape[:-1]))
+            return Call(math.prod(shape if self.lookup else shape[:-1]))
         return Call(shape[0] if len(shape) == self.ndim + 2 else 1, shape[-self.ndim :])
+
+    def called_with(self, *inputs: Any, **named: Any) -> Call | None:
+        """The `Call` of these arguments; None if a chain could not follow it."""
+        return self._kind.call(self, *inputs, **named)
 
     def macs(self, call: Call) -> int:
         """Multiply-accumulates of one call: half the flops that torch counts, without the bias."""
+        if self.lookup:
+            return 0
         # A transposed convolution uses its kernel once per input position.
         positions = call.size if self.transposed else self.output_size(call.size)
         macs = call.batch * math.prod(positions) * math.prod(self.kernel_shape)
@@ -186,8 +203,12 @@ class LayerSpec:
     # -- stages of chains in its place ------------------------------------------------------
 
     def like(self, **changes: Any) -> "LayerSpec":
-        """The stock layer of torch with this geometry, and with some changes."""
-        return replace(self, **{"kind": "", "parts": (), **changes})
+        """The stock layer of torch with this geometry, and with some changes.
+
+        A layer that looks rows up stays one, with its options.
+        """
+        stock = {} if self.lookup else {"kind": "", "options": (), "parts": ()}
+        return replace(self, **{**stock, **changes})
 
     def pointwise(self, in_channels: int, out_channels: int, *, bias: bool = False) -> "LayerSpec":
         """A kernel of size 1 (a Linear, where this is one) that keeps the spatial size."""
@@ -235,6 +256,11 @@ class LayerSpec:
         return self._kind.attributes(self)
 
     @property
+    def chain(self) -> Any:
+        """The class of the chains in such a layer's place, if not `Chain`."""
+        return KINDS[self.kind].chain if self.kind in KINDS else None
+
+    @property
     def _kind(self) -> "LayerKind":
         if self.kind not in KINDS:
             register = "register it (tdecomp.register_layer_kind)"
@@ -253,7 +279,8 @@ class LayerSpec:
                 if value != getattr(usual, label):
                     same = isinstance(value, tuple) and len(set(value)) == 1
                     words.append(f"{label}={value[0] if same else value}")
-        if not self.bias:
+        words += [f"{name}={value}" for name, value in self.options]
+        if not self.bias and not self.lookup:
             words.append("no bias")
         return f"{self.kind}({', '.join(words)})"
 
@@ -302,13 +329,17 @@ class LayerKind(ABC):
         What `LayerSpec.kind` says and reports show: usually the name of the class.
     computes : tuple of str
         The methods that compute the output; a subclass that overrides one is left alone.
-    takes_more : bool
-        Whether layers are called with more than their input, as their chains then are.
+    lookup : bool
+        Whether its inputs are the numbers of rows of its weight, which it looks up; the weight
+        (out, in) in the forward layout has one column for each number.
+    chain : type or None
+        The class of the chains in place of such layers, if not `tdecomp.Chain`.
     """
 
     name: str
     computes: ClassVar[tuple[str, ...]] = ("forward",)
-    takes_more: ClassVar[bool] = False
+    lookup: ClassVar[bool] = False
+    chain: ClassVar[Any] = None
 
     @abstractmethod
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:
@@ -323,6 +354,16 @@ class LayerKind(ABC):
         self, spec: LayerSpec, device: torch.device | None, dtype: torch.dtype | None
     ) -> nn.Module:
         """A layer with this spec whose weights need no particular values."""
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why a layer of this kind must be left alone for what it is made with; None if not."""
+        del module
+        return None
+
+    def call(self, spec: LayerSpec, *inputs: Any, **named: Any) -> Call | None:
+        """The size of a call with these arguments; None if it has more than its input."""
+        value, *more = (*inputs, *named.values())
+        return None if more else spec.call(value.shape)
 
     def attributes(self, spec: LayerSpec) -> dict[str, Any]:
         """The sizes and options that a layer has as attributes, which a chain then has, too."""

@@ -28,6 +28,8 @@ _WIDE = 512
 class SecondMoment:
     """``G = E[x xᵀ]`` of a layer's inputs: a matrix, or for few samples the samples themselves.
 
+    Inputs that are one-hot, as those of a lookup, have a diagonal one: how often each row is read.
+
     >>> moment = tdecomp.SecondMoment(rows=torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
     >>> moment.lost(torch.tensor([[1.0, 0.0]])), moment.lost(torch.tensor([[0.0, 1.0]]))
     (9.0, 1.0)
@@ -38,25 +40,30 @@ class SecondMoment:
     Attributes
     ----------
     matrix : Tensor of shape (fan_in, fan_in), or None
-        The second moment; exactly one of `matrix` and `rows` is given.
+        The second moment; exactly one of `matrix`, `rows` and `diagonal` is given.
     rows : Tensor of shape (samples, fan_in), or None
         Instead of the matrix; ``rows.T @ rows`` is the second moment.
     added : float
         To the diagonal of that of the rows.
+    diagonal : Tensor of shape (fan_in,), or None
+        Instead of the matrix, where all else is zero.
 
     Raises
     ------
     ValueError
-        If both or neither of `matrix` and `rows` are given.
+        If not exactly one of `matrix`, `rows` and `diagonal` is given.
     """
 
     matrix: Tensor | None = None
     rows: Tensor | None = None
     added: float = 0.0
+    diagonal: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.matrix is None) == (self.rows is None):
-            raise ValueError("SecondMoment: expected a matrix or rows, got both or neither")
+        given = [name for name in ("matrix", "rows", "diagonal") if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"SecondMoment: expected one of matrix, rows and diagonal, got {got}")
 
     @property
     def _matrix(self) -> Tensor:
@@ -77,20 +84,25 @@ class SecondMoment:
         if self.rows is not None:  # a square of each number would need as much memory again
             squares = torch.linalg.vector_norm(self.rows, dim=1).double().square()
             return float(squares.sum()) + self.added * self.fan_in
+        if self.diagonal is not None:
+            return float(self.diagonal.sum())
         return float(self._matrix.diagonal().sum())
 
     @property
     def fan_in(self) -> int:
-        return self._held.shape[1]
+        return self._held.shape[-1]
 
     @property
     def _held(self) -> Tensor:
-        return self._matrix if self.rows is None else self.rows
+        given = (self.rows, self.diagonal, self.matrix)
+        return next(tensor for tensor in given if tensor is not None)
 
     def applied(self, kernel: Tensor) -> Tensor:
         """``K G``, for a kernel (out, fan_in)."""
         rows, given = self.rows, kernel
         kernel = kernel.to(self._held.dtype)
+        if self.diagonal is not None:
+            return (kernel * (self.diagonal + self.ridge)).to(given.dtype)
         product = kernel @ self._held if rows is None else (kernel @ rows.T) @ rows
         return (product + (self.added + self.ridge) * kernel).to(given.dtype)
 
@@ -101,6 +113,8 @@ class SecondMoment:
     def solved(self, right: Tensor, ridge: float) -> Tensor:
         """``B (G + ridge · I)⁻¹`` for a matrix B (out, fan_in)."""
         given, right = right, right.to(self._held.dtype)
+        if self.diagonal is not None:
+            return (right / (self.diagonal + self.ridge + ridge)).to(given.dtype)
         if self.rows is None:
             ridge += self._definite_ridge
             return _solution(_ridged(self._matrix, ridge), right.T).T.to(given.dtype)
@@ -120,6 +134,8 @@ class SecondMoment:
         if self.rows is not None:
             unfolded = self.rows.reshape(-1, size, after).transpose(0, 1).flatten(1)
             return _ridged(unfolded @ unfolded.T, self.added * before * after)
+        if self.diagonal is not None:
+            return self.diagonal.reshape(before, size, after).sum(dim=(0, 2)).diag()
         blocks = self._matrix.reshape(before, size, after, before, size, after)
         return blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum(dim=(2, 3))
 
@@ -129,12 +145,16 @@ class SecondMoment:
         power = power if power > _LEAST else 1.0
         if self.rows is not None:
             return SecondMoment(None, (self.rows / power**0.5).to(dtype), self.added / power)
+        if self.diagonal is not None:
+            return SecondMoment(diagonal=(self.diagonal / power).to(dtype) + _RIDGE)
         return SecondMoment(matrix=_ridged((self._matrix / power).to(dtype), _RIDGE))
 
     def reordered(self, order: Callable[[Tensor, int], Tensor]) -> "SecondMoment":
         """The moment of the inputs in another order, which a callable gives one dimension."""
         if self.rows is not None:
             return replace(self, rows=order(self.rows, 1))
+        if self.diagonal is not None:
+            return replace(self, diagonal=order(self.diagonal, 0))
         return SecondMoment(matrix=order(order(self._matrix, 1), 0))
 
     def shrunk(self, share: float) -> "SecondMoment":
@@ -142,6 +162,8 @@ class SecondMoment:
         added = share * self.trace / self.fan_in
         if self.rows is not None:
             return replace(self, added=self.added + added)
+        if self.diagonal is not None:
+            return replace(self, diagonal=self.diagonal + added)
         return SecondMoment(matrix=_ridged(self._matrix, added))
 
     @cached_property
@@ -159,6 +181,8 @@ class SecondMoment:
         if self.rows is not None:
             lost = (difference @ self.rows.T).square().sum()
             return float(lost + self.added * difference.square().sum())
+        if self.diagonal is not None:
+            return float((difference.square() @ self.diagonal).sum())
         # Round-off can make the loss of an exact fit slightly negative.
         return max(float(((difference @ self._matrix) * difference).sum()), 0.0)
 

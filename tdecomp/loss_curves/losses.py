@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tdecomp.calibration.moments import FitCache, LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
+from tdecomp.decomposers.tied import Member, group_cost
 from tdecomp.layers.chain import Rank
-from tdecomp.layers.cost import Cost, chain_cost
+from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.second_moment import SecondMoment
@@ -59,14 +60,19 @@ class LayerLosses:
     unit: float = 1.0  # the loss of the whole output, for a layer whose gradients are not known
     cache: FitCache = field(default_factory=FitCache)
     key: Hashable = None  # this layer's part of the cache
+    group: tuple[Member, ...] = ()  # the layers that are to share its factors, itself included
 
     def cost(self, method: Decomposer, rank: Rank) -> Cost:
         """The cost of the chain on the observed calls."""
         return self._cached(
             method,
-            ("cost", rank, self.calls),
-            lambda: chain_cost(method.stages(self.spec, rank), self.calls),
+            ("cost", rank, self.calls, self.group),
+            lambda: group_cost(method, rank, self._members),
         )
+
+    @property
+    def _members(self) -> tuple[Member, ...]:
+        return self.group or ((self.spec, self.calls),)
 
     def _cached(self, method: Decomposer, what: Hashable, compute: Callable[[], Value]) -> Value:
         return self.cache.get(self._key(method, what), compute)
@@ -78,7 +84,7 @@ class LayerLosses:
     @cached_property
     def before(self) -> Cost:
         """The cost of the layer as it is."""
-        return chain_cost([self.spec], self.calls)
+        return group_cost(None, 0, self._members)
 
     def expected_error(self, method: Decomposer, rank: Rank) -> float | None:
         """The error in a plan's row: exact for nested methods and where the fit itself is known.

@@ -1,7 +1,7 @@
 """The ranks that each layer is offered, with their costs and losses."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +16,7 @@ from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve, layer_curves
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
 from tdecomp.model.sites import Site, check_weight
+from tdecomp.model.ties import leader
 from tdecomp.parallel import on_cpu, parallel_map
 from tdecomp.progress import SILENT, Progress
 from tdecomp.ranks.base import Candidate, Choice
@@ -37,23 +38,41 @@ class Offer:
 
 
 def able_sites(
-    sites: Sequence[Site], methods: Sequence[Decomposer]
+    sites: Sequence[Site],
+    methods: Sequence[Decomposer],
+    wants_lookup: Callable[[Sequence[str]], bool] = lambda _: True,
 ) -> tuple[list[Able], dict[str, Choice]]:
-    """The sites that may be decomposed, with the methods that can; for the others the reason."""
+    """The sites that may be decomposed, with the methods that can; for the others the reason.
+
+    Of layers that share their factors, the one that they are fitted as stands for all; lookups
+    without an output layer are there if they are wanted, by their names.
+    """
     able: list[Able] = []
     left_alone: dict[str, Choice] = {}
+    known = {site.name: site for site in sites}
     for site in sites:
         if site.reason is not None or site.spec is None:
             left_alone[site.name] = Choice(reason=site.reason)
             continue
-        refusals = [method.refusal(site.spec) for method in methods]
-        taking = [method for method, why in zip(methods, refusals, strict=True) if why is None]
-        if taking:
-            check_weight(site)
-            able.append((site, taking))
-        else:
+        group = [known[name] for name in site.tied] or [site]
+        specs = [member.spec for member in group if member.spec is not None]
+        refusals = ["; ".join(filter(None, map(m.refuses, specs))) for m in methods]
+        taking = [method for method, why in zip(methods, refusals, strict=True) if not why]
+        lookups = all(spec.lookup for spec in specs)
+        if lookups and not wants_lookup([name for member in group for name in member.names]):
+            left_alone[site.name] = Choice(reason=_NO_MACS)
+        elif not taking:
             left_alone[site.name] = Choice(reason="; ".join(why for why in refusals if why))
+        elif site is group[leader(specs)]:
+            check_weight(site)
+            able.append((replace(site, group=tuple(group)) if site.tied else site, taking))
     return able, left_alone
+
+
+_NO_MACS = (
+    "a lookup has no MACs: offered for parameters, by Ratio(..., of='params') or "
+    "Budget(params=...), or by its name"
+)
 
 
 def offer_ranks(
@@ -112,7 +131,10 @@ def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLo
         if seen is not None:
             seen = seen.to(weight.device)
             wholes.append(whole_loss(weight, seen))
-        found.append(LayerLosses(weight, spec, seen, site.calls, cache=cache, key=key))
+        members = [(mine.spec, mine.calls) for mine in site.group if mine.spec is not None]
+        found.append(LayerLosses(
+            weight, spec, seen, site.calls, cache=cache, key=key, group=tuple(members)
+        ))  # fmt: skip
     known = [whole for whole in wholes if whole is not None]
     unit = sum(known) / len(known) if known else 1.0
     return [replace(losses, unit=unit) for losses in found]
@@ -153,7 +175,7 @@ def candidate(
         cost=partial(losses.cost, method),
         spectra=partial(_spectra, site.name, method, losses),
         options=partial(tuple, curves[method.name].points if curves else ()),
-        aliases=site.names[1:],
+        aliases=(*site.names[1:], *(n for s in site.group if s.name != site.name for n in s.names)),
         rounded=rounded,
         decomposer=method,
         errors=partial(losses.nested_errors, method),
@@ -180,6 +202,8 @@ def fit_size(site: Site, moments: Moments | None) -> int:
     assert isinstance(weight, nn.Parameter)
     size = on_cpu(weight)
     if not size or moments is None or spec is None or site.name not in moments:
+        return size
+    if spec.lookup:
         return size
     # A fit to data makes many small steps on a moment where one to weights makes few large ones.
     return max(size, spec.fan_in**2 // 4)

@@ -125,7 +125,8 @@ class Sensitivity(Mapping[str, LayerSensitivity]):
     def _legend(self) -> str:
         outputs = any(layer.of_outputs for layer in self.layers)
         error = "share of the output's variance" if outputs else "relative error of the weight"
-        unit = next((layer.before.unit for layer in self.layers if layer), "parameters")
+        units = dict.fromkeys(layer.before.unit for layer in self.layers if layer)
+        unit = ", or of a lookup's ".join(units) or "parameters"
         return f"{error} lost at that share of the layer's {unit} (rank in brackets)"
 
     def plot(self) -> "Figure":
@@ -182,7 +183,9 @@ def measure_sensitivity(
     for site in sites:
         offer = offers.get(site.name)
         if offer is None:
-            reason = left_alone[site.name].reason
+            others = [name for name in site.tied if name in offers]
+            known = left_alone.get(site.name)
+            reason = known.reason if known else f"shares its factors with {others[0]!r}"
             layers.append(LayerSensitivity(site.name, site.spec, Cost(0), {}, reason=reason))
         else:
             before, of_outputs = offer.losses.before, offer.losses.moments is not None

@@ -61,14 +61,20 @@ def follow(optimizer: Optimizer, replacements: Replacements) -> None:
 
 def _successors(replacements: Replacements) -> dict[int, tuple[str, dict[str, nn.Parameter]]]:
     """Each old parameter's name in its layer, and what takes its place: weights or the bias."""
-    after = {}
+    after: dict[int, tuple[str, dict[str, nn.Parameter]]] = {}
     for old, chain in replacements.items():
         left = dict(chain.named_parameters())
         for name, parameter in old.named_parameters():
             # Of the weights of an earlier chain the first stands for all the new ones.
             kind = name.rpartition(".")[2]
             mine = [key for key in left if key.endswith(f".{kind}")]
-            after[id(parameter)] = name, {key: left.pop(key) for key in mine}
+            known, successors = after.get(id(parameter), (name, {}))
+            there = {id(p) for p in successors.values()}
+            new = {key: left.pop(key) for key in mine}
+            # Layers that have one weight share a factor, which has one place.
+            new = {f"tied.{k}" if k in successors else k: p for k, p in new.items()
+                   if id(p) not in there}  # fmt: skip
+            after[id(parameter)] = known, successors | new
     return after
 
 

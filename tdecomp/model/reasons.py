@@ -6,6 +6,7 @@ from torch.nn.utils import parametrize
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec, kind_of
 from tdecomp.model.opened.base import Opened
+from tdecomp.model.ties import groups_of, tied_in_words
 from tdecomp.model.weights import Weights, is_layer, is_lazy, is_plain, is_quantized
 
 
@@ -20,13 +21,23 @@ class Reasons:
             for parameter in module.parameters(recurse=False):
                 storage, used = _memory(parameter)
                 self._users.setdefault(storage, []).append((used, name))
+        self._names = {module: name for name, module in model.named_modules()}
+        self._groups = groups_of(model, self._is_free)
+
+    def tied_to(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the layers that may share its factors, itself included; none if alone."""
+        return tuple(self._names[member] for member in self._groups.get(module, ()))
+
+    def _is_free(self, module: nn.Module) -> bool:
+        return _own_reason(module) is None and module not in self._readers
 
     def of(self, row: Weights, spec: LayerSpec | None) -> str | None:
         """The reason; None if the layer may be replaced."""
         module = row.module
         if not is_layer(module):
             return self._readers.get(module) or f"no layer of a known kind: {row}"
-        reason = _own_reason(module) or self._tie(module) or self._readers.get(module)
+        tied = None if module in self._groups else self._tie(module)
+        reason = _own_reason(module) or tied or self._readers.get(module)
         if reason is None and spec is not None:
             shape = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
             if shape != spec.weight_shape:
@@ -42,7 +53,7 @@ class Reasons:
             users = self._users[storage]
             owners = {user for r, user in users if r.start < mine.stop and mine.start < r.stop}
             if len(owners) > 1:
-                return f"its {name} is tied: {', '.join(sorted(map(repr, owners)))} share it"
+                return tied_in_words(owners, name)
         return None
 
 
@@ -67,6 +78,8 @@ def _own_reason(module: nn.Module) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is no stock layer of torch"
+    if reason := kind.refusal(module):
+        return reason
     for name, parameter in module.named_parameters(recurse=False):
         dtype, kind_of_tensor = parameter.dtype, type(parameter.data).__name__
         if not is_plain(parameter):

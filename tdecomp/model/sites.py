@@ -13,6 +13,7 @@ from tdecomp.layers.spec import KINDS, Call, LayerSpec
 from tdecomp.model.filters import Filters
 from tdecomp.model.fused import with_parts
 from tdecomp.model.reasons import Reasons
+from tdecomp.model.ties import settle
 from tdecomp.model.trace import Trace, trace
 from tdecomp.model.weights import is_layer, is_lazy, spec_of, weights_of
 
@@ -30,6 +31,9 @@ class Site:
     calls: tuple[Call, ...] | None = None  # in one pass of the example inputs, if there are any
     macs: int | None = None  # of that pass
     parameters: tuple[nn.Parameter, ...] = ()  # that its row stands for
+    # The names of the layers that have its weight and may share its factors, itself included.
+    tied: tuple[str, ...] = ()
+    group: tuple["Site", ...] = ()  # all of these, on the one that they are fitted as
 
     @property
     def name(self) -> str:
@@ -73,7 +77,11 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
                 reason = reason or sites.trace.oddities.get(name)
                 calls = tuple(sites.trace.calls[name])
         macs = None if sites.trace is None else sites.trace.macs[name]
-        sites[name] = Site(tuple(row.names), module, spec, reason, calls, macs, row.parameters)
+        tied = reasons.tied_to(module)
+        sites[name] = Site(
+            tuple(row.names), module, spec, reason, calls, macs, row.parameters, tied
+        )
+    settle(sites)
     return sites
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import in_slots, tuple_like
+from tdecomp.model.declared_ties import redeclare, redeclared
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.fast_path import switch_off
 from tdecomp.model.optimizers import Replacements, follow, restorer
@@ -32,6 +34,7 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
     """
     # With the replacements in the memo, old weights are not copied, and no slot is missed.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
+    memo |= {id(old): new for old, new in _biases(replacements)}
     for module in model.modules():
         # The weight that pruning or weight_norm computes: torch refuses to copy such tensors.
         for value in vars(module).values():
@@ -51,6 +54,7 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
         if not isinstance(twin, nn.Module):  # as where __getattr__ answers for __deepcopy__
             raise TypeError(f"its copy is {twin!r}")
         switch_off(twin, ExitStack())
+        redeclare(twin)
         return twin
     except Exception as error:
         remedy = "use inplace=True, without recovery, on a model that you no longer need as it is"
@@ -90,6 +94,15 @@ def swap(
             undo.callback(put, old)
             put(chains[old])
         switch_off(model, undo)
+        biases = {id(old): new for old, new in _biases(chains)}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in biases:
+                    undo.callback(module._parameters.__setitem__, name, parameter)
+                    module._parameters[name] = biases[id(parameter)]
+        for module, attribute, names in list(redeclared(model)):
+            undo.callback(_put_back, module, attribute, vars(module).get(attribute))
+            setattr(module, attribute, names)
         for mine, value in _changed(model, values or {}):
             undo.callback(_copy, mine, mine.detach().clone())
             _copy(mine, value)
@@ -102,6 +115,27 @@ def swap(
             undo.callback(restorer(optimizer))
             follow(optimizer, chains)
         undo.pop_all()
+
+
+def _biases(replacements: Replacements) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Each replaced layer's bias, which another module may hold, too, and the new one."""
+    for old, new in replacements.items():
+        mine, its = _bias(old), _bias(new)
+        if mine is not None and its is not None:
+            yield mine, its
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    holder = module[-1] if isinstance(module, Chain) and len(module) else module
+    return holder._parameters.get("bias")
+
+
+def _put_back(module: nn.Module, attribute: str, value: Any) -> None:
+    """An attribute of the module itself, or of its class where it had none of its own."""
+    if value is None:
+        delattr(module, attribute)
+    else:
+        setattr(module, attribute, value)
 
 
 def adopt(model: nn.Module, other: nn.Module) -> nn.Module:

@@ -11,8 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from tdecomp.layers.patches import dense
-from tdecomp.layers.spec import KINDS, Call, LayerSpec
+from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
 from tdecomp.model.operators import OperatorMode
@@ -45,13 +44,14 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = layers[layer]
-        value, *extra = (*args, *kwargs.values()) or (None,)
-        if extra and not KINDS[specs[name].kind].takes_more:
-            oddities[name] = "it is called with more than its input"
+        value = next(iter((*args, *kwargs.values())), None)
         if isinstance(value, Tensor) and value.is_nested:
             oddities[name] = "it is called with a nested tensor"
         elif isinstance(value, Tensor):  # if not, the layer itself is about to complain
-            calls[name].append(specs[name].call(dense(value).shape))
+            call = specs[name].called_with(*args, **kwargs)
+            calls[name].append(call or specs[name].call(value.shape))
+            if call is None:
+                oddities[name] = "it is called with more than its input"
 
     starts = [partial(m.register_forward_pre_hook, before, with_kwargs=True) for m in layers]
     uses = OddUses({name: layer for layer, name in layers.items()})
@@ -131,6 +131,7 @@ class OddUses(Scope):
         self.found: dict[str, str] = {}
         self.running: list[str] = []
         self._layers = layers
+        self._tied: dict[str, set[str]] = {}  # the layers that have the same parameters
 
     def change(self) -> None:
         for name, layer in self._layers.items():
@@ -139,6 +140,11 @@ class OddUses(Scope):
             end = partial(layer.register_forward_hook, partial(self._end, name), always_call=True)
             self.undo.enter_context(hooks([start, end]))
         weights = {name: tuple(m.parameters(recurse=False)) for name, m in self._layers.items()}
+        owners: dict[int, set[str]] = {}
+        for name, own in weights.items():
+            for parameter in own:
+                owners.setdefault(id(parameter), set()).add(name)
+        self._tied = {n: set().union(*(owners[id(p)] for p in own)) for n, own in weights.items()}
         self.undo.enter_context(Reads(weights, self._read))
 
     def _begin(
@@ -155,7 +161,7 @@ class OddUses(Scope):
             self.running.pop()
 
     def _read(self, name: str) -> None:
-        if name not in self.running:
+        if self._tied[name].isdisjoint(self.running):
             self.found.setdefault(name, READ_OUTSIDE)
 
 

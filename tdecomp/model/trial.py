@@ -108,8 +108,13 @@ class _Trial:
             for layer, module in (*chains.items(), *((module, module) for module in watched))
         ]
         registrations += [partial(m.register_forward_pre_hook, _raise_held) for m in chains]
+        # A layer that is tied to one of them and is in place reads its own weight.
+        there = {id(p) for m in model.modules() for p in m.parameters(recurse=False)}
         absent = {
-            layer: (*_described(chain), *layer.parameters(recurse=False))
+            layer: (
+                *_described(chain),
+                *(p for p in layer.parameters(recurse=False) if id(p) not in there),
+            )
             for layer, chain in chains.items()
         }
         modes = {module: module.training for module in model.modules()}

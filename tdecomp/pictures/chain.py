@@ -79,6 +79,8 @@ def drawn_chain(
     name: str = "",
 ) -> Drawing:
     """The drawing of one layer, with the costs of these calls."""
+    if spec.lookup:  # which has no MACs to compare with
+        calls = None
     whole = chain_cost((spec,), calls)
     stages = method.stages(spec, rank)
     cost = chain_cost(stages, calls)

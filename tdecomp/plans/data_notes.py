@@ -44,7 +44,9 @@ def data_notes(rows: Iterable[Row], moments: Moments | None) -> tuple[str, ...]:
     few = []
     for row in changed:
         seen = moments.layers.get(row.name)
-        if seen is not None and seen.count < _ENOUGH * seen.spec.fan_in:
+        if seen is None or seen.spec.lookup:  # which needs no more inputs than rows
+            continue
+        if seen.count < _ENOUGH * seen.spec.fan_in:
             few.append((_ENOUGH * seen.spec.fan_in / seen.count, row.name, seen))
     if few:
         times, name, seen = max(few, key=lambda one: one[0])

@@ -18,6 +18,7 @@ from tdecomp.loss_curves.offers import Offer, able_sites, fit_size, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, Sites, find_sites
+from tdecomp.model.ties import settle
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
@@ -77,15 +78,15 @@ def make_plan(
     _check_timing(request)
     found = find_sites(model, request.filters, request.example)
     sites = _leave(found, request.left_alone)
-    able, choices = able_sites(sites, request.methods)
+    able, choices = able_sites(sites, request.methods, selector.wants_lookup)
     if isinstance(selector, ByLayer):
         _check_keys(selector, sites, choices)
-    wanted = {site.name for site, _ in able}
+    wanted = {name for site, _ in able for name in (site.name, *site.tied)}
     weighs = selector.weighs_layers
     moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
     if moments is not None and moments.oddities:
         sites = _leave(found, moments.oddities)
-        able, choices = able_sites(sites, request.methods)
+        able, choices = able_sites(sites, request.methods, selector.wants_lookup)
     times = _profile(model, request, sites)
     words = expected_time(able, moments) if weighs and request.progress.shown else ""
     offers = offer_ranks(
@@ -116,8 +117,15 @@ def make_plan(
                 choices[name] = choice if error is None else replace(choice, error=error)
             known = partial(losses.known_fit, method, rank)
             fits[name] = known(draft=False), known(draft=True)
+        # Without data, layers that have one weight lose the same of it.
+        error = choices[name].error if losses.moments is None else None
+        others = (other for other in offer.site.tied if other != name)
+        choices |= dict.fromkeys(others, replace(choices[name], error=error))
     counted: set[int] = set()
-    rows = [_row(site, choices[site.name], counted, chosen.seconds) for site in sites]
+    kinds = {site.name: site.spec is not None and site.spec.lookup for site in sites}
+    rows = [
+        _row(site, choices[site.name], counted, chosen.seconds, _tie(site, kinds)) for site in sites
+    ]
     rest = replace(whole - total(row.before for row in rows), latency=chosen.rest)
     loss = None
     if chosen.least_loss is not None:
@@ -153,6 +161,7 @@ def _leave(found: Sites, reasons: Mapping[str, str]) -> list[Site]:
     """The rows, with a reason for some that have none of their own."""
     for name in reasons.keys() & found.keys():
         found[name] = replace(found[name], reason=found[name].reason or reasons[name])
+    settle(found)
     return list(found.values())
 
 
@@ -242,7 +251,11 @@ def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
 
 
 def _row(
-    site: Site, choice: Choice, counted: set[int], seconds: Mapping[str, tuple[float, float]]
+    site: Site,
+    choice: Choice,
+    counted: set[int],
+    seconds: Mapping[str, tuple[float, float]],
+    tie: tuple[str | None, bool] = (None, False),
 ) -> Row:
     """The site's row; a parameter that it shares with an earlier row is counted there only."""
     own = {id(p): p.numel() for p in site.parameters if not is_lazy(p)}
@@ -254,7 +267,17 @@ def _row(
         site.name, site.names, site.spec, params, params, macs, macs, reason=choice.reason,
         note=choice.note, expected_error=choice.error, latency_before=latency_before,
         latency_after=latency_after, calls=site.calls,
+        tied_to=tie[0], shares_all=tie[1],
     )  # fmt: skip
     if choice.candidate is None or choice.rank is None:
         return row
     return planned_row(row, choice.candidate.decomposer, choice.rank)
+
+
+def _tie(site: Site, kinds: Mapping[str, bool]) -> tuple[str | None, bool]:
+    """The first row that shares factors with this later one, and whether one is of its kind.
+
+    `kinds` says of each row whether it is a lookup.
+    """
+    before = site.tied[: site.tied.index(site.name)] if site.tied and not site.reason else ()
+    return next(iter(before), None), any(kinds[name] == kinds[site.name] for name in before)

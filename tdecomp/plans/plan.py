@@ -7,6 +7,7 @@ from typing import Any
 
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import get_decomposer, registered
+from tdecomp.decomposers.tied import own_params
 from tdecomp.files.typed import parsed, typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.cost import Cost, chain_cost
@@ -61,6 +62,8 @@ class Plan(Table):
     ) -> "Plan":
         """A new plan with another method or rank for one layer; its costs are counted anew.
 
+        Layers that share their factors with it are planned alike.
+
         Parameters
         ----------
         name : str
@@ -83,16 +86,23 @@ class Plan(Table):
             raise ValueError(f"layer {name!r} is left alone ({row.reason}): name a method for it")
         known = self.decomposers.get(chosen) if isinstance(chosen, str) else None
         decomposer = known or get_decomposer(chosen)
-        others = {old.method for old in self.rows if old is not row}
+        group = [old for old in self.rows if _tied(old) == _tied(row)]
+        others = {old.method for old in self.rows if old not in group}
         planned = self.decomposers.get(decomposer.name, decomposer)
         if decomposer.name in others and planned != decomposer:
             raise ValueError(
                 f"layer {name!r}: other layers are planned with {decomposer.name!r} and other "
                 "options; register this one under a name of its own"
             )
-        bare = replace(row, note=None, expected_error=None, latency_after=None)
-        edited = planned_row(bare, decomposer, row.rank if rank is None else rank)
-        rows = [edited if old is row else old for old in self.rows]
+        edited = {
+            old.name: planned_row(
+                replace(old, note=None, expected_error=None, latency_after=None),
+                decomposer,
+                row.rank if rank is None else rank,
+            )
+            for old in group
+        }
+        rows = [edited.get(old.name, old) for old in self.rows]
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         named = {**self.decomposers, decomposer.name: decomposer}
         return Plan(rows, self.everything_else, named, speed, notes=self.notes)
@@ -101,7 +111,11 @@ class Plan(Table):
         """A new plan that leaves these layers alone, for the reasons given by their names."""
         if not reasons:
             return self
-        rows = [_left_alone(r, reasons[r.name]) if r.name in reasons else r for r in self.rows]
+        tied = {_tied(r): r.name for r in self.rows if r.name in reasons}
+        words = "its weight is tied to that of {!r}, which is left alone"
+        found = {r.name: words.format(tied[_tied(r)]) for r in self.rows if _tied(r) in tied}
+        found |= reasons
+        rows = [_left_alone(r, found[r.name]) if r.name in found else r for r in self.rows]
         speed = None if self.speed is None else replace(self.speed, predicted=None, measured=None)
         return Plan(rows, self.everything_else, self.decomposers, speed, notes=self.notes)
 
@@ -138,6 +152,7 @@ class Plan(Table):
         names = [name for row in rows for name in row.names]
         if len({*names}) < len(names):
             raise ValueError(f"expected one row for each layer, got the names {names}")
+        _check_ties(rows)
         counted = [_counted_anew(row, methods) for row in rows]
         loss = typed(ExpectedLoss | None, data.get("loss"), "loss")
         if any(a.after != b.after for a, b in zip(rows, counted, strict=True)):
@@ -158,6 +173,7 @@ _EXPECTED = "expected a model of the architecture that was planned for"
 def match_sites(sites: Mapping[str, Site], plan: Plan) -> dict[str, Site]:
     """The model's sites by name, each checked to be the layer that the plan's row was made for."""
     found = dict(sites)
+    _check_ties(plan.rows)
     for row in plan:
         site = found.get(row.name)
         if site is None:
@@ -174,9 +190,36 @@ def match_sites(sites: Mapping[str, Site], plan: Plan) -> dict[str, Site]:
                 )
         if row.method is not None and site.reason is not None:
             raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
+        first = site.tied[0] if site.tied and not site.reason else row.name
+        if row.method is not None and _tied(row) != first:
+            raise ValueError(
+                f"layer {row.name!r}: its weight is tied to that of {first!r} in the model, of "
+                f"{_tied(row)!r} in the plan; plan anew for this model"
+            )
     for name in found.keys() - {row.name for row in plan}:
         raise ValueError(f"layer {name!r}: the model has it, the plan does not; {_EXPECTED}")
     return found
+
+
+def _tied(row: Row) -> str:
+    """The first row of those that share factors with this one, or itself."""
+    return row.tied_to or row.name
+
+
+def _check_ties(rows: Sequence[Row]) -> None:
+    """Refuse layers that are to share their factors and are planned differently."""
+    known = {row.name: row for row in rows}
+    for row in rows:
+        first = known.get(_tied(row))
+        if first is None:
+            raise ValueError(f"layer {row.name!r}: tied to {row.tied_to!r}, which has no row")
+        if (row.method, row.rank) != (first.method, first.rank):
+            mine, its = (f"{r.method} at rank {r.rank}" if r.method else "left alone"
+                         for r in (row, first))  # fmt: skip
+            raise ValueError(
+                f"layer {row.name!r}: planned {mine}, and {first.name!r}, which has the same "
+                f"weight, {its}; expected one choice for both: Plan.edit changes them together"
+            )
 
 
 def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
@@ -185,8 +228,11 @@ def planned_row(row: Row, decomposer: Decomposer, rank: Any) -> Row:
         raise ValueError(f"layer {row.name!r} cannot be decomposed: {row.reason}")
     rank = checked_rank(f"layer {row.name!r}", decomposer, row.layer, rank)
     cost = chain_cost(decomposer.stages(row.layer, rank), row.calls)
+    params = cost.params
+    if row.tied_to is not None:
+        params = own_params(decomposer, row.layer, rank, alike=row.shares_all)
     row = replace(row, method=decomposer.name, rank=rank, reason=None)
-    return replace(row, params_after=cost.params, macs_after=cost.macs)
+    return replace(row, params_after=params, macs_after=cost.macs)
 
 
 def _left_alone(row: Row, reason: str) -> Row:

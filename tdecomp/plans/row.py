@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 from tdecomp.files.typed import typed
 from tdecomp.layers.chain import Rank
@@ -54,7 +54,15 @@ class Row:
         Of CP, over the kernel's norm: far above √rank the components cancel.
     calls : tuple of Call or None
         The sizes of the layer's calls in one pass of the example inputs.
+    tied_to : str or None
+        The first row that has the same weight, where this is another one: they share its factors.
+    shares_all : bool
+        Whether an earlier row with this weight is of the same kind, too: then both factors are one
+        parameter each in the two; else only the larger one is.
     """
+
+    # Fields that files of earlier versions lack.
+    later: ClassVar[tuple[str, ...]] = ("tied_to", "shares_all")
 
     name: str
     names: tuple[str, ...]
@@ -77,6 +85,8 @@ class Row:
     fit_seconds: float | None = None
     component_norms: float | None = None
     calls: tuple[Call, ...] | None = None
+    tied_to: str | None = None
+    shares_all: bool = False
 
     def __post_init__(self) -> None:
         problem = f"its names are {self.names}" if self.names[:1] != (self.name,) else None
@@ -104,6 +114,8 @@ class Row:
     def remarks(self) -> str:
         """All that there is to say of it: reason or note, how CP's components are, other names."""
         said = [self.reason or self.note or ""]
+        if self.tied_to and self.method is not None:
+            said.append(f"shares its factors with {self.tied_to!r}")
         if self.component_norms is not None:
             said.append(f"component norms {self.component_norms:.1f} times the kernel's")
         if len(self.names) > 1:

@@ -160,6 +160,19 @@ class RankSelector(ABC):
     latency: float | None = None
     round_to: int | None = None
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """What it is asked to save, of "macs", "params" and "latency".
+
+        Lookups (an Embedding) have no MACs: they are offered to selectors that save parameters.
+        """
+        return ("macs",)
+
+    def wants_lookup(self, names: Sequence[str]) -> bool:
+        """Whether a lookup of these names is offered to it."""
+        del names
+        return "params" in self.saves
+
     @abstractmethod
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         """One choice for each site, from its candidates in the order of the user's methods.
@@ -249,7 +262,7 @@ def spread(rank: Rank, max_rank: Rank) -> Rank:
 
 def checked_rank(where: str, method: Decomposer, spec: LayerSpec, rank: Any) -> Rank:
     """The rank as the method takes it; a ValueError where it cannot take the layer, or the rank."""
-    refusal = method.refusal(spec)
+    refusal = method.refuses(spec)
     if refusal is not None:
         raise ValueError(f"{where} ({spec}): {refusal}")
     chosen = spread(tuple(rank) if isinstance(rank, list) else rank, method.max_rank(spec))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from tdecomp.layers.cost import LookupCost
 from tdecomp.ranks.base import Candidate, Choice, LocalSelector
 from tdecomp.ranks.grid import largest_rank, rank_at
 
@@ -35,4 +36,5 @@ class BreakEven(LocalSelector):
 
 def by_parameters(candidate: Candidate) -> str | None:
     """The note of a row whose break-even rank compares parameters, as no MACs are known."""
-    return None if candidate.before.macs else "compared by parameters: no MACs observed"
+    compared = candidate.before.macs or isinstance(candidate.before, LookupCost)
+    return None if compared else "compared by parameters: no MACs observed"

@@ -81,6 +81,10 @@ class Budget(RankSelector):
             allowed = "above 0 and at most 1, a share of the whole model's"
             check_share(f"Budget: expected {name}", share, allowed)
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self._named())
+
     def select(self, sites: Sequence[Sequence[Candidate]], rest: Cost = NOTHING) -> list[Choice]:
         layers, limits = self._problem(sites, rest)
         picks = least_loss(layers, limits)

@@ -101,6 +101,12 @@ class ByLayer(RankSelector):
                 choices[i] = choice
         return choices
 
+    def wants_lookup(self, names: Sequence[str]) -> bool:
+        if any(name in self.selectors for name in names):
+            return True  # it is named itself
+        selector = self.selector_of(names)
+        return selector is None or selector.wants_lookup(names)
+
     def selector_of(self, names: Sequence[str]) -> RankSelector | None:
         """The selector for a layer of these names, or None."""
         pattern = self._pattern_of(names)

@@ -41,6 +41,10 @@ class Ratio(LocalSelector):
             known = ", ".join(map(repr, get_args(Of)))
             raise ValueError(f"Ratio: expected of to be one of {known}, got {self.of!r}")
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        return ("params",) if self.of == "params" else ("macs",)
+
     def choose(self, candidate: Candidate) -> Choice:
         if self.of == "rank":
             return Choice(candidate, rank_at(candidate.max_rank, self.ratio))

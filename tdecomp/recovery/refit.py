@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import OutputGradients, is_large
 from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.calibrate import watchable
+from tdecomp.calibration.calibrate import unwatched
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.memory import freed_at_once
 from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
+from tdecomp.layers.lookup_chain import HeadChain
 from tdecomp.linalg.second_moment import is_wide
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.parallel import OneThread
@@ -84,7 +85,7 @@ class Refit(RecoveryStep):
             items, short = walk.items(chains, device) if chains else ([], None)
             notes += [short] if short else []
             patches = sum(item.samples for item in items if not item.held)
-            found = walk.arrivals(chains, items)
+            found = walk.arrivals(chains, items) if chains else ()
             kept, so_far = 0, partial(errors_so_far, layers)
             for layer, arrivals in batches.progress.over(
                 found, self.name, len(chains), "layers", so_far
@@ -178,8 +179,12 @@ def _why_not(layer: ReplacedLayer, calls: int) -> str | None:
     method: Decomposer | None = layer.chain.decomposer
     if not calls:
         return "the first batch does not reach it"
-    if not watchable(layer.spec):
-        return f"no moments of a {layer.spec.kind}"
+    if layer.spec.lookup:
+        return "a lookup gets the same rows as the original's"
+    if (why := unwatched(layer.spec)) is not None:
+        return why
+    if isinstance(layer.chain, HeadChain):
+        return "it shares a factor with an embedding"
     if any(isinstance(part, Chain) for part in layer.chain):
         return "it was decomposed in several steps"
     if method is None:

@@ -86,7 +86,7 @@ def bases_of(
             continue
         # About zero and not about the mean: a step may well change the mean output.
         spec = replace(LayerSpec.of(layer), bias=False)
-        if spec.transposed or spec.fan_in > _MOST_INPUTS:
+        if spec.transposed or spec.lookup or spec.fan_in > _MOST_INPUTS:
             continue
         sums[weight] = Accumulator(spec, enough(spec))
         marks.append(partial(layer.register_forward_hook, partial(add, weight)))

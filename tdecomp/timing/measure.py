@@ -154,7 +154,7 @@ def measure(
     work = list(product(dict.fromkeys(map(result.timed_in, layouts)), geometries))
     for layout, (spec, call) in progress.over(work, "profile", len(work), "layers"):
         chains: list[Stages] = [(spec,)]
-        for method in (d for d in decomposers if d.refusal(spec) is None):
+        for method in (d for d in decomposers if d.refuses(spec) is None):
             ranks = timed_ranks(method, spec, call, result.rounding, result.points)
             chains += [tuple(method.stages(spec, rank)) for rank in ranks]
         keyed = {key_of(layout, stages, call): stages for stages in chains}
@@ -194,7 +194,7 @@ def _multiple(geometries: Sequence[Geometry], result: Profile, seconds_of: Any) 
     """
     for spec, call in geometries:
         largest = min(spec.in_channels, spec.out_channels) // 2 // _MULTIPLES[0] * _MULTIPLES[0]
-        if largest < 2 * _MULTIPLES[0] or spec.groups > 1:
+        if largest < 2 * _MULTIPLES[0] or spec.groups > 1 or spec.lookup:
             continue
         widths = list({largest - part for m in _MULTIPLES for part in (0, m // 2, m)})
         stages = [(spec.pointwise(spec.in_channels, width),) for width in widths]

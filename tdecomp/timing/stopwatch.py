@@ -62,12 +62,7 @@ class Stopwatch:
         effort: TimingEffort,
     ) -> NDArray[np.float64]:
         """Seconds (rounds, chains) of one call of a layer and of chains that may replace it."""
-        layer = chains[0][0]
-        # A row of several Linears in one has the inputs of its own group.
-        width = layer.in_channels
-        if isinstance(layer, LayerSpec) and not layer.ndim:
-            width = layer.group_in
-        x = torch.ones(call.batch, width, *call.size, device=device, dtype=dtype)
+        x = _input(chains[0][0], call, device, dtype)
         x = images_in_layout(x, layout)
         calls = [partial(_built(stages, layout, device, dtype), x) for stages in chains]
         with torch.inference_mode():
@@ -154,6 +149,17 @@ def random_weights(module: nn.Module) -> nn.Module:
             values = torch.randn(parameter.shape, generator=generator, device="cpu")
             parameter.copy_(values / fan_in**0.5)
     return module.requires_grad_(False).eval()
+
+
+def _input(stage: Stage, call: Call, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What such a call gets: ones, or the numbers of a lookup's rows."""
+    channels = stage.in_channels
+    if isinstance(stage, LayerSpec) and not stage.ndim and not stage.lookup:
+        channels = stage.group_in  # a row of several Linears in one has the inputs of its own
+    if isinstance(stage, LayerSpec) and stage.lookup:
+        rows = torch.arange(call.batch, device=device) % channels
+        return rows[:, None] if stage.kind == "EmbeddingBag" else rows
+    return torch.ones(call.batch, channels, *call.size, device=device, dtype=dtype)
 
 
 def _built(stages: Stages, layout: str, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -281,7 +281,8 @@ def test_swins_projections_are_known_by_their_class():
 
 
 def test_tied_weights_name_each_other():
-    model = nn.Sequential(nn.Embedding(16, 16), linear(), linear(), linear())
+    model = nn.Sequential(nn.Bilinear(1, 16, 16), linear(), linear(), linear())
+    model[0].weight = nn.Parameter(model[0].weight.detach().squeeze(1))
     model[1].weight = model[0].weight
     model[3].bias = model[2].bias
     found = sites_of(model)
@@ -386,7 +387,7 @@ def test_no_module_and_no_layers():
     with pytest.raises(TypeError, match=r"expected an nn\.Module, got int"):
         tdecomp.plan(3, "svd", rank=2)
     with pytest.raises(ValueError, match=r"the model \(Sequential\) has no Linear or convolution"):
-        tdecomp.plan(nn.Sequential(nn.ReLU(), nn.Embedding(3, 4)), "svd", rank=2)
+        tdecomp.plan(nn.Sequential(nn.ReLU(), nn.Bilinear(3, 3, 4)), "svd", rank=2)
 
 
 # Filters -----------------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ MODELS = {
     "bert": _case(
         hf.BertForSequenceClassification, hf.BertConfig(**_WIDE, **_TEXT, num_labels=5), _text
     ),
+    "bert_for_tokens": _case(hf.BertForMaskedLM, hf.BertConfig(**_WIDE, **_TEXT), _text),
     "gpt2": _case(
         hf.GPT2LMHeadModel,
         hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **_TEXT),

@@ -75,3 +75,76 @@ def test_save_pretrained_writes_the_values_of_the_factors(name, tmp_path):
         key.endswith(("lm_head.weight", "proj_out.weight", "embed_tokens.weight"))
         for key in left_out
     )
+
+
+# Embeddings, and what is tied to them -------------------------------------------------------------
+
+TIED = {"gpt2": "transformer.wte", "llama": "model.embed_tokens", "t5": "shared",
+        "bert_for_tokens": "bert.embeddings.word_embeddings"}  # fmt: skip
+HEADS = {"bert_for_tokens": "cls.predictions.decoder"}
+WIDER = VOCABULARY + 8
+BUDGETS = {
+    "params": tdecomp.Budget(params=0.5),
+    "macs": tdecomp.Budget(macs=0.5),
+    "named": {"*": 8},
+}
+
+
+def are_tied(model, name):
+    table = model.get_submodule(TIED[name])
+    head = model.get_submodule(HEADS.get(name, "lm_head"))
+    ends = [m[at] if isinstance(m, tdecomp.Chain) else m for m, at in ((table, 0), (head, -1))]
+    return ends[0].weight is ends[1].weight
+
+
+@pytest.mark.parametrize("rank", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("name", TIED)
+def test_tied_embeddings_stay_tied(name, rank, tmp_path):
+    case = MODELS[name]
+    inputs = case.inputs()
+    result = tdecomp.decompose(
+        case.build(), "svd", rank=rank, example_inputs=inputs, progress=False
+    )
+    model = result.model
+    if rank == BUDGETS["named"]:
+        assert isinstance(model.get_submodule(TIED[name]), tdecomp.Chain)
+    assert are_tied(model, name)
+    assert result.report.after.params == sum(p.numel() for p in model.parameters())
+    wanted = tensors_of(model(**inputs))
+    model.tie_weights()
+    torch.testing.assert_close(tensors_of(model(**inputs)), wanted)
+
+    result.save(tmp_path / "tied.safetensors")
+    loaded = tdecomp.load(tmp_path / "tied.safetensors", case.build())
+    assert are_tied(loaded, name)
+    torch.testing.assert_close(tensors_of(loaded(**inputs)), wanted)
+
+    model.save_pretrained(tmp_path, save_original_format=False)
+    saved, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    kept = {state[key].data_ptr() for key in saved}
+    assert all(state[key].data_ptr() in kept for key in state.keys() - saved.keys())
+
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-2)
+    outputs = tensors_of(model(**inputs))
+    sum(x.square().mean() for x in outputs if x.requires_grad).backward()
+    optimizer.step()
+    assert are_tied(model, name)
+
+    for grown in (model.eval(), loaded):
+        for size in (WIDER, VOCABULARY - 8):
+            grown.resize_token_embeddings(size, mean_resizing=False)
+            assert grown.get_input_embeddings().num_embeddings == size
+            assert are_tied(grown, name)
+            few = {key: x.clamp(max=size - 1) for key, x in inputs.items()}
+            logits = grown(**few).logits
+            assert logits.shape[-1] == size
+            assert logits.isfinite().all()
+
+
+def test_an_embedding_of_its_own_grows():
+    model = tdecomp.decompose(
+        MODELS["qwen2"].build(), "svd", rank={"model.embed_tokens": 8}, progress=False
+    ).model
+    model.resize_token_embeddings(WIDER)
+    assert model.get_input_embeddings().num_embeddings == WIDER
+    assert model(**MODELS["qwen2"].inputs()).logits.shape[-1] == WIDER

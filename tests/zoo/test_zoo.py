@@ -190,4 +190,5 @@ def test_every_product_but_attentions_own_can_be_decomposed(name, own):
 def test_reading_what_a_layer_is_like_costs_no_layer(name):
     report = decompose(ZOO[f"transformers-{name}"], ["svd", "lowrank"], 4).report
     left = [row.reason for row in report if row.layer is not None and row.method is None]
-    assert all("tied" in reason for reason in left)
+    others = ("a lookup has no MACs", "WhisperPositionalEmbedding overrides")
+    assert all(reason.startswith(others) for reason in left)

@@ -1,0 +1,73 @@
+"""The ties that a model of transformers declares by name, after chains took layers' places.
+
+transformers ties again what `_tied_weights_keys` names, {target: source}, when a vocabulary is
+resized or weights are saved and loaded. It need not be installed: these are plain attributes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from tdecomp.layers.chain import Chain
+from tdecomp.layers.lookup_chain import EmbeddingChain
+
+_DECLARED = ("_tied_weights_keys", "all_tied_weights_keys")
+
+Declared = tuple[nn.Module, str, dict[str, str]]
+
+
+def redeclared(model: nn.Module) -> Iterator[Declared]:
+    """The modules, attributes and new values of declarations that name layers now in chains."""
+    for module in model.modules():
+        for attribute in _DECLARED:
+            names = getattr(module, attribute, None)
+            if isinstance(names, dict):
+                new = _renamed(module, names)
+                if new != names:
+                    yield module, attribute, new
+
+
+def redeclare(model: nn.Module) -> None:
+    """Let a model declare the ties of its chains' factors in place of those of layers."""
+    for module, attribute, names in list(redeclared(model)):
+        setattr(module, attribute, names)
+
+
+def _renamed(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for target, source in names.items():
+        ends = [dict(_in_chain(module, name)) for name in (target, source)]
+        by_parameter = {id(parameter): name for name, parameter in ends[1].items()}
+        shared = {n: by_parameter[id(p)] for n, p in ends[0].items() if id(p) in by_parameter}
+        renamed = {target, source} - {*ends[0], *ends[1]}
+        found |= shared if shared and renamed else {target: source}
+    return found
+
+
+def _in_chain(module: nn.Module, name: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that stand for one that is named, with their names."""
+    path, _, part = str(name).rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:  # a pattern, or of a chain whose layer is back in its place
+        path = path.rpartition(".")[0]
+        try:
+            parameter = module.get_submodule(path)._parameters.get(part)
+        except AttributeError:
+            return
+        if parameter is not None:
+            yield f"{path}.{part}", parameter
+        return
+    if not isinstance(owner, Chain):
+        own = owner._parameters.get(part)
+        if own is not None:
+            yield str(name), own
+        return
+    if part == "weight":
+        stages = range(len(owner))
+        order = stages if isinstance(owner, EmbeddingChain) else reversed(stages)
+        for at in order:
+            yield f"{path}.{at}.weight", owner[at].get_parameter("weight")
+    elif part == "bias" and isinstance(owner[-1].bias, nn.Parameter):
+        yield f"{path}.{len(owner) - 1}.bias", owner[-1].bias
