@@ -15,6 +15,7 @@ from torch import Tensor
 from tdecomp.decomposers.factors import Factors, better
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.stage import Stage
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
 
 # A draft is only compared with other drafts: a few iterations are enough.
@@ -39,12 +40,23 @@ class Decomposer(ABC):
         solve them need it.
     iterative : bool
         Whether the fit iterates. Only such a method is ever asked for a draft.
+    int_rank_caps : bool
+        Whether an int given to a method of several ranks is the most that each of them may be; else
+        each rank is that int, and it must not be above any of the largest ones.
+    last_mixes_outputs : bool
+        Whether the last stage's weight, multiplied by a matrix, gives the kernel multiplied by it,
+        as where that stage is a layer. Else `refit` counts errors of all outputs alike.
+    draft_products : int
+        Products of a kernel's size with a moment that the drafts of a plan take together, about.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     fits_in_float64: ClassVar[bool] = False
     iterative: ClassVar[bool] = False
+    int_rank_caps: ClassVar[bool] = False
+    last_mixes_outputs: ClassVar[bool] = True
+    draft_products: ClassVar[int] = 60
 
     @abstractmethod
     def refusal(self, spec: LayerSpec) -> str | None:
@@ -55,7 +67,7 @@ class Decomposer(ABC):
         """The largest useful rank: per group, and a tuple for methods of several ranks."""
 
     @abstractmethod
-    def stages(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+    def stages(self, spec: LayerSpec, rank: Rank) -> tuple[Stage, ...]:
         """The layers of the chain, first to last; the last one has the bias.
 
         Usually each is a `LayerSpec`, which builds a stock layer. A method whose chain has a
@@ -114,7 +126,7 @@ class Decomposer(ABC):
         """The same method with at most this many iterations, for fits that start near their end."""
         return self
 
-    def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Factors | None:
+    def factors_of(self, stage_weights: tuple[Any, ...]) -> Factors | None:
         """The factors that have these `stage_weights`, or None for methods that cannot tell."""
         return None
 

@@ -111,13 +111,15 @@ class _Draft:
     """A curve in the making."""
 
     def __init__(self, losses: LayerLosses, method: Decomposer, rounding: Rounding) -> None:
-        nested = losses.nested(method)
+        # Of a method that iterates one draft may tell more cheaply that another one dominates it.
+        nested = None if method.iterative else losses.nested(method)
         self.losses, self.method, self.exact = losses, method, nested is not None
         # Where losses are known without a fit, every rank that saves anything is offered.
         before = losses.before.amount
         self.limit = before - 1 if self.exact else _LARGEST * before
         largest, cost = method.max_rank(losses.spec), partial(losses.cost, method)
-        self.ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
+        ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
+        self.ranks = [rank for rank in ranks if losses.saves(method, rank)]
         self.costs = [cost(rank) for rank in self.ranks]
         # By the index of the rank: what it loses as far as is known, and which of these are fits.
         self.known: dict[int, Lost] = {}
@@ -167,7 +169,10 @@ class _Draft:
 
     def complete(self) -> None:
         """Fit at both ends and near the cheap one, or extrapolate to the expensive one."""
-        if self.ranks:
+        nested = None if self.exact else self.losses.nested(self.method)
+        if nested is not None:
+            self.known = {i: nested[only_rank(rank)] for i, rank in enumerate(self.ranks)}
+        elif self.ranks:
             self._fit(0)
             self._fit(self._nearest(_SMALL))
             if not self._extrapolated():

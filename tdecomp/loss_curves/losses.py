@@ -47,6 +47,17 @@ class LayerLosses:
             lambda: chain_cost(method.stages(self.spec, rank), self.calls),
         )
 
+    def saves(self, method: Decomposer, rank: Rank) -> bool:
+        """Whether a chain in place of a Linear does less for each input, if only calls tell more.
+
+        A chain that uses its weights several times may have fewer of them, and do more.
+        """
+        if self.calls or self.spec.ndim:
+            return True
+        once = (Call(1),)
+        chain = chain_cost(method.stages(self.spec, rank), once)
+        return chain.amount < chain_cost([self.spec], once).amount
+
     def _cached(self, method: Decomposer, what: Hashable, compute: Callable[[], Value]) -> Value:
         return self.cache.get(self._key(method, what), compute)
 

@@ -160,6 +160,7 @@ def candidate(
         error_at=partial(losses.error_at, method),
         expected=partial(losses.expected_error, method),
         by_outputs=losses.fits_to_data(method),
+        saves=partial(losses.saves, method),
     )
 
 

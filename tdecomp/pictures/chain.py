@@ -121,7 +121,7 @@ def _boxes(stages: Sequence[Stage], calls: Sequence[Call] | None) -> list[Box]:
 def _words(stage: Stage) -> list[str]:
     """The kernel, the channels, and what else the stage does with its input."""
     if not isinstance(stage, LayerSpec):
-        return [type(stage).__name__]
+        return [*getattr(stage, "words", (type(stage).__name__,))]
     kernel = "×".join(map(str, stage.kernel_size))
     lines = [f"{stage.kind} {kernel}".rstrip(), f"{stage.in_channels} → {stage.out_channels}"]
     more = []

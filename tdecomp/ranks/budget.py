@@ -200,8 +200,9 @@ class Budget(RankSelector):
         ranks, largest = list(as_tuple(rank)), as_tuple(candidate.max_rank)
 
         def fits(i: int, value: int) -> bool:
-            cost = candidate.cost(in_form_of(rank, (*ranks[:i], value, *ranks[i + 1 :])))
-            saves = cost.amount < candidate.before.amount
+            raised = in_form_of(rank, (*ranks[:i], value, *ranks[i + 1 :]))
+            cost = candidate.cost(raised)
+            saves = cost.amount < candidate.before.amount and candidate.saves(raised)
             return saves and bool(np.all(self._amounts(cost) <= allowed))
 
         for i in reversed(range(len(ranks))):
