@@ -174,7 +174,7 @@ class TT(Decomposer):
         *,
         draft: bool = False,
     ) -> TTFactors:
-        # Single precision is enough to begin with, but at high ranks, where hardly anything is lost.
+        # Single precision is enough to begin with where more than round-off is lost.
         ranks, side = _ranks(rank), math.isqrt(kernel.numel())
         low = is_wide(side) and _LOW * max(ranks) <= side
         quick = kernel.float() if draft or low else kernel

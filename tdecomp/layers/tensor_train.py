@@ -191,6 +191,8 @@ class TTStage:
     def words(self) -> tuple[str, ...]:
         """For drawings."""
         into, out = ("·".join(map(str, shape)) for shape in (self.in_shape, self.out_shape))
-        return f"{len(self.in_shape)} cores", f"{self.in_channels} → {self.out_channels}", (
-            f"{into} → {out}"
+        return (
+            f"{len(self.in_shape)} cores",
+            f"{self.in_channels} → {self.out_channels}",
+            (f"{into} → {out}"),
         )

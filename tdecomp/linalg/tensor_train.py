@@ -73,7 +73,7 @@ def in_product_norm(
 
 def _unwhitened(core: Tensor, root: Tensor) -> Tensor:
     moved = core.movedim(2, 0)  # (in, rank, out, rank)
-    solved = torch.linalg.solve_triangular(root.T, moved.flatten(1), upper=True)
+    solved: Tensor = torch.linalg.solve_triangular(root.T, moved.flatten(1), upper=True)
     return solved.reshape(moved.shape).movedim(0, 2)
 
 

@@ -111,7 +111,7 @@ class _Draft:
     """A curve in the making."""
 
     def __init__(self, losses: LayerLosses, method: Decomposer, rounding: Rounding) -> None:
-        # Of a method that iterates one draft may tell more cheaply that another one dominates it.
+        # A few drafts tell as much of a method that has them, and take less time.
         nested = None if method.iterative else losses.nested(method)
         self.losses, self.method, self.exact = losses, method, nested is not None
         # Where losses are known without a fit, every rank that saves anything is offered.
@@ -169,10 +169,7 @@ class _Draft:
 
     def complete(self) -> None:
         """Fit at both ends and near the cheap one, or extrapolate to the expensive one."""
-        nested = None if self.exact else self.losses.nested(self.method)
-        if nested is not None:
-            self.known = {i: nested[only_rank(rank)] for i, rank in enumerate(self.ranks)}
-        elif self.ranks:
+        if self.ranks:
             self._fit(0)
             self._fit(self._nearest(_SMALL))
             if not self._extrapolated():

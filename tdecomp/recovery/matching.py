@@ -162,7 +162,9 @@ class Match:
         before = factors_of_chain(chain, method)
         assert before is not None
         # Factors that no matrix can be multiplied into are fitted to the outputs as they are.
-        weights = Weights(self._layer.spec, gradient if method.last_mixes_outputs else None, samples)
+        weights = Weights(
+            self._layer.spec, gradient if method.last_mixes_outputs else None, samples
+        )
         fit, fold = (Joint.of(sums) for sums in self._sums)
         self._sums.clear()
         joint = self._all(fit, fold)
