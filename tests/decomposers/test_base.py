@@ -70,7 +70,8 @@ METHODS = ("refusal", "max_rank", "stages", "fit")
 
 class TestRegistry:
     def test_library_registers_its_own(self):
-        assert registered() == ("svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable")
+        own = ("svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable", "tt")
+        assert registered() == own
         for name in registered():
             assert get_decomposer(name).name == name
             assert get_decomposer(name).source

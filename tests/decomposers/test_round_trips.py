@@ -22,6 +22,7 @@ RANKS = {
     "tucker2": (3, 4),
     "cp": 5,
     "cp-separable": 5,
+    "tt": 3,
 }
 
 
@@ -33,8 +34,16 @@ def linear():
     return nn.Conv2d(4, 6, 1), nn.Linear(9, 5)
 
 
-def in_a_model(layers):
-    return nn.Sequential(layers[0], nn.BatchNorm2d(6), nn.ReLU(), layers[1]).eval()
+def rows_only():
+    return nn.Linear(9, 12), nn.Linear(12, 5)
+
+
+LAYERS = {"svd": linear, "tt": rows_only}
+
+
+def in_a_model(layers, method):
+    channels = 4 if method == "tt" else 6
+    return nn.Sequential(layers[0], nn.BatchNorm2d(channels), nn.ReLU(), layers[1]).eval()
 
 
 @cache
@@ -42,20 +51,21 @@ def fitted(method):
     """A model with two chains of this method in it."""
     torch.manual_seed(0)
     decomposer = get_decomposer(method)
-    layers = linear() if method == "svd" else features()
+    layers = LAYERS.get(method, features)()
     chains = []
     for layer in layers:
         spec = LayerSpec.of(layer)
         factorization = factorize(decomposer, layer.weight, spec, RANKS[method])
         chains.append(assemble(layer, decomposer, RANKS[method], factorization))
-    return in_a_model(chains)
+    return in_a_model(chains, method)
 
 
 def empty(method):
     """The same structure, made from specs and ranks alone, with NaN for weights."""
-    layers = linear() if method == "svd" else features()
+    layers = LAYERS.get(method, features)()
     decomposer = get_decomposer(method)
-    model = in_a_model([empty_chain(decomposer, LayerSpec.of(m), RANKS[method]) for m in layers])
+    chains = [empty_chain(decomposer, LayerSpec.of(m), RANKS[method]) for m in layers]
+    model = in_a_model(chains, method)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -123,7 +133,7 @@ def test_deepcopy_trains_like_the_original(method):
     one, other = copy.deepcopy(fitted(method)).train(), copy.deepcopy(fitted(method)).train()
     for trained in (one, other):
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
-        weights = [p for name, p in trained.named_parameters() if name.endswith("weight")]
+        weights = [p for name, p in trained.named_parameters() if not name.endswith("bias")]
         before = [w.detach().clone() for w in weights]
         for _ in range(2):
             optimizer.zero_grad()

@@ -222,7 +222,7 @@ def of_many(count, timed=False):
     spec, decomposers = LayerSpec(16, 16), {name: get_decomposer(name) for name in registered()}
     rows = []
     for i in range(count):
-        name, macs, method = f"layer{i}", 1000 + i, [None, *decomposers][i % 7]
+        name, macs, method = f"layer{i}", 1000 + i, [None, *decomposers][i % (1 + len(decomposers))]
         done = {"reason": "too small"} if method is None else {"method": method, "rank": 2}
         times = {"latency_before": 0.2, "latency_after": 0.1} if timed else {}
         errors = {"output_error": 0.2, "output_error_margin": 0.05} if method else {}
@@ -231,11 +231,11 @@ def of_many(count, timed=False):
 
 
 def test_times_and_output_errors_are_plotted_where_they_are_known():
-    costs, times, errors = of_many(7, timed=True).plot().axes
+    costs, times, errors = of_many(8, timed=True).plot().axes
     assert times.get_xlabel() == "measured ms"
-    assert [bar.get_width() for bar in times.containers[0]] == [200] * 7
+    assert [bar.get_width() for bar in times.containers[0]] == [200] * 8
     assert errors.get_xlabel() == "output error"
-    assert len(errors.containers) == 6
+    assert len(errors.containers) == 7
     legend = [text.get_text() for text in costs.get_figure().legends[0].get_texts()]
     assert legend == ["before", *registered(), "left alone", "output error"]
 
