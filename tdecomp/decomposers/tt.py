@@ -178,17 +178,19 @@ class TT(Decomposer):
         ranks, side = _ranks(rank), math.isqrt(kernel.numel())
         low = is_wide(side) and _LOW * max(ranks) <= side
         quick = kernel.float() if draft or low else kernel
+        sketch = _SKETCH if draft else randomized_vectors
+        by_mode = in_product_norm(self._tensor(quick), moment, ranks, randomized=sketch)
+        by_mode = padded(by_mode, ranks)
         if draft:
-            begin = in_product_norm(self._tensor(quick), moment, ranks, randomized=_SKETCH)
-            cores = swept(quick, padded(begin, ranks), moment, _DRAFT_SWEEPS)
+            cores = swept(quick, by_mode, moment, _DRAFT_SWEEPS)
             return TTFactors(tuple(core.double() for core in cores))
-        # Sweeps end in the nearest optimum, so that they begin from the best that is known.
-        by_mode = in_product_norm(self._tensor(quick), moment, ranks)
-        best: Factors = TTFactors(tuple(core.double() for core in padded(by_mode, ranks)))
-        best = better(kernel, moment, best, start or self.fit(quick, rank).to(torch.float64))
-        assert isinstance(best, TTFactors)
-        found = TTFactors(tuple(swept(kernel, best.cores, moment, _SWEEPS)))
-        chosen = better(kernel, moment, found.balanced(), best.balanced())
+        begin: Factors = TTFactors(tuple(core.double() for core in by_mode))
+        if start is not None:
+            begin = better(kernel, moment, begin, start)
+        assert isinstance(begin, TTFactors)
+        found = TTFactors(tuple(swept(kernel, begin.cores, moment, _SWEEPS)))
+        other = start or self.fit(quick, rank).to(torch.float64)
+        chosen = better(kernel, moment, found.balanced(), other.balanced())
         assert isinstance(chosen, TTFactors)
         return chosen
 
