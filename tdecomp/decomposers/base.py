@@ -46,6 +46,9 @@ class Decomposer(ABC):
     last_mixes_outputs : bool
         Whether the last stage's weight, multiplied by a matrix, gives the kernel multiplied by it,
         as where that stage is a layer. Else `refit` counts errors of all outputs alike.
+    drafts_cost_less : bool
+        Whether a few drafts take less time than `lost_at_every_rank`, so that they tell which ranks
+        are worth considering.
     draft_products : int
         Products of a kernel's size with a moment that the drafts of a plan take together, about.
     """
@@ -56,6 +59,7 @@ class Decomposer(ABC):
     iterative: ClassVar[bool] = False
     int_rank_caps: ClassVar[bool] = False
     last_mixes_outputs: ClassVar[bool] = True
+    drafts_cost_less: ClassVar[bool] = False
     draft_products: ClassVar[int] = 60
 
     @abstractmethod

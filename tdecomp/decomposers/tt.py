@@ -91,6 +91,7 @@ class TT(Decomposer):
     iterative = True
     int_rank_caps = True
     last_mixes_outputs = False
+    drafts_cost_less = True
     draft_products = 6
 
     in_shape: tuple[int, ...] | None = None

@@ -111,8 +111,7 @@ class _Draft:
     """A curve in the making."""
 
     def __init__(self, losses: LayerLosses, method: Decomposer, rounding: Rounding) -> None:
-        # A few drafts tell as much of a method that has them, and take less time.
-        nested = None if method.iterative else losses.nested(method)
+        nested = None if method.drafts_cost_less else losses.nested(method)
         self.losses, self.method, self.exact = losses, method, nested is not None
         # Where losses are known without a fit, every rank that saves anything is offered.
         before = losses.before.amount
