@@ -22,6 +22,7 @@ from tdecomp.decomposers.registry import register, registered
 from tdecomp.decomposers.spatial import Spatial
 from tdecomp.decomposers.split_svd import SplitSVD
 from tdecomp.decomposers.svd import SVD
+from tdecomp.decomposers.tt import TT
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.cost import Cost
@@ -61,6 +62,7 @@ __version__ = _VERSION
 __all__ = [
     "CP",
     "SVD",
+    "TT",
     "VBMF",
     "BreakEven",
     "Budget",

@@ -62,13 +62,13 @@ def decompose(
         A trained model, or a single layer.
     methods : str, Decomposer or a sequence of them
         With several, the first that can take a layer is used, unless the ranks are a `Budget`,
-        which finds the best for each layer. "auto" is all of them, "dense" those without
-        depthwise layers: svd, lowrank, spatial and tucker2.
+        which finds the best for each layer. "auto" is all of them, "dense" those whose chains are
+        dense layers alone: svd, lowrank, spatial and tucker2.
     rank : int, tuple, float, str, RankSelector or dict
-        An int is a rank (for Tucker-2 the same rank twice; a pair is taken as it is), a float
-        below 1 that fraction of the largest useful rank, "vbmf" and "breakeven" name selectors;
-        see `tdecomp.Ratio`, `Budget`, `VBMF`, `Energy`. A dict gives layers, by name or glob, a
-        rank or a selector each.
+        An int is a rank (for Tucker-2 the same rank twice, for tensor trains the most that each
+        may be; a tuple is taken as it is), a float below 1 that fraction of the largest useful
+        rank, "vbmf" and "breakeven" name selectors; see `tdecomp.Ratio`, `Budget`, `VBMF`,
+        `Energy`. A dict gives layers, by name or glob, a rank or a selector each.
     example_inputs : Tensor, tuple or dict, optional
         One call of the model: a tuple is positional, a dict keyword arguments. MACs are those of
         this call, the batch included; without it only parameters are counted.

@@ -29,6 +29,7 @@ METHODS = {
     "tucker2": "tucker2",
     "cp": tdecomp.CP(n_iter_max=2),
     "cp-separable": tdecomp.CPSeparable(n_iter_max=2),
+    "tt": tdecomp.TT(),
 }
 
 

@@ -1,5 +1,8 @@
 """Chains from factors, and factors from chains."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +76,13 @@ def factors_of_chain(chain: Chain, method: Decomposer) -> Factorization | None:
     assert spec is not None
     assert rank is not None
     stages = zip(method.stages(spec, rank), chain, strict=True)
-    per_stage = [stage.read(part).chunk(spec.groups) for stage, part in stages]
+    per_stage = [_by_group(stage.read(part), spec.groups) for stage, part in stages]
     groups = [method.factors_of(parts) for parts in zip(*per_stage, strict=True)]
     known = tuple(factors for factors in groups if factors is not None)
     return Factorization(spec, known) if len(known) == spec.groups else None
+
+
+def _by_group(values: Any, groups: int) -> Sequence[Any]:
+    """A stage's values for each group; those of a module of a method's own may be a tuple."""
+    found: Sequence[Any] = (values,) if groups == 1 else values.chunk(groups)
+    return found

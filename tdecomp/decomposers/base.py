@@ -44,6 +44,17 @@ class Decomposer(ABC):
         Whether the fit iterates. Only such a method is ever asked for a draft.
     takes_lookups : bool
         Whether it takes lookups (an Embedding), too: its first stage has to be one then.
+    int_rank_caps : bool
+        Whether an int given to a method of several ranks is the most that each of them may be; else
+        each rank is that int, and it must not be above any of the largest ones.
+    last_mixes_outputs : bool
+        Whether the last stage's weight, multiplied by a matrix, gives the kernel multiplied by it,
+        as where that stage is a layer. Else `refit` counts errors of all outputs alike.
+    drafts_cost_less : bool
+        Whether a few drafts take less time than `lost_at_every_rank`, so that they tell which ranks
+        are worth considering.
+    draft_products : int
+        Products of a kernel's size with a moment that the drafts of a plan take together, about.
     """
 
     name: ClassVar[str]
@@ -51,6 +62,10 @@ class Decomposer(ABC):
     fits_in_float64: ClassVar[bool] = False
     iterative: ClassVar[bool] = False
     takes_lookups: ClassVar[bool] = False
+    int_rank_caps: ClassVar[bool] = False
+    last_mixes_outputs: ClassVar[bool] = True
+    drafts_cost_less: ClassVar[bool] = False
+    draft_products: ClassVar[int] = 60
 
     def refuses(self, spec: LayerSpec) -> str | None:
         """`refusal`, which methods that take no lookups need not know of."""
@@ -154,7 +169,7 @@ class Decomposer(ABC):
         """The same method with at most this many iterations, for fits that start near their end."""
         return self
 
-    def factors_of(self, stage_weights: tuple[Tensor, ...]) -> Factors | None:
+    def factors_of(self, stage_weights: tuple[Any, ...]) -> Factors | None:
         """The factors that have these `stage_weights`, or None for methods that cannot tell."""
         return None
 

@@ -28,8 +28,11 @@ class Factors(ABC):
         """Multiply the factors back to a kernel of shape (out, in, *kernel)."""
 
     @abstractmethod
-    def stage_weights(self) -> tuple[Tensor, ...]:
-        """One weight (out, in / groups, *kernel) for each stage of the chain."""
+    def stage_weights(self) -> tuple[Any, ...]:
+        """One weight (out, in / groups, *kernel) for each stage of the chain.
+
+        A stage of the method's own may have a tuple of tensors; its layers have no groups.
+        """
 
     @abstractmethod
     def scaled(self, scale: float) -> Self:
@@ -65,7 +68,7 @@ class Factorization:
         kernels = [factors.to_kernel() for factors in self.groups]
         return self.spec.from_forward_layout(_joined(kernels))
 
-    def stage_weights(self) -> tuple[Tensor, ...]:
+    def stage_weights(self) -> tuple[Any, ...]:
         """One weight (out, in / groups, *kernel) for each stage, all groups together."""
         per_group = (factors.stage_weights() for factors in self.groups)
         return tuple(_joined(weights) for weights in zip(*per_group, strict=True))
@@ -92,5 +95,5 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) else value
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _joined(tensors: Sequence[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -202,7 +202,14 @@ def _zero_factors(method: Decomposer, kernel: Tensor, rank: Rank) -> Factors | N
     except (ValueError, torch.linalg.LinAlgError):
         return None
     *first, last = fitted.stage_weights()
-    return method.factors_of((*first, torch.zeros_like(last)))
+    return method.factors_of((*first, _zeros_like(last)))
+
+
+def _zeros_like(values: Any) -> Any:
+    """Zeros; of a stage's several tensors in the last one alone, so that gradients reach it."""
+    if isinstance(values, tuple):
+        return (*values[:-1], _zeros_like(values[-1]))
+    return torch.zeros_like(values)
 
 
 def spectra_of(method: Decomposer, weight: Tensor, spec: LayerSpec) -> tuple[Spectrum, ...] | None:

@@ -12,10 +12,11 @@ from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.decomposers.spatial import Spatial
 from tdecomp.decomposers.split_svd import SplitSVD
 from tdecomp.decomposers.svd import SVD
+from tdecomp.decomposers.tt import TT
 from tdecomp.decomposers.tucker2 import Tucker2
 from tdecomp.layers.kinds import enter_under_its_name
 
-_BUILT_IN = (SVD, LowRank, Spatial, Tucker2, CP, CPSeparable, SplitSVD)
+_BUILT_IN = (SVD, LowRank, Spatial, Tucker2, CP, CPSeparable, SplitSVD, TT)
 _DENSE = ("svd", "lowrank", "spatial", "tucker2", "split-svd")
 _REGISTRY: dict[str, Decomposer] = {}
 

@@ -51,6 +51,7 @@ class SplitSVD(Decomposer):
     """
 
     name = "split-svd"
+    int_rank_caps = True
     source = "Denton et al. 2014, for each part"
 
     parts: int | tuple[int, ...] | None = None

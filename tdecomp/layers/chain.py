@@ -28,7 +28,7 @@ class Chain(nn.Sequential):
     method, decomposer : str, Decomposer
         The method that made it: its name, and the method with its options.
     rank : int or tuple of int
-        Of each group; a pair (R3, R4) for Tucker-2.
+        Of each group; a tuple for methods of several ranks, such as (R3, R4) of Tucker-2.
     replaced : LayerSpec
         The layer that stood here before.
     """

@@ -14,7 +14,8 @@ class Stage(Protocol):
 
     A method whose chain has a module of its own defines a class with these members, usually a
     frozen dataclass: stages are compared and hashed. The module of the last stage has the layer's
-    bias as its `bias`, a parameter, or None where the layer has none.
+    bias as its `bias`, a parameter, or None where the layer has none. Drawings show the few short
+    lines of its `words`, if it has such a property, else the name of the class.
     """
 
     @property

@@ -111,9 +111,11 @@ class _Draft:
     """A curve in the making."""
 
     def __init__(self, losses: LayerLosses, method: Decomposer, rounding: Rounding) -> None:
-        nested, largest = losses.nested(method), method.max_rank(losses.spec)
+        nested = None if method.drafts_cost_less else losses.nested(method)
+        largest = method.max_rank(losses.spec)
         steps = [rounding.of(most) for most in as_tuple(largest)]
-        best = losses.best_ranks(method, steps) if nested is None else None
+        drafted = nested is not None or method.drafts_cost_less
+        best = None if drafted else losses.best_ranks(method, steps)
         self.losses, self.method = losses, method
         self.exact = nested is not None or best is not None
         # Where losses are known without a fit, every rank that saves anything is offered.
@@ -121,9 +123,10 @@ class _Draft:
         self.limit = before - 1 if self.exact else _LARGEST * before
         cost = partial(losses.cost, method)
         if best is None:
-            self.ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
+            ranks = rank_steps(largest, cost, self.limit, 0.0, _POINTS, rounding)
         else:
-            self.ranks = steps_along([*best], cost, self.limit, _POINTS)
+            ranks = steps_along([*best], cost, self.limit, _POINTS)
+        self.ranks = [rank for rank in ranks if losses.saves_work(method, rank)]
         self.costs = [cost(rank) for rank in self.ranks]
         # By the index of the rank: what it loses as far as is known, and which of these are fits.
         self.known: dict[int, Lost] = {}

@@ -8,8 +8,6 @@ import torch
 from tdecomp.calibration.moments import Moments
 from tdecomp.loss_curves.offers import Able
 
-# Products of a kernel's size with a moment that all drafts of a method take together.
-_PRODUCTS = 60
 _LONG = 30.0  # seconds that are worth a word
 _SIDE = 512  # of the matrices by which the speed of products is measured
 
@@ -29,10 +27,11 @@ def products_of_drafts(able: Sequence[Able], moments: Moments | None) -> float:
     for site, methods in able:
         if moments is None or site.name not in moments or site.spec is None:
             continue
-        drafted = sum(method.iterative and method.uses_moments for method in methods)
+        drafted = [method for method in methods if method.iterative and method.uses_moments]
+        products = sum(method.draft_products for method in drafted)
         seen, spec = moments[site.name], site.spec
         rows = spec.fan_in if seen.rows is None else seen.rows.shape[1]
-        total += 2.0 * _PRODUCTS * drafted * spec.out_channels * spec.fan_in * rows
+        total += 2.0 * products * spec.out_channels * spec.fan_in * rows
     return total
 
 

@@ -15,7 +15,7 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
 from tdecomp.decomposers.tied import Member, group_cost
 from tdecomp.layers.chain import Rank
-from tdecomp.layers.cost import Cost
+from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.second_moment import SecondMoment
@@ -73,6 +73,17 @@ class LayerLosses:
     @property
     def _members(self) -> tuple[Member, ...]:
         return self.group or ((self.spec, self.calls),)
+
+    def saves_work(self, method: Decomposer, rank: Rank) -> bool:
+        """Whether a chain in place of a Linear does less for each input, if only calls tell more.
+
+        A chain that uses its weights several times may have fewer of them, and do more.
+        """
+        if self.calls or self.spec.ndim:
+            return True
+        once = (Call(1),)
+        chain = chain_cost(method.stages(self.spec, rank), once)
+        return chain.amount < chain_cost([self.spec], once).amount
 
     def _cached(self, method: Decomposer, what: Hashable, compute: Callable[[], Value]) -> Value:
         return self.cache.get(self._key(method, what), compute)

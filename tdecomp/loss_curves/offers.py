@@ -183,6 +183,7 @@ def candidate(
         best_ranks=partial(losses.errors_of_best_ranks, method),
         expected=partial(losses.expected_error, method),
         by_outputs=losses.fits_to_data(method),
+        saves_work=partial(losses.saves_work, method),
     )
 
 

@@ -41,6 +41,10 @@ def _unknown(*_: Any) -> None:
     return None
 
 
+def _unasked(_: Rank) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A method that can take a layer; what is expensive is a callable, computed when called.
@@ -81,6 +85,9 @@ class Candidate:
         None where only fits would tell.
     expected : callable ``(rank) -> float``
         The error to expect of this rank, exact or a bound; None where only a fit would tell.
+    saves_work : callable ``(rank) -> bool``
+        Whether the chain does less work for each input of a Linear layer, also where no example
+        inputs are; of other layers it is not known, and True.
     by_outputs : bool
         Whether errors are shares of the variance of the layer's output on data, not
         ‖W − W̃‖ / ‖W‖.
@@ -101,6 +108,7 @@ class Candidate:
     best_ranks: Callable[[], Mapping[Rank, float] | None] = _unknown
     expected: Callable[[Rank], float | None] = _unknown
     by_outputs: bool = False
+    saves_work: Callable[[Rank], bool] = _unasked
 
     def would_lose(self, rank: Rank, error: float, *, bound: bool = False) -> str:
         """In words, what the layer's chain of this rank would lose; or at most, for a bound."""
@@ -253,11 +261,16 @@ def in_form_of(max_rank: Rank, ranks: Iterable[int]) -> Rank:
     return found if isinstance(max_rank, tuple) else found[0]
 
 
-def spread(rank: Rank, max_rank: Rank) -> Rank:
-    """An int repeated for each rank of a method of several ranks; others as they are."""
-    if isinstance(rank, int) and isinstance(max_rank, tuple):
-        return (rank,) * len(max_rank)
-    return rank
+def spread(rank: Rank, max_rank: Rank, method: Decomposer | None = None) -> Rank:
+    """An int for each rank of a method of several ranks; others as they are.
+
+    Where it caps them, ranks whose largest is below are that; one above all of them stays.
+    """
+    if not (isinstance(rank, int) and isinstance(max_rank, tuple)):
+        return rank
+    if method is not None and method.int_rank_caps and rank <= max(max_rank):
+        return tuple(min(rank, most) for most in max_rank)
+    return (rank,) * len(max_rank)
 
 
 def checked_rank(where: str, method: Decomposer, spec: LayerSpec, rank: Any) -> Rank:
@@ -265,7 +278,8 @@ def checked_rank(where: str, method: Decomposer, spec: LayerSpec, rank: Any) -> 
     refusal = method.refuses(spec)
     if refusal is not None:
         raise ValueError(f"{where} ({spec}): {refusal}")
-    chosen = spread(tuple(rank) if isinstance(rank, list) else rank, method.max_rank(spec))
+    given = tuple(rank) if isinstance(rank, list) else rank
+    chosen = spread(given, method.max_rank(spec), method)
     try:
         method.check_rank(chosen, spec)
     except ValueError as error:

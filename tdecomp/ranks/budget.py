@@ -207,7 +207,7 @@ class Budget(RankSelector):
 
         def affordable(raised: Rank) -> bool:
             cost = candidate.cost(raised)
-            saves = cost.amount < candidate.before.amount
+            saves = cost.amount < candidate.before.amount and candidate.saves_work(raised)
             return saves and bool(np.all(self._amounts(cost) <= allowed))
 
         best = [*(candidate.best_ranks() or ())]

@@ -23,6 +23,7 @@ class Fixed(LocalSelector):
     """This rank for every layer that it is not too large for.
 
     For Tucker-2 an int means the same rank twice; a pair is (R3, R4), in the order of the chain.
+    For a tensor train of more than two cores an int is the most that each rank may be.
     """
 
     rank: Rank
@@ -36,7 +37,8 @@ class Fixed(LocalSelector):
 
     def for_candidate(self, candidate: Candidate) -> Rank:
         """The rank as the candidate's method takes it; a ValueError if it takes another number."""
-        limit, rank = candidate.max_rank, spread(self.rank, candidate.max_rank)
+        limit = candidate.max_rank
+        rank = spread(self.rank, limit, candidate.decomposer)
         taken = f"layer {candidate.layer!r}: {candidate.method} takes"
         if isinstance(rank, tuple) and not isinstance(limit, tuple):
             raise ValueError(

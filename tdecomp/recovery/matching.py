@@ -162,7 +162,9 @@ class Match:
         before = factors_of_chain(chain, method)
         assert before is not None
         blocks = method.output_blocks(self._layer.spec)
-        weights = Weights(self._layer.spec, gradient, samples, blocks)
+        # Factors that no matrix can be multiplied into are fitted to the outputs as they are.
+        importance = gradient if method.last_mixes_outputs else None
+        weights = Weights(self._layer.spec, importance, samples, blocks)
         fit, fold = (Joint.of(sums) for sums in self._sums)
         self._sums.clear()
         joint = self._all(fit, fold)
@@ -170,8 +172,7 @@ class Match:
         ridge, alike = _USUAL_RIDGE, _USUAL_ALIKE
         if fit is not None and self._fold.parts:
             self._fold.weigh(weights.roots)
-            # No kernel of the chain has more directions of outputs than its last layer has inputs.
-            rank = before.groups[0].stage_weights()[-1][0].numel()
+            rank = self._directions(before)
             ridge, alike = self._best(fit.weighed(weights), weights.of(kernels), rank)
             ridge *= fit.moments.count / joint.moments.count
         del fit, fold  # of wide layers they are large
@@ -196,6 +197,16 @@ class Match:
         share = 1.0 / variance if variance > 0 else 0.0
         errors = [share * float(each.sum()) for each in (lost, left if better else lost)]
         return errors[0], errors[1], better
+
+    def _directions(self, factors: Factorization) -> int:
+        """The rank of kernels that stand for those of the chain where a ridge is chosen."""
+        chain, spec = self._layer.chain, self._layer.spec
+        if chain.decomposer is not None and chain.decomposer.last_mixes_outputs:
+            # No kernel of it has more directions of outputs than its last layer has inputs.
+            return int(factors.groups[0].stage_weights()[-1][0].numel())
+        # Else as many as a kernel with as many numbers has.
+        numbers = sum(parameter.numel() for parameter in chain.parameters())
+        return max(1, numbers // (spec.groups * (spec.fan_in + spec.group_out)))
 
     def _all(self, fit: Joint | None, fold: Joint | None) -> Joint:
         """The moments of all samples; ValueError if there are none, or none that can be used."""

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdecomp.decomposers.assemble import assemble, empty_chain, factors_of_chain
@@ -44,6 +45,11 @@ def distance(actual, expected):
     assert torch.isfinite(actual).all()
     scale = expected.abs().max().item() or 1.0
     return ((actual - expected) / scale).norm().item() / ((expected / scale).norm().item() or 1.0)
+
+
+def tensors(factors):
+    """All tensors of a fit, stage by stage."""
+    return tree_leaves(factors.stage_weights())
 
 
 def middle(largest):
@@ -88,6 +94,13 @@ class DecomposerCase:
     def weight(self, spec, dtype=torch.float64, seed=0):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(spec.weight_shape, generator=generator).to(dtype)
+
+    def of_rank_one(self, values):
+        """A kernel for which rank 1 is enough; `values` gives the entries along a size."""
+        weight = torch.ones((), dtype=torch.float64)
+        for size in self.dense.weight_shape:
+            weight = weight[..., None] * values(size)
+        return weight
 
     # -- the oracle ---------------------------------------------------------------------------
 
@@ -225,11 +238,11 @@ class DecomposerCase:
     def test_fit_is_deterministic_and_leaves_the_generators_alone(self):
         weight = self.weight(self.dense)
         for rank in self.ranks(self.dense):
-            first = factorize(self.decomposer, weight, self.dense, rank).stage_weights()
+            first = tensors(factorize(self.decomposer, weight, self.dense, rank))
             torch.manual_seed(99)
             np.random.seed(99)  # noqa: NPY002  TensorLy's own choice of generator
             states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-            second = factorize(self.decomposer, weight, self.dense, rank).stage_weights()
+            second = tensors(factorize(self.decomposer, weight, self.dense, rank))
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
             assert torch.equal(states[0], torch.get_rng_state())
             assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
@@ -239,7 +252,7 @@ class DecomposerCase:
         before = weight.detach().clone()
         factorization = factorize(self.decomposer, weight, self.dense, self.ranks(self.dense)[-1])
         assert torch.equal(weight, before)
-        assert not any(w.requires_grad for w in factorization.stage_weights())
+        assert not any(w.requires_grad for w in tensors(factorization))
 
     def test_groups_are_fitted_one_by_one(self):
         spec = replace(
@@ -295,7 +308,7 @@ class DecomposerCase:
         for rank in self.ranks(self.dense):
             usual = factorize(self.decomposer, weight.to(dtype), self.dense, rank)
             scaled = factorize(self.decomposer, (weight * scale).to(dtype), self.dense, rank)
-            assert all(torch.isfinite(w).all() for w in scaled.stage_weights())
+            assert all(torch.isfinite(w).all() for w in tensors(scaled))
             # The rounding of bfloat16 differs from scale to scale, so the error is what counts.
             lost = distance(usual.to_kernel(), weight)
             assert distance(scaled.to_kernel(), weight * scale) == pytest.approx(lost, abs=bound)
@@ -305,7 +318,7 @@ class DecomposerCase:
         for rank in self.ranks(self.dense):
             weight = self.weight(self.dense, dtype) * 0
             factorization = factorize(self.decomposer, weight, self.dense, rank)
-            assert all(torch.isfinite(w).all() for w in factorization.stage_weights())
+            assert all(torch.isfinite(w).all() for w in tensors(factorization))
             assert not factorization.to_kernel().any()
 
     @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -313,14 +326,16 @@ class DecomposerCase:
     def test_kernel_of_rank_one_is_exact_at_every_rank(self, dtype, bound, zeros):
         bound = max(bound, self.least_error)
         generator = torch.Generator().manual_seed(3)
-        weight = torch.ones((), dtype=torch.float64)
-        for size in self.dense.weight_shape:
-            weight = weight[..., None] * torch.randn(size, generator=generator).double()
-        if zeros:
-            weight[1], weight[:, 0] = 0, 0
+
+        def drawn(size):
+            values = torch.randn(size, generator=generator).double()
+            return values * (torch.arange(size) != 1) if zeros else values
+
+        weight = self.of_rank_one(drawn)
+        assert bool((weight == 0).any()) is zeros
         for rank in self.ranks(self.dense):
             factorization = factorize(self.decomposer, weight.to(dtype), self.dense, rank)
-            assert all(torch.isfinite(w).all() for w in factorization.stage_weights())
+            assert all(torch.isfinite(w).all() for w in tensors(factorization))
             assert distance(factorization.to_kernel(), weight) < bound
 
     def test_constant_kernel_is_exact(self):
@@ -364,9 +379,9 @@ class DecomposerCase:
             by_data = factorize(self.fitter, weight, self.dense, rank, moments)
             lost = self.lost(by_data, weight, moments)
             assert lost <= self.lost(by_weight, weight, moments) + 1e-12
-            assert all(torch.isfinite(w).all() for w in by_data.stage_weights())
-            shapes = [tuple(w.shape) for w in by_weight.stage_weights()]
-            assert [tuple(w.shape) for w in by_data.stage_weights()] == shapes
+            assert all(torch.isfinite(w).all() for w in tensors(by_data))
+            shapes = [tuple(w.shape) for w in tensors(by_weight)]
+            assert [tuple(w.shape) for w in tensors(by_data)] == shapes
 
     def test_fit_to_data_gains_where_inputs_are_unequal(self):
         weight, moments = self.weight(self.dense), [self.moment(self.dense)]
@@ -430,12 +445,12 @@ class DecomposerCase:
         weight, moment = nn.Parameter(self.weight(self.dense)), self.moment(self.dense)
         before = weight.detach().clone(), moment.matrix.clone()
         rank = self.ranks(self.dense)[1]
-        first = factorize(self.fitter, weight, self.dense, rank, [moment]).stage_weights()
+        first = tensors(factorize(self.fitter, weight, self.dense, rank, [moment]))
         torch.manual_seed(99)
         state = torch.get_rng_state()
         with torch.inference_mode(), torch.autocast("cpu"):
             again = factorize(self.fitter, weight, self.dense, rank, [moment])
-        second = again.stage_weights()
+        second = tensors(again)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert torch.equal(state, torch.get_rng_state())
         assert torch.equal(weight, before[0])
@@ -461,16 +476,14 @@ class DecomposerCase:
         weight, moments = self.weight(self.dense, dtype), [self.moment(self.dense)]
         rank = self.ranks(self.dense)[1]
         fitted = factorize(self.fitter, weight, self.dense, rank, moments)
-        assert {w.dtype for w in fitted.stage_weights()} == {dtype}
+        assert {w.dtype for w in tensors(fitted)} == {dtype}
         precise = factorize(self.fitter, weight.double(), self.dense, rank, moments)
         lost, least = (self.lost(f, weight, moments) for f in (fitted, precise))
         assert lost == pytest.approx(least, rel=30 * HALF_TO_DOUBLE[dtype])
 
     @pytest.mark.parametrize("zero", [False, True])
     def test_fit_of_a_kernel_of_rank_one_or_none_to_data(self, zero):
-        weight = torch.ones((), dtype=torch.float64)
-        for size in self.dense.weight_shape:
-            weight = weight[..., None] * torch.linspace(-1, 2, size).double()
+        weight = self.of_rank_one(lambda size: torch.linspace(-1, 2, size).double())
         weight = 0 * weight if zero else weight
         for kind in MOMENT_KINDS:
             moments = [self.moment(self.dense, kind)]
@@ -479,7 +492,7 @@ class DecomposerCase:
                 gone = (weight - fitted.to_kernel()).flatten(1)
                 power = moments[0].lost(weight.flatten(1)) or 1.0
                 assert moments[0].lost(gone) / power < 1e-9
-                assert all(torch.isfinite(w).all() for w in fitted.stage_weights())
+                assert all(torch.isfinite(w).all() for w in tensors(fitted))
 
     # -- a chain back to its factors ------------------------------------------------------------
 
@@ -491,8 +504,7 @@ class DecomposerCase:
             assert type(again) is type(factors)
             assert torch.equal(again.to_kernel(), factors.to_kernel())
             assert all(
-                torch.equal(a, b)
-                for a, b in zip(again.stage_weights(), factors.stage_weights(), strict=True)
+                torch.equal(a, b) for a, b in zip(tensors(again), tensors(factors), strict=True)
             )
 
     def test_factors_come_back_from_a_chain(self):

@@ -70,8 +70,8 @@ METHODS = ("refusal", "max_rank", "stages", "fit")
 
 class TestRegistry:
     def test_library_registers_its_own(self):
-        names = ("svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable", "split-svd")
-        assert registered() == names
+        own = ("svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable", "split-svd", "tt")
+        assert registered() == own
         for name in registered():
             assert get_decomposer(name).name == name
             assert get_decomposer(name).source

@@ -24,6 +24,7 @@ RANKS = {
     "cp": 5,
     "cp-separable": 5,
     "split-svd": (2, 3),
+    "tt": 3,
 }
 
 
@@ -41,7 +42,7 @@ def fused():
 
 def layers_for(method):
     """Two layers that it takes, with their specs."""
-    made = {"svd": linear, "split-svd": fused}.get(method, features)()
+    made = {"svd": linear, "split-svd": fused, "tt": fused}.get(method, features)()
     specs = [LayerSpec.of(layer) for layer in made]
     if method == "split-svd":
         specs = [replace(spec, parts=(spec.out_channels // 2,) * 2) for spec in specs]
@@ -49,7 +50,7 @@ def layers_for(method):
 
 
 def in_a_model(method, layers):
-    channels = 4 if method == "split-svd" else 6
+    channels = 4 if method in ("split-svd", "tt") else 6
     return nn.Sequential(layers[0], nn.BatchNorm2d(channels), nn.ReLU(), layers[1]).eval()
 
 
@@ -137,7 +138,7 @@ def test_deepcopy_trains_like_the_original(method):
     one, other = copy.deepcopy(fitted(method)).train(), copy.deepcopy(fitted(method)).train()
     for trained in (one, other):
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
-        weights = [p for name, p in trained.named_parameters() if name.endswith("weight")]
+        weights = [p for name, p in trained.named_parameters() if not name.endswith("bias")]
         before = [w.detach().clone() for w in weights]
         for _ in range(2):
             optimizer.zero_grad()

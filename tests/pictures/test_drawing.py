@@ -23,7 +23,9 @@ RANKS = {
     "tucker2": ((8, 12), ["rank 8", "rank 12"]),
     "cp": (20, ["rank 20"] * 2),
     "cp-separable": (20, ["rank 20"] * 3),
+    "tt": (8, []),
 }
+LINEAR = ("svd", "tt")
 
 
 def words(drawing):
@@ -32,9 +34,9 @@ def words(drawing):
 
 @pytest.mark.parametrize("method", RANKS)
 def test_every_stage_and_rank_is_shown(method):
-    layer = nn.Linear(32, 48) if method == "svd" else CONVOLUTION
+    layer = nn.Linear(32, 48) if method in LINEAR else CONVOLUTION
     rank, marks = RANKS[method]
-    size = None if method == "svd" else (14, 14)
+    size = None if method in LINEAR else (14, 14)
     call = Call(1, size or ())
     spec = LayerSpec.of(layer)
     shown = words(tdecomp.draw(layer, method, rank, size=size))
