@@ -8,6 +8,8 @@
 """
 
 from tdecomp._distribution import VERSION as _VERSION  # first: refuses a mixed installation
+from tdecomp.afterwards.recompose import recompose
+from tdecomp.afterwards.reduce import reduce_ranks
 from tdecomp.api import apply, decompose, plan, sensitivity
 from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
@@ -50,7 +52,6 @@ from tdecomp.recovery.distill import Distill, distill
 from tdecomp.recovery.reconstruct import Reconstruct, reconstruct
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.refit import Refit, refit
-from tdecomp.reduce import reduce_ranks
 from tdecomp.result import Decomposition
 from tdecomp.timing.measure import profile
 from tdecomp.timing.profile import Profile
@@ -111,6 +112,7 @@ __all__ = [
     "plan",
     "profile",
     "recalibrate_batchnorm",
+    "recompose",
     "reconstruct",
     "reduce_ranks",
     "refit",

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from tdecomp.decomposers.factors import Factors, better
-from tdecomp.layers.chain import Rank
+from tdecomp.decomposers.factors import Factorization, Factors, better
+from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
 
@@ -137,6 +137,17 @@ class Decomposer(ABC):
                 f"rank {rank} is not in the range of {self.name} on {spec}: expected at least 1 "
                 f"and at most {largest}, its largest useful rank"
             )
+
+    def factors_in(self, chain: Chain) -> Factorization | None:
+        """The factors in float64 that a chain of this method holds, or None if it cannot tell."""
+        spec, rank = chain.replaced, chain.rank
+        assert spec is not None
+        assert rank is not None
+        stages = zip(self.stages(spec, rank), chain, strict=True)
+        per_stage = [stage.read(part).chunk(spec.groups) for stage, part in stages]
+        groups = [self.factors_of(parts) for parts in zip(*per_stage, strict=True)]
+        known = tuple(factors for factors in groups if factors is not None)
+        return Factorization(spec, known) if len(known) == spec.groups else None
 
     @property
     def uses_moments(self) -> bool:

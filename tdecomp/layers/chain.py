@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tdecomp.layers.layout import channels_last_of
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.torch_state import full_precision
 
 Rank = int | tuple[int, ...]
 
@@ -63,6 +65,67 @@ class Chain(nn.Sequential):
                 described = empty.as_subclass(_Described)
                 described.requires_grad_(first.requires_grad and first.is_floating_point())
                 vars(self)[name] = described if spec.bias or name == "weight" else None
+
+    def to_layer(self) -> nn.Module:
+        """The layer that stood here, its weight the product of the factors; the chain stays.
+
+        >>> result = tdecomp.decompose(nn.Sequential(nn.Linear(8, 6)), "svd", rank=2)
+        >>> layer = result.model[0].to_layer()
+        >>> layer, int(torch.linalg.matrix_rank(layer.weight))
+        (Linear(in_features=8, out_features=6, bias=True), 2)
+
+        Multiplied in float64 and rounded once to the dtype of the factors. It has their device,
+        memory layout, training mode, and `requires_grad` where any of them has it.
+        `tdecomp.recompose` does this for a whole model.
+
+        Raises
+        ------
+        ValueError
+            If the chain replaced no layer, if its method does not define `factors_of`, or if its
+            stages are no longer those of the method (adapted, quantized).
+        """
+        spec, method = self.replaced, self.decomposer
+        if spec is None or method is None:
+            raise ValueError(
+                "to_layer: the chain stands for no layer; expected one that decompose() or load() "
+                "put into a model, its method registered"
+            )
+        self._check_stages()
+        weights = dict(self.named_parameters())
+        first, bias = next(iter(weights.values())), self[-1].bias if spec.bias else None
+        with full_precision(first.device):
+            factors = method.factors_in(self)
+            if factors is None:
+                raise ValueError(
+                    f"{method.name} cannot tell the factors of its chain; expected a method that "
+                    "defines factors_of"
+                )
+            layer: nn.Module = spec.build(first.device, first.dtype)
+            layer.get_parameter("weight").copy_(factors.to_kernel())
+            if isinstance(bias, Tensor):
+                layer.get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
+            if last := channels_last_of(weights.values()):
+                layer.to(memory_format=last)  # type: ignore[call-overload]
+        trained = any(p.requires_grad for p in weights.values() if p is not bias)
+        layer.get_parameter("weight").requires_grad_(trained)
+        return layer.train(self.training)
+
+    def _check_stages(self) -> None:
+        """Raise a ValueError unless the stages are modules as the method builds them."""
+        built = [
+            s.build(torch.device("meta")) for s in self.decomposer.stages(self.replaced, self.rank)
+        ]
+        if len(built) != len(self):
+            raise ValueError(f"it has {len(self)} stages, {self.method} made {len(built)}")
+        for at, (stage, made) in enumerate(zip(self, built, strict=True)):
+            odd = [p for p in stage.parameters() if type(p.data) not in (Tensor, nn.Parameter)]
+            if not isinstance(stage, type(made)) or odd:
+                kind = type(odd[0].data) if odd else type(stage)
+                raise ValueError(
+                    f"its stage {at} is a {kind.__module__}.{kind.__qualname__} now, {self.method} "
+                    f"made a {type(made).__name__}: merge adapters first (merge_and_unload), and "
+                    "multiply back before quantizing"
+                )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Chain":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
