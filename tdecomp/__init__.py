@@ -8,6 +8,8 @@
 """
 
 from tdecomp._distribution import VERSION as _VERSION  # first: refuses a mixed installation
+from tdecomp.afterwards.batchnorm_folds import BatchnormFold, batchnorm_folds
+from tdecomp.afterwards.fuse_batchnorm import fuse_batchnorm
 from tdecomp.afterwards.recompose import recompose
 from tdecomp.afterwards.reduce import reduce_ranks
 from tdecomp.api import apply, decompose, plan, sensitivity
@@ -62,6 +64,7 @@ __all__ = [
     "CP",
     "SVD",
     "VBMF",
+    "BatchnormFold",
     "BreakEven",
     "Budget",
     "CPSeparable",
@@ -102,12 +105,14 @@ __all__ = [
     "Tucker2",
     "apply",
     "at_least",
+    "batchnorm_folds",
     "calibrate",
     "compress_to",
     "decompose",
     "distill",
     "draw",
     "flip_and_shift",
+    "fuse_batchnorm",
     "load",
     "plan",
     "profile",

@@ -1,6 +1,7 @@
 """The chain of stock layers that stands where a layer stood."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ class Chain(nn.Sequential):
         # Loading may assign tensors of another type.
         chain.register_load_state_dict_post_hook(_mirror)  # type: ignore[no-untyped-call]
         return chain
+
+    def add_bias(self) -> None:
+        """Note that the last stage has a bias now, where the layer had none."""
+        assert self.replaced is not None
+        self.replaced = replace(self.replaced, bias=True)
+        self.mirror_weight()
 
     def mirror_weight(self) -> None:
         """Let `weight` and `bias` have the dtype and `requires_grad` that the weights have now."""
