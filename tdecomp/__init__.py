@@ -12,6 +12,7 @@ from tdecomp.afterwards.batchnorm_folds import BatchnormFold, batchnorm_folds
 from tdecomp.afterwards.fuse_batchnorm import fuse_batchnorm
 from tdecomp.afterwards.recompose import recompose
 from tdecomp.afterwards.reduce import reduce_ranks
+from tdecomp.afterwards.stage_names import stage_names
 from tdecomp.api import apply, decompose, plan, sensitivity
 from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
@@ -125,4 +126,5 @@ __all__ = [
     "register_layer_kind",
     "registered",
     "sensitivity",
+    "stage_names",
 ]

@@ -24,6 +24,7 @@ from tdecomp.model.weights import is_lazy
 from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.make import Planned
+from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -73,7 +74,7 @@ def carry_out(
             speed = _speed(model, changed, chains, plan, example, stopwatch)
     finished = {row.name: row for row, _ in fitted}
     rows = [finished.get(row.name, row) for row in plan]
-    notes = data_notes(rows, planned.moments)
+    notes = (*data_notes(rows, planned.moments), *model_notes(model, rows))
     report = Report(rows, plan.everything_else, plan.decomposers, recovered, speed, notes)
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:

@@ -121,11 +121,11 @@ def flow_of_graph(
         else:
             _follow(graph, flow, layers, norms)
     if len(errors) == len(tries):
-        error = errors[-1]
+        last = errors[-1]
         raise ValueError(
-            f"torch.fx cannot trace the model ({type(error).__name__}: {error}); expected "
+            f"torch.fx cannot trace the model ({type(last).__name__}: {last}); expected "
             "example_inputs, with one pass of which the batch norms' inputs are found"
-        ) from error
+        ) from last
     return flow
 
 
