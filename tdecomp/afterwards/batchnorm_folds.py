@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec, kind_of
 from tdecomp.model.batches import Forward
+from tdecomp.model.batchnorm import is_batchnorm, why_it_stays
 from tdecomp.model.example import Example
 from tdecomp.model.flow import Flow, flow_of_graph, flow_of_pass, last_part
 from tdecomp.model.reasons import Reasons
 from tdecomp.model.sites import refuse_wrapped
-from tdecomp.model.weights import Weights, is_lazy, refuse_lazy
+from tdecomp.model.weights import Weights, refuse_lazy
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def batchnorm_folds(
     """
     _check(model)
     layers = dict(_layers(model))
-    norms = {name: m for name, m in model.named_modules() if _is_batchnorm(m)}
+    norms = {name: m for name, m in model.named_modules() if is_batchnorm(m)}
     if not norms:
         return []
     if example_inputs is None:
@@ -79,7 +78,7 @@ def batchnorm_folds(
     for name, norm in norms.items():
         sources = flow.sources.get(name, set())
         layer = next(iter(sources)) or "" if len(sources) == 1 else ""
-        reason = _reason(norm) or flow.oddities.get(name) or _no_source(sources)
+        reason = why_it_stays(norm) or flow.oddities.get(name) or _no_source(sources)
         if reason is None:
             reason = _unread(flow, name, layer, layers[layer], norm)
             reason = reason or _fixed(layers[layer], reasons)
@@ -103,29 +102,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, Chain) or (kind_of(module) is not None and module not in inside):
             yield name, module
-
-
-def _is_batchnorm(module: nn.Module) -> bool:
-    kind = type(module)
-    frozen = kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.")
-    return frozen or isinstance(module, _BatchNorm)
-
-
-def _reason(norm: nn.Module) -> str | None:
-    """Why a batch norm stays, as far as it is its own reason."""
-    if parametrize.is_parametrized(norm):
-        return "parametrized: bake it in with remove_parametrizations"
-    if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
-        return "it has hooks of its own, which would be lost: remove them first"
-    if not isinstance(norm, _BatchNorm):
-        return None  # it is one that is always frozen
-    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        return f"{type(norm).__name__} overrides forward"
-    if is_lazy(norm):
-        return "lazy: run the model once so that its sizes are known"
-    if norm.running_mean is None:
-        return "it has no running statistics: it takes those of each batch"
-    return "in train mode" if norm.training else None
 
 
 def _no_source(sources: set[str | None]) -> str | None:

@@ -11,6 +11,7 @@ from tdecomp.layers.chain import Chain
 from tdecomp.layers.layout import channels_last_of
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward
+from tdecomp.model.batchnorm import rest_of
 from tdecomp.model.flow import last_part
 from tdecomp.model.surgery import copy_with, swap
 from tdecomp.torch_state import full_precision
@@ -56,7 +57,7 @@ def fuse_batchnorm(
     -------
     nn.Module
         A copy, or `model` itself with `inplace`, with an `nn.Identity` in the place of each batch
-        norm that was folded.
+        norm that was folded (the activation, in that of timm's `BatchNormAct2d`).
 
     Raises
     ------
@@ -69,7 +70,7 @@ def fuse_batchnorm(
     for fold in folds:
         layer, norm = last_part(model.get_submodule(fold.layer)), model.get_submodule(fold.norm)
         replacements[layer] = _folded(layer, norm)
-        replacements[norm] = nn.Identity().train(norm.training)
+        replacements[norm] = rest_of(norm, copied=not inplace)
     fused = model if inplace else copy_with(model, replacements)
     if inplace:
         swap(model, replacements)

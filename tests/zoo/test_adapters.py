@@ -11,11 +11,7 @@ import tdecomp
 from tests.models import Cnn
 from tests.zoo.of_transformers import MODELS
 
-pytestmark = [
-    pytest.mark.slow,
-    # PEFT asks transformers by an old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.slow
 
 OPTIONS = {"allow_expansion": True, "progress": False}
 NAMES = {
