@@ -22,11 +22,7 @@ from benchmarks.support.machine import describe_versions
 from benchmarks.support.models import input_format, load_model
 
 BATCH_SIZE = 128
-# Budgets that only fits to data bear are left out without it.
 LINES: tuple[tuple[str, float, bool], ...] = (
-    ("auto", 0.9, False),
-    ("auto", 0.75, False),
-    ("auto", 0.5, False),
     ("dense", 0.9, False),
     ("dense", 0.75, False),
     ("dense", 0.5, False),

@@ -22,7 +22,7 @@ from tdecomp.model.weights import Weights, refuse_lazy
 class BatchnormFold:
     r"""What becomes of one batch norm of a model; made by `batchnorm_folds`.
 
-    >>> print(BatchnormFold("bn1", "conv1"), BatchnormFold("bn2", "", "in train mode"), sep="\\n")
+    >>> print(BatchnormFold("bn1", "conv1"), BatchnormFold("bn2", "", "in train mode"), sep="\n")
     bn1: into 'conv1'
     bn2: stays: in train mode
 
@@ -48,7 +48,7 @@ def batchnorm_folds(
     r"""Which batch norms `fuse_batchnorm` folds into which layers, and why others stay.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
-    >>> print(*batchnorm_folds(model.eval()), sep="\\n")
+    >>> print(*batchnorm_folds(model.eval()), sep="\n")
     1: into '0'
     3: stays: its input is not the output of a layer
 

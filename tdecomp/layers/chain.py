@@ -76,7 +76,7 @@ class Chain(nn.Sequential):
     def to_layer(self) -> nn.Module:
         """The layer that stood here, its weight the product of the factors; the chain stays.
 
-        >>> result = tdecomp.decompose(nn.Sequential(nn.Linear(8, 6)), "svd", rank=2)
+        >>> result = tdecomp.decompose(nn.Sequential(nn.Linear(8, 6)), "svd", rank=2, progress=False)
         >>> layer = result.model[0].to_layer()
         >>> layer, int(torch.linalg.matrix_rank(layer.weight))
         (Linear(in_features=8, out_features=6, bias=True), 2)
