@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from tdecomp.calibration.calibrate import site_moments
 from tdecomp.calibration.data import batches_or_moments
+from tdecomp.calibration.opening import opened_for
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.loss_curves.offers import fits_before
 from tdecomp.loss_curves.sensitivity import Sensitivity, measure_sensitivity
@@ -129,7 +130,7 @@ def decompose(
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
-    with restoring(model, seed=seed):
+    with restoring(model, seed=seed), opened_for(model, example, batches):
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
             example, allow_expansion, profile, only_if_faster, bar,
@@ -190,7 +191,7 @@ def plan(
     example = None if example_inputs is None else Example.of(example_inputs, forward)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
-    with restoring(model, seed=seed):
+    with restoring(model, seed=seed), opened_for(model, example, batches):
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
             example, allow_expansion, profile, only_if_faster, bar,
@@ -257,7 +258,8 @@ def apply(
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
-    with restoring(model, seed=seed):
+    names = {name for row in plan for name in row.names}
+    with restoring(model, seed=seed), opened_for(model, example, batches, names):
         sites = match_sites(find_sites(model), plan)
         wanted = {row.name for row in plan if row.method is not None}
         for name in wanted:
@@ -323,6 +325,6 @@ def sensitivity(
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     filters = Filters(include, exclude, where)
-    with restoring(model, seed=seed):
+    with restoring(model, seed=seed), opened_for(model, example, batches):
         listed = listed_methods(methods)
         return measure_sensitivity(model, listed, filters, example, batches, progress=bar)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp._distribution import VERSION
+from tdecomp.calibration.opening import opened_for
 from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.chain import Chain
+from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.surgery import copy_with, tensors_in
 from tdecomp.model.weights import is_plain, refuse_lazy
@@ -84,9 +86,12 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         If the file is damaged, of a newer format, or of another architecture; names the tensors.
     """
     with restoring(model), no_inference_mode():
-        sites = find_sites(model)
+        find_sites(model)  # refuses what is no model to load into before the file is looked at
         with named_in_errors(file):
-            return _rebuilt(_read(file), model, sites)
+            saved = _read(file)
+            names = {name for row in saved.plan for name in row.names}
+            with opened_for(model, names=names):
+                return _rebuilt(saved, model, find_sites(model))
 
 
 class _Saved(NamedTuple):
@@ -157,6 +162,7 @@ def _rebuilt(saved: _Saved, model: nn.Module, sites: Mapping[str, Site]) -> nn.M
             layer, method = matched[row.name].module, saved.plan.decomposers[row.method]
             chains[layer] = empty_chain_like(layer, row.layer, method, row.rank)
     rebuilt = copy_with(model, chains)
+    close_unchanged(rebuilt)
     _check(saved.tensors | {key: saved.tensors[o] for key, o in saved.shared.items()}, rebuilt)
     rebuilt.load_state_dict(_state(saved, rebuilt), assign=True)
     for chain in (module for module in rebuilt.modules() if isinstance(module, Chain)):

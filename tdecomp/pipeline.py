@@ -16,6 +16,8 @@ from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer
 from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
+from tdecomp.model.fast_path import has_fused_layers
+from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.sites import Site
 from tdecomp.model.surgery import copy_with, swap, tensors_in
@@ -34,7 +36,7 @@ from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.stopwatch import THIS_MACHINE, Stopwatch
-from tdecomp.timing.whole_model import measured_speed
+from tdecomp.timing.whole_model import fused_kernels_note, measured_speed
 from tdecomp.torch_state import no_inference_mode
 
 
@@ -75,10 +77,14 @@ def carry_out(
     finished = {row.name: row for row, _ in fitted}
     rows = [finished.get(row.name, row) for row in plan]
     notes = (*data_notes(rows, planned.moments), *model_notes(model, rows))
+    if has_fused_layers(model, chains):
+        measured = None if example is None else (example, stopwatch)
+        notes = (*notes, fused_kernels_note(model, speed, measured))
     report = Report(rows, plan.everything_else, plan.decomposers, recovered, speed, notes)
     layout = None if plan.speed is None else (speed or plan.speed).layout
     if not inplace:
         with no_inference_mode():  # whose tensors could not be trained
+            close_unchanged(changed)
             result = changed if layout is None else in_layout(changed, layout)
         return Decomposition(result, report, plan)
     _warn_of_unoptimized(model, chains, optimizers)
@@ -165,9 +171,7 @@ def fit_row(
             ) from error
     notes = [row.note, *fitted.notes]
     if moments is not None and seen is None:
-        none = (
-            "no batch reached it" if watchable(spec) else "transposed convolutions have no moments"
-        )
+        none = "no batch reached it" if watchable(spec) else f"no moments of a {spec.kind}"
         notes.append(f"fitted by its weights: {none}")
     row = replace(
         row,

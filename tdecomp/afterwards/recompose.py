@@ -1,11 +1,13 @@
 """From a decomposed model back to layers, with the products of the factors as their weights."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
 from tdecomp.layers.chain import Chain
+from tdecomp.model.opened.base import Contents, Opened, close_unchanged
 from tdecomp.model.surgery import copy_with, swap
 
 
@@ -23,7 +25,8 @@ def recompose(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     The layers compute what the chains do, to rounding, and are as large and as slow as those of the
     original: for tools that know no chains, for merging and for measuring. `Chain.to_layer` does it
     for one chain and says what it keeps. Several names of one chain are those of one layer
-    afterwards, and layers whose factors are shared share their weight.
+    afterwards, and layers whose factors are shared share their weight. Modules that were opened for
+    their chains, such as attention, are what they were before.
 
     Parameters
     ----------
@@ -54,15 +57,17 @@ def recompose(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     layers = {name: layer_of(name, chain) for name, chain in chains.items()}
     _share_weights(chains, layers)
     replacements: dict[nn.Module, nn.Module] = {chains[name]: layers[name] for name in chains}
-    twin = copy_with(model, replacements, share=inplace)
-    closed = _closed(twin)
     if not inplace:
-        if "" in closed:
-            return closed[""]
-        swap(twin, {twin.get_submodule(name): whole for name, whole in closed.items()})
-        return twin
-    replacements |= {model.get_submodule(name): whole for name, whole in closed.items()}
-    swap(model, replacements)
+        whole = copy_with(model, replacements)
+        close_unchanged(whole)
+        return whole
+    with ExitStack() as undo:
+        swap(model, replacements)
+        undo.callback(swap, model, {new: old for old, new in replacements.items()})
+        for opened in (module for module in model.modules() if isinstance(module, Opened)):
+            undo.callback(Contents(opened).put_back)
+        close_unchanged(model)
+        undo.pop_all()
     return model
 
 
@@ -96,18 +101,3 @@ def _share_weights(chains: Mapping[str, Chain], layers: Mapping[str, nn.Module])
         factors = frozenset(id(p) for p in chain.parameters() if p is not bias)
         weight = layer.get_parameter("weight")
         layer.weight = first.setdefault((factors, weight.shape), layer).weight
-
-
-def _closed(model: nn.Module) -> dict[str, nn.Module]:
-    """What modules that were opened for chains are without them, by name.
-
-    Such a module has a method `closed`, which returns the module that stood there at first with the
-    weights of the layers that are in it now.
-    """
-    closed: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        close = getattr(type(module), "closed", None)
-        inside = any(not outer or name.startswith(f"{outer}.") for outer in closed)
-        if callable(close) and not inside:
-            closed[name] = close(module)
-    return closed

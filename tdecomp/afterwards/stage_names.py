@@ -34,7 +34,8 @@ def stage_names(model: nn.Module, names: str | Sequence[str] | None = None) -> l
     -------
     list of str
         In the order of the model, each once. A layer with several names has its first. Modules of
-        a method's own, such as a tensor train's, are no layers and left out.
+        a method's own, such as a tensor train's, and those of experts are left out: no adapter
+        takes them.
 
     Raises
     ------
@@ -76,13 +77,15 @@ def _stages(model: nn.Module) -> Mapping[str, tuple[list[str], list[str]]]:
         if isinstance(module, Chain):
             parts = ((name, part) for name, part in module.named_children() if _is_layer(part))
             found[mine[0]] = mine, [".".join(filter(None, (mine[0], name))) for name, _ in parts]
-        elif kind_of(module) is not None and module not in inside:
+        elif _is_layer(module) and module not in inside and not isinstance(module, nn.Embedding):
             found[mine[0]] = mine, [mine[0]]
     return found
 
 
 def _is_layer(part: nn.Module) -> bool:
-    return kind_of(part) is not None or isinstance(part, (nn.Embedding, nn.EmbeddingBag))
+    """Whether it is a layer that is called with its input alone."""
+    kind = kind_of(part)
+    return isinstance(part, nn.Embedding) or (kind is not None and not kind.takes_more)
 
 
 def _is_meant(name: str, pattern: str) -> bool:

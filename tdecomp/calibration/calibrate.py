@@ -17,6 +17,7 @@ from tdecomp.calibration.data import PASSES, Batches, batches_for
 from tdecomp.calibration.held_sample import HeldSample
 from tdecomp.calibration.memory import free_memory
 from tdecomp.calibration.moments import LayerMoments, Moments
+from tdecomp.calibration.opening import opened_for
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
@@ -91,7 +92,8 @@ def calibrate(
         max_batches=max_batches, max_memory=max_memory,
     )  # fmt: skip
     given = given.varied_by(augment)
-    with restoring(model, seed=seed):  # another thread's hooks would be a reason to leave layers
+    # Another thread's hooks would be a reason to leave layers alone.
+    with restoring(model, seed=seed), opened_for(model, data=given):
         sites = find_sites(model).values()
         layers = {s.name: s.module for s in sites if s.reason is None and watchable(s.spec)}
         return calibrate_layers(model, layers, given, gradients=gradients, variants=True)
@@ -117,7 +119,7 @@ def site_moments(
 
 def watchable(spec: LayerSpec | None) -> bool:
     """Whether an output of such a layer is a product with a patch of its input."""
-    return spec is not None and not spec.transposed
+    return spec is not None and not spec.transposed and spec.kind != "GroupedLinear"
 
 
 def calibrate_layers(

@@ -75,9 +75,14 @@ def apply_factorization(
     replacements: dict[nn.Module, Factorized] = {}
     wide = Filters(where=at_least(min_channels, min_features))
     with restoring(model):
-        for site in find_sites(model, wide).values():
+        sites = find_sites(model, wide)
+        # Whose weights torch's fused kernel reads.
+        encoders = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
+        fused = {layer for m in encoders for layer in (m.linear1, m.linear2)}
+        for site in sites.values():
             kind, size = kinds.get(type(site.module), (None, 1))
-            if kind and site.reason is None and factorizing_could_speedup(site.module, size):
+            possible = kind and site.reason is None and site.module not in fused
+            if kind and possible and factorizing_could_speedup(site.module, size):
                 check_weight(site)
                 replacements[site.module] = kind.of(site.module, size)
         # Before anything is changed: the caller may have made warnings errors.

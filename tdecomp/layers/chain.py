@@ -47,7 +47,7 @@ class Chain(nn.Sequential):
     def from_stages(
         cls, stages: Sequence[nn.Module], decomposer: Any, rank: Rank, replaced: LayerSpec
     ) -> "Chain":
-        chain = cls(*stages)
+        chain = _CLASSES.get(replaced.kind, cls)(*stages)
         chain.method, chain.decomposer = decomposer.name, decomposer
         chain.rank, chain.replaced = rank, replaced
         vars(chain).update(replaced.attributes, _parameters=_NoParameters())
@@ -76,7 +76,8 @@ class Chain(nn.Sequential):
     def to_layer(self) -> nn.Module:
         """The layer that stood here, its weight the product of the factors; the chain stays.
 
-        >>> result = tdecomp.decompose(nn.Sequential(nn.Linear(8, 6)), "svd", rank=2, progress=False)
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> result = tdecomp.decompose(model, "svd", rank=2, progress=False)
         >>> layer = result.model[0].to_layer()
         >>> layer, int(torch.linalg.matrix_rank(layer.weight))
         (Linear(in_features=8, out_features=6, bias=True), 2)
@@ -153,6 +154,15 @@ class Chain(nn.Sequential):
 
     def extra_repr(self) -> str:
         return "" if self.method is None else f"method={self.method!r}, rank={self.rank}"
+
+
+# By the kind of the layer, where its chain is called in a way of its own.
+_CLASSES: dict[str, type[Chain]] = {}
+
+
+def register_chain(kind: str, chain: type[Chain]) -> None:
+    """Let the chains in the place of layers of this kind be of a class of their own."""
+    _CLASSES[kind] = chain
 
 
 def _mirror(chain: Chain, _: Any) -> None:

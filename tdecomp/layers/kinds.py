@@ -3,6 +3,7 @@
 from typing import Any
 
 from tdecomp.layers.conv1d import Conv1D
+from tdecomp.layers.grouped_linear import GroupedLinearKind
 from tdecomp.layers.spec import KINDS, LayerKind
 from tdecomp.layers.stock import STOCK_KINDS
 
@@ -62,3 +63,4 @@ def enter_under_its_name(caller: str, entry: Any, registry: dict[str, Any]) -> N
 for _kind in STOCK_KINDS:
     register_layer_kind(_kind)
 register_layer_kind(Conv1D())
+register_layer_kind(GroupedLinearKind())

@@ -82,7 +82,8 @@ class LayerSpec:
         _check_sizes(sizes, self.transposed)
         if not self.kind:
             convolution = f"Conv{'Transpose' if self.transposed else ''}{self.ndim}d"
-            object.__setattr__(self, "kind", convolution if self.ndim else "Linear")
+            linear = "Linear" if groups == 1 else "GroupedLinear"
+            object.__setattr__(self, "kind", convolution if self.ndim else linear)
 
     @classmethod
     def of(cls, module: nn.Module) -> "LayerSpec":
@@ -165,7 +166,8 @@ class LayerSpec:
         """Multiply-accumulates of one call: half the flops that torch counts, without the bias."""
         # A transposed convolution uses its kernel once per input position.
         positions = call.size if self.transposed else self.output_size(call.size)
-        return call.batch * math.prod(positions) * math.prod(self.kernel_shape)
+        macs = call.batch * math.prod(positions) * math.prod(self.kernel_shape)
+        return macs if self.ndim else macs // self.groups  # of several Linears a row meets one
 
     # -- stages of chains in its place ------------------------------------------------------
 
@@ -227,6 +229,8 @@ class LayerSpec:
 
     def __str__(self) -> str:
         words = [f"{self.in_channels}→{self.out_channels}"]
+        if not self.ndim and self.groups > 1:
+            words = [f"{self.group_in}→{self.group_out}", f"groups={self.groups}"]
         if self.ndim:
             words.append("×".join(map(str, self.kernel_size)))
             usual = replace(self.pointwise(self.in_channels, self.out_channels), groups=1)
@@ -284,10 +288,13 @@ class LayerKind(ABC):
         What `LayerSpec.kind` says and reports show: usually the name of the class.
     computes : tuple of str
         The methods that compute the output; a subclass that overrides one is left alone.
+    takes_more : bool
+        Whether layers are called with more than their input, as their chains then are.
     """
 
     name: str
     computes: ClassVar[tuple[str, ...]] = ("forward",)
+    takes_more: ClassVar[bool] = False
 
     @abstractmethod
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:

@@ -150,10 +150,24 @@ def _same(value: Any) -> Any:
 def each_tensor(
     value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = _same
 ) -> Any:
-    """The same containers with every tensor in them changed, and every other object by `other`."""
+    """The same containers with every tensor in them changed, and every other object by `other`.
+
+    What is the same tensor in two places is so afterwards: attention tells by that what it attends.
+    """
+    changed: dict[int, Tensor] = {}
+
+    def once(tensor: Tensor) -> Tensor:
+        if id(tensor) not in changed:
+            changed[id(tensor)] = change(tensor)
+        return changed[id(tensor)]
+
+    return _each(value, once, other)
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
-    each = partial(each_tensor, change=change, other=other)
+    each = partial(_each, change=change, other=other)
     if isinstance(value, Mapping):
         return _mapping_like(value, {key: each(item) for key, item in value.items()})
     if isinstance(value, PackedSequence):  # whose sizes stay on the CPU

@@ -5,6 +5,7 @@ from torch.nn.utils import parametrize
 
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec, kind_of
+from tdecomp.model.opened.base import Opened
 from tdecomp.model.weights import Weights, is_layer, is_lazy, is_plain, is_quantized
 
 
@@ -120,11 +121,8 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
     """Layers whose weight their parent reads itself, and the layers of an earlier chain."""
     reasons: dict[nn.Module, str] = {}
     for parent in model.modules():
-        if isinstance(parent, nn.MultiheadAttention):
+        if isinstance(parent, nn.MultiheadAttention) and not isinstance(parent, Opened):
             reasons[parent.out_proj] = "MultiheadAttention reads its weight itself"
-        elif isinstance(parent, nn.TransformerEncoderLayer):
-            reason = "TransformerEncoderLayer's fast path reads its weight itself"
-            reasons[parent.linear1] = reasons[parent.linear2] = reason
         elif type(parent).__name__ in ("ShiftedWindowAttention", "ShiftedWindowAttentionV2"):
             # torchvision's Swin, which need not be installed here
             for name, child in parent.named_children():

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from tdecomp.model.batches import in_slots, tuple_like
 from tdecomp.model.example import images_in_layout
+from tdecomp.model.fast_path import switch_off
 from tdecomp.model.optimizers import Replacements, follow, restorer
 from tdecomp.model.weights import is_plain
 from tdecomp.scope import interrupts_deferred
@@ -49,6 +50,7 @@ def copy_with(model: nn.Module, replacements: Replacements, *, share: bool = Fal
             twin = copy.deepcopy(model, memo)
         if not isinstance(twin, nn.Module):  # as where __getattr__ answers for __deepcopy__
             raise TypeError(f"its copy is {twin!r}")
+        switch_off(twin, ExitStack())
         return twin
     except Exception as error:
         remedy = "use inplace=True, without recovery, on a model that you no longer need as it is"
@@ -87,6 +89,7 @@ def swap(
         for old, put in slots:
             undo.callback(put, old)
             put(chains[old])
+        switch_off(model, undo)
         for mine, value in _changed(model, values or {}):
             undo.callback(_copy, mine, mine.detach().clone())
             _copy(mine, value)

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from tdecomp.layers.patches import dense
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.spec import KINDS, Call, LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
 from tdecomp.model.operators import OperatorMode
@@ -46,7 +46,7 @@ def trace(model: nn.Module, specs: Mapping[str, LayerSpec], example_inputs: Any)
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = layers[layer]
         value, *extra = (*args, *kwargs.values()) or (None,)
-        if extra:
+        if extra and not KINDS[specs[name].kind].takes_more:
             oddities[name] = "it is called with more than its input"
         if isinstance(value, Tensor) and value.is_nested:
             oddities[name] = "it is called with a nested tensor"

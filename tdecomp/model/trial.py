@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import tensors_of
+from tdecomp.model.fast_path import switched_on_again
 from tdecomp.model.kept import KeptParameters
 from tdecomp.model.surgery import copy_with, swap
 from tdecomp.model.trace import READ_OUTSIDE, Reads
@@ -168,6 +169,7 @@ class _Placed(Scope):
 
     def change(self) -> None:
         layers: Any = {chain: layer for layer, chain in self._chains.items()}
+        self.undo.callback(switched_on_again(self._model))
         self.undo.callback(swap, self._model, layers)
         swap(self._model, self._chains)
 

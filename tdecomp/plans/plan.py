@@ -166,7 +166,8 @@ def match_sites(sites: Mapping[str, Site], plan: Plan) -> dict[str, Site]:
             )
         pairs = ((f"the names {site.names}", f"the names {row.names}"), (site.spec, row.layer))
         for got, expected in pairs:
-            if got != expected:
+            # What was of no known kind when the plan was made may have become one since.
+            if got != expected and not (expected is None and row.method is None):
                 raise ValueError(
                     f"layer {row.name!r}: got {got}, but the plan expects {expected}; plan anew "
                     "for this model"

@@ -8,6 +8,7 @@ from torch import nn
 
 from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.opening import opened_for
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.model.example import Example
@@ -111,11 +112,12 @@ def compress_to(
             listed_methods(methods), EVERYTHING, filters, example, profile=profile,
             progress=bar,
         )  # fmt: skip
-        if of == "latency" and profile is None and example is not None:
-            sites = list(find_sites(model, filters, example).values())
-            times = measure(model, example, sites, request.methods, progress=bar)
-            request = replace(request, profile=times)
-        return Search(model, quality, of, request, steps, batches).run()
+        with opened_for(model, example, batches):
+            if of == "latency" and profile is None and example is not None:
+                sites = list(find_sites(model, filters, example).values())
+                times = measure(model, example, sites, request.methods, progress=bar)
+                request = replace(request, profile=times)
+            return Search(model, quality, of, request, steps, batches).run()
 
 
 def _example(

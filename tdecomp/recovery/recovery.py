@@ -2,12 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import nn
 
 from tdecomp.calibration.data import Batches, batches_for
+from tdecomp.calibration.opening import opened_for
 from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.torch_state import restoring
@@ -124,7 +126,9 @@ def run_on_copy(
         if not isinstance(got, nn.Module):
             words = f"expected models (of a result, result.model), got {type(got).__name__}"
             raise TypeError(f"{step.name}: {words}")
-    with restoring(*models, seed=given.seed):
+    there = {name for name, _ in model.named_modules()}
+    opening = nullcontext() if original is None else opened_for(original, names=there)
+    with restoring(*models, seed=given.seed), opening:
         copy, given = copy_with(model, {}), given.taken_by(model)
         recovery = step.run(copy, original, given, HeldOut(original, given))
         return replace(recovery, model=adopt(model, copy)) if inplace else recovery

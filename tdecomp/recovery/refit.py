@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import OutputGradients, is_large
 from tdecomp.calibration.augment import Augment, flip_and_shift
+from tdecomp.calibration.calibrate import watchable
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.memory import freed_at_once
@@ -176,8 +177,8 @@ def _why_not(layer: ReplacedLayer, calls: int) -> str | None:
     method: Decomposer | None = layer.chain.decomposer
     if not calls:
         return "the first batch does not reach it"
-    if layer.spec.transposed:
-        return "transposed convolutions have no moments"
+    if not watchable(layer.spec):
+        return f"no moments of a {layer.spec.kind}"
     if any(isinstance(part, Chain) for part in layer.chain):
         return "it was decomposed in several steps"
     if method is None:

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from tdecomp.calibration.opening import opened_for
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.layers.cost import chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
+from tdecomp.model.opened.scope import closed
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.weights import refuse_lazy
 from tdecomp.progress import SILENT, Progress
@@ -115,7 +117,7 @@ def profile(
             )
         cache = None if differences else cache
     example = Example.of(example_inputs, forward)
-    with restoring(model):
+    with restoring(model), opened_for(model, example):
         sites = list(find_sites(model, None, example).values())
         return measure(
             model, example, sites, listed_methods(methods), layouts=layouts, compiled=compiled,
@@ -139,7 +141,8 @@ def measure(
     """The profile of a model whose sites are known; layers that are left alone are not timed."""
     layouts = layouts or (layout_of(model),)
     runs = [(model, layout) for layout in layouts]
-    columns = stopwatch.models(runs, example, compiled=compiled).T
+    with closed(model):
+        columns = stopwatch.models(runs, example, compiled=compiled).T
     whole = dict(zip(layouts, map(Quartiles.over, columns), strict=True))
     setting, known = Setting.of(model, compiled), dict(cache.times) if cache else {}
     result = Profile(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from tdecomp.layers.spec import Call
+from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stage import Stage
 from tdecomp.model.example import Example, images_in_layout, in_layout, layout_of
 from tdecomp.model.surgery import copy_with
@@ -62,7 +62,12 @@ class Stopwatch:
         effort: TimingEffort,
     ) -> NDArray[np.float64]:
         """Seconds (rounds, chains) of one call of a layer and of chains that may replace it."""
-        x = torch.ones(call.batch, chains[0][0].in_channels, *call.size, device=device, dtype=dtype)
+        layer = chains[0][0]
+        # A row of several Linears in one has the inputs of its own group.
+        width = layer.in_channels
+        if isinstance(layer, LayerSpec) and not layer.ndim:
+            width = layer.group_in
+        x = torch.ones(call.batch, width, *call.size, device=device, dtype=dtype)
         x = images_in_layout(x, layout)
         calls = [partial(_built(stages, layout, device, dtype), x) for stages in chains]
         with torch.inference_mode():

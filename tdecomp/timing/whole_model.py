@@ -9,6 +9,7 @@ from torch import nn
 from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.layers.chain import Chain
 from tdecomp.model.example import Example, layout_of
+from tdecomp.model.opened.scope import closed
 from tdecomp.model.surgery import copy_with
 from tdecomp.ranks.base import Choice
 from tdecomp.timing.layout_times import LayoutTimes
@@ -22,6 +23,9 @@ _LEAST_SAVING = 0.05
 # A layout in which the original takes up to this multiple of its best time may be its best layout
 # the next time.
 _NEARLY_BEST = 1.15
+
+
+Timed = tuple[Example, Stopwatch]
 
 
 def rehearse(times: LayoutTimes, choices: Sequence[Choice]) -> Speed:
@@ -74,6 +78,22 @@ def measured_speed(
     return replace(found, predicted=expected.predicted, budget=expected.budget, tried=tried)
 
 
+def fused_kernels_note(original: nn.Module, speed: Speed | None, timed: Timed | None) -> str:
+    """That torch's fused kernels are off where chains are, and what the original loses by that."""
+    words = "torch's fused transformer kernels are off where chains are"
+    if speed is None or timed is None:
+        return f"{words}; a profile tells what that costs"
+    layout = layout_of(original)
+    try:
+        slow = copy_with(original, {})  # whose attention is open, as the original's is here
+    except ValueError:
+        return words
+    example, stopwatch = timed
+    with closed(original):
+        seconds = stopwatch.models([(original, layout), (slow, layout)], example)
+    return f"{words}: without them the original takes {ratio(seconds, 1, 0).median:.2f} of its time"
+
+
 def compare(
     original: nn.Module,
     changed: nn.Module,
@@ -90,7 +110,8 @@ def compare(
     """
     runs = [(original, layout) for layout in layouts[0]]
     runs += [(changed, layout) for layout in layouts[1]]
-    seconds = stopwatch.models(runs, example, compiled=compiled, rounds=rounds)
+    with closed(original), closed(changed):
+        seconds = stopwatch.models(runs, example, compiled=compiled, rounds=rounds)
     medians, split = np.median(seconds, axis=0), len(layouts[0])
     before, after = int(np.argmin(medians[:split])), split + int(np.argmin(medians[split:]))
     measured, best = ratio(seconds, after, before), (runs[before][1], runs[after][1])

@@ -116,35 +116,30 @@ def test_a_model_that_is_a_chain():
         recompose(chain, inplace=True)
 
 
-class Opened(nn.Module):
-    """Stands where a layer stood, and knows how to be closed again."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def closed(self):
-        layer = nn.Linear(self.inner.in_features, self.inner.out_features)
-        layer.load_state_dict(self.inner.state_dict())
-        return layer
-
-    def forward(self, x):
-        return self.inner(x)
-
-
 @pytest.mark.parametrize("inplace", [False, True])
-def test_modules_around_chains_are_closed(inplace):
+def test_attention_is_what_it_was(inplace):
     torch.manual_seed(0)
-    model = nn.Sequential(Opened(nn.Linear(8, 8)), nn.ReLU())
-    model = tdecomp.decompose(model, "svd", rank=2, progress=False).model
-    x = torch.randn(3, 8)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    keys = list(model.state_dict())
+    model = tdecomp.decompose(model, "svd", rank=4, **QUIET).model
+    x = torch.randn(2, 5, 16)
     out = model(x)
+    assert type(model.self_attn) is not nn.MultiheadAttention
     whole = recompose(model, inplace=inplace)
-    assert type(whole[0]) is nn.Linear
+    assert type(whole.self_attn) is nn.MultiheadAttention
+    assert list(whole.state_dict()) == keys
     torch.testing.assert_close(whole(x), out)
-    assert isinstance(model[0], Opened) == (not inplace)
-    inner = tdecomp.decompose(Opened(nn.Linear(8, 8)), "svd", rank=2, progress=False).model
-    assert type(recompose(inner)) is nn.Linear
+    assert (whole is model) == inplace
+
+
+def test_in_place_is_all_or_nothing(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.MultiheadAttention(16, 2))
+    model = tdecomp.decompose(model, "svd", rank=4, **QUIET).model
+    monkeypatch.setattr(type(model[1]), "close_up", lambda _: 1 / 0)
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        recompose(model, inplace=True)
+    assert len(chains_in(model)) == 3
 
 
 def test_no_chain_is_an_error_in_words():

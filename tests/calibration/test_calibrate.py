@@ -17,8 +17,9 @@ from tdecomp.calibration.data import batches_for
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import call_model
+from tdecomp.model.opened.scope import opened
 from tdecomp.model.sites import find_sites
-from tdecomp.torch_state import no_inference_mode
+from tdecomp.torch_state import exact_passes, no_inference_mode
 from tests.decomposers.oracle import distance
 from tests.models import MODELS, TwoInputs
 from tests.unchanged import unchanged
@@ -75,11 +76,11 @@ def test_every_layer_sees_what_hooks_see(name, gradients):
     model, batch = MODELS[name].build(), MODELS[name].inputs(6)
     moments = taken(model, [batch], gradients=gradients)
     sums = {}
-    for site in find_sites(model).values():
-        if site.reason is None and not site.spec.transposed:
-            own = sums[site.name] = Accumulator(site.spec)
-            site.module.register_forward_pre_hook(lambda _, x, own=own: own.add(x[0]))
-    with torch.no_grad():
+    with opened(model), exact_passes(), torch.no_grad():
+        for site in find_sites(model).values():
+            if site.reason is None and not site.spec.transposed:
+                own = sums[site.name] = Accumulator(site.spec)
+                site.module.register_forward_pre_hook(lambda _, x, own=own: own.add(x[0]))
         call_model(model.eval(), batch)
     assert sums
     assert moments.samples == 6
@@ -178,7 +179,7 @@ def test_fast_paths_hide_nothing_and_are_on_again_afterwards(model):
     assert torch.backends.mha.get_fastpath_enabled()
     moments = taken(model.build(), [model.inputs(4)], forward=forward, max_memory=10**6)
     assert moments.unreached == ()
-    assert inside == [False] * 2
+    assert set(inside) == {False}
     assert torch.backends.mha.get_fastpath_enabled()
 
 

@@ -215,7 +215,7 @@ def test_row_says_that_a_transposed_convolution_has_no_moments():
     )
     assert result.report["1"].method == "lowrank"
     assert result.report["1"].output_error is None
-    assert "fitted by its weights: transposed" in result.report["1"].note
+    assert "fitted by its weights: no moments of a ConvTranspose2d" in result.report["1"].note
     assert result.report["0"].output_error > 0
 
 

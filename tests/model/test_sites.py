@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import tdecomp
 from tdecomp.model.filters import Filters, at_least, matches
+from tdecomp.model.opened.scope import opened
 from tdecomp.model.sites import find_sites
 from tests.models import METHODS, MODELS
 from tests.unchanged import unchanged
@@ -259,23 +260,13 @@ def test_attention_reads_its_projections_itself():
         assert found["head"].reason is None
 
 
-def test_a_transformer_layers_fast_path_reads_its_linear_layers():
+def test_attention_that_is_not_open_reads_its_out_projection_itself():
     model = MODELS["encoder"].build()
+    closed = "MultiheadAttention reads its weight itself"
     for x in (None, MODELS["encoder"].inputs()):
-        found = sites_of(model, x)
-        fast = "TransformerEncoderLayer's fast path reads its weight itself"
-        assert found["0.layers.0.linear1"].reason == fast
-        assert found["0.layers.1.linear2"].reason == fast
-        assert found["1"].reason is None
-
-
-def test_an_encoder_works_after_it():
-    case = MODELS["encoder"]
-    model, x = case.build().eval(), case.inputs()
-    result = tdecomp.decompose(model, "svd", rank=2, example_inputs=x, progress=False)
-    with torch.no_grad():
-        torch.testing.assert_close(result.model[0](x), model[0](x))
-        assert result.model(x).shape == model(x).shape
+        assert sites_of(model, x)["0.layers.0.self_attn.out_proj"].reason == closed
+        with opened(model):
+            assert all(site.reason is None for site in sites_of(model, x).values())
 
 
 def test_swins_projections_are_known_by_their_class():

@@ -167,7 +167,8 @@ def test_no_old_layer_and_no_old_parameter_is_left(name, inplace):
     before = {id(p): n for n, p in model.named_parameters()}
     result = decompose(model, inplace=inplace)
     rows = [row for row in result.report if row.method is not None]
-    gone = {n for n in before.values() if n.rpartition(".")[0] in {r.name for r in rows}}
+    names = {r.name for r in rows} | {r.name.replace("proj_weight", "proj_bias") for r in rows}
+    gone = {n for n in before.values() if {n, n.rpartition(".")[0]} & names}
     kept = set(before.values()) - gone
     now = {id(p) for p in result.model.parameters()}
     if inplace:

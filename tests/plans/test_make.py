@@ -39,7 +39,8 @@ def test_planning_changes_nothing(name, inputs):
             model, METHODS, rank=0.25, example_inputs=case.inputs() if inputs else None
         )
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    assert sum(row.layer is not None for row in plan) == len(layers)
+    projections = sum(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+    assert sum(row.layer is not None for row in plan) == len(layers) + projections
     for row in plan:
         assert (row.method is None) == (row.reason is not None)
         assert (row.method is None) == (row.rank is None)

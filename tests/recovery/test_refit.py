@@ -251,7 +251,7 @@ def test_groups_strides_and_three_kinds_of_convolution():
     assert list(recovery.layers) == ["0", "2"]
     assert all(map(torch.equal, weights, recovery.model[4].parameters()))
     assert "'4' (" in recovery.notes[0]
-    assert "left as it was: transposed convolutions have no moments" in recovery.notes[0]
+    assert "left as it was: no moments of a ConvTranspose2d" in recovery.notes[0]
     assert recovery.notes[0] in str(recovery)
 
 

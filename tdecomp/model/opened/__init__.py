@@ -1,0 +1,1 @@
+"""Modules that hold weights of their own, opened: what these weights do becomes layers in them."""
