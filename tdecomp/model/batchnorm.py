@@ -32,6 +32,8 @@ def why_it_stays(norm: nn.Module) -> str | None:
         return f"{type(norm).__name__} overrides forward"
     if norm.running_mean is None:
         return "it has no running statistics: it takes those of each batch"
+    if norm.get_buffer("running_mean").is_meta:
+        return "on the meta device, without values"
     normalises = isinstance(norm, _BatchNorm) and norm.training
     return "in train mode" if normalises else None
 

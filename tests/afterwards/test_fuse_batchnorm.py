@@ -319,6 +319,19 @@ def test_branches_on_optional_arguments_count_both():
     assert fold_of(Optional().eval(), "norm").reason == ELSEWHERE
 
 
+def test_a_model_is_saved_before_it_is_fused(tmp_path):
+    model = nn.Sequential(conv(bias=False), norm_for(X)).eval()
+    result = tdecomp.decompose(model, "lowrank", rank=4, **QUIET)
+    result.save(tmp_path / "small.safetensors")
+    loaded = fuse_batchnorm(tdecomp.load(tmp_path / "small.safetensors", model))
+    torch.testing.assert_close(loaded(X), result.model(X))
+    fuse_batchnorm(result.model, inplace=True)
+    with pytest.raises(
+        ValueError, match=r"layer '0' stands for .*, as after fuse_batchnorm; a file"
+    ):
+        result.save(tmp_path / "fused.safetensors")
+
+
 def test_train_mode_is_refused_in_words():
     model = nn.Sequential(conv(), norm_for(X))
     with pytest.raises(
@@ -344,3 +357,8 @@ def test_one_batch_norm_under_two_names():
     fused = fuse_batchnorm(model)
     assert fused.norm is fused.second
     assert type(fused.norm) is nn.Identity
+
+
+def test_a_batch_norm_without_values():
+    model = nn.Sequential(conv(), norm_for(X).to("meta")).eval()
+    assert fold_of(model, "1").reason == "on the meta device, without values"
