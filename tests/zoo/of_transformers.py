@@ -48,6 +48,37 @@ _CLIP = {
     "vision_config": {**_WIDE, "image_size": 32, "patch_size": 8},
 }
 
+
+def _blip2():
+    """Learned queries look at an image, and a language model reads what they have seen."""
+    vision = {**_WIDE, "image_size": 32, "patch_size": 8}
+    queries = {**_WIDE, "encoder_hidden_size": 64, "cross_attention_frequency": 1}
+    text = {
+        **_TEXT,
+        **_WIDE,
+        "ffn_dim": 96,
+        "use_cache": False,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 64,
+    }
+    return hf.Blip2Config(
+        vision_config=vision,
+        qformer_config=queries,
+        text_config={"model_type": "opt", **text},
+        num_query_tokens=4,
+        image_text_hidden_size=64,
+        image_token_index=VOCABULARY - 1,
+    )
+
+
+def _described(batch):
+    """Images, and texts that begin with a place for each query."""
+    places = torch.full((batch, 4), VOCABULARY - 1)
+    tokens = torch.randint(3, VOCABULARY - 1, (batch, 8))
+    text = {"input_ids": torch.cat([places, tokens], dim=1)}
+    return hf.BatchFeature({**text, **_pixels(32)(batch)})
+
+
 MODELS = {
     "bert": _case(
         hf.BertForSequenceClassification, hf.BertConfig(**_WIDE, **_TEXT, num_labels=5), _text
@@ -67,15 +98,23 @@ MODELS = {
     ),
     "mixtral": _case(
         hf.MixtralForCausalLM,
-        # Experts are left alone: narrow ones, so that half of the MACs are another's.
-        hf.MixtralConfig(
-            **{**_WIDE, "intermediate_size": 16},
+        hf.MixtralConfig(**_WIDE, **_TEXT, num_key_value_heads=2, num_local_experts=4),
+        _text,
+    ),
+    "qwen2_moe": _case(
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig(
+            **_WIDE,
             **_TEXT,
             num_key_value_heads=2,
-            num_local_experts=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
         ),
         _text,
     ),
+    "blip2": _case(hf.Blip2ForConditionalGeneration, _blip2(), _described),
     "t5": _case(
         hf.T5ForConditionalGeneration,
         hf.T5Config(
