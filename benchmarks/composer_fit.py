@@ -18,7 +18,6 @@ from torch.nn import functional
 import tdecomp
 from benchmarks.support.machine import describe_machine, describe_versions
 from tdecomp.composer.core import LowRankSolution, factorize_conv2d
-from tdecomp.decomposers.assemble import factors_of_chain
 
 CHANNELS, SIZE, MAPS = 256, 14, 32
 RANK = 64
@@ -124,9 +123,10 @@ def _product(solution: LowRankSolution) -> Tensor:
 def _kernel(chain: nn.Module) -> Tensor:
     assert isinstance(chain, tdecomp.Chain)
     assert chain.replaced is not None
-    factors = factors_of_chain(chain, chain.decomposer)
+    factors = chain.decomposer.factors_in(chain)
     assert factors is not None
-    return factors.to_kernel().float()
+    kernel: Tensor = factors.to_kernel().float()
+    return kernel
 
 
 def main() -> None:

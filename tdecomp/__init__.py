@@ -8,6 +8,11 @@
 """
 
 from tdecomp._distribution import VERSION as _VERSION  # first: refuses a mixed installation
+from tdecomp.afterwards.batchnorm_folds import BatchnormFold, batchnorm_folds
+from tdecomp.afterwards.fuse_batchnorm import fuse_batchnorm
+from tdecomp.afterwards.recompose import recompose
+from tdecomp.afterwards.reduce import reduce_ranks
+from tdecomp.afterwards.stage_names import stage_names
 from tdecomp.api import apply, decompose, plan, sensitivity
 from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
@@ -52,7 +57,6 @@ from tdecomp.recovery.distill import Distill, distill
 from tdecomp.recovery.reconstruct import Reconstruct, reconstruct
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.refit import Refit, refit
-from tdecomp.reduce import reduce_ranks
 from tdecomp.result import Decomposition
 from tdecomp.timing.measure import profile
 from tdecomp.timing.profile import Profile
@@ -64,6 +68,7 @@ __all__ = [
     "SVD",
     "TT",
     "VBMF",
+    "BatchnormFold",
     "BreakEven",
     "Budget",
     "CPSeparable",
@@ -105,16 +110,19 @@ __all__ = [
     "Tucker2",
     "apply",
     "at_least",
+    "batchnorm_folds",
     "calibrate",
     "compress_to",
     "decompose",
     "distill",
     "draw",
     "flip_and_shift",
+    "fuse_batchnorm",
     "load",
     "plan",
     "profile",
     "recalibrate_batchnorm",
+    "recompose",
     "reconstruct",
     "reduce_ranks",
     "refit",
@@ -122,4 +130,5 @@ __all__ = [
     "register_layer_kind",
     "registered",
     "sensitivity",
+    "stage_names",
 ]

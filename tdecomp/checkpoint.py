@@ -40,6 +40,15 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
             f"the model has {chains} chains and the plan another number, so it was decomposed in "
             "several steps; a file holds one plan: decompose the original in one step to save it"
         )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for row in plan:
+        chain = modules.get(row.name)
+        if isinstance(chain, Chain) and chain.replaced != row.layer:
+            raise ValueError(
+                f"layer {row.name!r} stands for {chain.replaced}, in the plan for {row.layer}, as "
+                "after fuse_batchnorm; a file is loaded into the architecture that was decomposed: "
+                "save first, and fuse what tdecomp.load returns"
+            )
     refuse_lazy(model, "save")
     state = model.state_dict()
     for key, value in state.items():

@@ -23,6 +23,7 @@ from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.fit import fit_rows
 from tdecomp.plans.make import Planned
+from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
@@ -73,7 +74,7 @@ def carry_out(
             speed = _speed(model, changed, chains, plan, example, stopwatch)
     finished = {row.name: row for row, _ in fitted}
     rows = [finished.get(row.name, row) for row in plan]
-    notes = data_notes(rows, planned.moments)
+    notes = (*data_notes(rows, planned.moments), *model_notes(model, rows))
     if has_fused_layers(model, chains):
         measured = None if example is None else (example, stopwatch)
         notes = (*notes, fused_kernels_note(model, speed, measured))

@@ -79,7 +79,8 @@ loss_curves
 timing
 plans
 recovery checkpoint
-result pipeline reduce
+result pipeline
+afterwards
 api quality composer
 """
 ROOMS = [line.split() for line in ORDER.strip().splitlines()]

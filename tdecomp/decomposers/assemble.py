@@ -1,7 +1,4 @@
-"""Chains from factors, and factors from chains."""
-
-from collections.abc import Sequence
-from typing import Any
+"""Chains from factors."""
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +6,7 @@ from torch import Tensor, nn
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain, Rank
+from tdecomp.layers.layout import channels_last_of
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.torch_state import full_precision
 
@@ -55,9 +53,7 @@ def assemble(
         write_factors(chain, method, factors)
         if isinstance(bias, nn.Parameter):
             chain[-1].get_parameter("bias").copy_(bias if shift is None else bias + shift)
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-        # A kernel of size 1 is contiguous in every format, which says nothing about the layer.
-        if last and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
+        if last := channels_last_of([weight]):
             chain.to(memory_format=last)  # type: ignore[call-overload]
     return chain
 
@@ -68,21 +64,3 @@ def write_factors(chain: Chain, method: Decomposer, factors: Factorization) -> N
     stages = method.stages(factors.spec, chain.rank)
     for stage, part, values in zip(stages, chain, factors.stage_weights(), strict=True):
         stage.put(part, values)
-
-
-def factors_of_chain(chain: Chain, method: Decomposer) -> Factorization | None:
-    """The factors in float64 that a chain of this method holds, or None if it cannot tell."""
-    spec, rank = chain.replaced, chain.rank
-    assert spec is not None
-    assert rank is not None
-    stages = zip(method.stages(spec, rank), chain, strict=True)
-    per_stage = [_by_group(stage.read(part), spec.groups) for stage, part in stages]
-    groups = [method.factors_of(parts) for parts in zip(*per_stage, strict=True)]
-    known = tuple(factors for factors in groups if factors is not None)
-    return Factorization(spec, known) if len(known) == spec.groups else None
-
-
-def _by_group(values: Any, groups: int) -> Sequence[Any]:
-    """A stage's values for each group; those of a module of a method's own may be a tuple."""
-    found: Sequence[Any] = (values,) if groups == 1 else values.chunk(groups)
-    return found

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from tdecomp.decomposers.factors import Factors, better
-from tdecomp.layers.chain import Rank
+from tdecomp.decomposers.factors import Factorization, Factors, better
+from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.layers.stage import Stage
 from tdecomp.linalg.best_ranks import BestRanks
@@ -193,6 +193,17 @@ class Decomposer(ABC):
                 f"and at most {largest}, its largest useful rank"
             )
 
+    def factors_in(self, chain: Chain) -> Factorization | None:
+        """The factors in float64 that a chain of this method holds, or None if it cannot tell."""
+        spec, rank = chain.replaced, chain.rank
+        assert spec is not None
+        assert rank is not None
+        stages = zip(self.stages(spec, rank), chain, strict=True)
+        per_stage = [_by_group(stage.read(part), spec.groups) for stage, part in stages]
+        groups = [self.factors_of(parts) for parts in zip(*per_stage, strict=True)]
+        known = tuple(factors for factors in groups if factors is not None)
+        return Factorization(spec, known) if len(known) == spec.groups else None
+
     @property
     def uses_moments(self) -> bool:
         """Whether `fit_to` is defined."""
@@ -202,6 +213,12 @@ class Decomposer(ABC):
     def knows_best_ranks(self) -> bool:
         """Whether `best_ranks` is defined."""
         return type(self).best_ranks is not Decomposer.best_ranks
+
+
+def _by_group(values: Any, groups: int) -> Sequence[Any]:
+    """A stage's values for each group; those of a module of a method's own may be a tuple."""
+    found: Sequence[Any] = (values,) if groups == 1 else values.chunk(groups)
+    return found
 
 
 @dataclass(frozen=True)

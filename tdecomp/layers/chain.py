@@ -1,13 +1,16 @@
 """The chain of stock layers that stands where a layer stood."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tdecomp.layers.layout import channels_last_of
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.torch_state import full_precision
 
 Rank = int | tuple[int, ...]
 
@@ -53,6 +56,12 @@ class Chain(nn.Sequential):
         chain.register_load_state_dict_post_hook(_mirror)  # type: ignore[no-untyped-call]
         return chain
 
+    def add_bias(self) -> None:
+        """Note that the last stage has a bias now, where the layer had none."""
+        assert self.replaced is not None
+        self.replaced = replace(self.replaced, bias=True)
+        self.mirror_weight()
+
     def mirror_weight(self) -> None:
         """Let `weight` and `bias` have the dtype and `requires_grad` that the weights have now."""
         first, spec = next(self.parameters(), None), self.replaced
@@ -65,6 +74,68 @@ class Chain(nn.Sequential):
         """Those of the weight and of the bias that the layer had."""
         assert self.replaced is not None
         return {"weight": self.replaced.weight_shape, "bias": (self.replaced.out_channels,)}
+
+    def to_layer(self) -> nn.Module:
+        """The layer that stood here, its weight the product of the factors; the chain stays.
+
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> result = tdecomp.decompose(model, "svd", rank=2, progress=False)
+        >>> layer = result.model[0].to_layer()
+        >>> layer, int(torch.linalg.matrix_rank(layer.weight))
+        (Linear(in_features=8, out_features=6, bias=True), 2)
+
+        Multiplied in float64 and rounded once to the dtype of the factors. It has their device,
+        memory layout, training mode, and `requires_grad` where any of them has it.
+        `tdecomp.recompose` does this for a whole model.
+
+        Raises
+        ------
+        ValueError
+            If the chain replaced no layer, if its method does not define `factors_of`, or if its
+            stages are no longer those of the method (adapted, quantized).
+        """
+        spec, method = self.replaced, self.decomposer
+        if spec is None or method is None:
+            raise ValueError(
+                "to_layer: the chain stands for no layer; expected one that decompose() or load() "
+                "put into a model, its method registered"
+            )
+        self._check_stages()
+        weights = dict(self.named_parameters())
+        first, bias = next(iter(weights.values())), self[-1].bias if spec.bias else None
+        with full_precision(first.device):
+            factors = method.factors_in(self)
+            if factors is None:
+                raise ValueError(
+                    f"{method.name} cannot tell the factors of its chain; expected a method that "
+                    "defines factors_of"
+                )
+            layer: nn.Module = spec.build(first.device, first.dtype)
+            layer.get_parameter("weight").copy_(factors.to_kernel())
+            if isinstance(bias, Tensor):
+                layer.get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
+            if last := channels_last_of(weights.values()):
+                layer.to(memory_format=last)  # type: ignore[call-overload]
+        trained = any(p.requires_grad for p in weights.values() if p is not bias)
+        layer.get_parameter("weight").requires_grad_(trained)
+        return layer.train(self.training)
+
+    def _check_stages(self) -> None:
+        """Raise a ValueError unless the stages are modules as the method builds them."""
+        built = [
+            s.build(torch.device("meta")) for s in self.decomposer.stages(self.replaced, self.rank)
+        ]
+        if len(built) != len(self):
+            raise ValueError(f"it has {len(self)} stages, {self.method} made {len(built)}")
+        for at, (stage, made) in enumerate(zip(self, built, strict=True)):
+            odd = [p for p in stage.parameters() if type(p.data) not in (Tensor, nn.Parameter)]
+            if not isinstance(stage, type(made)) or odd:
+                kind = type(odd[0].data) if odd else type(stage)
+                raise ValueError(
+                    f"its stage {at} is a {kind.__module__}.{kind.__qualname__} now, {self.method} "
+                    f"made a {type(made).__name__}: merge adapters first (merge_and_unload), and "
+                    "multiply back before quantizing"
+                )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Chain":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

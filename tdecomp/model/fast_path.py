@@ -5,9 +5,10 @@ A `TransformerEncoder` looks at its first layer alone, and hands all of them nes
 only the kernel takes.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -20,8 +21,8 @@ def switch_off(model: nn.Module, undo: ExitStack) -> None:
     """Let encoders that hold chains or open modules make no nested tensors, until `undo` is run."""
     for module in _nesting(model):
         if any(isinstance(part, (Chain, Opened)) for part in module.modules()):
-            undo.callback(setattr, module, "use_nested_tensor", True)
-            module.use_nested_tensor = False
+            undo.callback(_set, module, True)
+            _set(module, False)
 
 
 def switched_on_again(model: nn.Module) -> Callable[[], None]:
@@ -29,10 +30,29 @@ def switched_on_again(model: nn.Module) -> Callable[[], None]:
     return partial(_switch_on, _nesting(model))
 
 
-def _switch_on(encoders: list[nn.TransformerEncoder]) -> None:
+def switch_on(model: nn.Module, undo: ExitStack) -> None:
+    """Let encoders make nested tensors again that did before they held chains."""
+    for module in (m for m in model.modules() if _OFF in vars(m)):
+        undo.callback(_set, module, False)
+        _switch_on([module])
+
+
+def _switch_on(encoders: Sequence[nn.Module]) -> None:
     for module in encoders:
         if not any(isinstance(part, Chain) for part in module.modules()):
-            module.use_nested_tensor = True
+            _set(module, True)
+
+
+# What tells that an encoder made nested tensors before, also in a copy of it.
+_OFF = "_nested_before_chains"
+
+
+def _set(module: Any, nested: bool) -> None:
+    module.use_nested_tensor = nested
+    if nested:
+        vars(module).pop(_OFF, None)
+    else:
+        vars(module)[_OFF] = True
 
 
 def _nesting(model: nn.Module) -> list[nn.TransformerEncoder]:

@@ -6,9 +6,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
 
-from tdecomp.layers.chain import Chain
-
-Replacements = Mapping[nn.Module, Chain]
+Replacements = Mapping[nn.Module, nn.Module]
 
 
 def as_optimizers(optimizers: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

@@ -46,6 +46,10 @@ class Reasons:
                 return "depthwise: each of its filters sees a single channel already"
         return reason
 
+    def of_stage(self, stage: nn.Module) -> str | None:
+        """The reason that a layer in a chain gives by itself, or by a parameter it shares."""
+        return _own_reason(stage) or self._tie(stage)
+
     def _tie(self, module: nn.Module) -> str | None:
         """Whether it shares memory with another module's parameter."""
         for name, parameter in module.named_parameters(recurse=False):

@@ -54,7 +54,7 @@ def find_sites(model: nn.Module, filters: Filters | None = None, example: Any = 
     pass of it, in which further reasons may show. A ValueError for a model without layers, wrapped,
     or that rejects the example.
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     rows = weights_of(model)
     if not any(is_layer(row.module) for row in rows):
         raise ValueError(
@@ -114,7 +114,8 @@ def check_weight(site: Site) -> None:
             )
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise an error for what is no module, or stands around the one whose layers are meant."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     parallel = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")

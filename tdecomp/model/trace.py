@@ -108,6 +108,10 @@ class Reads(TorchFunctionMode, Generic[Owner]):
             self.look_at(_flat((args, kwargs or {})))
         return func(*args, **(kwargs or {}))
 
+    def add(self, owner: Owner, tensor: Tensor) -> None:
+        """Watch another tensor, which has to live as long as this does."""
+        self._owners[id(tensor)] = owner
+
     def look_at(self, values: Iterable[Any]) -> None:
         """Call `read` for those that are among the tensors."""
         for value in values:

@@ -24,6 +24,7 @@ from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.left_alone import largest_left_alone
+from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
 from tdecomp.progress import SILENT, Progress
@@ -133,7 +134,7 @@ def make_plan(
         # Round-off may lift the bound a little above what is lost, or drop it below 0.
         loss = ExpectedLoss(lost, min(max(chosen.least_loss, 0.0), lost))
     methods = {method.name: method for method in request.methods}
-    notes = data_notes(rows, moments)
+    notes = (*data_notes(rows, moments), *model_notes(model, rows))
     plan = Plan(rows, rest, methods, chosen.speed, loss, notes)
     return Planned(plan, found, moments, fits)
 

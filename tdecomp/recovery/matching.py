@@ -13,7 +13,7 @@ from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.estimate import helps
 from tdecomp.calibration.moments import LayerMoments, is_widest
-from tdecomp.decomposers.assemble import factors_of_chain, write_factors
+from tdecomp.decomposers.assemble import write_factors
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.layers.patches import channels_last, dense
@@ -159,7 +159,7 @@ class Match:
         """
         chain, method = self._layer.chain, self._layer.chain.decomposer
         assert method is not None
-        before = factors_of_chain(chain, method)
+        before = method.factors_in(chain)
         assert before is not None
         blocks = method.output_blocks(self._layer.spec)
         # Factors that no matrix can be multiplied into are fitted to the outputs as they are.

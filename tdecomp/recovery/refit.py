@@ -19,7 +19,6 @@ from tdecomp.calibration.calibrate import unwatched
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.memory import freed_at_once
-from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.lookup_chain import HeadChain
@@ -192,7 +191,7 @@ def _why_not(layer: ReplacedLayer, calls: int) -> str | None:
     if not method.uses_moments:
         return f"{method.name} uses no moments"
     with full_precision(device_of(layer.chain)):
-        known = factors_of_chain(layer.chain, method)
+        known = method.factors_in(layer.chain)
     return None if known else f"{method.name} cannot tell the factors of its chain"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdecomp.decomposers.assemble import assemble, empty_chain, factors_of_chain
+from tdecomp.decomposers.assemble import assemble, empty_chain
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import factorize, spectra_of
 from tdecomp.layers.chain import Chain
@@ -514,9 +514,21 @@ class DecomposerCase:
                 rank = self.ranks(spec)[0]
                 factorization = factorize(self.decomposer, layer.weight, spec, rank)
                 chain = assemble(layer, self.decomposer, rank, factorization)
-                again = factors_of_chain(chain, self.decomposer)
+                again = self.decomposer.factors_in(chain)
                 assert (again.spec, len(again.groups)) == (spec, spec.groups)
                 assert torch.equal(again.to_kernel(), factorization.to_kernel())
+
+    def test_a_chain_becomes_the_layer_again(self):
+        for geometry in self.taken():
+            with case(geometry):
+                layer, spec = geometry.layer(), geometry.spec
+                rank = self.ranks(spec)[0]
+                factorization = factorize(self.decomposer, layer.weight, spec, rank)
+                chain = assemble(layer, self.decomposer, rank, factorization)
+                again, x = chain.to_layer(), geometry.input(2)
+                assert type(again) is type(layer)
+                assert LayerSpec.of(again) == spec
+                torch.testing.assert_close(again(x), chain(x))
 
     # -- estimates ------------------------------------------------------------------------------
 

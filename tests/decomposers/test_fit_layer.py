@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers.assemble import assemble, factors_of_chain
+from tdecomp.decomposers.assemble import assemble
 from tdecomp.decomposers.fit_layer import factorize, fit_layer, relative_error
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
@@ -47,7 +47,7 @@ def test_its_errors_are_those_of_the_chain(method):
     spec, decomposer, rank = LayerSpec.of(layer), get_decomposer(method), rank_of(method, 4)
     fitted = fit_layer(layer.weight, spec, decomposer, rank, moments)
     chain = assemble(layer, decomposer, rank, fitted.factors, fitted.shift)
-    kernel = factors_of_chain(chain, decomposer).to_kernel()
+    kernel = decomposer.factors_in(chain).to_kernel()
     assert fitted.weight_error == pytest.approx(relative_error(layer.weight, kernel), rel=1e-4)
     x = torch.randn(64, 8, 6, 6)
     with torch.no_grad():

@@ -11,7 +11,6 @@ from torch import nn
 import tdecomp
 from tdecomp.calibration.calibrate import calibrate
 from tdecomp.calibration.moments import LayerMoments
-from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.fit_layer import fit_layer
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
@@ -137,7 +136,7 @@ def test_data_lowers_the_output_error(method):
 
 
 def _kernel(chain):
-    return factors_of_chain(chain, chain.decomposer).to_kernel()
+    return chain.decomposer.factors_in(chain).to_kernel()
 
 
 def test_batches_and_their_moments_give_the_same():
@@ -356,7 +355,7 @@ def test_fine_tuning_of_chains_fitted_to_data_is_stable(method):
 
 
 def _factors(chain):
-    return factors_of_chain(chain, chain.decomposer).groups
+    return chain.decomposer.factors_in(chain).groups
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,8 +19,8 @@ _BLOCK = re.compile(
     r"(?:\n(?P=indent)```text(?P<title>.*?)\n(?P<shown>.*?)^(?P=indent)```)?",
     re.M | re.S,
 )
-# What needs torchvision: transformers and timm import it.
-_TORCHVISION = re.compile(r"\b(import|from) (torchvision|transformers|timm)\b")
+# What needs torchvision: transformers, timm and peft import it.
+_TORCHVISION = re.compile(r"\b(import|from) (torchvision|transformers|timm|peft)\b")
 
 
 @dataclass(frozen=True)

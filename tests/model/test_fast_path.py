@@ -72,6 +72,16 @@ def test_moments_and_recovery_take_padded_batches():
     assert all(row.output_error is not None for row in result.report)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_recomposing_switches_them_on_again(inplace):
+    small = tdecomp.decompose(encoder(), "svd", rank=4, **QUIET).model
+    whole = tdecomp.recompose(small, inplace=inplace)
+    assert whole.use_nested_tensor
+    assert type(whole.layers[0].self_attn) is nn.MultiheadAttention
+    assert small.use_nested_tensor == inplace
+    close(whole, small)
+
+
 def test_the_report_says_what_it_costs():
     def note(**options):
         summary = str(tdecomp.decompose(encoder(), "svd", rank=4, **options, **QUIET).report)

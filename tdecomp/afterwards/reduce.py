@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from tdecomp.afterwards.recompose import layer_of
 from tdecomp.calibration.calibrate import calibrate_layers, watchable
 from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
-from tdecomp.decomposers.assemble import factors_of_chain
-from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.cost import total
 from tdecomp.loss_curves.offers import offer_ranks
@@ -30,7 +29,7 @@ from tdecomp.ranks.base import Candidate, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer, Fixed, exceeds
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.result import Decomposition
-from tdecomp.torch_state import full_precision, restoring
+from tdecomp.torch_state import restoring
 
 
 def reduce_ranks(
@@ -143,24 +142,7 @@ def _chains(model: nn.Module, plan: Plan) -> dict[str, Chain]:
 
 def _site(chain: Chain, row: Row) -> Site:
     """A layer with the kernel and the bias that the chain stands for."""
-    method: Decomposer = chain.decomposer
-    spec, first = chain.replaced, next(chain.parameters())
-    assert spec is not None
-    with full_precision(first.device):
-        factors = factors_of_chain(chain, method)
-        if factors is None:
-            raise ValueError(
-                f"layer {row.name!r}: {method.name} cannot tell the factors of its chain; "
-                "expected a method that defines factors_of"
-            )
-        layer = spec.build(first.device, first.dtype)
-        layer.get_parameter("weight").copy_(factors.to_kernel())
-        bias = getattr(layer, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            assert isinstance(chain[-1].bias, Tensor)
-            bias.copy_(chain[-1].bias).requires_grad_(chain[-1].bias.requires_grad)
-    layer.get_parameter("weight").requires_grad_(first.requires_grad)
-    return Site(row.names, layer.train(chain.training), row.layer, calls=row.calls)
+    return Site(row.names, layer_of(row.name, chain), row.layer, calls=row.calls)
 
 
 def _grouped(sites: dict[str, Site], plan: Plan) -> dict[str, Site]:

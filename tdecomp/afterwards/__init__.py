@@ -1,0 +1,1 @@
+"""What is done with a model that is decomposed: other ranks, layers again, adapters."""
