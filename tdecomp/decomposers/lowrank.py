@@ -21,6 +21,16 @@ class LowRank(SVD):
 
     Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and
     Detection": the chain in section 3.1, the fit to data in equations 4 to 6.
+
+    Parameters
+    ----------
+    orthogonal : bool
+        As for `SVD`: orthonormal rows of the first layer's kernel as a matrix (rank, S · K · K).
+
+    Raises
+    ------
+    TypeError
+        If `orthogonal` is neither True nor False.
     """
 
     name = "lowrank"

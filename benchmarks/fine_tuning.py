@@ -1,0 +1,166 @@
+"""Which rates, schedules and weight decay suit factors: fine-tuning with labels by plain Adam.
+
+ResNet-20 decomposed by each method at shares of its MACs, fitted to its weights or to unlabelled
+training images, then trained for some steps without clipping gradients or changing images. Rows of
+the original are the same training from its own weights. `svd` takes the Linear layer alone, which
+gets the share of its own MACs. Accuracy is that on all validation images.
+
+    python -m benchmarks.fine_tuning --weights FILE --data FOLDER
+
+A few lines quickly: --methods cp --shares 0.25 --fitted data --rates 1e-3 --schedules constant.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import tdecomp
+from benchmarks.support.data import Dataset, image_folder
+from benchmarks.support.factor_training import DECAYS, SCHEDULES, Losses, Training, train
+from benchmarks.support.machine import describe_machine, describe_versions
+from benchmarks.support.models import input_format, load_model
+from benchmarks.support.training import accuracy
+
+NETWORK, ORIGINAL = "resnet20", "original"
+METHODS = ("svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable")
+SHARES, FITTED = (0.5, 0.25), ("weights", "data")
+RATES = (1e-4, 1e-3, 1e-2)
+_UNLABELLED = 1024
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network to fine-tune; the original where there is no method."""
+
+    method: str = ORIGINAL
+    share: float = 1.0
+    fitted: str = ""
+
+    def build(self, model: nn.Module, example: Tensor, moments: tdecomp.Moments) -> nn.Module:
+        """The network, apart from the model."""
+        if self.method == ORIGINAL:
+            return copy.deepcopy(model)
+        alone = self.method == "svd"
+        rank = tdecomp.Ratio(self.share, of="macs") if alone else tdecomp.Budget(macs=self.share)
+        options: dict[str, Any] = {"data": moments} if self.fitted == "data" else {}
+        methods = ["svd"] if alone else [self.method, "svd"]
+        return tdecomp.decompose(
+            model, methods, rank=rank, example_inputs=example, progress=False, **options
+        ).model
+
+
+@dataclass(frozen=True)
+class Result:
+    """A network before and after a training."""
+
+    start: Start
+    training: Training
+    before: float
+    after: float
+    losses: Losses
+
+
+def measure(
+    model: nn.Module,
+    data: Dataset,
+    starts: Sequence[Start],
+    trainings: Sequence[Training],
+    seed: int,
+) -> Iterator[Result]:
+    """Each network through each training."""
+    batches = data.train.unlabelled(_UNLABELLED, 128, seed)
+    moments = tdecomp.calibrate(model, batches, progress=False)
+    for start in starts:
+        network = start.build(model, batches[0][:1], moments)
+        before = accuracy(network, data.val)
+        for training in trainings:
+            trained = copy.deepcopy(network)
+            losses = train(trained, data.train, training, seed)
+            yield Result(start, training, before, accuracy(trained, data.val), losses)
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line for each network and training."""
+    rows = []
+    for result in results:
+        start, training, losses = result.start, result.training, result.losses
+        decay = training.decay if training.decay == "none" else f"{training.strength:g} of the "
+        rows.append(
+            [
+                start.method,
+                start.share,
+                start.fitted,
+                f"{training.rate:g}",
+                training.schedule,
+                decay if training.decay == "none" else f"{decay}{training.decay}",
+                training.steps,
+                f"{100 * result.before:.2f}",
+                f"{100 * result.after:.2f}",
+                f"{losses.last:.3f}",
+                f"{losses.largest:.3f}",
+            ]
+        )
+    headers = [
+        "method", "MACs", "fitted to", "rate", "schedule", "weight decay", "steps",
+        "accuracy\nbefore", "accuracy\nafter", "loss,\nlast steps", "loss,\nlargest",
+    ]  # fmt: skip
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m benchmarks.fine_tuning` with these command-line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fine_tuning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", required=True, metavar="FILE", help="of a ResNet-20")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="FOLDER/train and FOLDER/val"
+    )
+    parser.add_argument("--methods", nargs="+", default=(ORIGINAL, *METHODS))
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the MACs")
+    parser.add_argument("--fitted", nargs="+", choices=FITTED, default=FITTED)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    parser.add_argument("--decays", nargs="+", choices=tuple(DECAYS), default=("none",))
+    parser.add_argument("--strength", type=float, default=5e-4, help="of the weight decay")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0, help="draws images and batches")
+    options = parser.parse_args(arguments)
+    starts = dict.fromkeys(
+        Start() if method == ORIGINAL else Start(method, share, fitted)
+        for method, share, fitted in product(options.methods, options.shares, options.fitted)
+    )
+    trainings = [
+        Training(rate, schedule, decay, options.strength, options.steps, options.batch_size)
+        for rate, schedule, decay in product(options.rates, options.schedules, options.decays)
+    ]
+    try:
+        model = load_model(NETWORK, options.weights)
+        data = image_folder(options.data, input_format(NETWORK))
+    except ValueError as error:
+        parser.error(str(error))
+    results: list[Result] = []
+    for result in measure(model, data, list(starts), trainings, options.seed):
+        results.append(result)
+        print(table([result]).splitlines()[-1], flush=True)
+    machine = describe_machine()
+    print(f"\n{table(results)}\n")
+    print(
+        f"* {NETWORK} on {data.title}, {len(data.val)} images to judge by; plain Adam, batches of "
+        f"{options.batch_size}, seed {options.seed}; losses without the weight decay"
+    )
+    print(f"* {machine['torch_threads']} threads of {machine['cpu']}; {describe_versions()}")
+
+
+if __name__ == "__main__":
+    main()
