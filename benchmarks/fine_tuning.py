@@ -3,7 +3,7 @@
 ResNet-20 decomposed by each method at shares of its MACs, fitted to its weights or to unlabelled
 training images, then trained for some steps without clipping gradients or changing images. Rows of
 the original are the same training from its own weights. `svd` takes the Linear layer alone, which
-gets the share of its own MACs. Accuracy is that on all validation images.
+gets the share of its own MACs.
 
     python -m benchmarks.fine_tuning --weights FILE --data FOLDER
 
@@ -134,11 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--strength", type=float, default=5e-4, help="of the weight decay")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--val-images", type=int, help="to judge by (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="draws images and batches")
     options = parser.parse_args(arguments)
     starts = dict.fromkeys(
         Start() if method == ORIGINAL else Start(method, share, fitted)
-        for method, share, fitted in product(options.methods, options.shares, options.fitted)
+        for share, fitted, method in product(options.shares, options.fitted, options.methods)
     )
     trainings = [
         Training(rate, schedule, decay, options.strength, options.steps, options.batch_size)
@@ -146,7 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     try:
         model = load_model(NETWORK, options.weights)
-        data = image_folder(options.data, input_format(NETWORK))
+        data = image_folder(
+            options.data,
+            input_format(NETWORK),
+            train_images=max(options.steps * options.batch_size, _UNLABELLED),
+            val_images=options.val_images,
+            seed=options.seed,
+        )
     except ValueError as error:
         parser.error(str(error))
     results: list[Result] = []
