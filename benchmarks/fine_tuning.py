@@ -1,9 +1,8 @@
 """Which rates, schedules and weight decay suit factors: fine-tuning with labels by plain Adam.
 
-ResNet-20 decomposed by each method at shares of its MACs, fitted to its weights or to unlabelled
-training images, then trained for some steps without clipping gradients or changing images. Rows of
-the original are the same training from its own weights. `svd` takes the Linear layer alone, which
-gets the share of its own MACs.
+Each layer of a ResNet-20 gets a share of its MACs, by one method (`svd` takes the Linear
+layer alone), fitted to its weights or to unlabelled training images. Then all is trained for some steps, without
+clipping gradients or changing images. Rows of the original are the same training from its weights.
 
     python -m benchmarks.fine_tuning --weights FILE --data FOLDER
 
@@ -47,10 +46,9 @@ class Start:
         """The network, apart from the model."""
         if self.method == ORIGINAL:
             return copy.deepcopy(model)
-        alone = self.method == "svd"
-        rank = tdecomp.Ratio(self.share, of="macs") if alone else tdecomp.Budget(macs=self.share)
         options: dict[str, Any] = {"data": moments} if self.fitted == "data" else {}
-        methods = ["svd"] if alone else [self.method, "svd"]
+        methods = list(dict.fromkeys((self.method, "svd")))
+        rank = tdecomp.Ratio(self.share, of="macs")
         return tdecomp.decompose(
             model, methods, rank=rank, example_inputs=example, progress=False, **options
         ).model
@@ -129,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the MACs")
     parser.add_argument("--fitted", nargs="+", choices=FITTED, default=FITTED)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    schedules = tuple(SCHEDULES)
+    parser.add_argument("--schedules", nargs="+", choices=schedules, default=schedules)
     parser.add_argument("--decays", nargs="+", choices=tuple(DECAYS), default=("none",))
     parser.add_argument("--strength", type=float, default=5e-4, help="of the weight decay")
     parser.add_argument("--steps", type=int, default=200)

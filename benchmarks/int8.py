@@ -34,6 +34,11 @@ NETWORK = "resnet20"
 # The parameters that are left before weights are rounded to int8.
 SHARES = (0.5, 0.25)
 _BATCH = 128
+RECOVERIES: dict[str, Callable[..., tdecomp.Recovery]] = {
+    "refit": tdecomp.refit,
+    "reconstruct": tdecomp.reconstruct,
+    "distill": tdecomp.distill,
+}
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,19 @@ def measure(subject: Subject, shares: Sequence[float], recover: Sequence[str]) -
         print(subject.name, results[-1], flush=True)
         return size
 
+    quiet: dict[str, Any] = {"progress": False}
+    moments = tdecomp.calibrate(subject.model, subject.data, **quiet)
+
     def factors(share: float) -> nn.Module:
-        options: dict[str, Any] = {"recover": list(recover), "data": subject.data}
-        example = subject.data.batches[0][:1]
-        return tdecomp.decompose(
-            subject.model, subject.methods, rank=tdecomp.Budget(params=share),
-            example_inputs=example, progress=False, **options,
-        ).model  # fmt: skip
+        budget, example = tdecomp.Budget(params=share), subject.data.batches[0][:1]
+        plan = tdecomp.plan(
+            subject.model, subject.methods, rank=budget, example_inputs=example, data=moments,
+            **quiet,
+        )  # fmt: skip
+        network = tdecomp.apply(subject.model, plan, data=moments, **quiet).model
+        for step in recover:
+            network = RECOVERIES[step](network, subject.model, subject.data, **quiet).model
+        return network
 
     add(0, "float32", subject.model)
     size = add(1, "int8", *subject.int8(subject.model))
@@ -155,9 +166,7 @@ def table(subject: Subject, results: Sequence[Result]) -> str:
                 result.weights,
                 f"{result.size:,}",
                 f"{result.size / whole:.3f}",
-                f"{result.measure:.2f}"
-                if subject.measure == "accuracy"
-                else f"{result.measure:.4f}",
+                format(result.measure, subject.style),
                 f"{result.lost:.4f}",
             ]
         )
@@ -176,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", metavar="FILE", help="of a ResNet-20; left out, only the text")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="FOLDER/train and FOLDER/val")
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="before rounding")
-    parser.add_argument("--recover", nargs="*", default=("refit",), help="steps (default: refit)")
+    parser.add_argument("--recover", nargs="*", choices=tuple(RECOVERIES), default=["refit"])
     parser.add_argument("--images", type=int, default=1024, help="unlabelled (default: 1024)")
     parser.add_argument("--pieces", type=int, default=512, help="of text (default: 512)")
     parser.add_argument("--val-pieces", type=int, help="of text to judge by (default: all)")

@@ -54,7 +54,7 @@ def train(model: nn.Module, split: Split, training: Training, seed: int = 0) -> 
     # Nothing but the time depends on it: on a CPU depthwise convolutions take half as long.
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=training.rate)
-    rate_at = torch.optim.lr_scheduler.LambdaLR(optimizer, _SCHEDULES[training.schedule](training))
+    rate_at = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[training.schedule](training))
     penalty, losses = DECAYS[training.decay], []
     for x, y in split.shuffled(training.batch_size, training.steps, seed):
         optimizer.zero_grad(set_to_none=True)
@@ -80,11 +80,10 @@ def _one_cycle(training: Training) -> Callable[[int], float]:
     return share
 
 
-_SCHEDULES: Mapping[str, Callable[[Training], Callable[[int], float]]] = {
+SCHEDULES: Mapping[str, Callable[[Training], Callable[[int], float]]] = {
     CONSTANT: lambda _: lambda _step: 1.0,
     ONE_CYCLE: _one_cycle,
 }
-SCHEDULES = tuple(_SCHEDULES)
 
 
 def _no_decay(model: nn.Module, strength: float) -> Tensor:

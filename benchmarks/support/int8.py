@@ -71,11 +71,9 @@ def stored_bytes(model: nn.Module) -> int:
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors in one that wraps others."""
-    names = getattr(tensor, "tensor_data_names", None)
-    if names is None and hasattr(type(tensor), "__tensor_flatten__"):
-        names = type(tensor).__tensor_flatten__(tensor)[0]
-    if not names:
+    if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
+    names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from _parts(getattr(tensor, name))
