@@ -1,8 +1,9 @@
 """Which rates, schedules and weight decay suit factors: fine-tuning with labels by plain Adam.
 
-Each layer of a ResNet-20 gets a share of its MACs, by one method (`svd` takes the Linear
-layer alone), fitted to its weights or to unlabelled training images. Then all is trained for some steps, without
-clipping gradients or changing images. Rows of the original are the same training from its weights.
+Each layer of a ResNet-20 gets a share of its MACs, by one method (`svd` takes the Linear layer
+alone), fitted to its weights or to unlabelled training images. Then all is trained for some steps,
+without clipping gradients or changing images. Rows of the original are the same training from its
+own weights.
 
     python -m benchmarks.fine_tuning --weights FILE --data FOLDER
 

@@ -34,6 +34,7 @@ def test_rounded_weights_are_whole_multiples_of_a_scale_for_each_output(bits):
 
 
 def test_bytes_of_torchaos_tensors_are_those_of_their_parts():
+    pytest.importorskip("torchao")
     model = nn.Linear(64, 32)
     quantized = int8_by_torchao(model)
     assert quantized.weight.shape == model.weight.shape
@@ -86,6 +87,7 @@ def test_original_stands_alone_in_the_table():
 
 @pytest.mark.slow
 def test_the_command_prints_a_table_of_the_transformer(capsys):
+    pytest.importorskip("torchao")
     main(["--pieces", "8", "--val-pieces", "8", "--shares", "0.5", "--recover"])
     out = capsys.readouterr().out
     assert "transformer, docstrings:" in out

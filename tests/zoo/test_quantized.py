@@ -13,6 +13,7 @@ from tdecomp.model.example import Example
 from tests.zoo.of_transformers import MODELS
 
 pytestmark = pytest.mark.slow
+pytest.importorskip("torchao")
 
 NAMES = ["bert", "gpt2", "llama", "vit"]
 # The share of the outputs' norm that rounding to int8 may take.
