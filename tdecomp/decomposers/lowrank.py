@@ -22,15 +22,8 @@ class LowRank(SVD):
     Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and
     Detection": the chain in section 3.1, the fit to data in equations 4 to 6.
 
-    Parameters
-    ----------
-    orthogonal : bool
-        As for `SVD`: orthonormal rows of the first layer's kernel as a matrix (rank, S · K · K).
-
-    Raises
-    ------
-    TypeError
-        If `orthogonal` is neither True nor False.
+    Its parameter is that of `SVD`: with `orthogonal=True` the rows of the first layer's kernel as a
+    matrix (rank, S · K · K) are orthonormal.
     """
 
     name = "lowrank"
