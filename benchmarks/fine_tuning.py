@@ -1,9 +1,10 @@
 """Which rates, schedules and weight decay suit factors: fine-tuning with labels by plain Adam.
 
-Each layer of a ResNet-20 gets a share of its MACs, by one method (`svd` takes the Linear layer
-alone), fitted to its weights or to unlabelled training images. Then all is trained for some steps,
-without clipping gradients or changing images. Rows of the original are the same training from its
-own weights.
+A ResNet-20 gets a share of its MACs by one budget and one method, fitted to its weights or to
+unlabelled training images (`svd` takes the Linear layer alone, which gets this share of its own).
+Then all is trained for some steps, without clipping gradients or changing images. Rows of the
+original are the same training from its own weights. Without a file of weights it is the small VGG
+on digits that ships with the benchmarks.
 
     python -m benchmarks.fine_tuning --weights FILE --data FOLDER
 
@@ -22,13 +23,20 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import tdecomp
-from benchmarks.support.data import Dataset, image_folder
-from benchmarks.support.factor_training import DECAYS, SCHEDULES, Losses, Training, train
+from benchmarks.support.data import Dataset, digits, image_folder
+from benchmarks.support.factor_training import (
+    DECAYS,
+    SCHEDULES,
+    Judged,
+    Losses,
+    Training,
+    judge,
+    train,
+)
 from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.models import input_format, load_model
-from benchmarks.support.training import accuracy
 
-NETWORK, ORIGINAL = "resnet20", "original"
+NETWORK, SMALL, ORIGINAL = "resnet20", "digits_vgg", "original"
 METHODS = ("svd", "lowrank", "spatial", "tucker2", "cp", "cp-separable")
 SHARES, FITTED = (0.5, 0.25), ("weights", "data")
 RATES = (1e-4, 1e-3, 1e-2)
@@ -48,8 +56,9 @@ class Start:
         if self.method == ORIGINAL:
             return copy.deepcopy(model)
         options: dict[str, Any] = {"data": moments} if self.fitted == "data" else {}
+        alone = self.method == "svd"  # one method for Linear layers reaches no share of a ConvNet's
         methods = list(dict.fromkeys((self.method, "svd")))
-        rank = tdecomp.Ratio(self.share, of="macs")
+        rank = tdecomp.Ratio(self.share, of="macs") if alone else tdecomp.Budget(macs=self.share)
         return tdecomp.decompose(
             model, methods, rank=rank, example_inputs=example, progress=False, **options
         ).model
@@ -61,8 +70,8 @@ class Result:
 
     start: Start
     training: Training
-    before: float
-    after: float
+    before: Judged
+    after: Judged
     losses: Losses
 
 
@@ -78,11 +87,11 @@ def measure(
     moments = tdecomp.calibrate(model, batches, progress=False)
     for start in starts:
         network = start.build(model, batches[0][:1], moments)
-        before = accuracy(network, data.val)
+        before = judge(network, data.val)
         for training in trainings:
             trained = copy.deepcopy(network)
             losses = train(trained, data.train, training, seed)
-            yield Result(start, training, before, accuracy(trained, data.val), losses)
+            yield Result(start, training, before, judge(trained, data.val), losses)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -100,17 +109,32 @@ def table(results: Sequence[Result]) -> str:
                 training.schedule,
                 decay if training.decay == "none" else f"{decay}{training.decay}",
                 training.steps,
-                f"{100 * result.before:.2f}",
-                f"{100 * result.after:.2f}",
+                f"{100 * result.before.accuracy:.2f}",
+                f"{100 * result.after.accuracy:.2f}",
+                f"{result.after.loss:.3f}",
                 f"{losses.last:.3f}",
                 f"{losses.largest:.3f}",
             ]
         )
     headers = [
         "method", "MACs", "fitted to", "rate", "schedule", "weight decay", "steps",
-        "accuracy\nbefore", "accuracy\nafter", "loss,\nlast steps", "loss,\nlargest",
+        "accuracy\nbefore", "accuracy\nafter", "loss\nafter", "in training,\nlast steps",
+        "in training,\nlargest",
     ]  # fmt: skip
     return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _subject(options: argparse.Namespace) -> tuple[nn.Module, Dataset]:
+    """The trained network, and as many images as are trained on."""
+    if options.weights is None:
+        return load_model(SMALL), digits()
+    return load_model(NETWORK, options.weights), image_folder(
+        options.data,
+        input_format(NETWORK),
+        train_images=max(options.steps * options.batch_size, _UNLABELLED),
+        val_images=options.val_images,
+        seed=options.seed,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,10 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--weights", required=True, metavar="FILE", help="of a ResNet-20")
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="FOLDER", help="FOLDER/train and FOLDER/val"
-    )
+    parser.add_argument("--weights", metavar="FILE", help="of a ResNet-20")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="FOLDER/train and FOLDER/val")
     parser.add_argument("--methods", nargs="+", default=(ORIGINAL, *METHODS))
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the MACs")
     parser.add_argument("--fitted", nargs="+", choices=FITTED, default=FITTED)
@@ -145,15 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Training(rate, schedule, decay, options.strength, options.steps, options.batch_size)
         for rate, schedule, decay in product(options.rates, options.schedules, options.decays)
     ]
+    if (options.weights is None) != (options.data is None):
+        parser.error("expected --weights and --data together, or neither")
     try:
-        model = load_model(NETWORK, options.weights)
-        data = image_folder(
-            options.data,
-            input_format(NETWORK),
-            train_images=max(options.steps * options.batch_size, _UNLABELLED),
-            val_images=options.val_images,
-            seed=options.seed,
-        )
+        model, data = _subject(options)
     except ValueError as error:
         parser.error(str(error))
     results: list[Result] = []
@@ -163,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = describe_machine()
     print(f"\n{table(results)}\n")
     print(
-        f"* {NETWORK} on {data.title}, {len(data.val)} images to judge by; plain Adam, batches of "
-        f"{options.batch_size}, seed {options.seed}; losses without the weight decay"
+        f"* {type(model).__name__} on {data.title}, {len(data.val)} images to judge by; "
+        f"plain Adam, batches of {options.batch_size}, seed {options.seed}; losses without the weight decay"
     )
     print(f"* {machine['torch_threads']} threads of {machine['cpu']}; {describe_versions()}")
 

@@ -46,6 +46,26 @@ class Losses:
         return max(loss if math.isfinite(loss) else math.inf for loss in self.of_steps)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a network is worth on images that it was not trained on."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.inference_mode()
+def judge(model: nn.Module, split: Split, batch_size: int = 256) -> Judged:
+    """The share that the model labels right, and its mean cross-entropy, in eval mode."""
+    model.eval()
+    right = loss = 0.0
+    for x, y in split.in_order(batch_size):
+        logits = model(x)
+        right += float((logits.argmax(1) == y).sum())
+        loss += float(functional.cross_entropy(logits, y, reduction="sum"))
+    return Judged(right / len(split), loss / len(split))
+
+
 def train(model: nn.Module, split: Split, training: Training, seed: int = 0) -> Losses:
     """Train the model in place, and leave it in eval mode.
 

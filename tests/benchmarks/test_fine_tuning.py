@@ -74,6 +74,8 @@ def test_the_command_prints_a_line_for_each_training(folder, tmp_path, capsys):
     assert len(rows) == 8  # as they are found, and in the table
     assert rows[-1][:4] == ["svd", "0.5", "data", "0.001"]
     assert "0.0005 of the product" in "\n".join(lines)
+    main([*networks, *trainings, "--steps", "2"])
+    assert "* DigitsVGG on handwritten digits, 540 images" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--weights", "nowhere.safetensors", "--data", str(folder)])
     assert "no weights file" in capsys.readouterr().err
