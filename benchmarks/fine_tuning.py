@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{table(results)}\n")
     print(
         f"* {type(model).__name__} on {data.title}, {len(data.val)} images to judge by; "
-        f"plain Adam, batches of {options.batch_size}, seed {options.seed}; losses without the weight decay"
+        f"plain Adam, batches of {options.batch_size}, seed {options.seed}; "
+        "losses without the weight decay"
     )
     print(f"* {machine['torch_threads']} threads of {machine['cpu']}; {describe_versions()}")
 
