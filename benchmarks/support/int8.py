@@ -1,6 +1,7 @@
 """Weights in whole numbers of a few bits, and the bytes that a model takes to store."""
 
 import copy
+import importlib
 import warnings
 from collections.abc import Iterator
 from itertools import chain
@@ -32,7 +33,7 @@ def rounded(model: nn.Module, bits: int) -> tuple[nn.Module, int]:
                 quant_max=largest,
             )
             observer(weight.detach())
-            scale, zero = observer.calculate_qparams()  # type: ignore[no-untyped-call]
+            scale, zero = observer.calculate_qparams()
             with torch.no_grad():
                 weight.copy_(
                     torch.fake_quantize_per_channel_affine(
@@ -45,13 +46,10 @@ def rounded(model: nn.Module, bits: int) -> tuple[nn.Module, int]:
 
 def int8_by_torchao(model: nn.Module) -> nn.Module:
     """A copy whose Linear layers hold int8 weights with a scale for each output."""
-    from torchao.quantization import (  # an extra, which takes seconds to import
-        Int8WeightOnlyConfig,
-        quantize_,
-    )
-
+    # Not installed with the benchmarks, and its import takes seconds.
+    torchao = importlib.import_module("torchao.quantization")
     twin = copy.deepcopy(model)
-    quantize_(twin, Int8WeightOnlyConfig())
+    torchao.quantize_(twin, torchao.Int8WeightOnlyConfig())
     return twin
 
 
@@ -60,7 +58,8 @@ def int8_dynamic(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():  # that torchao is going to take its place
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=UserWarning, message=".*quantized tensor")
-        return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        quantized: nn.Module = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        return quantized
 
 
 def stored_bytes(model: nn.Module) -> int:
