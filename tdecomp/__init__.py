@@ -53,6 +53,7 @@ from tdecomp.ranks.output_variance import OutputVariance
 from tdecomp.ranks.ratio import Ratio
 from tdecomp.ranks.vbmf import VBMF
 from tdecomp.recovery.batchnorm import RecalibrateBatchnorm, recalibrate_batchnorm
+from tdecomp.recovery.decay import factor_decay
 from tdecomp.recovery.distill import Distill, distill
 from tdecomp.recovery.reconstruct import Reconstruct, reconstruct
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
@@ -116,6 +117,7 @@ __all__ = [
     "decompose",
     "distill",
     "draw",
+    "factor_decay",
     "flip_and_shift",
     "fuse_batchnorm",
     "load",

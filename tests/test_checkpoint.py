@@ -452,7 +452,8 @@ def test_custom_method(file):
     )
     assert {row.method for row in result.report} == {"mine", None}
     result.save(file)
-    assert header_of(file)["plan"]["methods"] == {"mine": {"sharpness": 2.5}}
+    options = {"orthogonal": False, "sharpness": 2.5}
+    assert header_of(file)["plan"]["methods"] == {"mine": options}
     assert_same(tdecomp.load(file, net(seed=5)), result.model, batch())
 
 

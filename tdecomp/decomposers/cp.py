@@ -53,6 +53,11 @@ class CPFactors(Factors):
         share = scale ** (1 / len(self.factors))
         return replace(self, factors=tuple(factor * share for factor in self.factors))
 
+    def squared_norm(self) -> Tensor:
+        # Kolda and Bader 2009, "Tensor Decompositions and Applications", section 3.4.
+        grams = torch.stack([factor.T @ factor for factor in self.factors])  # (modes, R, R)
+        return grams.prod(dim=0).sum()
+
     def component_norms(self) -> float:
         return component_norms(self.factors)
 

@@ -42,6 +42,13 @@ class Factors(ABC):
         """The same kernel, its norm shared out where a fit leaves it in one of the factors."""
         return self
 
+    def squared_norm(self) -> Tensor:
+        """The squared Frobenius norm of the kernel; `factor_decay` takes gradients through it.
+
+        A method overrides this where it needs no kernel, such as from small Gram matrices.
+        """
+        return self.to_kernel().square().sum()
+
     def component_norms(self) -> float | None:
         """The sum of the norms of the terms that add up to the kernel; None for other methods.
 
@@ -87,6 +94,11 @@ def better(kernel: Tensor, moment: SecondMoment, fitted: Factors, start: Factors
     matrix = kernel.flatten(1)
     lost = [moment.lost(matrix - factors.to_kernel().flatten(1)) for factors in (fitted, start)]
     return fitted if lost[0] <= lost[1] else start
+
+
+def squared_norm_of_product(left: Tensor, right: Tensor) -> Tensor:
+    """``‖left @ right‖²`` from the Gram matrices of the side that both share."""
+    return ((left.T @ left) * (right @ right.T)).sum()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

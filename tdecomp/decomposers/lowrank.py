@@ -21,6 +21,9 @@ class LowRank(SVD):
 
     Zhang et al. 2016, "Accelerating Very Deep Convolutional Networks for Classification and
     Detection": the chain in section 3.1, the fit to data in equations 4 to 6.
+
+    Its parameter is that of `SVD`: with `orthogonal=True` the rows of the first layer's kernel as a
+    matrix (rank, S · K · K) are orthonormal.
     """
 
     name = "lowrank"

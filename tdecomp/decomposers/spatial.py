@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.decomposers.base import Iterative
-from tdecomp.decomposers.factors import Factors
+from tdecomp.decomposers.factors import Factors, squared_norm_of_product
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.features import SpanFeatures
@@ -28,14 +28,22 @@ class SpatialFactors(Factors):
     horizontal: Tensor  # (out, rank, 1, kw)
 
     def to_kernel(self) -> Tensor:
-        rank, into, height, _ = self.vertical.shape
+        _, into, height, _ = self.vertical.shape
         out, width = self.horizontal.shape[0], self.horizontal.shape[3]
-        rows = self.horizontal.permute(0, 3, 1, 2).reshape(out * width, rank)
-        matrix = rows @ self.vertical.reshape(rank, into * height)  # (out · kw, in · kh)
+        rows, columns = self._matrices()
+        matrix = rows @ columns  # (out · kw, in · kh)
         return matrix.reshape(out, width, into, height).permute(0, 2, 3, 1)
 
     def stage_weights(self) -> tuple[Tensor, ...]:
         return self.vertical, self.horizontal
+
+    def squared_norm(self) -> Tensor:
+        return squared_norm_of_product(*self._matrices())
+
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """(out · kw, rank) and (rank, in · kh): the horizontal and the vertical factor."""
+        rank = len(self.vertical)
+        return self.horizontal.permute(0, 3, 1, 2).reshape(-1, rank), self.vertical.flatten(1)
 
     def scaled(self, scale: float) -> "SpatialFactors":
         return SpatialFactors(self.vertical * scale**0.5, self.horizontal * scale**0.5)

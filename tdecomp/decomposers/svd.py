@@ -3,18 +3,18 @@
 Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks", section 3.2.1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.factors import Factors
+from tdecomp.decomposers.factors import Factors, squared_norm_of_product
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment, leading_outputs, nested_losses
 from tdecomp.linalg.spectrum import tails
-from tdecomp.linalg.svd import truncated_svd
+from tdecomp.linalg.svd import svd, truncated_svd
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class LowRankFactors(Factors):
 
     first: Tensor  # (rank, in, *kernel)
     second: Tensor  # (out, rank)
+    orthogonal: bool = False  # whether the rows of the first stay orthonormal
 
     def to_kernel(self) -> Tensor:
         return (self.second @ self.first.flatten(1)).reshape(-1, *self.first.shape[1:])
@@ -31,8 +32,24 @@ class LowRankFactors(Factors):
         pointwise = self.second.reshape(*self.second.shape, *[1] * (self.first.dim() - 2))
         return self.first, pointwise
 
+    def squared_norm(self) -> Tensor:
+        return squared_norm_of_product(self.second, self.first.flatten(1))
+
     def scaled(self, scale: float) -> "LowRankFactors":
-        return LowRankFactors(self.first * scale**0.5, self.second * scale**0.5)
+        if self.orthogonal:
+            return replace(self, second=self.second * scale)
+        return replace(self, first=self.first * scale**0.5, second=self.second * scale**0.5)
+
+
+def _orthonormal(outputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The product ``outputs @ rows`` of orthonormal outputs, its norms all in the first factor.
+
+    (out, rank) with orthogonal columns, the longest first, and (rank, n) with orthonormal rows.
+    """
+    # Householder's reflections make orthonormal rows of rows that are zero or copies, too.
+    basis, triangle = torch.linalg.qr(rows.T)  # (n, rank), (rank, rank)
+    turn, s, vh = svd(triangle.T)
+    return outputs @ (turn * s), vh @ basis.T
 
 
 @dataclass(frozen=True)
@@ -47,11 +64,31 @@ class SVD(Decomposer):
     Denton et al. 2014, "Exploiting Linear Structure Within Convolutional Networks for Efficient
     Evaluation", section 3.2.1. The fit to data: Zhang et al. 2016, "Accelerating Very Deep
     Convolutional Networks for Classification and Detection", equations 4 to 6.
+
+    Parameters
+    ----------
+    orthogonal : bool
+        Fit a first layer with orthonormal rows (in each group, to the rounding of the dtype) and a
+        second with orthogonal columns, the longest first, in place of layers that share the norm.
+        The product is the same. Refitting keeps it; training moves it.
+
+    Raises
+    ------
+    TypeError
+        If `orthogonal` is neither True nor False.
     """
 
     name = "svd"
     source = "Denton et al. 2014"
     takes_lookups = True
+
+    orthogonal: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.orthogonal, bool):
+            raise TypeError(
+                f"{self.name}: expected orthogonal to be True or False, got {self.orthogonal!r}"
+            )
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return "svd takes Linear layers and 1×1 convolutions" if spec.kernel_volume > 1 else None
@@ -69,8 +106,10 @@ class SVD(Decomposer):
     ) -> LowRankFactors:
         del start, draft  # the closed form (Eckart and Young 1936) needs neither
         assert isinstance(rank, int)
-        # Both share the singular values, so that neither layer's gradients dwarf the other's.
         u, s, vh = truncated_svd(kernel.flatten(1), rank)
+        if self.orthogonal:
+            return self._orthogonal(u, s[:, None] * vh, kernel)
+        # Both share the singular values, so that neither layer's gradients dwarf the other's.
         root = s.sqrt()
         first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
         return _with_zeros_of(kernel, LowRankFactors(first, u * root))
@@ -88,10 +127,16 @@ class SVD(Decomposer):
         assert isinstance(rank, int)
         outputs = leading_outputs(kernel.flatten(1), moment, rank)  # (out, rank)
         first = outputs.T @ kernel.flatten(1)  # (rank, in · kernel)
+        if self.orthogonal:
+            return self._orthogonal(outputs, first, kernel)
         root = first.norm(dim=1).sqrt()
         first = first / torch.where(root > 0, root, 1.0)[:, None]
         found = LowRankFactors(first.reshape(-1, *kernel.shape[1:]), outputs * root)
         return _with_zeros_of(kernel, found)
+
+    def _orthogonal(self, outputs: Tensor, first: Tensor, kernel: Tensor) -> LowRankFactors:
+        second, rows = _orthonormal(outputs, first)
+        return LowRankFactors(rows.reshape(-1, *kernel.shape[1:]), second, orthogonal=True)
 
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
@@ -104,7 +149,7 @@ class SVD(Decomposer):
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> LowRankFactors:
         first, second = stage_weights
-        return LowRankFactors(first, second.flatten(1))
+        return LowRankFactors(first, second.flatten(1), self.orthogonal)
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         return (kernel.flatten(1),)

@@ -44,6 +44,10 @@ class Tucker2Factors(Factors):
         last = self.out.reshape(*self.out.shape, *ones)  # (out, R4, 1, 1)
         return first, self.core, last
 
+    def squared_norm(self) -> Tensor:
+        grams = [self.out.T @ self.out, self.into.T @ self.into]
+        return (self.core * mode_products(self.core, grams, modes=[0, 1])).sum()
+
     def scaled(self, scale: float) -> "Tucker2Factors":
         share = scale ** (1 / 3)
         return Tucker2Factors(self.core * share, self.into * share, self.out * share)

@@ -26,6 +26,15 @@ class Chain(nn.Sequential):
     shape, dtype and `requires_grad` of its `weight` and `bias`. These two are tensors without
     values, on the meta device: no parameters, and in no state dict.
 
+    Training a chain: its factors multiply, so that a step in all of them changes their product
+    more than the same step changes a weight. Begin between a tenth and a third of the rate of the
+    original's training and let it rise over some steps (`OneCycleLR`). Of a ResNet-20 at a quarter
+    of its MACs, 200 steps of plain Adam at a constant 1e-3 let no method diverge, but cost good
+    networks points: the original 4, `cp` fitted to data 12, as its components cancel each other
+    (`component norms` in the report); one cycle up to 1e-3 cost that 3, one up to 1e-4 gained 1.6.
+    Leave `weight_decay` of the optimizer at 0 for factors, which it draws to lower ranks:
+    `tdecomp.factor_decay` is that of their product. In 600 steps neither gained anything.
+
     Attributes
     ----------
     method, decomposer : str, Decomposer

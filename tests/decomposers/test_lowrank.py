@@ -4,6 +4,7 @@ from torch import nn
 from tdecomp.decomposers.lowrank import LowRank
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import PrincipalOutputsCase
+from tests.decomposers.orthogonal import OrthogonalCase
 from tests.geometries import geometries
 
 
@@ -37,3 +38,12 @@ class TestLowRank(PrincipalOutputsCase):
         )
         assert (first.transposed, first.kernel_size, first.stride) == (True, (3, 3), (2, 2))
         assert (second.transposed, second.kernel_size, second.stride) == (False, (1, 1), (1, 1))
+
+
+class TestOrthogonalLowRank(OrthogonalCase):
+    decomposer = LowRank(orthogonal=True)
+    oracle = TestLowRank()
+    sample = (8, 6, 6)
+
+    def network(self):
+        return nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.ReLU())

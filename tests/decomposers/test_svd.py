@@ -3,6 +3,7 @@ from torch import nn
 from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import PrincipalOutputsCase
+from tests.decomposers.orthogonal import OrthogonalCase
 from tests.geometries import geometries
 
 
@@ -24,3 +25,12 @@ class TestSVD(PrincipalOutputsCase):
     def test_stages_of_a_linear_layer(self):
         first, second = SVD().stages(LayerSpec(10, 8), 3)
         assert (first, second) == (LayerSpec(10, 3, bias=False), LayerSpec(3, 8))
+
+
+class TestOrthogonalSVD(OrthogonalCase):
+    decomposer = SVD(orthogonal=True)
+    oracle = TestSVD()
+    sample = (16,)
+
+    def network(self):
+        return nn.Sequential(nn.Linear(16, 12), nn.ReLU())
