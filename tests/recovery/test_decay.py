@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.decomposers.assemble import factors_of_chain
 from tdecomp.decomposers.registry import get_decomposer
 
 QUIET = {"progress": False}
@@ -42,7 +41,7 @@ def product(chain):
     """The weight that a chain stands for."""
     spec = chain.replaced
     assert spec is not None
-    return factors_of_chain(chain, chain.decomposer).to_kernel()
+    return chain.decomposer.factors_in(chain).to_kernel()
 
 
 TAKEN = [
