@@ -69,7 +69,7 @@ class SplitSVD(Decomposer):
     def sizes(self, spec: LayerSpec) -> tuple[int, ...]:
         """The outputs of each part of a layer, or () for a layer that has none."""
         out, parts = spec.out_channels, self.parts
-        if spec.ndim:
+        if spec.ndim or spec.groups > 1:
             return ()
         if parts is None:
             return spec.parts if len(spec.parts) > 1 else ()

@@ -98,3 +98,10 @@ def test_it_is_exported(sizes):
     torch.testing.assert_close(exported(x, ENDS)[:10], module(x, ENDS)[:10])
     with FlopCounterMode(display=False):
         exported(x, ENDS)
+
+
+def test_a_name_that_fused_layers_have_gives_it_no_parts():
+    model = torch.nn.ModuleDict({"gate_up_proj": layer()})
+    plan = tdecomp.plan(model, "auto", rank=tdecomp.Budget(params=0.7), progress=False)
+    assert plan["gate_up_proj"].method == "svd"
+    assert tdecomp.SplitSVD(parts=2).refusal(LayerSpec.of(layer()))
