@@ -69,7 +69,9 @@ class OpenExperts(Opened):
         # The number of the row after each expert's last: those of no expert come after all.
         numbers = torch.arange(self.num_experts, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True).to(torch.int32)
-        x = hidden_states[order // k]
+        # Rows of no expert have no particular values, not even finite ones, nor have gradients.
+        known = torch.arange(count, device=experts.device).unsqueeze(-1) < ends[-1]
+        x = torch.where(known, hidden_states[order // k], 0.0)
         if self.has_gate:
             kind: Any = self.closed_class
             inner = kind._apply_gate(self, self.gate_up_proj(x, ends))
@@ -79,9 +81,7 @@ class OpenExperts(Opened):
         if getattr(self, "has_post_expert_norm", False):
             out = self.post_expert_norm(out)
         out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        # Rows of no expert have no particular values, not even finite ones.
-        row = torch.arange(count, device=out.device).unsqueeze(-1)
-        out = torch.where(row < ends[-1], out, 0.0)
+        out = torch.where(known, out, 0.0)
         back = torch.empty_like(order)
         back[order] = torch.arange(count, device=order.device)
         mixed: Tensor = out[back].unflatten(0, (-1, k)).sum(dim=1)
