@@ -69,7 +69,7 @@ class SplitSVD(Decomposer):
     def sizes(self, spec: LayerSpec) -> tuple[int, ...]:
         """The outputs of each part of a layer, or () for a layer that has none."""
         out, parts = spec.out_channels, self.parts
-        if spec.ndim:
+        if spec.ndim or spec.groups > 1:
             return ()
         if parts is None:
             return spec.parts if len(spec.parts) > 1 else ()
@@ -80,6 +80,8 @@ class SplitSVD(Decomposer):
     def refusal(self, spec: LayerSpec) -> str | None:
         if self.sizes(spec):
             return None
+        if spec.groups > 1 and not spec.ndim:
+            return "split-svd takes no experts; svd does"
         if self.parts is None:
             return "split-svd takes Linear layers that are several in one, such as qkv"
         wanted = f"a multiple of {self.parts}" if isinstance(self.parts, int) else sum(self.parts)

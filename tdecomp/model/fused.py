@@ -26,8 +26,8 @@ def with_parts(spec: LayerSpec | None, names: Sequence[str]) -> LayerSpec | None
     (64, 16, 16)
     """
     fused = next((_FUSED[last] for name in names if (last := _last(name)) in _FUSED), None)
-    if spec is None or fused is None or spec.ndim or spec.parts:
-        return spec
+    if spec is None or fused is None or spec.ndim or spec.groups > 1 or spec.parts:
+        return spec  # of experts each has parts of its own
     return replace(spec, parts=_sizes(spec.in_channels, spec.out_channels, fused))
 
 
