@@ -191,3 +191,12 @@ def test_what_cannot_be_decayed_is_refused_in_words():
             tdecomp.factor_decay(small, wrong)
     with pytest.raises(ValueError, match=r"layer '0' \(Conv2d.*untold cannot tell the factors"):
         tdecomp.factor_decay(small, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor:UserWarning")
+@pytest.mark.parametrize("method", ["svd", tdecomp.SplitSVD(parts=2)], ids=repr)
+def test_quantized_factors_are_refused_in_words(method):
+    small = nn.Sequential(chain_of(layer_with_values(nn.Linear(10, 8), torch.float32), method))
+    small = torch.ao.quantization.quantize_dynamic(small, {nn.Linear})
+    with pytest.raises(ValueError, match=r"layer '0' \(Linear\(10→8\)\): its Linear is quantized"):
+        tdecomp.factor_decay(small, 1e-4)
