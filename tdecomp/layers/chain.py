@@ -215,6 +215,9 @@ class Described(Tensor):
         return self.detach().clone().requires_grad_(self.requires_grad)
 
 
+_Described = Described  # as models name it that version 0.2 pickled
+
+
 class _NoParameters(dict[str, nn.Parameter | None]):
     """A chain's own parameters: there are none, as torch's old weight and spectral norms learn."""
 
