@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.spec import LayerSpec, kind_of
 from tdecomp.model.weights import is_plain, is_quantized
 
 
@@ -119,6 +119,8 @@ def _factors(chain: Chain) -> list[Factors] | None:
 def _weight(part: nn.Module) -> Tensor | None:
     """The weight of a stage, also of one that was decomposed itself."""
     if not isinstance(part, Chain):
+        if kind_of(part) is None:  # such as an adapter around a layer, which adds to its weight
+            return None
         weight = getattr(part, "weight", None)
         return _wide(weight) if isinstance(weight, Tensor) else None
     factors, spec = _factors(part), part.replaced
