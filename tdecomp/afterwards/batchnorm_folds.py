@@ -151,8 +151,13 @@ def _fixed(layer: nn.Module, reasons: Reasons) -> str | None:
         return f"the layer before it cannot be replaced: {own}"
     if last.get_parameter("weight").is_meta:
         return "the layer before it is on the meta device, without values"
-    built = replace(LayerSpec.of(last), bias=True).build(torch.device("meta"))
-    return None if isinstance(built.bias, nn.Parameter) else f"{type(last).__name__} has no bias"
+    # A chain has what its layer could have, so that it can be multiplied back.
+    stood = layer.replaced if isinstance(layer, Chain) else None
+    for spec in filter(None, (LayerSpec.of(last), stood)):
+        built = replace(spec, bias=True).build(torch.device("meta"))
+        if not isinstance(getattr(built, "bias", None), nn.Parameter):
+            return f"{spec.kind} has no bias"
+    return None
 
 
 def _row(module: nn.Module) -> Weights:

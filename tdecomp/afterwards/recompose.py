@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tdecomp.layers.chain import Chain
+from tdecomp.model.declared_ties import restorer
 from tdecomp.model.fast_path import switch_on
 from tdecomp.model.opened.base import Contents, Opened, close_unchanged
 from tdecomp.model.surgery import copy_with, swap
@@ -26,8 +27,11 @@ def recompose(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     The layers compute what the chains do, to rounding, and are as large and as slow as those of the
     original: for tools that know no chains, for merging and for measuring. `Chain.to_layer` does it
     for one chain and says what it keeps. Several names of one chain are those of one layer
-    afterwards, and layers whose factors are shared share their weight. Modules that were opened for
-    their chains, such as attention, are what they were before.
+    afterwards, and layers whose factors are shared share their weight. An Embedding and the output
+    layer tied to it share one factor only: where their products differ, as after training or with
+    data, they have a weight each, and a tie that the model declares is gone (transformers then
+    wants `config.tie_word_embeddings = False`). Modules that were opened for their chains, such as
+    attention, are what they were before.
 
     Parameters
     ----------
@@ -64,6 +68,7 @@ def recompose(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         switch_on(whole, ExitStack())
         return whole
     with ExitStack() as undo:
+        undo.callback(restorer(model))
         swap(model, replacements)
         undo.callback(swap, model, {new: old for old, new in replacements.items()})
         for opened in (module for module in model.modules() if isinstance(module, Opened)):
@@ -97,10 +102,20 @@ def _refuse_hooks(module: nn.Module) -> None:
 
 
 def _share_weights(chains: Mapping[str, Chain], layers: Mapping[str, nn.Module]) -> None:
-    """Give layers whose chains have the same factors one weight."""
-    first: dict[Any, nn.Module] = {}
+    """Give layers whose chains share factors one weight, where their products are the same."""
+    first: dict[int, nn.Module] = {}
     for name, layer in layers.items():
         chain, bias = chains[name], chains[name][-1].bias
-        factors = frozenset(id(p) for p in chain.parameters() if p is not bias)
-        weight = layer.get_parameter("weight")
-        layer.weight = first.setdefault((factors, weight.shape), layer).weight
+        for factor in (id(p) for p in chain.parameters() if p is not bias):
+            other = first.setdefault(factor, layer).get_parameter("weight")
+            if _alike(layer.get_parameter("weight"), other):
+                layer.weight = other
+
+
+def _alike(mine: Tensor, other: Tensor) -> bool:
+    """Whether they differ by no more than rounding, as a table and the output layer tied to it."""
+    if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
+        return False
+    gap = torch.linalg.vector_norm(mine.detach().double() - other.detach().double())
+    rounding = 2 * torch.finfo(mine.dtype).eps
+    return bool(gap <= rounding * torch.linalg.vector_norm(other.detach().double()))

@@ -13,6 +13,7 @@ from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.cost import total
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.loss_curves.offers import offer_ranks
 from tdecomp.model.batches import Forward
 from tdecomp.model.sites import Site
@@ -142,7 +143,14 @@ def _chains(model: nn.Module, plan: Plan) -> dict[str, Chain]:
 
 def _site(chain: Chain, row: Row) -> Site:
     """A layer with the kernel and the bias that the chain stands for."""
-    return Site(row.names, layer_of(row.name, chain), row.layer, calls=row.calls)
+    layer = layer_of(row.name, chain)
+    if LayerSpec.of(layer) != row.layer:
+        raise ValueError(
+            f"reduce_ranks: layer {row.name!r} stands for {LayerSpec.of(layer)}, in the plan for "
+            f"{row.layer}, as after fuse_batchnorm or resizing; expected the layers that were "
+            "decomposed: reduce first, or decompose what tdecomp.recompose returns"
+        )
+    return Site(row.names, layer, row.layer, calls=row.calls)
 
 
 def _grouped(sites: dict[str, Site], plan: Plan) -> dict[str, Site]:

@@ -1,6 +1,6 @@
 """The names of the layers in chains, for tools that want to know which layers to adapt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -40,6 +40,8 @@ def stage_names(model: nn.Module, names: str | Sequence[str] | None = None) -> l
 
     Raises
     ------
+    TypeError
+        If `model` is no module, or `names` are no strings.
     ValueError
         If a name matches no layer, or only chains without any layer in them.
     """
@@ -49,7 +51,9 @@ def stage_names(model: nn.Module, names: str | Sequence[str] | None = None) -> l
     known = {name: first for first, (aliases, _) in stages.items() for name in aliases}
     if names is None:
         return [stage for _, found in stages.values() for stage in found]
-    patterns = [names] if isinstance(names, str) else list(names)
+    patterns = [names] if isinstance(names, str) else names
+    if not isinstance(patterns, Iterable) or not all(isinstance(name, str) for name in patterns):
+        raise TypeError(f"stage_names: expected names of layers, got {names!r}")
     wanted: set[str] = set()
     for pattern in patterns:
         found = {first for name, first in known.items() if _is_meant(name, pattern)}

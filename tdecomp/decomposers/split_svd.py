@@ -80,6 +80,8 @@ class SplitSVD(Decomposer):
     def refusal(self, spec: LayerSpec) -> str | None:
         if self.sizes(spec):
             return None
+        if spec.groups > 1 and not spec.ndim:
+            return "split-svd takes no experts; svd does"
         if self.parts is None:
             return "split-svd takes Linear layers that are several in one, such as qkv"
         wanted = f"a multiple of {self.parts}" if isinstance(self.parts, int) else sum(self.parts)

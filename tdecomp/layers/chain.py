@@ -119,8 +119,12 @@ class Chain(nn.Sequential):
                     f"{method.name} cannot tell the factors of its chain; expected a method that "
                     "defines factors_of"
                 )
+            kernel = spec.to_forward_layout(factors.to_kernel())
+            # The table of an Embedding, and an output layer with it, may have been resized since.
+            into, out = kernel.shape[1] * spec.groups, len(kernel)
+            spec = replace(spec, in_channels=into, out_channels=out)
             layer: nn.Module = spec.build(first.device, first.dtype)
-            layer.get_parameter("weight").copy_(factors.to_kernel())
+            spec.put(layer, kernel)
             if isinstance(bias, Tensor):
                 layer.get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
             if last := channels_last_of(weights.values()):
@@ -209,6 +213,9 @@ class Described(Tensor):
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.detach().clone().requires_grad_(self.requires_grad)
+
+
+_Described = Described  # as models name it that version 0.2 pickled
 
 
 class _NoParameters(dict[str, nn.Parameter | None]):

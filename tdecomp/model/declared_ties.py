@@ -4,7 +4,7 @@ transformers ties again what `_tied_weights_keys` names, {target: source}, when 
 resized or weights are saved and loaded. It need not be installed: these are plain attributes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,17 @@ def redeclare(model: nn.Module) -> None:
         setattr(module, attribute, names)
 
 
+def restorer(model: nn.Module) -> Callable[[], None]:
+    """What puts back all declarations as they are now."""
+    kept = [(m, a, vars(m)[a]) for m in model.modules() for a in _DECLARED if a in vars(m)]
+
+    def restore() -> None:
+        for module, attribute, names in kept:
+            setattr(module, attribute, names)
+
+    return restore
+
+
 def _renamed(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for target, source in names.items():
@@ -41,8 +52,17 @@ def _renamed(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
         by_parameter = {id(parameter): name for name, parameter in ends[1].items()}
         shared = {n: by_parameter[id(p)] for n, p in ends[0].items() if id(p) in by_parameter}
         renamed = {target, source} - {*ends[0], *ends[1]}
-        found |= shared if shared and renamed else {target: source}
+        if shared and renamed:
+            found |= shared
+        elif not _is_gone(module, target, ends[0]) and not _is_gone(module, source, ends[1]):
+            found[target] = source
     return found
+
+
+def _is_gone(module: nn.Module, name: Any, found: dict[str, nn.Parameter]) -> bool:
+    """Whether it names a stage of a chain whose layer is back in its place."""
+    path = str(name).rpartition(".")[0]
+    return bool(found) and not any(path == known for known, _ in module.named_modules())
 
 
 def _in_chain(module: nn.Module, name: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -68,6 +88,8 @@ def _in_chain(module: nn.Module, name: Any) -> Iterator[tuple[str, nn.Parameter]
         stages = range(len(owner))
         order = stages if isinstance(owner, EmbeddingChain) else reversed(stages)
         for at in order:
-            yield f"{path}.{at}.weight", owner[at].get_parameter("weight")
+            weight = owner[at]._parameters.get("weight")
+            if weight is not None:  # a module of a method's own may have none
+                yield f"{path}.{at}.weight", weight
     elif part == "bias" and isinstance(owner[-1].bias, nn.Parameter):
         yield f"{path}.{len(owner) - 1}.bias", owner[-1].bias

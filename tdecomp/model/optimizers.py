@@ -64,8 +64,7 @@ def _successors(replacements: Replacements) -> dict[int, tuple[str, dict[str, nn
         left = dict(chain.named_parameters())
         for name, parameter in old.named_parameters():
             # Of the weights of an earlier chain the first stands for all the new ones.
-            kind = name.rpartition(".")[2]
-            mine = [key for key in left if key.endswith(f".{kind}")]
+            mine = [key for key in left if _is_bias(key) == _is_bias(name)]
             known, successors = after.get(id(parameter), (name, {}))
             there = {id(p) for p in successors.values()}
             new = {key: left.pop(key) for key in mine}
@@ -74,6 +73,11 @@ def _successors(replacements: Replacements) -> dict[int, tuple[str, dict[str, nn
                    if id(p) not in there}  # fmt: skip
             after[id(parameter)] = known, successors | new
     return after
+
+
+def _is_bias(name: str) -> bool:
+    """Whether it is a bias; all else are weights, whatever a method's own modules call them."""
+    return name.rpartition(".")[2] == "bias"
 
 
 def restorer(optimizer: Optimizer) -> Callable[[], None]:

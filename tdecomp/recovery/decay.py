@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tdecomp.decomposers.factors import Factors
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import LayerSpec
+from tdecomp.layers.spec import LayerSpec, kind_of
+from tdecomp.model.weights import is_plain, is_quantized
 
 
 def factor_decay(model: nn.Module, weight_decay: float) -> Tensor:
@@ -46,8 +47,9 @@ def factor_decay(model: nn.Module, weight_decay: float) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        If `model` is no module or has no chains, `weight_decay` is no number of 0 or more, or a
-        chain's method cannot tell its factors (`Decomposer.factors_of`).
+        If `model` is no module or has no chains, `weight_decay` is no number of 0 or more, a
+        chain's method cannot tell its factors (`Decomposer.factors_of`), or its layers are
+        quantized.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"factor_decay: expected a model, got {type(model).__name__}")
@@ -76,6 +78,12 @@ def _outermost(model: nn.Module) -> list[tuple[str, Chain]]:
 
 
 def _squared_norm(name: str, chain: Chain) -> Tensor:
+    for part in chain.modules():
+        if is_quantized(part) or not all(map(is_plain, part.parameters(recurse=False))):
+            raise ValueError(
+                f"factor_decay: layer {name!r} ({chain.replaced}): its {type(part).__name__} is "
+                "quantized; expected factors in floating point: quantize last"
+            )
     device = next(chain.parameters()).device
     with torch.autocast(device.type, enabled=False):  # which would round the Gram matrices
         factors = _factors(chain)
@@ -111,6 +119,8 @@ def _factors(chain: Chain) -> list[Factors] | None:
 def _weight(part: nn.Module) -> Tensor | None:
     """The weight of a stage, also of one that was decomposed itself."""
     if not isinstance(part, Chain):
+        if kind_of(part) is None:  # such as an adapter around a layer, which adds to its weight
+            return None
         weight = getattr(part, "weight", None)
         return _wide(weight) if isinstance(weight, Tensor) else None
     factors, spec = _factors(part), part.replaced

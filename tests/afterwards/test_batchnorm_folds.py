@@ -218,3 +218,14 @@ def test_one_batch_norm_under_two_names():
 def test_a_batch_norm_without_values():
     model = nn.Sequential(conv(), norm_for(X).to("meta")).eval()
     assert fold_of(model, "1").reason == "on the meta device, without values"
+
+
+def test_a_table_has_no_bias_to_fold_into():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 12), norm_for(torch.randn(2, 12))).eval()
+    ids = torch.arange(5)
+    small = tdecomp.decompose(model, "svd", rank=3, **QUIET).model
+    for each in (model, small):
+        fold = fold_of(each, "1", ids)
+        assert fold.reason == "Embedding has no bias"
+        torch.testing.assert_close(fuse_batchnorm(each, ids)(ids), each(ids))

@@ -143,3 +143,12 @@ def test_moments_of_the_original_are_refused():
     moments = tdecomp.calibrate(model(), [X], progress=False)
     with pytest.raises(ValueError, match="expected batches"):
         reduce_ranks(decomposed(), rank=2, data=moments, progress=False)
+
+
+def test_a_model_that_was_fused_no_longer_follows_the_plan():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16)).eval()
+    result = tdecomp.decompose(model, "svd", rank=4, progress=False)
+    tdecomp.fuse_batchnorm(result.model, inplace=True)
+    with unchanged(result.model), pytest.raises(ValueError, match="layer '0' stands for Conv2d"):
+        reduce_ranks(result, rank=2, progress=False)

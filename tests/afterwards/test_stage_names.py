@@ -68,6 +68,9 @@ def test_names_that_are_none(model):
         stage_names(model, ["q_proj", "q_porj"])
     with pytest.raises(TypeError, match=r"expected an nn\.Module, got list"):
         stage_names(["q_proj"])
+    for wrong in (3, [3]):
+        with pytest.raises(TypeError, match=r"expected names of layers, got"):
+            stage_names(model, wrong)
 
 
 def test_a_chain_without_a_layer(model):

@@ -252,3 +252,22 @@ def test_auto_never_takes_it_where_it_would_do_more_work_per_input():
 def test_it_is_no_part_of_dense():
     plan = tdecomp.plan(kronecker_model(), "dense", rank=tdecomp.Budget(params=0.5), **QUIET)
     assert "tt" not in {row.method for row in plan}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_optimizer_goes_on_with_the_cores(named):
+    mine = model().train()
+    parameters = mine.named_parameters() if named else mine.parameters()
+    optimizer = torch.optim.SGD(list(parameters), lr=0.1)
+    place = {"inplace": True, "optimizers": optimizer, **QUIET}
+    first = tdecomp.decompose(mine, "tt", rank=6, **place)
+    for _ in range(2):
+        (group,) = optimizer.param_groups
+        assert {*map(id, group["params"])} == {*map(id, mine.parameters())}
+        if named:
+            assert {*group["param_names"]} == {name for name, _ in mine.named_parameters()}
+        before = [core.detach().clone() for core in mine[0][0].cores]
+        mine(drawn(4, 64)).square().sum().backward()
+        optimizer.step()
+        assert not any(map(torch.equal, before, mine[0][0].cores))
+        tdecomp.reduce_ranks(first, rank=2, **place)

@@ -193,3 +193,12 @@ def test_models_that_read_what_layers_are_like_go_on(inplace, inputs):
         traced = torch.jit.trace(result.model, x)
     for way in (compiled, exported, traced):
         assert torch.equal(way(x), result.model(x))
+
+
+def test_a_chain_that_version_0_2_pickled():
+    chain = tdecomp.decompose(nn.Linear(8, 8), "svd", rank=2, progress=False).model
+    now, then = b"tdecomp.layers.chain\nDescribed\n", b"tdecomp.layers.chain\n_Described\n"
+    data = pickle.dumps(chain, protocol=0)
+    assert now in data
+    back = pickle.loads(data.replace(now, then))
+    assert tuple(back.weight.shape) == (8, 8)

@@ -132,3 +132,78 @@ def test_an_output_layer_is_as_large_as_its_table_is_now():
     assert tuple(head.weight.shape) == (43, 16)
     assert head.weight.is_meta
     assert head.bias is result.head.bias
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layers_that_are_back_are_tied_and_declared_as_before(inplace):
+    model = tdecomp.decompose(Declares(more=True), "svd", rank=5, **QUIET).model
+    wanted = model(IDS)
+    whole = tdecomp.recompose(model, inplace=inplace)
+    assert whole.all_tied_weights_keys == Declares(more=True).all_tied_weights_keys
+    assert whole._tied_weights_keys == Declares._tied_weights_keys
+    table = whole.body.tokens.weight
+    assert whole.head.decoder.weight is table is whole.other.weight
+    assert whole.head.bias is whole.head.decoder.bias
+    torch.testing.assert_close(whole(IDS), wanted)
+
+
+def trained():
+    """A table and an output layer that share one factor, and no longer a product."""
+    model = tdecomp.decompose(Declares(), "svd", rank=5, **QUIET).model
+    with torch.no_grad():
+        model.head.decoder[0].weight.mul_(1.01)
+    return model
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layers_that_are_back_with_other_products_declare_no_tie(inplace):
+    model = trained()
+    wanted = model(IDS)
+    whole = tdecomp.recompose(model, inplace=inplace)
+    assert whole.all_tied_weights_keys == {"head.decoder.bias": "head.bias"}
+    assert whole.head.decoder.weight is not whole.body.tokens.weight
+    torch.testing.assert_close(whole(IDS), wanted)
+    whole.tie_weights()  # of names that are there
+    torch.testing.assert_close(whole(IDS), wanted)
+
+
+def test_recomposing_in_place_puts_declarations_back_on_an_error(monkeypatch):
+    model = trained()
+    declared = dict(model.all_tied_weights_keys)
+    monkeypatch.setattr("tdecomp.afterwards.recompose.close_unchanged", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tdecomp.recompose(model, inplace=True)
+    assert model.all_tied_weights_keys == declared
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_resized_vocabulary_is_multiplied_back(inplace):
+    result = tdecomp.decompose(Declares(), "svd", rank=5, **QUIET)
+    table, head = result.model.body.tokens, result.model.head.decoder
+    table.weight.data, table.num_embeddings = (
+        torch.cat([table[0].weight.data, torch.ones(3, 5)]),
+        43,
+    )
+    head.out_features = 43
+    head.bias.data = torch.zeros(43)
+    with pytest.raises(
+        ValueError, match=r"'body.tokens' stands for Embedding\(43→16\), in the plan"
+    ):
+        tdecomp.reduce_ranks(result, rank=2, **QUIET)
+    wanted = result.model(IDS + 31)
+    whole = tdecomp.recompose(result.model, inplace=inplace)
+    assert whole.body.tokens.num_embeddings == whole.head.decoder.out_features == 43
+    torch.testing.assert_close(whole(IDS + 31), wanted)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_chain_whose_module_has_no_weight(inplace):
+    model = Declares()
+    model.head.decoder = nn.Linear(16, 40)  # no longer tied, though the class declares it
+    method = tdecomp.TT(in_shape=(4, 4), out_shape=(5, 8))
+    result = tdecomp.decompose(
+        model, method, rank=1, include=["head.decoder"], inplace=inplace,
+        allow_expansion=True, **QUIET,
+    ).model  # fmt: skip
+    assert result.head.decoder.method == "tt"
+    assert result._tied_weights_keys["head.decoder.weight"] == "body.tokens.weight"

@@ -37,6 +37,14 @@ def test_sizes_of_the_parts_follow_from_the_name(name, sizes, parts):
     assert with_parts(LayerSpec(*sizes), [name]).parts == parts
 
 
+def test_experts_have_parts_each_of_its_own():
+    experts = LayerSpec(4 * 8, 4 * 32, groups=4)
+    assert with_parts(experts, ["layers.0.mlp.experts.gate_up_proj"]).parts == ()
+    reason = "split-svd takes no experts; svd does"
+    for method in (tdecomp.SplitSVD(), tdecomp.SplitSVD(parts=2)):
+        assert method.refusal(replace(experts, parts=(64, 64))) == reason
+
+
 def test_any_of_a_layers_names_will_do():
     assert with_parts(LayerSpec(8, 24), ["layer", "attn.qkv"]).parts == (8, 8, 8)
 

@@ -191,3 +191,41 @@ def test_what_cannot_be_decayed_is_refused_in_words():
             tdecomp.factor_decay(small, wrong)
     with pytest.raises(ValueError, match=r"layer '0' \(Conv2d.*untold cannot tell the factors"):
         tdecomp.factor_decay(small, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor:UserWarning")
+@pytest.mark.parametrize("method", ["svd", tdecomp.SplitSVD(parts=2)], ids=repr)
+def test_quantized_factors_are_refused_in_words(method):
+    small = nn.Sequential(chain_of(layer_with_values(nn.Linear(10, 8), torch.float32), method))
+    small = torch.ao.quantization.quantize_dynamic(small, {nn.Linear})
+    with pytest.raises(ValueError, match=r"layer '0' \(Linear\(10→8\)\): its Linear is quantized"):
+        tdecomp.factor_decay(small, 1e-4)
+
+
+class Adapted(nn.Module):
+    """As adapters are: around a layer, whose weight it shows, and adds to."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.more = layer, copy.deepcopy(layer)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+    def forward(self, x):
+        return self.layer(x) + self.more(x)
+
+
+def test_what_an_adapter_adds_to_a_factor_counts():
+    chain = chain_of(layer_with_values(nn.Linear(10, 8)), "svd")
+    plain = tdecomp.factor_decay(chain, 1.0)
+    chain[0] = Adapted(chain[0])
+    found = tdecomp.factor_decay(chain, 1.0)
+    torch.testing.assert_close(found, 4 * plain)  # one factor is twice what it was
+    found.backward()
+    assert chain[0].more.weight.grad.any()
