@@ -252,3 +252,13 @@ def test_auto_never_takes_it_where_it_would_do_more_work_per_input():
 def test_it_is_no_part_of_dense():
     plan = tdecomp.plan(kronecker_model(), "dense", rank=tdecomp.Budget(params=0.5), **QUIET)
     assert "tt" not in {row.method for row in plan}
+
+
+def test_in_place_an_optimizer_goes_on_with_every_core():
+    network = model()
+    optimizer = torch.optim.Adam(network.named_parameters())
+    tdecomp.decompose(network, "tt", rank=3, inplace=True, optimizers=optimizer, **QUIET)
+    (group,) = optimizer.param_groups
+    held = dict(zip(group["param_names"], map(id, group["params"]), strict=True))
+    assert held == {name: id(p) for name, p in network.named_parameters()}
+    assert "0.0.cores.0" in held

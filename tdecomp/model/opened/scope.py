@@ -36,6 +36,8 @@ class opened(Scope):
     ) -> None:
         super().__init__()
         self._model, self._runs, self._names = model, runs, names
+        # The modules that are open, with the parameters that they had.
+        self.closed: dict[Opened, dict[str, nn.Parameter]] = {}
 
     def change(self) -> None:
         if not isinstance(self._model, nn.Module):
@@ -56,7 +58,7 @@ class opened(Scope):
                 continue  # a plan that was made before routers were opened
             contents = Contents(module)
             self.undo.callback(partial(_close, module, contents))
-            kind.open(module)
+            self.closed[kind.open(module)] = contents.parameters
         switch_off(self._model, ExitStack())
 
     def _separate(self, module: nn.Module, path: str, watch: "_Watch") -> bool:
