@@ -132,3 +132,15 @@ def test_an_output_layer_is_as_large_as_its_table_is_now():
     assert tuple(head.weight.shape) == (43, 16)
     assert head.weight.is_meta
     assert head.bias is result.head.bias
+
+
+@pytest.mark.parametrize("method", ["svd", tdecomp.TT(), tdecomp.SplitSVD(parts=2)], ids=repr)
+def test_a_head_of_its_own_may_have_stages_of_any_kind(method):
+    model = Declares()
+    model.head.decoder = nn.Linear(16, 40)  # as where a config unties it
+    declared = model._tied_weights_keys
+    result = tdecomp.decompose(model, method, rank={"head.decoder": 4}, **QUIET)
+    assert result.report["head.decoder"].method == getattr(method, "name", method)
+    assert result.model(IDS).shape == model(IDS).shape
+    key = "head.decoder.weight"
+    assert result.model._tied_weights_keys[key] == declared[key]
