@@ -26,8 +26,9 @@ def recompose(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     The layers compute what the chains do, to rounding, and are as large and as slow as those of the
     original: for tools that know no chains, for merging and for measuring. `Chain.to_layer` does it
     for one chain and says what it keeps. Several names of one chain are those of one layer
-    afterwards, and layers whose factors are shared share their weight. Modules that were opened for
-    their chains, such as attention, are what they were before.
+    afterwards, and layers whose factors are shared share their weight. An embedding and its output
+    layer share only the larger factor: each then has a weight, and they are no longer declared as
+    tied. Modules that were opened for their chains, such as attention, are what they were before.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ transformers ties again what `_tied_weights_keys` names, {target: source}, when 
 resized or weights are saved and loaded. It need not be installed: these are plain attributes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import nn
@@ -41,8 +41,18 @@ def _renamed(module: nn.Module, names: dict[str, str]) -> dict[str, str]:
         by_parameter = {id(parameter): name for name, parameter in ends[1].items()}
         shared = {n: by_parameter[id(p)] for n, p in ends[0].items() if id(p) in by_parameter}
         renamed = {target, source} - {*ends[0], *ends[1]}
-        found |= shared if shared and renamed else {target: source}
+        if shared and renamed:
+            found |= shared
+        elif not (_is_back(target, ends[0]) and _is_back(source, ends[1])):
+            found[target] = source
+        # Else both were tied by a factor, and are layers again with a weight each.
     return found
+
+
+def _is_back(name: str, ends: Container[str]) -> bool:
+    """Whether a name is of a stage of a chain in whose place there is a layer again."""
+    stage, _, part = name.rpartition(".")
+    return f"{stage.rpartition('.')[0]}.{part}" in ends
 
 
 def _in_chain(module: nn.Module, name: Any) -> Iterator[tuple[str, nn.Parameter]]:

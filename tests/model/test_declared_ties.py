@@ -144,3 +144,19 @@ def test_a_head_of_its_own_may_have_stages_of_any_kind(method):
     assert result.model(IDS).shape == model(IDS).shape
     key = "head.decoder.weight"
     assert result.model._tied_weights_keys[key] == declared[key]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("data", [None, [IDS, IDS + 20]], ids=["weights", "data"])
+def test_a_recomposed_model_declares_what_is_tied(data, inplace):
+    model = Declares(more=True)
+    small = tdecomp.decompose(model, "svd", rank=4, data=data, **QUIET).model
+    expected = small(IDS)
+    whole = tdecomp.recompose(small, inplace=inplace)
+    assert whole.head.decoder.weight is not whole.body.tokens.weight
+    assert whole.other.weight is whole.body.tokens.weight
+    declared = dict(model.all_tied_weights_keys)
+    del declared["head.decoder.weight"]
+    assert whole.all_tied_weights_keys == declared
+    whole.tie_weights()
+    torch.testing.assert_close(whole(IDS), expected)
