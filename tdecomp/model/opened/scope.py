@@ -76,6 +76,10 @@ class opened(Scope):
         return known or module in watch.ran
 
     def _separate(self, module: nn.Module, path: str, watch: "_Watch") -> bool:
+        weight = module._parameters["in_proj_weight"]
+        held = (p for m in self._model.modules() for p in m._parameters.values())
+        if sum(p is weight for p in held) > 1:  # its parts would not be shared
+            return False
         prefix = f"{path}." if path else ""
         if self._names is not None and f"{prefix}q_proj_weight" in self._names:
             return True
