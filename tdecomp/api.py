@@ -130,7 +130,7 @@ def decompose(
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
-    with restoring(model, seed=seed), opened_for(model, example, batches):
+    with restoring(model, seed=seed), opened_for(model, example, batches) as opened:
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
             example, allow_expansion, profile, only_if_faster, bar,
@@ -155,6 +155,7 @@ def decompose(
             inplace=inplace,
             optimizers=listed,
             progress=bar,
+            closed=opened.closed,
         )
 
 
@@ -259,7 +260,7 @@ def apply(
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
     names = {name for row in plan for name in row.names}
-    with restoring(model, seed=seed), opened_for(model, example, batches, names):
+    with restoring(model, seed=seed), opened_for(model, example, batches, names) as opened:
         sites = match_sites(find_sites(model), plan)
         wanted = {row.name for row in plan if row.method is not None}
         for name in wanted:
@@ -287,6 +288,7 @@ def apply(
             inplace=inplace,
             optimizers=listed,
             progress=bar,
+            closed=opened.closed,
         )
 
 

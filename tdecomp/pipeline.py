@@ -14,7 +14,7 @@ from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.fast_path import has_fused_layers
 from tdecomp.model.opened.base import close_unchanged
-from tdecomp.model.optimizers import as_optimizers, unoptimized
+from tdecomp.model.optimizers import Closed, as_optimizers, unoptimized
 from tdecomp.model.surgery import copy_with, swap, tensors_in
 from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
@@ -50,11 +50,13 @@ def carry_out(
     optimizers: Sequence[Optimizer] = (),
     progress: Progress = SILENT,
     replan: Callable[[Mapping[str, str]], Planned] | None = None,
+    closed: Closed | None = None,
 ) -> Decomposition:
     """Decompose the layers as planned, and put the chains in their places last of all.
 
     Layers that the model does not run without stay; `replan` is given the reasons by their names,
-    for ranks that depend on each other.
+    for ranks that depend on each other. `closed` has the parameters that open modules had, which
+    are those that the optimizers know.
     """
     while True:
         fitted = fit_all(planned, progress)
@@ -85,11 +87,12 @@ def carry_out(
             close_unchanged(changed)
             result = changed if layout is None else in_layout(changed, layout)
         return Decomposition(result, report, plan)
-    _warn_of_unoptimized(model, chains, optimizers)
+    _warn_of_unoptimized(model, chains, optimizers, closed)
     # The copy that was recovered goes; its values are the model's own now.
     report.recovery = tuple(replace(step, model=model) for step in recovered)
     decomposition = Decomposition(model, report, plan)
-    swap(model, chains, optimizers, None if changed is model else tensors_in(changed), layout)
+    values = None if changed is model else tensors_in(changed)
+    swap(model, chains, optimizers, values, layout, closed)
     return decomposition
 
 
@@ -187,10 +190,13 @@ def check_optimizers(
 
 
 def _warn_of_unoptimized(
-    model: nn.Module, chains: Mapping[nn.Module, Chain], optimizers: Sequence[Optimizer]
+    model: nn.Module,
+    chains: Mapping[nn.Module, Chain],
+    optimizers: Sequence[Optimizer],
+    closed: Closed | None,
 ) -> None:
     """Before anything is changed, since the caller may have made warnings errors."""
-    missing = unoptimized(model, chains, optimizers)
+    missing = unoptimized(model, chains, optimizers, closed)
     if missing:
         words = f"no optimizer had these replaced parameters: {', '.join(missing)}"
         warnings.warn(words, stacklevel=4)

@@ -88,8 +88,8 @@ def _in_chain(module: nn.Module, name: Any) -> Iterator[tuple[str, nn.Parameter]
         stages = range(len(owner))
         order = stages if isinstance(owner, EmbeddingChain) else reversed(stages)
         for at in order:
-            weight = owner[at]._parameters.get("weight")
-            if weight is not None:  # a module of a method's own may have none
-                yield f"{path}.{at}.weight", weight
+            for name, parameter in owner[at].named_parameters():  # a train has several
+                if name != "bias":
+                    yield f"{path}.{at}.{name}", parameter
     elif part == "bias" and isinstance(owner[-1].bias, nn.Parameter):
         yield f"{path}.{len(owner) - 1}.bias", owner[-1].bias

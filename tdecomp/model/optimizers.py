@@ -1,12 +1,16 @@
 """Optimizers go on with the parameters of the chains in place of those of the layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
 
+from tdecomp.model.opened.base import Opened
+
 Replacements = Mapping[nn.Module, nn.Module]
+# Modules that are open now, with the parameters that they had when they were not.
+Closed = Mapping[Opened, Mapping[str, nn.Parameter]]
 
 
 def as_optimizers(optimizers: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
@@ -20,19 +24,28 @@ def as_optimizers(optimizers: Optimizer | Sequence[Optimizer] | None) -> tuple[O
 
 
 def unoptimized(
-    model: nn.Module, replacements: Replacements, optimizers: Sequence[Optimizer]
+    model: nn.Module,
+    replacements: Replacements,
+    optimizers: Sequence[Optimizer],
+    closed: Closed | None = None,
 ) -> list[str]:
     """The names of trained parameters to be replaced that none of the optimizers has."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     held = {id(p) for group in groups for p in group["params"]}
+    for module, had in (closed or {}).items():
+        held |= {id(p) for before, _, p in _parts(module) if id(had[before]) in held}
     names = {id(p): name for name, p in model.named_parameters()}
     old = (p for module in replacements for p in module.parameters() if p.requires_grad)
     return sorted(names[id(p)] for p in old if optimizers and id(p) not in held)
 
 
-def follow(optimizer: Optimizer, replacements: Replacements) -> None:
-    """New parameters take the old ones' places in their groups; the old ones' state goes."""
-    after = _successors(replacements)
+def follow(optimizer: Optimizer, replacements: Replacements, closed: Closed | None = None) -> None:
+    """New parameters take the old ones' places in their groups; the old ones' state goes.
+
+    So do the parts of a parameter that are parameters of their own in a module that stays open.
+    """
+    stay_open = {module: had for module, had in (closed or {}).items() if module.has_chains()}
+    after = _successors(replacements, stay_open)
     for group in optimizer.param_groups:
         params = group["params"]
         names = group.get("param_names", [""] * len(params))  # by position
@@ -48,23 +61,27 @@ def follow(optimizer: Optimizer, replacements: Replacements) -> None:
             # Its kernel wants momenta of all parameters of a group, or of none.
             for p in (p for _, p in new if p not in state):
                 state[p]["momentum_buffer"] = torch.zeros_like(p)
-    for module in replacements:
-        for p in module.parameters():
-            optimizer.state.pop(p, None)
+    there = {id(p) for module in stay_open for p in module.parameters()}
+    gone = [p for module in replacements for p in module.parameters()]
+    gone += [p for had in stay_open.values() for p in had.values()]
+    for p in (p for p in gone if id(p) not in there):
+        optimizer.state.pop(p, None)
     if isinstance(optimizer, LBFGS):
         # Its one state is a history of all parameters laid end to end, which no longer fits.
         optimizer.state.clear()
         optimizer._numel_cache = None
 
 
-def _successors(replacements: Replacements) -> dict[int, tuple[str, dict[str, nn.Parameter]]]:
+def _successors(
+    replacements: Replacements, opened: Closed
+) -> dict[int, tuple[str, dict[str, nn.Parameter]]]:
     """Each old parameter's name in its layer, and what takes its place: weights or the bias."""
     after: dict[int, tuple[str, dict[str, nn.Parameter]]] = {}
     for old, chain in replacements.items():
         left = dict(chain.named_parameters())
         for name, parameter in old.named_parameters():
             # Of the weights of an earlier chain the first stands for all the new ones.
-            mine = [key for key in left if _is_bias(key) == _is_bias(name)]
+            mine = [key for key in left if _is_bias(key) is _is_bias(name)]
             known, successors = after.get(id(parameter), (name, {}))
             there = {id(p) for p in successors.values()}
             new = {key: left.pop(key) for key in mine}
@@ -72,11 +89,24 @@ def _successors(replacements: Replacements) -> dict[int, tuple[str, dict[str, nn
             new = {f"tied.{k}" if k in successors else k: p for k, p in new.items()
                    if id(p) not in there}  # fmt: skip
             after[id(parameter)] = known, successors | new
+    for module, had in opened.items():
+        parts: dict[str, dict[str, nn.Parameter]] = {}
+        for before, name, p in _parts(module):
+            parts.setdefault(before, {})[name] = p
+        after |= {id(had[before]): (before, new) for before, new in parts.items()}
     return after
 
 
+def _parts(module: Opened) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """What parameters of an open module were, or were parts of; their names now; themselves."""
+    for name, parameter in module.named_parameters():
+        layer = name.partition(".")[0]
+        if layer in module.names:
+            yield module.closed_name(layer, bias=_is_bias(name)), name, parameter
+
+
 def _is_bias(name: str) -> bool:
-    """Whether it is a bias; all else are weights, whatever a method's own modules call them."""
+    """Whether a parameter is a bias; all others, such as the cores of a train, are weights."""
     return name.rpartition(".")[2] == "bias"
 
 

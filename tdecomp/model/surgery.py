@@ -19,7 +19,7 @@ from tdecomp.model.batches import in_slots, tuple_like
 from tdecomp.model.declared_ties import redeclare, redeclared
 from tdecomp.model.example import images_in_layout
 from tdecomp.model.fast_path import switch_off
-from tdecomp.model.optimizers import Replacements, follow, restorer
+from tdecomp.model.optimizers import Closed, Replacements, follow, restorer
 from tdecomp.model.weights import is_plain
 from tdecomp.scope import interrupts_deferred
 from tdecomp.torch_state import no_inference_mode
@@ -78,11 +78,13 @@ def swap(
     optimizers: Sequence[Optimizer] = (),
     values: Mapping[str, Tensor] | None = None,
     layout: str | None = None,
+    closed: Closed | None = None,
 ) -> None:
     """Replace modules in `model` itself, and their parameters in `optimizers`.
 
     `values` are copied into the changed model's parameters and buffers of these names, except where
-    they are equal; a `layout` is given to its kernels. On an error, such as a ValueError for a name
+    they are equal; a `layout` is given to its kernels. `closed` is what optimizers know of modules
+    that are open. On an error, such as a ValueError for a name
     that it lacks, all is as it was; an interrupt (Ctrl-C) is raised afterwards.
     """
     if model in chains:
@@ -113,7 +115,7 @@ def swap(
                     kernel.data = images_in_layout(kernel.data, layout)
         for optimizer in optimizers:
             undo.callback(restorer(optimizer))
-            follow(optimizer, chains)
+            follow(optimizer, chains, closed)
         undo.pop_all()
 
 

@@ -192,9 +192,10 @@ def match_sites(sites: Mapping[str, Site], plan: Plan) -> dict[str, Site]:
             raise ValueError(f"layer {row.name!r} cannot be replaced: {site.reason}")
         first = site.tied[0] if site.tied and not site.reason else row.name
         if row.method is not None and _tied(row) != first:
+            words = [_tied_to(other, row.name) for other in (first, _tied(row))]
             raise ValueError(
-                f"layer {row.name!r}: its weight is tied to that of {first!r} in the model, of "
-                f"{_tied(row)!r} in the plan; plan anew for this model"
+                f"layer {row.name!r}: its weight is {words[0]} in the model, {words[1]} in the "
+                "plan; plan anew for this model"
             )
     for name in found.keys() - {row.name for row in plan}:
         raise ValueError(f"layer {name!r}: the model has it, the plan does not; {_EXPECTED}")
@@ -287,3 +288,7 @@ def _with_options(name: str, options: dict[str, Any]) -> Decomposer:
     if unknown := options.keys() - known:
         raise ValueError(f"{name!r} has no option {', '.join(map(repr, sorted(unknown)))}")
     return replace(decomposer, **_read(options)) if options else decomposer  # type: ignore[type-var]
+
+
+def _tied_to(first: str, name: str) -> str:
+    return "its own" if first == name else f"tied to that of {first!r}"

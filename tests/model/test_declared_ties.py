@@ -207,3 +207,15 @@ def test_a_chain_whose_module_has_no_weight(inplace):
     ).model  # fmt: skip
     assert result.head.decoder.method == "tt"
     assert result._tied_weights_keys["head.decoder.weight"] == "body.tokens.weight"
+
+
+@pytest.mark.parametrize("method", ["svd", tdecomp.TT(), tdecomp.SplitSVD(parts=2)], ids=repr)
+def test_a_head_of_its_own_may_have_stages_of_any_kind(method):
+    model = Declares()
+    model.head.decoder = nn.Linear(16, 40)  # as where a config unties it
+    declared = model._tied_weights_keys
+    result = tdecomp.decompose(model, method, rank={"head.decoder": 4}, **QUIET)
+    assert result.report["head.decoder"].method == getattr(method, "name", method)
+    assert result.model(IDS).shape == model(IDS).shape
+    key = "head.decoder.weight"
+    assert result.model._tied_weights_keys[key] == declared[key]

@@ -171,8 +171,12 @@ def test_a_plan_of_a_tied_model_is_not_for_one_that_is_not():
     plan = tdecomp.plan(Tied(), "svd", rank=5, **QUIET)
     untied = Tied()
     untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
-    with pytest.raises(ValueError, match="its weight is tied"):
+    first, other = plan["head"].tied_to, "its weight is its own"
+    with pytest.raises(ValueError, match=f"{other} in the model, tied to that of {first!r} in"):
         tdecomp.apply(untied, plan, **QUIET)
+    plan = tdecomp.plan(untied, "svd", rank=5, **QUIET)
+    with pytest.raises(ValueError, match=f"tied to that of {first!r} in the model, its own in"):
+        tdecomp.apply(Tied(), plan, **QUIET)
 
 
 @pytest.mark.parametrize("data", [None, data()], ids=["weights", "data"])

@@ -26,7 +26,10 @@ class OpenAttention(Opened, nn.MultiheadAttention):
     def opens(cls, module: nn.Module) -> bool:
         if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
             return False
-        held = own_weights(module, (_PACKED, *_SEPARATE, "in_proj_bias"))
+        names = (_PACKED, *_SEPARATE, "in_proj_bias")
+        if not module._parameters.keys() >= {*names}:  # pruned, or of a norm: it computes one
+            return False
+        held = own_weights(module, names)
         return bool(held) and (cls is SeparateAttention or _PACKED in held)
 
     def open_up(self) -> None:
@@ -38,6 +41,11 @@ class OpenAttention(Opened, nn.MultiheadAttention):
         layer = self._modules.pop(_PACKED)
         assert isinstance(layer, nn.Linear)
         self._take({_PACKED: layer._parameters["weight"], "in_proj_bias": layer.bias})
+
+    def closed_name(self, layer: str, *, bias: bool) -> str:
+        if bias:
+            return "in_proj_bias"
+        return _PACKED if self._qkv_same_embed_dim else layer
 
     def _hold(self, layers: Mapping[str, tuple[Any, Any]]) -> None:
         for name, (weight, bias) in layers.items():

@@ -33,6 +33,10 @@ class Opened(nn.Module):
     def close_up(self) -> None:
         """Move them back, the very parameters where they are."""
 
+    def closed_name(self, layer: str, *, bias: bool) -> str:
+        """The parameter of the closed module that a layer's weight or bias is, or is a part of."""
+        return f"{layer}_bias" if bias else layer
+
     @classmethod
     def open(cls, module: nn.Module) -> Self:
         """Open a module, which stays the same object."""
@@ -58,6 +62,11 @@ class Contents:
         self._module, self._kind = module, module.__class__
         self._own = {k: v for k, v in vars(module).items() if k not in _REGISTERED}
         self._held = {name: dict(getattr(module, name)) for name in _REGISTERED}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The module's own."""
+        return {k: p for k, p in self._held["_parameters"].items() if p is not None}
 
     def put_back(self) -> None:
         """The class, the attributes, the parameters and the modules that there were."""

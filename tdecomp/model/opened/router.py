@@ -45,6 +45,10 @@ class OpenRouter(Opened):
         if vars(self).pop("had_bias"):
             self.register_parameter("bias", layer.bias)
 
+    def closed_name(self, layer: str, *, bias: bool) -> str:
+        del layer  # there is one
+        return "bias" if bias else "weight"
+
     def __getattr__(self, name: str) -> Any:
         # What its class has, such as methods that its forward calls.
         if name in ("weight", "bias") and _LAYER in self._modules:

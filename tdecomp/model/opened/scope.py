@@ -36,6 +36,8 @@ class opened(Scope):
     ) -> None:
         super().__init__()
         self._model, self._runs, self._names = model, runs, names
+        # The modules that are open, with the parameters that they had.
+        self.closed: dict[Opened, dict[str, nn.Parameter]] = {}
 
     def change(self) -> None:
         if not isinstance(self._model, nn.Module):
@@ -47,19 +49,37 @@ class opened(Scope):
         watch = _Watch([*found])
         if self._runs and not any(map(is_lazy, self._model.modules())):
             watch.run(self._model, self._runs)
+        routers: dict[Any, Contents] = {}
         for module, (path, kind) in found.items():
-            if module in watch.read:
+            if module in watch.read or (
+                kind is OpenRouter and not self._takes(module, path, watch)
+            ):
                 continue
             if kind is OpenAttention and self._separate(module, path, watch):
                 kind = SeparateAttention
-            elif self._names is not None and kind is OpenRouter and path in self._names:
-                continue  # a plan that was made before routers were opened
             contents = Contents(module)
             self.undo.callback(partial(_close, module, contents))
-            kind.open(module)
+            self.closed[kind.open(module)] = contents.parameters
+            if kind is OpenRouter:
+                routers[module] = contents
+        while (failing := _failing(self._model, self._runs, routers)) is not None:
+            routers.pop(failing).put_back()
+            del self.closed[failing]
         switch_off(self._model, ExitStack())
 
+    def _takes(self, module: nn.Module, path: str, watch: "_Watch") -> bool:
+        """Whether a router may be opened; a run of it then shows whether it should be."""
+        names = self._names or ()
+        if path in names:  # of a plan that was made before routers were opened
+            return False
+        known = f"{path}.projection" in names or type(module).__module__.startswith("transformers.")
+        return known or module in watch.ran
+
     def _separate(self, module: nn.Module, path: str, watch: "_Watch") -> bool:
+        weight = module._parameters["in_proj_weight"]
+        held = (p for m in self._model.modules() for p in m._parameters.values())
+        if sum(p is weight for p in held) > 1:  # its parts would not be shared
+            return False
         prefix = f"{path}." if path else ""
         if self._names is not None and f"{prefix}q_proj_weight" in self._names:
             return True
@@ -95,6 +115,28 @@ def _openable(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Opened]]]
 def _close(module: nn.Module, contents: Contents) -> None:
     if not any(isinstance(part, Chain) for part in module.modules()):
         contents.put_back()
+
+
+def _failing(model: nn.Module, runs: Sequence[Run], routers: Collection[Any]) -> Any:
+    """A router in whose forward one of the runs fails, as it needs the values of its weight."""
+    running: list[nn.Module] = []
+
+    def begin(router: nn.Module, _: Any) -> None:
+        running.append(router)
+
+    def end(*_: Any) -> None:  # not where it failed
+        running.pop()
+
+    starts = [partial(router.register_forward_pre_hook, begin) for router in routers]
+    ends = [partial(router.register_forward_hook, end) for router in routers]
+    with evaluating(model), hooks([*starts, *ends]), exact_passes(), torch.no_grad():
+        for run in runs if routers else ():
+            try:
+                run(model)
+            except Exception:
+                if running:
+                    return running[-1]
+    return None
 
 
 class _Watch:

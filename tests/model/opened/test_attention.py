@@ -228,3 +228,23 @@ def test_it_is_saved_reduced_refitted_and_scripted_away(tmp_path):
     assert "first.in_proj_weight" in moments
     exported = torch.export.export(result.model, (x,)).module()
     torch.testing.assert_close(exported(x), result.model(x))
+
+
+def test_a_weight_that_others_share_is_not_split():
+    class Tied(Block):
+        def __init__(self):
+            super().__init__()
+            self.second.in_proj_weight = self.first.in_proj_weight
+
+        def forward(self, x, y):
+            return self.second(self.first(x, y, y)[0], y, y)[0]
+
+    model, x, y = Tied().eval(), torch.randn(2, 5, SIZE), torch.randn(2, 3, SIZE)
+    count = sum(p.numel() for p in model.parameters())
+    result = tdecomp.decompose(model, "svd", example_inputs=(x, y), **FULL)
+    assert result.report.before.params == count
+    assert [row.name for row in result.report if row.method] == ["first.out_proj"]
+    torch.testing.assert_close(result.model(x, y), model(x, y), rtol=1e-4, atol=1e-5)
+    twin = result.model
+    assert twin.first.in_proj_weight.weight is twin.second.in_proj_weight
+    assert result.report.after.params == sum(p.numel() for p in twin.parameters())
