@@ -49,6 +49,11 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
                 "after fuse_batchnorm; a file is loaded into the architecture that was decomposed: "
                 "save first, and fuse what tdecomp.load returns"
             )
+        if isinstance(chain, Chain) and _resized(chain):
+            raise ValueError(
+                f"layer {row.name!r}: its stages have other sizes than those of {row.layer}, as "
+                "after resize_token_embeddings; save first, and resize what tdecomp.load returns"
+            )
     refuse_lazy(model, "save")
     state = model.state_dict()
     for key, value in state.items():
@@ -65,6 +70,15 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     header |= {"shared": shared, "strides": strides}
     tensors = _alone({key: value for key, value in state.items() if key not in shared})
     write_tensors(file, _KEY, header, tensors)
+
+
+def _resized(chain: Chain) -> bool:
+    """Whether a parameter of it has another shape than its method gives it."""
+    stages = chain.decomposer.stages(chain.replaced, chain.rank)
+    built = [p for stage in stages for p in stage.build(torch.device("meta")).parameters()]
+    shapes = [[p.shape for p in parameters] for parameters in (built, chain.parameters())]
+    # Of what was quantized some are no parameters any more: that is refused in other words.
+    return len(shapes[0]) == len(shapes[1]) and shapes[0] != shapes[1]
 
 
 def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:

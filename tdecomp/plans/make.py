@@ -243,6 +243,13 @@ def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[st
             raise ValueError(
                 f"rank: {pattern!r} names only layers left alone; {'; '.join(reasons)}"
             )
+    for site in sites:
+        keys = [name for name in site.tied if name in selector.selectors]
+        if any(selector.selectors[key] != selector.selectors[keys[0]] for key in keys):
+            raise ValueError(
+                f"rank: {', '.join(map(repr, keys))} share one weight and have one rank, got "
+                "several; expected a rank for one of them"
+            )
 
 
 def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:

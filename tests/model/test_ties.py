@@ -309,3 +309,18 @@ def test_sensitivity_and_times_are_those_of_the_output_layer():
     times = tdecomp.profile(Tied(), IDS, "svd", effort="quick", **QUIET)
     plan = tdecomp.plan(Tied(), "svd", rank=4, example_inputs=IDS, profile=times, **QUIET)
     assert plan["head"].latency_after > 0
+
+
+def test_two_ranks_for_one_weight_are_refused():
+    with pytest.raises(ValueError, match="'tokens', 'head' share one weight"):
+        tdecomp.plan(Tied(), "svd", rank={"tokens": 5, "head": 3}, **QUIET)
+    plan = tdecomp.plan(Tied(), "svd", rank={"tokens": 5, "head": 5}, **QUIET)
+    assert plan["tokens"].rank == plan["head"].rank == 5
+
+
+def test_a_table_of_another_size_is_not_saved(tmp_path):
+    result = tdecomp.decompose(Tied(), "svd", rank=5, **QUIET)
+    table = result.model.tokens
+    table.weight.data = torch.cat([table[0].weight.data, torch.ones(3, 5)])
+    with pytest.raises(ValueError, match="layer 'tokens': its stages have other sizes"):
+        result.save(tmp_path / "resized.safetensors")
