@@ -212,7 +212,7 @@ def test_scopes_nest_and_restore():
     assert type(model.first) is nn.MultiheadAttention
 
 
-def test_it_is_saved_reduced_refitted_and_scripted_away(tmp_path):
+def test_it_is_saved_reduced_refitted_and_exported(tmp_path):
     model, x = Block(), torch.randn(64, LENGTH, SIZE)
     result = tdecomp.decompose(
         model, "svd", rank=6, data=[x], recover=["refit", "reconstruct"], **QUIET
@@ -248,3 +248,13 @@ def test_a_weight_that_others_share_is_not_split():
     twin = result.model
     assert twin.first.in_proj_weight.weight is twin.second.in_proj_weight
     assert result.report.after.params == sum(p.numel() for p in twin.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_it_can_be_scripted_and_traced():
+    layer = attention(batch_first=True)
+    x = inputs(layer)
+    small = tdecomp.decompose(layer, "svd", rank=4, example_inputs=x, **QUIET).model
+    for module in (torch.jit.script(small), torch.jit.trace(small, x)):
+        same(small, module, x)
