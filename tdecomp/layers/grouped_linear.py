@@ -64,9 +64,7 @@ class GroupedLinear(nn.Module):
         y = _grouped_product(x, self.weight.transpose(1, 2), ends)
         if self.bias is None:
             return y
-        row = torch.arange(x.shape[0], device=x.device)
-        group = torch.searchsorted(ends, row, right=True).clamp_max(self.groups - 1)
-        return y + self.bias[group]
+        return y + self.bias[_groups(x, ends)]
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -95,9 +93,13 @@ def _traceable_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     operators: Any = getattr(torch.ops, "transformers", None)  # if that has been imported
     if hasattr(operators, "grouped_mm_fallback"):
         return operators.grouped_mm_fallback(x, weights, offs=ends)  # type: ignore[no-any-return]
+    return (x.unsqueeze(1) @ weights[_groups(x, ends)]).squeeze(1)
+
+
+def _groups(x: Tensor, ends: Tensor) -> Tensor:
+    """The group of each row; the last for those that have none."""
     row = torch.arange(x.shape[0], device=x.device)
-    group = torch.searchsorted(ends, row, right=True).clamp_max(weights.shape[0] - 1)
-    return (x.unsqueeze(1) @ weights[group]).squeeze(1)
+    return torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
 
 
 class GroupedChain(Chain):

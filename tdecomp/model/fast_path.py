@@ -14,7 +14,7 @@ from torch import nn
 
 from tdecomp.layers.chain import Chain
 from tdecomp.model.opened.attention import SeparateAttention
-from tdecomp.model.opened.base import Opened
+from tdecomp.model.opened.base import Opened, has_chains
 
 
 def switch_off(model: nn.Module, undo: ExitStack) -> None:
@@ -39,7 +39,7 @@ def switch_on(model: nn.Module, undo: ExitStack) -> None:
 
 def _switch_on(encoders: Sequence[nn.Module]) -> None:
     for module in encoders:
-        if not any(isinstance(part, Chain) for part in module.modules()):
+        if not has_chains(module):
             _set(module, True)
 
 

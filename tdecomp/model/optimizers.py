@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
 
-from tdecomp.model.opened.base import Opened
+from tdecomp.model.opened.base import Opened, has_chains
 
 Replacements = Mapping[nn.Module, nn.Module]
 # Modules that are open now, with the parameters that they had when they were not.
@@ -44,7 +44,7 @@ def follow(optimizer: Optimizer, replacements: Replacements, closed: Closed | No
 
     So do the parts of a parameter that are parameters of their own in a module that stays open.
     """
-    stay_open = {module: had for module, had in (closed or {}).items() if module.has_chains()}
+    stay_open = {module: had for module, had in (closed or {}).items() if has_chains(module)}
     after = _successors(replacements, stay_open)
     for group in optimizer.param_groups:
         params = group["params"]

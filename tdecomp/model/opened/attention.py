@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tdecomp.model.opened.base import Opened, own_weights
+from tdecomp.model.opened.base import Opened, linear_of, own_weights
 
 _PACKED = "in_proj_weight"
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -49,7 +49,7 @@ class OpenAttention(Opened, nn.MultiheadAttention):
 
     def _hold(self, layers: Mapping[str, tuple[Any, Any]]) -> None:
         for name, (weight, bias) in layers.items():
-            self.add_module(name, _linear(weight, bias).train(self.training))
+            self.add_module(name, linear_of(weight, bias).train(self.training))
         self._modules["out_proj"] = self._modules.pop("out_proj")  # it comes last
 
     def _take(self, values: Mapping[str, nn.Parameter | None]) -> None:
@@ -190,15 +190,6 @@ class SeparateAttention(OpenAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         return q(query), k(key), v(value)  # type: ignore[operator]
-
-
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A Linear with these very parameters."""
-    layer = nn.Linear(1, 1, bias=False, device="meta")  # which draws no random numbers
-    layer.out_features, layer.in_features = weight.shape
-    layer.weight = weight
-    layer.bias = bias  # type: ignore[assignment]
-    return layer
 
 
 def _part(packed: nn.Parameter, part: slice) -> nn.Parameter:

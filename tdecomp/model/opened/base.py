@@ -50,10 +50,6 @@ class Opened(nn.Module):
         self.close_up()
         self.__class__ = vars(self).pop("closed_class")
 
-    def has_chains(self) -> bool:
-        """Whether one of its layers was replaced, so that it has to stay open."""
-        return any(isinstance(module, Chain) for module in self.modules())
-
 
 class Contents:
     """What a module consists of, to be put back."""
@@ -87,8 +83,22 @@ _REGISTERED = dict.fromkeys(("_parameters", "_modules"))
 def close_unchanged(model: nn.Module) -> None:
     """Close what is open without need: modules in which nothing was decomposed."""
     for module in list(model.modules()):
-        if isinstance(module, Opened) and not module.has_chains():
+        if isinstance(module, Opened) and not has_chains(module):
             module.close()
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A Linear with these very parameters."""
+    layer = nn.Linear(1, 1, bias=False, device="meta")  # which draws no random numbers
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = weight
+    layer.bias = bias  # type: ignore[assignment]
+    return layer
+
+
+def has_chains(module: nn.Module) -> bool:
+    """Whether a layer in it was replaced."""
+    return any(isinstance(part, Chain) for part in module.modules())
 
 
 def own_weights(module: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:

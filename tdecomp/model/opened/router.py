@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdecomp.layers.spec import kind_of
-from tdecomp.model.opened.base import Opened, own_weights
+from tdecomp.model.opened.base import Opened, linear_of, own_weights
 
 _NAMED = re.compile(r"(Router|Gate)$", re.IGNORECASE)
 _LAYER = "projection"
@@ -33,11 +33,8 @@ class OpenRouter(Opened):
     def open_up(self) -> None:
         weight, bias = self._parameters.pop("weight"), self._parameters.pop("bias", None)
         assert weight is not None
-        layer = nn.Linear(1, 1, bias=False, device="meta")  # which draws no random numbers
-        layer.out_features, layer.in_features = weight.shape
-        layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
         self.had_bias = bias is not None
-        self.add_module(_LAYER, layer.train(self.training))
+        self.add_module(_LAYER, linear_of(weight, bias).train(self.training))
 
     def close_up(self) -> None:
         layer: Any = self._modules.pop(_LAYER)

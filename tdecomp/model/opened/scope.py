@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdecomp.layers.chain import Chain
 from tdecomp.model.fast_path import switch_off, switched_on_again
 from tdecomp.model.opened.attention import OpenAttention, SeparateAttention
-from tdecomp.model.opened.base import Contents, Opened
+from tdecomp.model.opened.base import Contents, Opened, has_chains
 from tdecomp.model.opened.experts import OpenExperts
 from tdecomp.model.opened.router import OpenRouter
 from tdecomp.model.trace import Reads
@@ -99,7 +98,7 @@ class closed(Scope):
 
     def change(self) -> None:
         for module in list(self._model.modules()):
-            if isinstance(module, Opened) and not module.has_chains():
+            if isinstance(module, Opened) and not has_chains(module):
                 self.undo.callback(Contents(module).put_back)
                 module.close()
 
@@ -113,7 +112,7 @@ def _openable(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Opened]]]
 
 
 def _close(module: nn.Module, contents: Contents) -> None:
-    if not any(isinstance(part, Chain) for part in module.modules()):
+    if not has_chains(module):
         contents.put_back()
 
 
