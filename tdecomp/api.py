@@ -20,13 +20,13 @@ from tdecomp.model.sites import check_weight, find_sites
 from tdecomp.pipeline import carry_out, check_optimizers
 from tdecomp.plans.make import Planned, Request, make_plan
 from tdecomp.plans.plan import Plan, match_sites
-from tdecomp.progress import Progress
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
+from tdecomp.runtime.progress import Progress
+from tdecomp.runtime.torch_state import restoring
 from tdecomp.timing.profile import Profile
 from tdecomp.timing.stopwatch import THIS_MACHINE
-from tdecomp.torch_state import restoring
 
 
 def decompose(

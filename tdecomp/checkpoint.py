@@ -27,7 +27,7 @@ from tdecomp.model.surgery import copy_with, tensors_in
 from tdecomp.model.weights import is_plain, refuse_lazy
 from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.table import FORMAT
-from tdecomp.torch_state import no_inference_mode, restoring
+from tdecomp.runtime.torch_state import no_inference_mode, restoring
 
 _KEY = "tdecomp"
 

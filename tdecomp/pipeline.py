@@ -19,7 +19,6 @@ from tdecomp.model.surgery import copy_with, swap, tensors_in
 from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
-from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.fit import fit_rows
 from tdecomp.plans.make import Planned
@@ -27,14 +26,15 @@ from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.progress import SILENT, Progress
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
+from tdecomp.runtime.parallel import parallel_map
+from tdecomp.runtime.progress import SILENT, Progress
+from tdecomp.runtime.torch_state import no_inference_mode
 from tdecomp.timing.speed import Speed
 from tdecomp.timing.stopwatch import THIS_MACHINE, Stopwatch
 from tdecomp.timing.whole_model import fused_kernels_note, measured_speed
-from tdecomp.torch_state import no_inference_mode
 
 
 def carry_out(

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from tdecomp.torch_state import evaluating
+from tdecomp.runtime.torch_state import evaluating
 from tests.calls import CASES
 from tests.injections import Alarm, AtLine, press
 from tests.unchanged import changes

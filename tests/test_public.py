@@ -69,7 +69,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 
 # A file imports from its own room and from the rooms on the lines above its own.
 ORDER = """
-_distribution scope files torch_state parallel progress
+_distribution runtime files
 layers linalg
 model
 calibration decomposers

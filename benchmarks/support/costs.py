@@ -4,7 +4,7 @@ from torch import Tensor, nn, no_grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdecomp.torch_state import no_fast_path
+from tdecomp.runtime.torch_state import no_fast_path
 
 
 def count_params(model: nn.Module) -> int:

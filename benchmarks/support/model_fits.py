@@ -23,8 +23,8 @@ from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.svd import frobenius_norm
-from tdecomp.parallel import on_cpu, parallel_map
 from tdecomp.ranks.grid import rank_at
+from tdecomp.runtime.parallel import on_cpu, parallel_map
 
 Kernels = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from tdecomp.model.batches import Forward
 from tdecomp.model.batchnorm import rest_of
 from tdecomp.model.flow import last_part
 from tdecomp.model.surgery import copy_with, swap
-from tdecomp.torch_state import full_precision
+from tdecomp.runtime.torch_state import full_precision
 
 
 def fuse_batchnorm(

@@ -25,12 +25,12 @@ from tdecomp.plans.fit import fit_rows
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.progress import Progress
 from tdecomp.ranks.base import Candidate, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer, Fixed, exceeds
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.result import Decomposition
-from tdecomp.torch_state import restoring
+from tdecomp.runtime.progress import Progress
+from tdecomp.runtime.torch_state import restoring
 
 
 def reduce_ranks(

@@ -24,7 +24,7 @@ from tdecomp.layers.patches import (
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import count_samples, in_parts, tensors_of
 from tdecomp.model.trace import is_transformed
-from tdecomp.torch_state import frozen, full_precision, hooks
+from tdecomp.runtime.torch_state import frozen, full_precision, hooks
 
 # A symmetric product is computed from the diagonal downwards only, in at most _BLOCKS blocks of at
 # least _BLOCK columns each.

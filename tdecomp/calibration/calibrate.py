@@ -23,7 +23,13 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.trace import OddUses, is_transformed
-from tdecomp.torch_state import evaluating, exact_passes, hooks, no_inference_mode, restoring
+from tdecomp.runtime.torch_state import (
+    evaluating,
+    exact_passes,
+    hooks,
+    no_inference_mode,
+    restoring,
+)
 
 _GRADIENT_SAMPLES = 128  # weighing layers needs output gradients of no more samples
 _ENOUGH = 16  # patches for each entry of a patch, with which no variants are needed

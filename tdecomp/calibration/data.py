@@ -23,8 +23,8 @@ from tdecomp.model.batches import (
     tensors_of,
 )
 from tdecomp.model.weights import refuse_lazy
-from tdecomp.progress import SILENT, Progress
-from tdecomp.torch_state import evaluating, exact_passes
+from tdecomp.runtime.progress import SILENT, Progress
+from tdecomp.runtime.torch_state import evaluating, exact_passes
 
 Mask = Callable[[Any], Tensor]  # says which rows of a batch count
 

@@ -13,7 +13,7 @@ from tdecomp.model.filters import Filters, at_least
 from tdecomp.model.optimizers import as_optimizers, unoptimized
 from tdecomp.model.sites import check_weight, find_sites
 from tdecomp.model.surgery import swap
-from tdecomp.torch_state import restoring
+from tdecomp.runtime.torch_state import restoring
 
 
 def apply_factorization(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tdecomp.composer.closed_form import Operator, corrected, solve
-from tdecomp.torch_state import full_precision
+from tdecomp.runtime.torch_state import full_precision
 
 
 @dataclass(eq=False)

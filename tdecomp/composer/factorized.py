@@ -13,7 +13,7 @@ from tdecomp.decomposers.svd import SVD
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.example import LAYOUTS, in_layout, layout_of
-from tdecomp.torch_state import full_precision, no_inference_mode
+from tdecomp.runtime.torch_state import full_precision, no_inference_mode
 
 
 class Factorized(Chain):

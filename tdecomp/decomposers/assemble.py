@@ -8,7 +8,7 @@ from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.layout import channels_last_of
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.torch_state import full_precision
+from tdecomp.runtime.torch_state import full_precision
 
 
 def empty_chain(

@@ -18,7 +18,7 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
 from tdecomp.linalg.spectrum import Spectrum, spectra
 from tdecomp.linalg.svd import frobenius_norm
-from tdecomp.torch_state import full_precision
+from tdecomp.runtime.torch_state import full_precision
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdecomp.files.typed import parsed
 from tdecomp.files.whole_file import whole_file
-from tdecomp.scope import interrupts_deferred
+from tdecomp.runtime.scope import interrupts_deferred
 
 _HASH = "sha256"
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tdecomp.layers.layout import channels_last_of
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.torch_state import full_precision
+from tdecomp.runtime.torch_state import full_precision
 
 Rank = int | tuple[int, ...]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdecomp.linalg.svd import gram_matrix, svd
-from tdecomp.parallel import on_cpu, parallel_map
+from tdecomp.runtime.parallel import on_cpu, parallel_map
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.ranks.base import as_tuple
-from tdecomp.torch_state import full_precision
+from tdecomp.runtime.torch_state import full_precision
 
 Value = TypeVar("Value")
 # The loss weighted by gradients (None where they are not known), and the layer's own share of its

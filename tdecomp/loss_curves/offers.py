@@ -17,10 +17,10 @@ from tdecomp.loss_curves.curve import LossCurve, layer_curves
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
 from tdecomp.model.sites import Site, check_weight
 from tdecomp.model.ties import leader
-from tdecomp.parallel import on_cpu, parallel_map
-from tdecomp.progress import SILENT, Progress
 from tdecomp.ranks.base import Candidate, Choice
 from tdecomp.ranks.grid import ANY_RANK, Rounding
+from tdecomp.runtime.parallel import on_cpu, parallel_map
+from tdecomp.runtime.progress import SILENT, Progress
 
 # A site that may be decomposed, with the methods that can.
 Able = tuple[Site, Sequence[Decomposer]]

@@ -21,8 +21,8 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tdecomp.pictures.style import largest, needs_matplotlib
-from tdecomp.progress import Progress
 from tdecomp.ranks.base import Option
+from tdecomp.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

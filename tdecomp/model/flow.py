@@ -15,7 +15,7 @@ from tdecomp.model.batches import tensors_of
 from tdecomp.model.example import Example
 from tdecomp.model.surgery import copy_with
 from tdecomp.model.trace import READ_OUTSIDE, OddUses, Reads
-from tdecomp.torch_state import evaluating, hooks, no_fast_path
+from tdecomp.runtime.torch_state import evaluating, hooks, no_fast_path
 
 # In `Flow.readers`: something that is no batch norm, or the caller of the model.
 OTHER = ""

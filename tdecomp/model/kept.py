@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from tdecomp.model.operators import OperatorMode
 from tdecomp.model.trace import storage_number
 from tdecomp.model.weights import is_plain
-from tdecomp.scope import Scope
+from tdecomp.runtime.scope import Scope
 
 
 class KeptParameters(Scope):

@@ -21,8 +21,8 @@ from tdecomp.model.example import images_in_layout
 from tdecomp.model.fast_path import switch_off
 from tdecomp.model.optimizers import Closed, Replacements, follow, restorer
 from tdecomp.model.weights import is_plain
-from tdecomp.scope import interrupts_deferred
-from tdecomp.torch_state import no_inference_mode
+from tdecomp.runtime.scope import interrupts_deferred
+from tdecomp.runtime.torch_state import no_inference_mode
 
 Put = Callable[[Any], None]  # puts a module or another object into a certain place
 

@@ -16,8 +16,8 @@ from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
 from tdecomp.model.operators import OperatorMode
 from tdecomp.model.weights import Weights, weights_of
-from tdecomp.scope import Scope
-from tdecomp.torch_state import evaluating, hooks, no_fast_path
+from tdecomp.runtime.scope import Scope
+from tdecomp.runtime.torch_state import evaluating, hooks, no_fast_path
 
 Owner = TypeVar("Owner")
 

@@ -14,8 +14,8 @@ from tdecomp.model.kept import KeptParameters
 from tdecomp.model.surgery import copy_with, swap
 from tdecomp.model.trace import READ_OUTSIDE, Reads
 from tdecomp.model.weights import is_lazy
-from tdecomp.scope import Scope
-from tdecomp.torch_state import evaluating, hooks, no_fast_path
+from tdecomp.runtime.scope import Scope
+from tdecomp.runtime.torch_state import evaluating, hooks, no_fast_path
 
 Run = Callable[[nn.Module], Any]
 

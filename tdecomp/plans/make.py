@@ -19,7 +19,6 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, Sites, find_sites
 from tdecomp.model.ties import settle
-from tdecomp.parallel import parallel_map
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
@@ -27,10 +26,11 @@ from tdecomp.plans.left_alone import largest_left_alone
 from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
-from tdecomp.progress import SILENT, Progress
 from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
+from tdecomp.runtime.parallel import parallel_map
+from tdecomp.runtime.progress import SILENT, Progress
 from tdecomp.timing.choose import TimedChoices, choose_with_times
 from tdecomp.timing.layout_times import LayoutTimes
 from tdecomp.timing.measure import check_profile, measure

@@ -15,14 +15,14 @@ from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tdecomp.plans.make import Request
-from tdecomp.progress import Progress
 from tdecomp.quality.compression import UNITS, Compression
 from tdecomp.quality.quality import Quality
 from tdecomp.quality.search import EVERYTHING, Search
 from tdecomp.recovery.steps import Recover, check_data, recovery_steps
+from tdecomp.runtime.progress import Progress
+from tdecomp.runtime.torch_state import restoring
 from tdecomp.timing.measure import measure
 from tdecomp.timing.profile import Profile
-from tdecomp.torch_state import restoring
 
 
 def compress_to(

@@ -13,7 +13,7 @@ from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
-from tdecomp.torch_state import evaluating, exact_passes
+from tdecomp.runtime.torch_state import evaluating, exact_passes
 
 
 @dataclass(frozen=True)

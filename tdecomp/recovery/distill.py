@@ -19,7 +19,7 @@ from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.options import check_training
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.training import Training, hinted
-from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
+from tdecomp.runtime.torch_state import evaluating, exact_passes, no_inference_mode
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.estimate import Estimate, lost_share
 from tdecomp.model.batches import copied, count_samples, device_of, tensors_of
-from tdecomp.torch_state import evaluating, exact_passes
+from tdecomp.runtime.torch_state import evaluating, exact_passes
 
 # The error is taken on the first batches that hold at least this many samples together.
 _SAMPLES = 512

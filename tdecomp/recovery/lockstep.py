@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tdecomp.parallel import OneThread
-from tdecomp.scope import Scope, interrupts_deferred
-from tdecomp.torch_state import give_one_thread, hooks
+from tdecomp.runtime.parallel import OneThread
+from tdecomp.runtime.scope import Scope, interrupts_deferred
+from tdecomp.runtime.torch_state import give_one_thread, hooks
 
 Place = TypeVar("Place")
 # What is taken of the arguments, and of the named ones, that a module is called with.

@@ -24,7 +24,7 @@ from tdecomp.recovery.quick_layout import take_channels_last
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import replaced_layers
 from tdecomp.recovery.walk import Walk
-from tdecomp.torch_state import evaluating, exact_passes, no_inference_mode
+from tdecomp.runtime.torch_state import evaluating, exact_passes, no_inference_mode
 
 _SAMPLES = 1024  # that blocks are trained on, variants among them
 _SEEN = 2560  # samples that the steps of a block see by default, and each of them at least once

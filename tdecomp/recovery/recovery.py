@@ -12,7 +12,7 @@ from tdecomp.calibration.data import Batches, batches_for
 from tdecomp.calibration.opening import opened_for
 from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
-from tdecomp.torch_state import restoring
+from tdecomp.runtime.torch_state import restoring
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from tdecomp.layers.chain import Chain
 from tdecomp.layers.lookup_chain import HeadChain
 from tdecomp.linalg.second_moment import is_wide
 from tdecomp.model.batches import Forward, device_of
-from tdecomp.parallel import OneThread
 from tdecomp.recovery.attempt import Attempt, errors_so_far, left_note
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.recovery.matching import Match
 from tdecomp.recovery.recovery import Recovery, RecoveryStep, run_on_copy
 from tdecomp.recovery.replaced import ReplacedLayer, replaced_layers
 from tdecomp.recovery.walk import Walk
-from tdecomp.torch_state import evaluating, exact_passes, full_precision, no_inference_mode
+from tdecomp.runtime.parallel import OneThread
+from tdecomp.runtime.torch_state import evaluating, exact_passes, full_precision, no_inference_mode
 
 # The samples that the gradients at the layers' outputs are taken of.
 _GRADIENT_SAMPLES = 128

@@ -23,7 +23,7 @@ from tdecomp.model.macs import MacCounter
 from tdecomp.recovery.adam import Adam, Coordinates
 from tdecomp.recovery.quick_layout import take_channels_last
 from tdecomp.recovery.whitening import bases_of
-from tdecomp.torch_state import hooks
+from tdecomp.runtime.torch_state import hooks
 
 # The stretches of a training, after each of which the model may become the result.
 _STRETCHES = 8

@@ -17,7 +17,7 @@ from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec, kind_of
 from tdecomp.model.batches import count_samples
-from tdecomp.torch_state import hooks
+from tdecomp.runtime.torch_state import hooks
 
 # Added to the eigenvalues, as a share of their mean.
 _DAMPING = 1e-2

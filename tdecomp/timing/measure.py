@@ -18,11 +18,11 @@ from tdecomp.model.example import LAYOUTS, Example, layout_of
 from tdecomp.model.opened.scope import closed
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.model.weights import refuse_lazy
-from tdecomp.progress import SILENT, Progress
+from tdecomp.runtime.progress import SILENT, Progress
+from tdecomp.runtime.torch_state import restoring
 from tdecomp.timing.profile import Profile, key_of, model_in_words, timed_ranks
 from tdecomp.timing.speed import Quartiles
 from tdecomp.timing.stopwatch import EFFORTS, THIS_MACHINE, Setting, Stages, Stopwatch, TimingEffort
-from tdecomp.torch_state import restoring
 
 Geometry = tuple[LayerSpec, Call]
 # Multiples of ranks that hardware may prefer, largest first. Time rises in steps of a multiple if

@@ -19,9 +19,9 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.layers.stage import Stage
 from tdecomp.model.example import Example, images_in_layout, in_layout, layout_of
 from tdecomp.model.surgery import copy_with
-from tdecomp.progress import Progress
+from tdecomp.runtime.progress import Progress
+from tdecomp.runtime.torch_state import evaluating
 from tdecomp.timing.speed import Quartiles
-from tdecomp.torch_state import evaluating
 
 # A layer, or the chain that may replace it.
 Stages = tuple[Stage, ...]

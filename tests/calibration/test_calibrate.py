@@ -19,7 +19,7 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import call_model
 from tdecomp.model.opened.scope import opened
 from tdecomp.model.sites import find_sites
-from tdecomp.torch_state import exact_passes, no_inference_mode
+from tdecomp.runtime.torch_state import exact_passes, no_inference_mode
 from tests.decomposers.oracle import distance
 from tests.models import MODELS, TwoInputs
 from tests.unchanged import unchanged

@@ -9,7 +9,7 @@ from torch.utils import flop_counter
 
 import tdecomp
 from tdecomp.model.macs import MacCounter
-from tdecomp.torch_state import no_fast_path
+from tdecomp.runtime.torch_state import no_fast_path
 
 
 def counted(function, *args, **options):

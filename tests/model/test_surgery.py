@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 import tdecomp
 from tdecomp.layers.chain import Chain
 from tdecomp.model import optimizers, surgery
-from tdecomp.torch_state import restoring
+from tdecomp.runtime.torch_state import restoring
 from tests.models import METHODS, MODELS
 from tests.unchanged import same_state, state_of, unchanged
 

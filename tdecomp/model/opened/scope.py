@@ -15,8 +15,8 @@ from tdecomp.model.opened.experts import OpenExperts
 from tdecomp.model.opened.router import OpenRouter
 from tdecomp.model.trace import Reads
 from tdecomp.model.weights import is_lazy
-from tdecomp.scope import Scope
-from tdecomp.torch_state import evaluating, exact_passes, hooks
+from tdecomp.runtime.scope import Scope
+from tdecomp.runtime.torch_state import evaluating, exact_passes, hooks
 
 _CLASSES: tuple[type[Opened], ...] = (OpenAttention, SeparateAttention, OpenExperts, OpenRouter)
 Run = Callable[[nn.Module], Any]

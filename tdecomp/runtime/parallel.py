@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tdecomp.scope import Scope, interrupts_deferred
-from tdecomp.torch_state import give_one_thread, thread_count
+from tdecomp.runtime.scope import Scope, interrupts_deferred
+from tdecomp.runtime.torch_state import give_one_thread, thread_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

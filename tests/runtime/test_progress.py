@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.progress import Progress
+from tdecomp.runtime.progress import Progress
 
 
 def lines(capsys):
@@ -113,7 +113,7 @@ warnings.simplefilter("error")
 sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")
 sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: None)
 sys.modules["ipywidgets"] = None
-from tdecomp.progress import Progress
+from tdecomp.runtime.progress import Progress
 with Progress(True).step("fit", 1, "layers"):
     pass
 """

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tdecomp.parallel import OneThread, on_cpu, parallel_map
+from tdecomp.runtime.parallel import OneThread, on_cpu, parallel_map
 
 
 @pytest.fixture(autouse=True)

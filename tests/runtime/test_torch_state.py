@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.scope import interrupts_deferred
-from tdecomp.torch_state import (
+from tdecomp.runtime.scope import interrupts_deferred
+from tdecomp.runtime.torch_state import (
     evaluating,
     exact_passes,
     frozen,

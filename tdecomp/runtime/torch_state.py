@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.backends import mha
 from torch.utils.hooks import RemovableHandle
 
-from tdecomp.scope import Scope, raise_pending_interrupt
+from tdecomp.runtime.scope import Scope, raise_pending_interrupt
 
 Value = TypeVar("Value")
 
