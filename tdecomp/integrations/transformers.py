@@ -130,6 +130,7 @@ def put_chains(model: Any, plan: Plan) -> Plan:
         _check_layers(mine, layers)
         swap(model, empty_chains(layers, mine))
     close_unchanged(model)
+    _check_ties(model)
     for chain in (module for module in model.modules() if isinstance(module, Chain)):
         chain._is_hf_initialized = True  # its stages are; it has no values of its own
     return mine
@@ -153,6 +154,21 @@ def _check_layers(plan: Plan, layers: Mapping[str, nn.Module]) -> None:
                 f"layer {name!r}: got {spec or type(layer).__name__}, but the plan expects "
                 f"{known}; expected a model of the architecture that was saved"
             )
+
+
+def _check_ties(model: Any) -> None:
+    """Refuse a head that is tied to a table of which only the factors are there."""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        for name in (target, source):
+            try:
+                model.get_parameter_or_buffer(name)
+            except AttributeError as error:
+                layers = " and ".join(n.rpartition(".")[0] for n in (target, source))
+                raise ValueError(
+                    f"{layers} have one weight in a {type(model).__name__}, and what was saved has "
+                    "a chain for one of them alone; expected a model of the class that was saved, "
+                    "or config.tie_word_embeddings = False"
+                ) from error
 
 
 def _check_files(model: Any, files: Sequence[Path]) -> None:
