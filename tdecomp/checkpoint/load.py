@@ -10,8 +10,10 @@ from tdecomp.calibration.opening import opened_for
 from tdecomp.checkpoint import file as single_file
 from tdecomp.checkpoint.description import KEY, plan_in, read_config
 from tdecomp.checkpoint.folder import BUFFERS, names_in, read_weights, weight_files
-from tdecomp.checkpoint.pretrained import library_of, remember
+from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import Stored, rebuilt
+from tdecomp.checkpoint.save import library_of
+from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.model.sites import find_sites
 from tdecomp.plans.plan import Plan
@@ -67,10 +69,12 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _folder(folder: Path) -> tuple[Plan, Stored]:
-    plan = plan_in(read_config(folder).get(KEY))
+    described: Any = read_config(folder).get(KEY)
+    plan = plan_in(described)
+    strides = typed(dict[str, tuple[int, ...]], described.get("strides", {}), "strides")
     tensors = read_weights(weight_files(folder))
     file = folder / BUFFERS
     buffers: dict[str, Any] = {}
     if file.is_file():
         buffers = read_weights(dict.fromkeys(names_in(file), file))
-    return plan, Stored(tensors, buffers, None, {})
+    return plan, Stored(tensors, buffers, None, strides)
