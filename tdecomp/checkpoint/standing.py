@@ -1,6 +1,6 @@
 """The plan that the chains of a model follow now, and that of a part of the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,14 @@ def with_earlier(model: nn.Module, plan: Plan) -> Plan:
     beside = {name: found for name, found in _chains(model).items() if name not in known}
     if not beside:
         return plan
-    earlier = [_row(names, chain, plan) for names, chain in beside.values()]
+    earlier: list[Row] = []
+    first: dict[int, Row] = {}  # of those that hold a parameter
+    for names, chain in beside.values():
+        factors = [id(p) for p in chain.parameters() if p is not chain[-1].bias]
+        tied = next((first[factor] for factor in factors if factor in first), None)
+        alike = [r for r in earlier if tied and tied.name in (r.name, r.tied_to)]
+        earlier.append(_row(names, chain, plan, alike))
+        first = dict.fromkeys(factors, tied or earlier[-1]) | first
     stages = tuple(f"{name}." for name in beside)
     rows = [r for r in plan if r.name not in beside and not r.name.startswith(stages)]
     methods = {chain.decomposer.name: chain.decomposer for _, chain in beside.values()}
@@ -42,8 +49,8 @@ def _chains(model: nn.Module) -> dict[str, tuple[list[str], Chain]]:
     return {its[0]: (its, chain) for chain, its in names.items()}
 
 
-def _row(names: list[str], chain: Chain, plan: Plan) -> Row:
-    """The row that a chain by itself tells of."""
+def _row(names: Sequence[str], chain: Chain, plan: Plan, tied: Sequence[Row]) -> Row:
+    """The row that a chain tells of, and the rows of those that share factors with it."""
     spec, method, rank = chain.replaced, chain.decomposer, chain.rank
     assert spec is not None
     assert rank is not None
@@ -55,7 +62,12 @@ def _row(names: list[str], chain: Chain, plan: Plan) -> Row:
             "method under a name of its own"
         )
     params = chain_cost([spec], None).params
-    return planned_row(Row(names[0], tuple(names), spec, params, params), method, rank)
+    row = Row(names[0], tuple(names), spec, params, params)
+    if tied:
+        bias = spec.out_channels if spec.bias else 0
+        alike = any(r.layer is not None and r.layer.lookup == spec.lookup for r in tied)
+        row = replace(row, params_before=bias, tied_to=tied[0].name, shares_all=alike)
+    return planned_row(row, method, rank)
 
 
 def renamed(plan: Plan, new_name: Callable[[str], str | None]) -> Plan:

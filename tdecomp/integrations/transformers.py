@@ -121,14 +121,15 @@ def put_chains(model: Any, plan: Plan, stored: Collection[str] | None = None) ->
             found = (name, name.removeprefix(prefix), prefix + name)
             return next((n for n in found if n in held), None)
 
-        mine = _without_whole(renamed(plan, new_name), stored or ())
-        layers = {row.name: held[row.name] for row in mine if row.method is not None}
-        if not layers and any(row.method for row in plan):
+        found = renamed(plan, new_name)
+        if any(row.method for row in plan) and not any(row.method for row in found):
             raise ValueError(
                 f"{type(model).__name__} has none of the layers that were decomposed "
                 f"({', '.join(r.name for r in plan if r.method)}); expected a model of the "
                 "architecture that was saved"
             )
+        mine = _without_whole(found, stored or ())
+        layers = {row.name: held[row.name] for row in mine if row.method is not None}
         _check_layers(mine, layers)
         swap(model, empty_chains(layers, mine))
     close_unchanged(model)

@@ -1,11 +1,10 @@
-"""The `save_pretrained` of models whose class has one, as those of Hugging Face's libraries do."""
+"""Models with a `save_pretrained` of their own, as those of Hugging Face's libraries have it."""
 
 import copy
-import gc
-import inspect
+import functools
 import json
 import pickle
-import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -17,105 +16,206 @@ import tdecomp
 from tests.checkpoint.networks import assert_same
 from tests.unchanged import unchanged
 
+KEY = "quantization_config"
 OPTIONS = {"rank": 4, "progress": False}
 
 
-class Library(nn.Module):
+class Config:
+    """As transformers has them: attributes, and all of them in a dictionary."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def to_dict(self):
+        return copy.deepcopy(vars(self))
+
+
+class Saved(nn.Module):
     """A class of a library: it writes its configuration and its state dict."""
 
-    width = 16
-
-    def save_pretrained(self, save_directory, is_main_process=True, push_to_hub=False, **options):
+    def save_pretrained(self, save_directory, max_shard_size="5GB"):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"width": self.width, "options": sorted(options)}
-        (folder / "config.json").write_text(json.dumps(config))
-        save_file(self.state_dict(), folder / "model.safetensors")
-        return "saved"
+        (folder / "config.json").write_text(json.dumps(self.as_dict()))
+        save_file(self.state_dict(), folder / "model.safetensors", {"size": max_shard_size})
 
 
-class Encoder(Library):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(16, 32)
-        self.second = nn.Linear(32, 16)
+class WithConfig(Saved):
+    def configure(self, config):
+        self.config = config
 
-    def forward(self, x):
-        return self.second(self.first(x).relu())
+    def as_dict(self):
+        return self.config.to_dict()
 
 
-class Model(Library):
-    """A model with another one of the library in it."""
+class Frozen(OrderedDict):
+    """As diffusers has them: nothing in it can be changed."""
 
-    def __init__(self):
-        super().__init__()
-        self.encoder = Encoder()
-        self.norm = nn.BatchNorm1d(16)
-        self.head = nn.Linear(16, 16)
+    def __delitem__(self, *_):
+        raise TypeError("frozen")
 
-    def forward(self, x):
-        return self.head(self.norm(self.encoder(x)))
+    def __setitem__(self, name, value):
+        if name in self:
+            raise TypeError("frozen")
+        super().__setitem__(name, value)
+
+    def pop(self, *_):
+        raise TypeError("frozen")
+
+    update = pop
 
 
-def model():
+class WithMapping(Saved):
+    def configure(self, config):
+        self._internal_dict = Frozen(vars(config))
+
+    def as_dict(self):
+        return dict(self._internal_dict)
+
+
+class WithNothing(Saved):
+    def configure(self, config):
+        pass
+
+    def as_dict(self):
+        return {}
+
+
+@functools.cache
+def classes(base):
+    """A class of a library, and one of models that hold a model of it."""
+
+    class Encoder(base):
+        def __init__(self, config):
+            super().__init__()
+            self.configure(config)
+            self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.second(self.first(x).relu())
+
+    class Model(base):
+        def __init__(self):
+            super().__init__()
+            config = Config(width=16)
+            self.configure(config)
+            self.encoder = Encoder(config)
+            self.layer, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+            self.head = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.head(self.norm(self.layer(self.encoder(x))))
+
+    return Model
+
+
+def network(base=WithConfig):
     torch.manual_seed(0)
-    return Model().eval()
+    return classes(base)().eval()
 
 
-def decomposed(given=None, **options):
-    return tdecomp.decompose(model() if given is None else given, "svd", **{**OPTIONS, **options})
+class Plain(WithConfig):
+    """One that can be pickled."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config or Config(width=16)
+        self.norm, self.head = nn.BatchNorm1d(16), nn.Linear(16, 16)
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layer(x)))
 
 
-def config_of(folder):
+def plain():
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+def decomposed(model, **options):
+    return tdecomp.decompose(model, "svd", **{**OPTIONS, **options})
+
+
+def written(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def comes_back(saved, folder, fresh=model):
-    """Whether a model's plain `save_pretrained` writes what is loaded as it was."""
-    assert saved.save_pretrained(folder) == "saved"
-    assert config_of(folder)["quantization_config"]["quant_method"] == "tdecomp"
-    assert config_of(folder)["width"] == 16
-    loaded = tdecomp.load(folder, fresh())
-    assert_same(loaded, saved)
-    assert_same(tdecomp.load(folder, fresh()), loaded)
+def comes_back(saved, folder, fresh=plain):
+    """Plain `save_pretrained` writes what is loaded as it was; loaded models do so again."""
+    loaded = saved
+    for name in ("first", "second"):
+        loaded.save_pretrained(folder / name)
+        found = written(folder / name)
+        assert found["width"] == 16
+        assert found[KEY]["quant_method"] == "tdecomp"
+        loaded = tdecomp.load(folder / name, fresh())
+        # The order of the state dict, too, which is that of the layers.
+        assert_same(loaded, saved)
     return loaded
 
 
 def is_ordinary(saved, folder):
-    """Whether it is saved as if nothing had ever been decomposed."""
+    """Nothing says that it ever was decomposed."""
     saved.save_pretrained(folder)
-    assert "save_pretrained" not in vars(saved)
-    assert "quantization_config" not in config_of(folder)
+    assert not {"save_pretrained", "_weight_conversions"} & vars(saved).keys()
+    assert KEY not in written(folder)
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_plain_save_and_that_of_the_result_write_the_same(tmp_path):
-    result = decomposed()
-    comes_back(result.model, tmp_path / "plain")
-    result.save_pretrained(tmp_path / "result", variant="fp16")
-    for name in ("model.safetensors", "README.md"):
-        files = [tmp_path / kind / name for kind in ("plain", "result")]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    described = [config_of(tmp_path / kind)["quantization_config"] for kind in ("plain", "result")]
-    assert described[0] == described[1]
-    assert described[0]["plan"] == json.loads(result.plan.to_json())
-    assert config_of(tmp_path / "result")["options"] == ["max_shard_size", "variant"]
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_plain_save_writes_the_plan(tmp_path, base):
+    result = decomposed(network(base))
+    comes_back(result.model, tmp_path, lambda: network(base))
+    assert written(tmp_path / "first")[KEY]["plan"] == json.loads(result.plan.to_json())
 
 
-def test_the_given_model_is_saved_as_before(tmp_path):
-    given = model()
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_that_of_the_result_adds_a_readme_and_what_the_class_does_not_save(tmp_path, base):
+    model = network(base)
+    model.register_buffer("unsaved", torch.ones(3), persistent=False)
+    result = decomposed(model)
+    result.save_pretrained(tmp_path, max_shard_size="1GB")
+    buffers = "buffers_without_state.safetensors"
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "README.md", "config.json", "model.safetensors", buffers,
+    }  # fmt: skip
+    assert "tdecomp.load" in (tmp_path / "README.md").read_text()
+    fresh = network(base)
+    fresh.register_buffer("unsaved", torch.zeros(3), persistent=False)
+    loaded = tdecomp.load(tmp_path, fresh.to("meta"))
+    assert torch.equal(loaded.unsaved, torch.ones(3))
+    assert_same(loaded, result.model)
+
+
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_the_given_model_is_saved_as_before(tmp_path, base):
+    given = network(base)
     with unchanged(given):
         decomposed(given)
     is_ordinary(given, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-    ids=["deepcopy", "pickle"],
-)
-def test_copies_save_themselves(tmp_path, copied):
-    result = decomposed()
+def test_a_class_that_writes_no_configuration_refuses_with_the_remedy(tmp_path):
+    result = decomposed(network(WithNothing))
+    for saved in (result.model, result.model.encoder, copy.deepcopy(result.model)):
+        with pytest.raises(ValueError, match=r"which layers are chains; .*result\.save_pretrained"):
+            saved.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    result.save_pretrained(tmp_path / "small")
+    loaded = tdecomp.load(tmp_path / "small", network(WithNothing))
+    assert_same(loaded, result.model)
+    whole = tdecomp.recompose(result.model)
+    whole.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole/model.safetensors").exists()
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_are_saved_as_they_are(tmp_path, copied):
+    result = decomposed(plain())
     twin = copied(result.model)
     with torch.no_grad():
         twin.head[0].weight.add_(1.0)
@@ -123,14 +223,16 @@ def test_copies_save_themselves(tmp_path, copied):
     comes_back(result.model, tmp_path / "first")
 
 
-def test_changed_in_place(tmp_path):
-    given = model()
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_changed_in_place(tmp_path, base):
+    given = network(base)
     decomposed(given, inplace=True)
-    comes_back(given, tmp_path)
+    comes_back(given, tmp_path, lambda: network(base))
 
 
-def test_in_place_that_fails_leaves_it_as_it_was(tmp_path):
-    given = model()
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_in_place_that_fails_leaves_it_as_it_was(tmp_path, base):
+    given = network(base)
     optimizer = torch.optim.SGD(given.parameters(), lr=0.1)
     optimizer.state = None  # which cannot be followed
     with pytest.raises((TypeError, AttributeError)):
@@ -139,33 +241,71 @@ def test_in_place_that_fails_leaves_it_as_it_was(tmp_path):
     is_ordinary(given, tmp_path)
 
 
+def test_in_place_that_fails_leaves_an_earlier_plan(tmp_path):
+    given = plain()
+    decomposed(given, include="head", inplace=True)
+    optimizer = torch.optim.SGD(given.parameters(), lr=0.1)
+    optimizer.state = None
+    with pytest.raises((TypeError, AttributeError)):
+        decomposed(given, include="layer", inplace=True, optimizers=optimizer)
+    comes_back(given, tmp_path)
+
+
 def test_nothing_to_decompose(tmp_path):
-    is_ordinary(decomposed(exclude="*").model, tmp_path)
+    is_ordinary(decomposed(plain(), exclude="*").model, tmp_path)
 
 
-def test_two_steps(tmp_path):
-    first = decomposed(include="head")
-    second = decomposed(first.model, include="encoder*", rank=3)
-    assert sum(isinstance(m, tdecomp.Chain) for m in second.model.modules()) == 3
-    comes_back(second.model, tmp_path / "both")
-    comes_back(first.model, tmp_path / "first")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_two_steps(tmp_path, inplace):
+    first = decomposed(plain(), include="head")
+    second = decomposed(first.model, include="layer", rank=3, inplace=inplace)
+    assert comes_back(second.model, tmp_path / "both").layer.rank == 3
+    if not inplace:
+        comes_back(first.model, tmp_path / "first")
+    # That of either result writes what the model has.
+    for name, result in (("one", first), ("two", second)):
+        result.save_pretrained(tmp_path / name)
+        assert_same(tdecomp.load(tmp_path / name, plain()), result.model)
 
 
-def test_two_steps_with_other_options_of_one_method_are_refused(tmp_path):
-    first = tdecomp.decompose(
-        model(), tdecomp.TT((4, 4), (4, 4)), include="head", allow_expansion=True, **OPTIONS
-    )
-    second = tdecomp.decompose(
-        first.model, tdecomp.TT((4, 4), (8, 4)), include="encoder.first", allow_expansion=True,
-        **OPTIONS,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"layer 'head': 'tt' has other options there"):
-        second.model.save_pretrained(tmp_path / "small")
+def test_two_steps_with_other_options_of_one_method_refuse(tmp_path):
+    options = {"allow_expansion": True, "progress": False, "rank": 4}
+    first = tdecomp.decompose(plain(), tdecomp.TT((4, 4), (4, 4)), include="head", **options)
+    second = tdecomp.decompose(first.model, tdecomp.TT((2, 8), (8, 2)), include="layer", **options)
+    for save in (second.model.save_pretrained, second.save_pretrained):
+        with pytest.raises(ValueError, match="layer 'head': 'tt' has other options there"):
+            save(tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
+class Own(tdecomp.SVD):
+    """A method that no plan can bring back: it is no dataclass, and nobody registered it."""
+
+    name = "own"
+
+    def __init__(self, table):
+        object.__setattr__(self, "table", table)
+
+
+def test_methods_that_cannot_be_read_back_refuse(tmp_path):
+    result = tdecomp.decompose(plain(), Own({}), **OPTIONS)
+    for save in (result.model.save_pretrained, result.save_pretrained):
+        with pytest.raises(ValueError, match="method 'own' cannot be rebuilt"):
+            save(tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_models_that_are_quantized_beside_refuse(tmp_path):
+    model = plain()
+    model.config.quantization_config = {"quant_method": "other"}
+    result = decomposed(model)
+    with pytest.raises(ValueError, match="the model is quantized, too"):
+        result.model.save_pretrained(tmp_path / "small")
+    assert result.model.config.quantization_config == {"quant_method": "other"}
+
+
 def test_lower_ranks(tmp_path):
-    result = decomposed()
+    result = decomposed(plain())
     lower = tdecomp.reduce_ranks(result, rank=2, progress=False)
     assert comes_back(lower.model, tmp_path / "lower").head.rank == 2
     assert comes_back(result.model, tmp_path / "before").head.rank == 4
@@ -174,106 +314,53 @@ def test_lower_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_recomposed_model_is_an_ordinary_one(tmp_path, inplace):
-    result = decomposed()
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_recomposed_model_is_an_ordinary_one(tmp_path, base, inplace):
+    result = decomposed(network(base))
     is_ordinary(tdecomp.recompose(result.model, inplace=inplace), tmp_path / "whole")
     if not inplace:
-        comes_back(result.model, tmp_path / "small")
+        comes_back(result.model, tmp_path / "small", lambda: network(base))
 
 
 def test_recomposing_in_place_that_fails_leaves_it_as_it_was(tmp_path):
-    result = decomposed()
+    result = decomposed(plain())
     result.model.head[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="hooks of its own"):
         tdecomp.recompose(result.model, inplace=True)
     comes_back(result.model, tmp_path)
 
 
-def test_layers_put_back_by_hand_are_layers(tmp_path):
-    result = decomposed()
+def test_layers_put_back_by_hand(tmp_path):
+    result = decomposed(plain())
     result.model.head = result.model.head.to_layer()
-    assert type(comes_back(result.model, tmp_path / "one").head) is nn.Linear
-    for name in ("first", "second"):
-        encoder = result.model.encoder
-        setattr(encoder, name, encoder.get_submodule(name).to_layer())
-    result.model.save_pretrained(tmp_path / "all")
-    assert "quantization_config" not in config_of(tmp_path / "all")
+    result.save_pretrained(tmp_path / "result")
+    loaded = tdecomp.load(tmp_path / "result", plain())
+    assert type(loaded.head) is nn.Linear
+    assert_same(loaded, result.model)
 
 
-def test_models_within_a_model_save_themselves(tmp_path):
-    encoder = decomposed().model.encoder
-    loaded = comes_back(encoder, tmp_path, lambda: model().encoder)
-    rows = config_of(tmp_path)["quantization_config"]["plan"]["rows"]
+def test_models_within_a_model_with_a_configuration_of_their_own(tmp_path):
+    def fresh():
+        model = network()
+        model.encoder.config = Config(width=16)
+        return model
+
+    result = decomposed(fresh())
+    comes_back(result.model.encoder, tmp_path, lambda: fresh().encoder)
+    rows = written(tmp_path / "first")[KEY]["plan"]["rows"]
     assert [row["name"] for row in rows] == ["first", "second"]
-    assert isinstance(loaded.first, tdecomp.Chain)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_folded_batchnorm_refuses(tmp_path, inplace):
-    torch.manual_seed(0)
-    given = nn.Sequential()
-    given.add_module("model", model())
-    whole = Chained(given.model).eval()
-    result = decomposed(whole)
+    result = decomposed(plain())
     fused = tdecomp.fuse_batchnorm(result.model, torch.ones(2, 16), inplace=inplace)
-    with pytest.raises(ValueError, match="batch norm was folded in.*save the model first"):
-        copy.deepcopy(fused).save_pretrained(tmp_path / "small")
+    for saved in (fused, copy.deepcopy(fused), pickled(fused)):
+        with pytest.raises(ValueError, match=r"batch norm was folded in.*save the model first"):
+            saved.save_pretrained(tmp_path / "small")
+    whole = tdecomp.Decomposition(fused, result.report, result.plan)
+    with pytest.raises(ValueError, match=r"batch norm was folded in.*save the model first"):
+        whole.save_pretrained(tmp_path / "small")
     assert not (tmp_path / "small").exists()
     if not inplace:
-        comes_back(result.model, tmp_path / "before", lambda: Chained(model()).eval())
-
-
-class Chained(Library):
-    def __init__(self, parts):
-        super().__init__()
-        self.layer, self.norm, self.head = nn.Linear(16, 16), parts.norm, parts.head
-
-    def forward(self, x):
-        return self.head(self.norm(self.layer(x)))
-
-
-def test_adapters_refuse(tmp_path):
-    result = decomposed()
-    result.model.head[0].base_layer = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"'head\.0' holds an adapter.*merge_and_unload"):
-        result.model.save_pretrained(tmp_path / "small")
-    assert not (tmp_path / "small").exists()
-
-
-def test_uploads_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="upload_folder afterwards"):
-        decomposed().model.save_pretrained(tmp_path / "small", push_to_hub=True)
-    assert not (tmp_path / "small").exists()
-
-
-def test_only_the_main_process_writes_the_plan(tmp_path):
-    decomposed().model.save_pretrained(tmp_path, is_main_process=False)
-    assert "quantization_config" not in config_of(tmp_path)
-    assert not (tmp_path / "README.md").exists()
-
-
-def test_signature_is_that_of_the_class():
-    small, whole = decomposed().model, model()
-    assert inspect.signature(small.save_pretrained) == inspect.signature(whole.save_pretrained)
-
-
-def test_one_that_somebody_else_put_there_stays(tmp_path):
-    given = model()
-    given.save_pretrained = lambda folder: folder
-    result = decomposed(given)
-    assert result.model.save_pretrained(tmp_path) == tmp_path
-
-
-def test_memory_is_freed_with_the_model():
-    gc.collect()
-    gc.disable()
-    try:
-        result = decomposed()
-        held = weakref.ref(result.model.head)
-        save = result.model.save_pretrained
-        del result
-        assert held() is None
-    finally:
-        gc.enable()
-    with pytest.raises(ReferenceError, match="the model of this save_pretrained is gone"):
-        save("folder")
+        comes_back(result.model, tmp_path / "before")
