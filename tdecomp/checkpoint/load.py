@@ -15,7 +15,7 @@ from tdecomp.checkpoint.rebuild import Stored, rebuilt
 from tdecomp.checkpoint.save import library_of
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
-from tdecomp.model.sites import find_sites
+from tdecomp.model.sites import Site, find_sites
 from tdecomp.plans.plan import Plan
 from tdecomp.runtime.torch_state import no_inference_mode, restoring
 
@@ -63,7 +63,12 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             plan, stored = (_folder if folder.is_dir() else single_file.read)(folder)
             names = {name for row in plan for name in row.names}
             with opened_for(model, names=names):
-                twin = rebuilt(plan, stored, model, find_sites(model))
+                sites: dict[str, Site] = find_sites(model)
+                if folder.is_dir():  # whose plan may be silent about other layers
+                    wanted = [row for row in plan if row.method is not None]
+                    plan = Plan(wanted, plan.everything_else, plan.decomposers)
+                    sites = {r.name: sites[r.name] for r in wanted if r.name in sites}
+                twin = rebuilt(plan, stored, model, sites)
             remember(twin, plan)
             return twin
 

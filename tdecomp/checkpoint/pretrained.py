@@ -95,8 +95,8 @@ def _describe(module: nn.Module, path: str, model: nn.Module, plan: Plan) -> Cal
         return _refuse(module, str(error))
     with ExitStack() as undo:
         undo.callback(_say(module, entry))
-        if type(_config_of(module)).__module__.partition(".")[0] != "diffusers":
-            # Other names are made from those of whole layers.
+        if not isinstance(_config_of(module), Mapping):
+            # Of transformers: the names of other formats are made from those of whole layers.
             undo.callback(_set(module, _CONVERSIONS, []))
         return undo.pop_all().close
 

@@ -2,7 +2,7 @@
 
 transformers asks the quantizer that is registered for a folder's `quantization_config` to change
 the model on the meta device, before weights are read. What was loaded is no quantized model: it is
-moved, converted, trained and saved as every other.
+moved, converted, trained and saved as every other. It needs transformers 5.
 """
 
 from collections.abc import Collection, Mapping, Sequence

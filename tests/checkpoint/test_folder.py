@@ -169,6 +169,15 @@ def test_layer_that_was_put_back_by_hand(tmp_path):
     assert_same(loaded, result.model, batch())
 
 
+def test_part_that_was_decomposed_by_itself(tmp_path):
+    whole = net()
+    part = tdecomp.decompose(whole.stem, "lowrank", rank=4, progress=False)
+    whole.stem = part.model
+    result = tdecomp.Decomposition(whole, part.report, part.plan)
+    result.save_pretrained(tmp_path)
+    assert_same(tdecomp.load(tmp_path, net(seed=5)), whole, batch())
+
+
 @dataclass(frozen=True)
 class Mine(tdecomp.SVD):
     """A user's own method."""
