@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,6 +27,9 @@ from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.surgery import swap
 from tdecomp.model.weights import spec_of
 from tdecomp.plans.plan import Plan
+
+if int(__version__.partition(".")[0]) < 5:
+    raise ImportError(f"tdecomp.integrations.transformers: got transformers {__version__}, needs 5")
 
 
 @register_quantization_config(METHOD)
@@ -136,8 +139,6 @@ def put_chains(model: Any, plan: Plan, stored: Collection[str] | None = None) ->
     _check_ties(model)
     if stored is not None:
         _check_stored(model, stored)
-    for chain in (module for module in model.modules() if isinstance(module, Chain)):
-        chain._is_hf_initialized = True  # its stages are; it has no values of its own
     return mine
 
 

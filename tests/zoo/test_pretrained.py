@@ -39,7 +39,9 @@ CASES = {name: MODELS[name] for name in NAMES} | {"qwen2_tied": TIED_QWEN2}
 @functools.cache
 def decomposed(name):
     """A result that no test changes: everything that can be is a chain, tables and experts too."""
-    return tdecomp.decompose(CASES[name].build(), "svd", rank={"*": 8}, progress=False)
+    # This table transformers fills with sines itself, wherever it has no values yet.
+    rank = {"model.encoder.embed_positions": 8} if name == "whisper" else {}
+    return tdecomp.decompose(CASES[name].build(), "svd", rank={**rank, "*": 8}, progress=False)
 
 
 @pytest.fixture(scope="module")
