@@ -197,8 +197,11 @@ def _stored(model: Any, files: Sequence[Path]) -> set[str]:
 
 def _check_stored(model: Any, stored: Collection[str]) -> None:
     """Refuse a model with factors that nothing is loaded into: they would stay random."""
+    # Of a model in a larger one, such as CLIP's for texts, the names begin with its own.
+    parts = (name.split(".") for name in stored)
+    ends = {".".join(part[at:]) for part in parts for at in range(len(part))}
     held = dict(model.named_parameters(remove_duplicate=False))
-    found = {id(parameter) for name, parameter in held.items() if name in stored}
+    found = {id(parameter) for name, parameter in held.items() if name in ends}
     chains = [f"{path}." for path, m in model.named_modules() if isinstance(m, Chain)]
     lost = [n for n, p in held.items() if id(p) not in found and n.startswith(tuple(chains))]
     if lost:

@@ -171,6 +171,14 @@ def test_base_model_of_a_model_with_a_head(folder_of, tmp_path):
             hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["text_model", "vision_model"])
+def test_model_in_a_larger_one(part, folder_of):
+    saved = decomposed("clip").model.get_submodule(part)
+    loaded = type(saved).from_pretrained(folder_of("clip"))
+    assert any(isinstance(module, tdecomp.Chain) for module in loaded.modules())
+    assert_same(loaded, saved)
+
+
 def test_another_head_is_new_as_transformers_says(folder_of):
     model = hf.AutoModelForQuestionAnswering.from_pretrained(folder_of("bert"))
     chains = [m for m in model.bert.encoder.modules() if isinstance(m, tdecomp.Chain)]
