@@ -8,11 +8,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdecomp.calibration.moments import FitCache, LayerMoments
+from tdecomp.calibration.fit_cache import LayerFits
+from tdecomp.calibration.moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
+from tdecomp.decomposers.fit_layer import (
+    FittedLayer,
+    fit_layer,
+    fit_size,
+    group_kernels,
+    spectra_of,
+)
 from tdecomp.decomposers.tied import Member, group_cost
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
@@ -51,24 +58,20 @@ class KnownRanks:
 
 @dataclass(frozen=True)
 class LayerLosses:
-    """What the ranks of one layer lose."""
+    """What the ranks of one layer lose; plain data, which can be pickled."""
 
-    weight: nn.Parameter
+    weight: Tensor
     spec: LayerSpec
     moments: LayerMoments | None = None  # None: losses are those of the weights
     calls: tuple[Call, ...] | None = None  # in one pass of the example inputs
     unit: float = 1.0  # the loss of the whole output, for a layer whose gradients are not known
-    cache: FitCache = field(default_factory=FitCache)
-    key: Hashable = None  # this layer's part of the cache
+    cache: LayerFits = field(default_factory=LayerFits)
     group: tuple[Member, ...] = ()  # the layers that are to share its factors, itself included
 
     def cost(self, method: Decomposer, rank: Rank) -> Cost:
         """The cost of the chain on the observed calls."""
-        return self._cached(
-            method,
-            ("cost", rank, self.calls, self.group),
-            lambda: group_cost(method, rank, self._members),
-        )
+        key = self._key(method, ("cost", rank, self.calls, self.group))
+        return self.cache.get(key, lambda: group_cost(method, rank, self._members), cheap=True)
 
     @property
     def _members(self) -> tuple[Member, ...]:
@@ -90,7 +93,12 @@ class LayerLosses:
 
     def _key(self, method: Decomposer, what: Hashable) -> Hashable:
         # The repr has the method's options; methods need not be hashable.
-        return self.key, type(method), method.name, repr(method), what
+        return type(method), method.name, repr(method), what
+
+    @property
+    def work(self) -> int:
+        """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
+        return fit_size(self.weight, self.spec, self.moments)
 
     @cached_property
     def before(self) -> Cost:
@@ -273,7 +281,7 @@ def _total(groups: Iterable[Tensor | None]) -> Tensor | None:
     return total
 
 
-def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
+def whole_loss(weight: Tensor, moments: LayerMoments) -> float | None:
     """The loss of a layer's whole output, or None where its gradients are not known."""
     blocks = moments.gradient_blocks()
     if blocks is None:
