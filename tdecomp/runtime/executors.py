@@ -36,15 +36,14 @@ def check_executor(executor: Any) -> None:
         )
     try:
         executor.submit(_start)
-    except BrokenExecutor as error:
+    except Exception as error:
+        if not _takes_nothing(error):
+            raise
+        why = "its workers died" if isinstance(error, BrokenExecutor) else "it was shut down"
         raise ValueError(
-            f"executor: its workers died earlier ({error}); expected one that can run something: "
-            "make a new one"
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(
-            f"executor: it was shut down ({error}); expected one that can run something: make a "
-            "new one, or call this inside of its `with` block"
+            f"executor: expected one that can run something, but {why} before "
+            f"({type(error).__name__}: {error}); make a new one, or call this inside of its `with` "
+            "block"
         ) from error
 
 
@@ -87,15 +86,19 @@ def submit(executor: Executor, function: Callable[..., Any], *items: Any) -> Fut
             # Dask says so of every item above 10 MB; this is how it is meant.
             warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
             return executor.submit(function, *items)
-    except RuntimeError as error:  # it was shut down or broke, as executors say
+    except Exception as error:
+        if not _takes_nothing(error):
+            raise
         lost: Future[Any] = Future()
-        lost.set_exception(
-            error if isinstance(error, BrokenExecutor) else BrokenExecutor(*error.args)
-        )
+        lost.set_exception(BrokenExecutor(*error.args))
         return lost
 
 
-def is_lost(error: BaseException) -> bool:
+def _takes_nothing(error: Exception) -> bool:
+    """Whether an executor said by this error that it was shut down or broke, or its client did."""
+    return isinstance(error, RuntimeError) or _is_of_dask(error)
+
+
+def is_lost(error: Exception) -> bool:
     """Whether a worker was lost, and with it what it did, rather than that this failed."""
-    killed = _is_of_dask(error) and type(error).__name__ == "KilledWorker"
-    return killed or isinstance(error, (BrokenExecutor, CancelledError))
+    return isinstance(error, (BrokenExecutor, CancelledError)) or _is_of_dask(error)
