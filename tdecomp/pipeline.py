@@ -20,7 +20,7 @@ from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.plans.data_notes import data_notes
-from tdecomp.plans.fit import Fit, FitJob, finished, fit, fit_job
+from tdecomp.plans.fit import Group, fit_groups
 from tdecomp.plans.make import Planned
 from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
@@ -29,7 +29,6 @@ from tdecomp.plans.row import Row
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
-from tdecomp.runtime.parallel import parallel_each
 from tdecomp.runtime.progress import SILENT, Progress
 from tdecomp.runtime.torch_state import no_inference_mode
 from tdecomp.timing.speed import Speed
@@ -130,34 +129,19 @@ def fit_all(
     for row in planned.plan:
         if row.method is not None:
             groups.setdefault(row.tied_to or row.name, []).append(row)
-    rows_of = {rows[0].name: rows for rows in map(_leader_first, groups.values())}
-    jobs = [_job(planned, rows) for rows in rows_of.values()]
-    found: list[tuple[Row, Chain]] = []
-    errors = [0.0]
-
-    def finish(job: FitJob, fits: list[Fit]) -> None:
-        rows = rows_of[job.name]
-        sites = [planned.sites[row.name] for row in rows]
-        done = finished(sites, rows, job.method, planned.moments, fits)
-        found.extend(done)
-        of_weight, of_output = done[0][0].weight_error, done[0][0].output_error
-        errors.append((of_weight if of_output is None else of_output) or 0.0)
-        step.advance(f"error at most {max(errors):.3g}", work=job.work)
-
-    def size(job: FitJob) -> int:
-        return 0 if executor is not None and job.known is not None else job.work  # it stays here
-
-    with progress.step("fit", len(jobs), "layers", work=sum(job.work for job in jobs)) as step:
-        parallel_each(fit, jobs, size=size, done=finish, executor=executor)
+    rows_of = map(_leader_first, groups.values())
+    todo = [
+        Group(
+            [planned.sites[row.name] for row in rows],
+            rows,
+            planned.plan.decomposers[rows[0].method or ""],
+            *planned.fits.get(rows[0].name, ()),
+        )
+        for rows in rows_of
+    ]
+    found = fit_groups(todo, planned.moments, "fit", progress, executor)
     places = {row.name: at for at, row in enumerate(planned.plan)}
     return sorted(found, key=lambda pair: places[pair[0].name])
-
-
-def _job(planned: Planned, rows: Sequence[Row]) -> FitJob:
-    method = planned.plan.decomposers[rows[0].method or ""]
-    known, draft = planned.fits.get(rows[0].name, (None, None))
-    sites = [planned.sites[row.name] for row in rows]
-    return fit_job(sites, rows, method, planned.moments, known, draft)
 
 
 def _leader_first(rows: Sequence[Row]) -> list[Row]:

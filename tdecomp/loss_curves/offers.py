@@ -104,7 +104,17 @@ def offer_ranks(
         sizes = sum(query.losses.work for query in queries)
         with progress.step("plan", len(queries), "layers", work=sizes, words=words) as step:
             drawn = answers(queries, step, executor)
-    rounded = rounding != ANY_RANK
+    return offers_of(able, losses, drawn, rounded=rounding != ANY_RANK)
+
+
+def offers_of(
+    able: Sequence[Able],
+    losses: Sequence[LayerLosses],
+    drawn: Sequence[dict[str, LossCurve]],
+    *,
+    rounded: bool = False,
+) -> list[Offer]:
+    """For each layer its candidates, with the curves that were drawn of it."""
     offers = []
     for (site, methods), mine, found in zip(able, losses, drawn, strict=True):
         layer = OfferedLayer.of(site, rounded=rounded)

@@ -5,6 +5,7 @@ are made where the model is.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from tdecomp.layers.kinds import check_registered
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.sites import Site
 from tdecomp.plans.row import Row
+from tdecomp.runtime.parallel import parallel_each
+from tdecomp.runtime.progress import SILENT, Progress
 
 # A fit, and its error on samples that are held out, or on those that it was fitted to.
 Fit = tuple[FittedLayer, Estimate | None]
@@ -65,20 +68,54 @@ class FitJob:
         return fit_size(first.weight, first.spec, first.moments)
 
 
-def fit_job(
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    method: Decomposer,
+@dataclass(frozen=True)
+class Group:
+    """Layers that share their factors, most often one alone; the first is the one that is fitted.
+
+    With the fit and the draft that were made to choose its rank, if there are any.
+    """
+
+    sites: Sequence[Site]
+    rows: Sequence[Row]
+    method: Decomposer
+    known: FittedLayer | None = None
+    draft: FittedLayer | None = None
+
+    def job(self, moments: Moments | None) -> FitJob:
+        """What a worker needs to fit it."""
+        name, rank, draft = self.rows[0].name, self.rows[0].rank, self.draft
+        assert rank is not None
+        layers = tuple(LayerData.of(site, moments) for site in self.sites)
+        start = None if draft is None or self.known is not None else draft.factors
+        return FitJob(name, layers, self.method, rank, self.known, start)
+
+
+def fit_groups(
+    groups: Sequence[Group],
     moments: Moments | None,
-    known: FittedLayer | None = None,
-    draft: FittedLayer | None = None,
-) -> FitJob:
-    """The job of layers that share their factors: the first is fitted, the others follow."""
-    rank = rows[0].rank
-    assert rank is not None
-    layers = tuple(LayerData.of(site, moments) for site in sites)
-    start = None if draft is None or known is not None else draft.factors
-    return FitJob(rows[0].name, layers, method, rank, known, start)
+    title: str,
+    progress: Progress = SILENT,
+    executor: Executor | None = None,
+) -> list[tuple[Row, Chain]]:
+    """The finished row and the chain of every layer; fits run side by side, or on an executor."""
+    jobs = [group.job(moments) for group in groups]
+    of_job = dict(zip((job.name for job in jobs), groups, strict=True))
+    found: list[tuple[Row, Chain]] = []
+    errors = [0.0]
+
+    def finish(job: FitJob, fits: list[Fit]) -> None:
+        rows = _finished_group(of_job[job.name], moments, fits)
+        found.extend(rows)
+        of_weight, of_output = rows[0][0].weight_error, rows[0][0].output_error
+        errors.append((of_weight if of_output is None else of_output) or 0.0)
+        step.advance(f"error at most {max(errors):.3g}", work=job.work)
+
+    def size(job: FitJob) -> int:
+        return 0 if executor is not None and job.known is not None else job.work  # it stays here
+
+    with progress.step(title, len(jobs), "layers", work=sum(job.work for job in jobs)) as step:
+        parallel_each(fit, jobs, size=size, done=finish, executor=executor)
+    return found
 
 
 def fit(job: FitJob) -> list[Fit]:
@@ -107,28 +144,22 @@ def _fitted(job: FitJob) -> FittedLayer:
         ) from error
 
 
-def fit_rows(
-    sites: Sequence[Site], rows: Sequence[Row], method: Decomposer, moments: Moments | None
-) -> list[tuple[Row, Chain]]:
-    """The finished row and the chain of layers that share their factors."""
-    return finished(sites, rows, method, moments, fit(fit_job(sites, rows, method, moments)))
+def fit_rows(group: Group, moments: Moments | None = None) -> list[tuple[Row, Chain]]:
+    """The same of one group, here and now."""
+    return _finished_group(group, moments, fit(group.job(moments)))
 
 
-def finished(
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    method: Decomposer,
-    moments: Moments | None,
-    fits: Sequence[Fit],
+def _finished_group(
+    group: Group, moments: Moments | None, fits: Sequence[Fit]
 ) -> list[tuple[Row, Chain]]:
     """The rows with their errors and the time of the fits, and the chains for the layers."""
     found = [
-        _finished(site, row, method, moments, fit)
-        for site, row, fit in zip(sites, rows, fits, strict=True)
+        _finished(site, row, group.method, moments, fit)
+        for site, row, fit in zip(group.sites, group.rows, fits, strict=True)
     ]
     if len(found) == 1:
         return found
-    words = f"fitted as {rows[0].name!r}, which has the same weight"
+    words = f"fitted as {group.rows[0].name!r}, which has the same weight"
     noted = [row if row.tied_to or row is found[0][0] else _noted(row, words) for row, _ in found]
     return list(zip(noted, tied_chains([chain for _, chain in found]), strict=True))
 

@@ -1,6 +1,9 @@
-"""What choosing ranks and its errors need of each layer, looked up side by side or by workers."""
+"""What choosing ranks asks of each layer, looked up side by side or by workers.
 
-from collections.abc import Mapping, Sequence
+Nothing is returned: the losses keep it, so that whoever asks them next has the answer at once.
+"""
+
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from functools import partial
@@ -64,28 +67,25 @@ def _choose(
         guarded(selector.choose(candidate(layer, method, losses, {})), expect=expect)
 
 
-def expected_errors(
+def look_up_errors(
     offers: Sequence[Offer],
     choices: Sequence[Choice],
     progress: Progress,
     executor: Executor | None,
     *,
     fit: bool,
-) -> Mapping[str, float | None]:
-    """By the layers' names the errors to expect of what was chosen; with `fit` those of its fits.
-
-    The fits are kept with the losses, so that the rows' errors are those of the result.
-    """
+) -> None:
+    """Let the errors to expect of what was chosen be known; with `fit` from the fits themselves."""
     queries = []
     for offer, choice in zip(offers, choices, strict=True):
         if choice.candidate is not None and choice.rank is not None:
             method, rank = choice.candidate.decomposer, choice.rank
             ask = partial(_expected_error, method=method, rank=rank, fit=fit)
             queries.append(Query(offer.site.name, offer.losses, ask))
+    title = "fit" if fit else "look up errors"
     work = sum(query.losses.work for query in queries)
-    with progress.step("fit" if fit else "look at errors", len(queries), "layers", work=work) as s:
-        found = answers(queries, s, executor)
-    return {query.name: error for query, error in zip(queries, found, strict=True)}
+    with progress.step(title, len(queries), "layers", work=work) as step:
+        answers(queries, step, executor)
 
 
 def _expected_error(

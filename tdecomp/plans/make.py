@@ -24,7 +24,7 @@ from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.left_alone import largest_left_alone
-from tdecomp.plans.look_up import expected_errors, look_up_choices
+from tdecomp.plans.look_up import look_up_choices, look_up_errors
 from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.row import Row
@@ -108,12 +108,9 @@ def make_plan(
     except UnmetError as unmet:
         largest = _largest(sites, choices, whole, unmet.unit)
         raise UnmetError(f"{unmet}{largest}", unmet.unit, unmet.least) from unmet
-    expected: Mapping[str, float | None] = {}
     if expect:  # moments keep the fits for `apply`
-        expected = expected_errors(
-            offers, chosen.choices, request.progress, request.executor,
-            fit=isinstance(data, Moments),
-        )  # fmt: skip
+        fit = isinstance(data, Moments)
+        look_up_errors(offers, chosen.choices, request.progress, request.executor, fit=fit)
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
         name, losses = offer.site.name, offer.losses
@@ -122,7 +119,7 @@ def make_plan(
             method, rank = choice.candidate.decomposer, choice.rank
             if expect:
                 # Exact or a bound where the method has one; else what the selector's own fits say.
-                error = expected[name]
+                error = losses.expected_error(method, rank)
                 choices[name] = choice if error is None else replace(choice, error=error)
             known = partial(losses.known_fit, method, rank)
             fits[name] = known(draft=False), known(draft=True)
