@@ -174,4 +174,4 @@ def _opened(function: Callable[[Item], Result], parcel: Parcel[Item]) -> Parcel[
     """The function's result, without gradients; what is sent to a worker."""
     item = parcel.open()
     with torch.no_grad():
-        return Parcel(function(item))
+        return Parcel(function(item), made_of=parcel)

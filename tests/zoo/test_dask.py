@@ -148,5 +148,5 @@ def test_an_executor_of_a_client_that_was_closed_is_refused(client):
 
     with Client(client.scheduler.address, set_as_default=False) as other:
         executor = other.get_executor()
-    with pytest.raises(ValueError, match=r"executor: .*it was shut down.*make a new one"):
+    with pytest.raises(ValueError, match=r"executor: .*it was shut down .*make a new one"):
         tdecomp.plan(network(), "svd", rank=4, **QUIET, executor=executor)
