@@ -1,4 +1,11 @@
-"""The plan for a folder: what is asked of the layers' values is read layer by layer, and kept."""
+"""The plan for a folder: what is asked of the layers' values is read layer by layer, and kept.
+
+    source = open_source(folder)
+    found = layers_of(source, skeleton_of(source), Filters(include, exclude))
+    chosen = plan_folder(found, Asked(methods, selector), Folders(str(folder)), ...)
+
+`ask` and `offers_in` give the curves of all layers where the selector weighs layers.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor

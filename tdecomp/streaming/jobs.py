@@ -40,8 +40,8 @@ class Folders:
     """Where jobs read and write, and what they may use."""
 
     source: str
-    target: str  # of the files that are in the making
-    records: str
+    target: str = ""  # of the files that are in the making
+    records: str | None = None  # of what is done, if it is to be known to later runs
     device: str = "cpu"
     max_memory: int | None = None  # bytes that all jobs of a process together may take
 
@@ -152,8 +152,8 @@ def copy(folders: Folders, job: Copy) -> dict[str, Any]:
 
 def known_record(folders: Folders, record: str) -> dict[str, Any] | None:
     """What a job returned that was done before; None if it was not, or not to its end."""
-    path = Path(folders.records, record)
-    if not path.is_file():
+    path = None if folders.records is None else Path(folders.records, record)
+    if path is None or not path.is_file():
         return None
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return found
@@ -200,6 +200,7 @@ def _synced(folders: Folders, places: Any) -> None:
 
 
 def _recorded(folders: Folders, record: str, found: dict[str, Any]) -> dict[str, Any]:
-    with whole_file(Path(folders.records, record)) as draft:
-        draft.write_text(json.dumps(found), encoding="utf-8")
+    if folders.records is not None:
+        with whole_file(Path(folders.records, record)) as draft:
+            draft.write_text(json.dumps(found), encoding="utf-8")
     return found
