@@ -155,7 +155,7 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
         values = {p: Values.of(h.recipe, tensors) for p, h in held.items() if h.recipe is not None}
         layers[name] = FileLayer(row.names, spec, values["weight"], values.get("bias"))
         consumed[name] = tuple(
-            stored for h in held.values() if h.recipe is not None
+            stored for h in held.values() if h.recipe is not None and not h.kept
             for stored in (*h.recipe.names, *h.copies)
         )  # fmt: skip
     settle(sites)

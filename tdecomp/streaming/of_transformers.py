@@ -85,6 +85,7 @@ def looked_at(source: Source) -> Skeleton:
     params = sum(parameter.numel() for parameter in model.parameters())
     with opened(model):
         sites = find_sites(model)
+        layers = {name for site in sites.values() if site.spec for name in site.names}
         inner = {m: path for path, m in model.named_modules()}
         places: dict[int, int] = {}
         table: list[Held] = []
@@ -95,6 +96,9 @@ def looked_at(source: Source) -> Skeleton:
                 if id(parameter) not in places:
                     places[id(parameter)] = len(table)
                     mine = held.get(id(parameter))
+                    owners = {name.rpartition(".")[0] for name in closed.get(id(parameter), ())}
+                    if mine is not None and len(owners) > 1 and owners - layers:
+                        mine = replace(mine, kept=True)
                     table.append(mine or _of_opened(site, part, parameter, inner, recipes, source))
                 own[part] = places[id(parameter)]
             found.append(SkeletonSite(site.names, site.spec, site.reason, site.tied, own))

@@ -50,12 +50,15 @@ class Held:
         None where it is not known how to read it; `reason` then says why.
     copies : tuple of str
         Stored tensors with the same values, as of a tied weight that is stored twice.
+    kept : bool
+        Whether something that is no layer holds it, too, so that it stays where it is stored.
     """
 
     shape: tuple[int, ...]
     recipe: Recipe | None
     reason: str | None = None
     copies: tuple[str, ...] = ()
+    kept: bool = False
 
 
 @dataclass(frozen=True)
