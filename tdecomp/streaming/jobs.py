@@ -162,7 +162,8 @@ def known_record(folders: Folders, record: str) -> dict[str, Any] | None:
 def memory_needed(layers: Sequence[FileLayer], methods: Sequence[Decomposer]) -> int:
     """Bytes that reading and fitting these layers takes, about."""
     weight = layers[0].weight
-    wide = weight.dtype.itemsize == 8 or any(method.fits_in_float64 for method in methods)
+    taking = [method for method in methods if method.refuses(layers[0].spec) is None]
+    wide = weight.dtype.itemsize == 8 or any(method.fits_in_float64 for method in taking)
     stored = weight.nbytes * (2 if weight.stacked else 1)
     return stored + _COPIES * weight.numel * (8 if wide else 4)
 

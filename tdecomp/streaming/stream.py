@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tdecomp._distribution import VERSION
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.files.typed import typed
 from tdecomp.layers.cost import Cost, count_in_words
@@ -40,6 +41,7 @@ from tdecomp.streaming.layers import FolderLayers, layers_of
 from tdecomp.streaming.of_transformers import skeleton_of
 from tdecomp.streaming.source import Source, open_source
 from tdecomp.streaming.target import (
+    WORK,
     Work,
     WorkFolder,
     check_room,
@@ -129,23 +131,15 @@ def stream(
     _check_places(Path(source), into)
     given = open_source(source)
     unit = torch.device("cpu" if device is None else device)
-    job = {
-        "form": _FORM,
-        "methods": [repr(method) for method in listed],
-        "rank": repr(selector),
-        "include": list(filters.include),
-        "exclude": list(filters.exclude),
-        "device": str(unit),
-        "source": {file: list(mark) for file, mark in given.marks.items()},
-        "versions": _versions(),
-    }
+    job = _job(given, listed, selector, filters, unit)
     work_folder = WorkFolder(into)
     if (finished := _finished(into, job, resume=resume)) is not None:
         work_folder.remove()
         return finished
-    with restoring():
+    with restoring(), work_folder.alone():
         with bar.step("look at the model"):
             found = layers_of(given, skeleton_of(given), filters)
+        _check_memory(found, listed, max_memory)
         folders = Folders(
             str(given.folder.absolute()), str(work_folder.files), str(work_folder.records),
             str(unit), max_memory,
@@ -155,19 +149,40 @@ def stream(
             known = work_folder.plan()
             if known is None:
                 asked = Asked(listed, selector)
-                _check_memory(found, listed, max_memory)
                 chosen = plan_folder(found, asked, folders, executor=executor, progress=bar)
                 known = chosen.plan, chosen.drafted
                 work_folder.keep_plan(*known)
-            plan, drafted = known
-            work = work_of(given, found, plan, drafted)
-        check_room(into, work, work_folder)
+        work = work_of(given, found, *known)
+        check_room(work, work_folder)
         with said_if_full(into, work.nbytes):
             work_folder.lay_out(work.layouts)
             rows = _carry_out(work, folders, executor, bar)
-            report = _report(plan, rows)
-            _finish(given, into, work_folder, work, plan, report, job)
+            report = _report(known[0], rows)
+            _finish(given, work_folder, work, known[0], report, job)
     return report
+
+
+def _job(
+    source: Source, methods: Sequence[Decomposer], selector: Any, filters: Filters,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """All that the result depends on, as plain data: another run of the same job goes on with it."""
+    return {
+        "form": _FORM,
+        "methods": list(map(_described, methods)),
+        "rank": _described(selector),
+        "include": list(filters.include),
+        "exclude": list(filters.exclude),
+        "device": str(device),
+        "source": {file: list(mark) for file, mark in source.marks.items()},
+        "versions": _versions(),
+    }
+
+
+def _described(what: Any) -> str:
+    """Its repr, or what it consists of where that only says where it is in memory."""
+    words = repr(what)
+    return f"{type(what).__qualname__} {vars(what)}" if " object at 0x" in words else words
 
 
 def _check_places(source: Path, target: Path) -> None:
@@ -204,6 +219,8 @@ def _finished(target: Path, job: Mapping[str, Any], *, resume: bool) -> Report |
         )
     done, begun = read_json(target / REPORT), WorkFolder(target).job()
     known = done["job"] if isinstance(done, dict) and "job" in done else begun
+    if known is None and [entry.name for entry in entries] == [WORK]:
+        return None  # it was stopped as it began
     if known is None:
         names = ", ".join(sorted(entry.name for entry in entries)[:3])
         raise ValueError(
@@ -310,10 +327,13 @@ def _report(plan: Plan, fitted: Mapping[str, Row]) -> Report:
 
 
 def _finish(
-    source: Source, target: Path, folder: WorkFolder, work: Work, plan: Plan, report: Report,
+    source: Source, folder: WorkFolder, work: Work, plan: Plan, report: Report,
     job: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Put everything in its place: the config last, without which nothing can be loaded."""
+    target = folder.target
+    for draft in target.glob(".*.draft"):  # of a run that was killed here
+        draft.unlink()
     folder.move_out(work.layouts)
     write_index(target, work)
     for name in source.other_files():
