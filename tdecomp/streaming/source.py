@@ -60,7 +60,7 @@ class Source:
         return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
 
     def other_files(self) -> list[str]:
-        """The files, also in folders, that hold no weights of this model, nor say where they lie."""
+        """The files, also in folders, that have nothing to do with weights."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         names = [path.relative_to(self.folder) for path in paths if path != self.folder / CONFIG]
         shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
