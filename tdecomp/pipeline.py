@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.checkpoint.pretrained import remember
 from tdecomp.layers.chain import Chain
 from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
@@ -86,13 +88,17 @@ def carry_out(
         with no_inference_mode():  # whose tensors could not be trained
             close_unchanged(changed)
             result = changed if layout is None else in_layout(changed, layout)
+        remember(result, plan)
         return Decomposition(result, report, plan)
     _warn_of_unoptimized(model, chains, optimizers, closed)
     # The copy that was recovered goes; its values are the model's own now.
     report.recovery = tuple(replace(step, model=model) for step in recovered)
     decomposition = Decomposition(model, report, plan)
     values = None if changed is model else tensors_in(changed)
-    swap(model, chains, optimizers, values, layout, closed)
+    with ExitStack() as undo:
+        undo.callback(remember(model, plan))
+        swap(model, chains, optimizers, values, layout, closed)
+        undo.pop_all()
     return decomposition
 
 
