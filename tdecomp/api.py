@@ -1,6 +1,7 @@
 """The public functions: their signatures and documentation."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
+from tdecomp.runtime.executors import check_executor
 from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
 from tdecomp.timing.profile import Profile
@@ -48,6 +50,7 @@ def decompose(
     optimizers: Optimizer | Sequence[Optimizer] = (),
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Decomposition:
     """Decompose a model's layers: `plan` and `apply` in one call.
 
@@ -109,6 +112,11 @@ def decompose(
         is drawn from fixed seeds.
     progress : bool
         Show bars.
+    executor : concurrent.futures.Executor, optional
+        What computes losses and fits, instead of threads of this process: a `ThreadPoolExecutor`,
+        a `ProcessPoolExecutor` whose workers are spawned, `client.get_executor()` of a Dask client.
+        Weights travel to it, never the model; it is not shut down. Its workers keep the number of
+        torch's threads that they have. Calibration, training and timing stay here.
 
     Returns
     -------
@@ -127,13 +135,14 @@ def decompose(
     steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
     with restoring(model, seed=seed), opened_for(model, example, batches) as opened:
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
-            example, allow_expansion, profile, only_if_faster, bar,
+            example, allow_expansion, profile, only_if_faster, bar, executor=executor,
         )  # fmt: skip
         planned = make_plan(model, request, batches, use_variants(steps), expect=False)
         weighs = request.selector.weighs_layers
@@ -156,6 +165,7 @@ def decompose(
             optimizers=listed,
             progress=bar,
             closed=opened.closed,
+            executor=executor,
         )
 
 
@@ -175,6 +185,7 @@ def plan(
     only_if_faster: bool = False,
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Plan:
     """Choose a method and a rank for every layer, without changing anything.
 
@@ -190,12 +201,13 @@ def plan(
         A row for every layer; those left alone say why.
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed), opened_for(model, example, batches):
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
-            example, allow_expansion, profile, only_if_faster, bar,
+            example, allow_expansion, profile, only_if_faster, bar, executor=executor,
         )  # fmt: skip
         return make_plan(model, request, batches, expect=True).plan
 
@@ -212,6 +224,7 @@ def apply(
     optimizers: Optimizer | Sequence[Optimizer] = (),
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Decomposition:
     """Decompose a model's layers as a plan says.
 
@@ -256,6 +269,7 @@ def apply(
     steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
@@ -289,6 +303,7 @@ def apply(
             optimizers=listed,
             progress=bar,
             closed=opened.closed,
+            executor=executor,
         )
 
 
@@ -304,6 +319,7 @@ def sensitivity(
     forward: Forward | None = None,
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Sensitivity:
     """What each layer loses at each rank, by each method: the table to look at before choosing.
 
@@ -324,9 +340,12 @@ def sensitivity(
         A table, plain data, and a picture: `print(table)`, `table.to_dict()`, `table.plot()`.
     """
     example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     filters = Filters(include, exclude, where)
     with restoring(model, seed=seed), opened_for(model, example, batches):
         listed = listed_methods(methods)
-        return measure_sensitivity(model, listed, filters, example, batches, progress=bar)
+        return measure_sensitivity(
+            model, listed, filters, example, batches, progress=bar, executor=executor
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tdecomp._distribution import VERSION
+from tdecomp.checkpoint.description import CONFIG, KEY, plan_in
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.files.typed import typed
 from tdecomp.layers.cost import Cost
@@ -16,7 +17,6 @@ from tdecomp.model.filters import Filters
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.checkpoint.description import CONFIG, KEY, plan_in
 from tdecomp.streaming.source import Source
 from tdecomp.streaming.target import WORK, WorkFolder, read_json, write_json
 

@@ -10,6 +10,13 @@ from typing import Any
 
 import torch
 
+from tdecomp.checkpoint.description import (
+    CONFIG,
+    KEY,
+    description,
+    readme,
+    write_readme,
+)
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.layers.cost import count_in_words
 from tdecomp.model.filters import Filters
@@ -23,13 +30,6 @@ from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
 from tdecomp.streaming import jobs
 from tdecomp.streaming.choose import Asked, plan_folder
-from tdecomp.checkpoint.description import (
-    CONFIG,
-    KEY,
-    description,
-    readme,
-    write_readme,
-)
 from tdecomp.streaming.job import REPORT, finished_report, job_of, write_report
 from tdecomp.streaming.jobs import Copy, Fit, Folders, memory_needed
 from tdecomp.streaming.layers import FolderLayers, layers_of
