@@ -18,7 +18,7 @@ from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
 from tdecomp.calibration.data import Data
 from tdecomp.calibration.moments import Moments
-from tdecomp.checkpoint import load
+from tdecomp.checkpoint.load import load
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.cp import CP, CPSeparable
 from tdecomp.decomposers.factors import Factors
@@ -59,6 +59,7 @@ from tdecomp.recovery.reconstruct import Reconstruct, reconstruct
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.refit import Refit, refit
 from tdecomp.result import Decomposition
+from tdecomp.streaming.stream import stream
 from tdecomp.timing.measure import profile
 from tdecomp.timing.profile import Profile
 
@@ -133,4 +134,5 @@ __all__ = [
     "registered",
     "sensitivity",
     "stage_names",
+    "stream",
 ]

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import replace
 
 from torch import nn
@@ -10,13 +11,13 @@ from torch.optim import Optimizer
 
 from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.checkpoint.pretrained import remember
 from tdecomp.layers.chain import Chain
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.fast_path import has_fused_layers
 from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.optimizers import Closed, as_optimizers, unoptimized
 from tdecomp.model.surgery import copy_with, swap, tensors_in
-from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.plans.data_notes import data_notes
@@ -26,6 +27,7 @@ from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.plans.rows import row_groups
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
@@ -86,13 +88,17 @@ def carry_out(
         with no_inference_mode():  # whose tensors could not be trained
             close_unchanged(changed)
             result = changed if layout is None else in_layout(changed, layout)
+        remember(result, plan)
         return Decomposition(result, report, plan)
     _warn_of_unoptimized(model, chains, optimizers, closed)
     # The copy that was recovered goes; its values are the model's own now.
     report.recovery = tuple(replace(step, model=model) for step in recovered)
     decomposition = Decomposition(model, report, plan)
     values = None if changed is model else tensors_in(changed)
-    swap(model, chains, optimizers, values, layout, closed)
+    with ExitStack() as undo:
+        undo.callback(remember(model, plan))
+        swap(model, chains, optimizers, values, layout, closed)
+        undo.pop_all()
     return decomposition
 
 
@@ -125,11 +131,6 @@ def fit_all(
     planned: Planned, progress: Progress, executor: Executor | None = None
 ) -> list[tuple[Row, Chain]]:
     """The finished row and the chain of each layer that is to be decomposed, in their order."""
-    groups: dict[str, list[Row]] = {}
-    for row in planned.plan:
-        if row.method is not None:
-            groups.setdefault(row.tied_to or row.name, []).append(row)
-    rows_of = map(_leader_first, groups.values())
     todo = [
         Group(
             [planned.sites[row.name] for row in rows],
@@ -137,17 +138,11 @@ def fit_all(
             planned.plan.decomposers[rows[0].method or ""],
             *planned.fits.get(rows[0].name, ()),
         )
-        for rows in rows_of
+        for rows in row_groups(planned.plan)
     ]
     found = fit_groups(todo, planned.moments, "fit", progress, executor)
     places = {row.name: at for at, row in enumerate(planned.plan)}
     return sorted(found, key=lambda pair: places[pair[0].name])
-
-
-def _leader_first(rows: Sequence[Row]) -> list[Row]:
-    """Rows that share their factors, first the one that they are fitted as."""
-    first = rows[leader([row.layer for row in rows if row.layer is not None])]
-    return [first, *(row for row in rows if row is not first)]
 
 
 def _speed(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tdecomp.afterwards.recompose import layer_of
 from tdecomp.calibration.calibrate import calibrate_layers, watchable
 from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
+from tdecomp.checkpoint.pretrained import remember
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.cost import total
 from tdecomp.layers.spec import LayerSpec
@@ -111,6 +113,7 @@ def reduce_ranks(
                     output_error_margin=None)
             for row in rows.values()
         ]  # fmt: skip
+        lower = Plan(unfitted, plan.everything_else, plan.decomposers)
         result = Decomposition(
             model if inplace else copy_with(model, replacements),
             Report(
@@ -119,10 +122,13 @@ def reduce_ranks(
                 plan.decomposers,
                 notes=data_notes(rows.values(), moments),
             ),
-            Plan(unfitted, plan.everything_else, plan.decomposers),
+            lower,
         )
-        if inplace:
-            swap(model, replacements, listed)
+        with ExitStack() as undo:
+            undo.callback(remember(result.model, lower))
+            if inplace:
+                swap(model, replacements, listed)
+            undo.pop_all()
         return result
 
 

@@ -70,7 +70,7 @@ class LayerLosses:
 
     def cost(self, method: Decomposer, rank: Rank) -> Cost:
         """The cost of the chain on the observed calls."""
-        key = self._key(method, ("cost", rank, self.calls, self.group))
+        key = key_of(method, ("cost", rank, self.calls, self.group))
         return self.cache.get(key, lambda: group_cost(method, rank, self._members), cheap=True)
 
     @property
@@ -89,11 +89,7 @@ class LayerLosses:
         return chain.amount < chain_cost([self.spec], once).amount
 
     def _cached(self, method: Decomposer, what: Hashable, compute: Callable[[], Value]) -> Value:
-        return self.cache.get(self._key(method, what), compute)
-
-    def _key(self, method: Decomposer, what: Hashable) -> Hashable:
-        # The repr has the method's options; methods need not be hashable.
-        return type(method), method.name, repr(method), what
+        return self.cache.get(key_of(method, what), compute)
 
     @property
     def work(self) -> int:
@@ -226,7 +222,7 @@ class LayerLosses:
 
     def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit, or the draft, at this rank if one was made."""
-        fit: FittedLayer | None = self.cache.known(self._key(method, (rank, draft)))
+        fit: FittedLayer | None = self.cache.known(key_of(method, (rank, draft)))
         return fit
 
     def _in_unit(self, measured: Measured) -> Lost:
@@ -269,6 +265,12 @@ class LayerLosses:
             weighted = _total(map(method.lost_at_every_rank, kernels, second, blocks))
             assert weighted is not None
             return list(zip(weighted.tolist(), shares, strict=True))
+
+
+def key_of(method: Decomposer, what: Hashable) -> Hashable:
+    """Under which the caches of losses know what was asked of a method."""
+    # The repr has the method's options; methods need not be hashable.
+    return type(method), method.name, repr(method), what
 
 
 def _total(groups: Iterable[Tensor | None]) -> Tensor | None:

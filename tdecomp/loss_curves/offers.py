@@ -67,9 +67,14 @@ def able_sites(
         elif not taking:
             left_alone[site.name] = Choice(reason="; ".join(why for why in refusals if why))
         elif site is group[leader(specs)]:
-            check_weight(site)
             able.append((replace(site, group=tuple(group)) if site.tied else site, taking))
     return able, left_alone
+
+
+def check_weights(able: Sequence[Able]) -> None:
+    """Refuse weights that cannot be factorized."""
+    for site, _ in able:
+        check_weight(site)
 
 
 _NO_MACS = (

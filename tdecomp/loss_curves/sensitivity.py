@@ -16,7 +16,7 @@ from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.loss_curves.curve import LossCurve
-from tdecomp.loss_curves.offers import able_sites, offer_ranks
+from tdecomp.loss_curves.offers import able_sites, check_weights, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
@@ -177,6 +177,7 @@ def measure_sensitivity(
     """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())
     able, left_alone = able_sites(sites, methods)
+    check_weights(able)
     wanted = {site.name for site, _ in able}
     moments = site_moments(model, sites, wanted, data, gradients=True)
     offered = offer_ranks(
