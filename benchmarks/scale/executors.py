@@ -4,17 +4,21 @@ import multiprocessing
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 import tdecomp
+from benchmarks.scale.checkpoint import TINY, LlamaSizes, make_llama
 from benchmarks.scale.row import ScaleRow
 from benchmarks.support.pairs import spread
 
@@ -32,10 +36,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, and how it is decomposed."""
+    """What is done, on an executor or None."""
 
-    model: nn.Module
-    options: Mapping[str, Any]
+    do: Callable[[Executor | None], object]
     least: float | None = None  # times faster, two of Dask's workers against one
 
     def run(self, way: Way) -> float:
@@ -44,9 +47,7 @@ class Task:
         torch.set_num_threads(way.threads)
         try:
             began = time.perf_counter()
-            tdecomp.decompose(
-                self.model, **self.options, progress=False, executor=way.executor
-            )  # fmt: skip
+            self.do(way.executor)
             return time.perf_counter() - began
         finally:
             torch.set_num_threads(before)
@@ -56,7 +57,7 @@ def run(options: Namespace) -> list[ScaleRow]:
     """Every task each way, in turns; how many times faster than in turn."""
     rows: list[ScaleRow] = []
     with ways() as all_ways:
-        for name, task in tasks(quick=options.quick).items():
+        for name, task in tasks(options).items():
             seconds = in_rounds(task, all_ways, 1 if options.quick else _ROUNDS)
             rows += rows_of(name, seconds, task.least)
     return rows
@@ -82,26 +83,52 @@ def ways() -> Iterator[dict[str, Way]]:
             )
             client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
             found[name] = Way(executor=client.get_executor())
-        small = Task(_linears(16, 16, 4), {"methods": "svd", "rank": 2})
+        small = Task(_decompose(_linears(16, 16, 4)))
         for way in found.values():
             small.run(way)  # which imports torch in every worker
         yield found
 
 
-def tasks(*, quick: bool) -> dict[str, Task]:
-    """By what they are: large layers by their weights and to data, and many small ones."""
+def tasks(options: Namespace) -> dict[str, Task]:
+    """By what they are: large layers in memory and in files, to data, and many small layers."""
     torch.manual_seed(0)
-    width, blocks = (32, 2) if quick else (1024, 6)
-    half = {"methods": "svd", "rank": 0.4}
-    large, narrow = _linears(width, 4 * width, blocks), _linears(width // 2, 2 * width, blocks)
+    quick = options.quick
+    width, blocks = (32, 2) if quick else (1024, 12)
+    large, narrow = _linears(width, 4 * width, blocks), _linears(width // 2, 2 * width, blocks // 2)
     inputs = torch.randn(4 * width, width // 2) @ torch.randn(width // 2, width // 2)
     data = tdecomp.calibrate(narrow, [inputs], gradients=False, progress=False)
     small = _linears(48, 48, 8 if quick else 200)
+    sizes = TINY if quick else LlamaSizes(vocabulary=2_000, blocks=4, shards=4)
+    of_llama = f"stream, {sizes.blocks} blocks of a Llama of {sizes.hidden:,}"
     return {
-        f"{_named(large)}, svd by their weights": Task(large, half, _LEAST),
-        f"{_named(narrow)}, svd to moments": Task(narrow, {**half, "data": data}, _LEAST),
-        f"{_named(small)}, svd by their weights": Task(small, half),
+        of_llama: Task(_stream(options.folder, sizes), _LEAST),
+        f"{_named(large)}, svd by their weights": Task(_decompose(large), _LEAST),
+        f"{_named(narrow)}, svd to moments": Task(_decompose(narrow, data=data), _LEAST),
+        f"{_named(small)}, svd by their weights": Task(_decompose(small)),
     }
+
+
+def _decompose(model: nn.Module, **options: Any) -> Callable[[Executor | None], object]:
+    return partial(_decomposed, model, options)
+
+
+def _decomposed(model: nn.Module, options: Mapping[str, Any], executor: Executor | None) -> None:
+    tdecomp.decompose(model, "svd", rank=0.4, **options, progress=False, executor=executor)
+
+
+def _stream(folder: Path, sizes: LlamaSizes) -> Callable[[Executor | None], object]:
+    """The stream of a checkpoint whose layers are named, which spares looking at a model."""
+    source = make_llama(folder / f"llama-{sizes.blocks}", sizes)
+    (source / "config.json").write_text('{"model_type": "layers"}')
+    return partial(_streamed, source)
+
+
+def _streamed(source: Path, executor: Executor | None) -> None:
+    with TemporaryDirectory(dir=source.parent) as target:
+        tdecomp.stream(
+            source, Path(target, "small"), "svd", rank=tdecomp.Ratio(0.6, of="params"),
+            include="*_proj", executor=executor, progress=False,
+        )  # fmt: skip
 
 
 def _named(model: nn.Sequential) -> str:
