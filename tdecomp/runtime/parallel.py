@@ -99,7 +99,9 @@ def _run_each(
         lost = _share(function, items, shared, done, send, most_ahead(executor))
     elif shared:
         with Scope() as pool:
-            local = ThreadPoolExecutor(min(threads, len(shared)), initializer=give_one_thread)
+            threads = thread_count()
+            workers = min(threads, len(shared))
+            local = ThreadPoolExecutor(workers, initializer=give_one_thread, initargs=(threads,))
             pool.undo.callback(local.shutdown)
             lost = _share(function, items, shared, done, local.submit)
     else:
