@@ -27,6 +27,7 @@ def llama(folder: Path, *, shards: int = 1, tied: bool = False, **config: Any) -
         torch.manual_seed(0)
         model: nn.Module = LlamaForCausalLM(LlamaConfig(**options)).eval()
     folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
     model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     state = model.state_dict()
     if tied:
