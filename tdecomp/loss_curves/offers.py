@@ -64,9 +64,14 @@ def able_sites(
         elif not taking:
             left_alone[site.name] = Choice(reason="; ".join(why for why in refusals if why))
         elif site is group[leader(specs)]:
-            check_weight(site)
             able.append((replace(site, group=tuple(group)) if site.tied else site, taking))
     return able, left_alone
+
+
+def check_weights(able: Sequence[Able]) -> None:
+    """Refuse weights that cannot be factorized."""
+    for site, _ in able:
+        check_weight(site)
 
 
 _NO_MACS = (
@@ -107,9 +112,19 @@ def offer_ranks(
                 step.advance(work=size(item))
 
             drawn = parallel_map(draw, work, size=size, done=advance)
-    rounded = rounding != ANY_RANK
+    return offers_of(able, losses, drawn, rounded=rounding != ANY_RANK)
+
+
+def offers_of(
+    able: Sequence[Able],
+    losses: Sequence[LayerLosses],
+    drawn: Sequence[dict[str, LossCurve]],
+    *,
+    rounded: bool = False,
+) -> list[Offer]:
+    """For each layer its candidates, with the curves that were drawn of it."""
     offers = []
-    for ((site, methods), mine), found in zip(work, drawn, strict=True):
+    for (site, methods), mine, found in zip(able, losses, drawn, strict=True):
         candidates = [candidate(site, m, mine, found, rounded=rounded) for m in methods]
         offers.append(Offer(site, methods, mine, candidates, found))
     return offers

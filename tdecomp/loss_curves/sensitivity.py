@@ -16,7 +16,7 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.held_out import on_held_out
-from tdecomp.loss_curves.offers import able_sites, offer_ranks
+from tdecomp.loss_curves.offers import able_sites, check_weights, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
@@ -176,6 +176,7 @@ def measure_sensitivity(
     """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())
     able, left_alone = able_sites(sites, methods)
+    check_weights(able)
     wanted = {site.name for site, _ in able}
     moments = site_moments(model, sites, wanted, data, gradients=True)
     offers = {o.site.name: o for o in offer_ranks(able, moments, curves=True, progress=progress)}
