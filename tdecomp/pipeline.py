@@ -16,7 +16,6 @@ from tdecomp.model.fast_path import has_fused_layers
 from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.optimizers import Closed, as_optimizers, unoptimized
 from tdecomp.model.surgery import copy_with, swap, tensors_in
-from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.plans.data_notes import data_notes
@@ -26,6 +25,7 @@ from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.plans.rows import row_groups
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
@@ -123,11 +123,7 @@ def _broken(
 
 def fit_all(planned: Planned, progress: Progress) -> list[tuple[Row, Chain]]:
     """The finished row and the chain of each layer that is to be decomposed, in their order."""
-    groups: dict[str, list[Row]] = {}
-    for row in planned.plan:
-        if row.method is not None:
-            groups.setdefault(row.tied_to or row.name, []).append(row)
-    todo = [_leader_first(rows) for rows in groups.values()]
+    todo = row_groups(planned.plan)
 
     def fit(rows: Sequence[Row]) -> list[tuple[Row, Chain]]:
         method = planned.plan.decomposers[rows[0].method or ""]
@@ -149,12 +145,6 @@ def fit_all(planned: Planned, progress: Progress) -> list[tuple[Row, Chain]]:
         found = [pair for pairs in parallel_map(fit, todo, size=size, done=show) for pair in pairs]
     places = {row.name: at for at, row in enumerate(planned.plan)}
     return sorted(found, key=lambda pair: places[pair[0].name])
-
-
-def _leader_first(rows: Sequence[Row]) -> list[Row]:
-    """Rows that share their factors, first the one that they are fitted as."""
-    first = rows[leader([row.layer for row in rows if row.layer is not None])]
-    return [first, *(row for row in rows if row is not first)]
 
 
 def _speed(

@@ -80,7 +80,7 @@ timing
 plans
 recovery checkpoint
 result pipeline
-afterwards
+afterwards streaming
 api quality composer
 """
 ROOMS = [line.split() for line in ORDER.strip().splitlines()]

@@ -3,6 +3,7 @@
 import json
 import math
 import reprlib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -22,6 +23,12 @@ def parsed(text: str | bytes, kind: str, form: int) -> dict[str, Any]:
         data: dict[str, Any] = typed(dict[str, Any], json.loads(text), kind)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
+    checked_format(data, kind, form)
+    return data
+
+
+def checked_format(data: Mapping[str, Any], kind: str, form: int) -> None:
+    """Refuse data whose `format` is not `form`, in words."""
     found = typed(int, data.get("format"), "format")
     if found != form:
         version, remedy = ("0.1", "make it anew") if found < form else ("later", "update tdecomp")
@@ -30,7 +37,6 @@ def parsed(text: str | bytes, kind: str, form: int) -> dict[str, Any]:
             f"{kind} format {found}, written by tdecomp {version}: this version reads format "
             f"{form}; {remedy}"
         )
-    return data
 
 
 def typed(hint: Any, value: Any, place: str) -> Any:

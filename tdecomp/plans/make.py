@@ -90,7 +90,7 @@ def make_plan(
     times = _profile(model, request, sites)
     words = expected_time(able, moments) if weighs and request.progress.shown else ""
     offers = offer_ranks(
-        able, moments, curves=weighs, rounding=_rounding(selector, times),
+        able, moments, curves=weighs, rounding=rounding_of(selector, times),
         progress=request.progress, words=words,
     )  # fmt: skip
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
@@ -220,7 +220,8 @@ def check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str
             )
 
 
-def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
+def rounding_of(selector: RankSelector, profile: Profile | None) -> Rounding:
+    """The multiples of ranks that the selector asks for, or else that suit the machine."""
     if selector.round_to is not None:
         return Rounding(selector.round_to, forced=True)
     return ANY_RANK if profile is None else profile.rounding

@@ -1,6 +1,6 @@
 """The rows of a table: what a choice makes of each site, counted once where weights are shared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch.nn.parameter import is_lazy
@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.offers import Offer
 from tdecomp.model.sites import Site
+from tdecomp.model.ties import leader
 from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.left_alone import largest_left_alone
 from tdecomp.plans.plan import planned_row
@@ -48,6 +49,23 @@ def rows_of(
     return [
         _row(site, choices[site.name], counted, seconds or {}, _tie(site, kinds)) for site in sites
     ]
+
+
+def row_groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows that are decomposed, together where they share factors.
+
+    In each group the one comes first that the others are fitted as.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.method is not None:
+            groups.setdefault(row.tied_to or row.name, []).append(row)
+    return [_leader_first(group) for group in groups.values()]
+
+
+def _leader_first(rows: Sequence[Row]) -> list[Row]:
+    first = rows[leader([row.layer for row in rows if row.layer is not None])]
+    return [first, *(row for row in rows if row is not first)]
 
 
 def expected_loss(chosen: Sequence[Choice], least: float) -> ExpectedLoss:

@@ -70,6 +70,15 @@ def parallel_map(
     return [results[i] for i in range(len(items))]
 
 
+def in_single_threads(sizes: Sequence[int], *, alone: int = 4_000_000) -> list[bool]:
+    """Which items of these sizes `parallel_map` runs on single-threaded workers of its own.
+
+    Whoever runs some of them only, later, can give them as many threads as they would have had.
+    """
+    shared = [0 < size <= alone for size in sizes]
+    return shared if thread_count() > 1 and sum(shared) > 1 else [False] * len(shared)
+
+
 class OneThread(Scope):
     """Inside, torch has one thread: small operations only wait for others."""
 

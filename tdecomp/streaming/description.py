@@ -1,0 +1,131 @@
+"""What the files of a folder beside its weights say of its chains: `config.json` and README.md."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tdecomp._distribution import VERSION
+from tdecomp.files.typed import checked_format, typed
+from tdecomp.files.whole_file import whole_file
+from tdecomp.plans.plan import Plan
+from tdecomp.plans.table import FORMAT
+
+KEY = "quantization_config"  # where transformers looks for what has to be done before loading
+METHOD = "tdecomp"
+CONFIG, README = "config.json", "README.md"
+_KIND = "decomposition"
+_HEADING = "## Decomposed by tdecomp"
+
+
+def description(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, as it stands in `config.json` under `KEY`.
+
+    >>> from tdecomp.streaming.description import description
+    >>> plan = tdecomp.plan(nn.Linear(64, 32), "svd", rank=8, progress=False)
+    >>> [*description(plan)]
+    ['quant_method', 'format', 'version', 'plan']
+    """
+    return {
+        "quant_method": METHOD, "format": FORMAT, "version": VERSION, "plan": plan.to_dict(),
+    }  # fmt: skip
+
+
+def plan_in(described: Any) -> Plan:
+    """The inverse of `description`; a ValueError or TypeError if it is damaged or of a newer tdecomp."""
+    data = typed(dict[str, Any], described, KEY)
+    if data.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{KEY} is of {data.get('quant_method')!r}; expected a model that tdecomp saved"
+        )
+    checked_format(data, _KIND, FORMAT)
+    return Plan.from_dict(typed(dict[str, Any], data.get("plan"), "plan"))
+
+
+def is_described(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a decomposed model."""
+    found = config.get(KEY)
+    return isinstance(found, Mapping) and found.get("quant_method") == METHOD
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in the folder's `config.json`; a ValueError names what is wrong with it."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; expected a folder that tdecomp saved")
+    try:
+        config: dict[str, Any] = typed(dict[str, Any], json.loads(file.read_bytes()), CONFIG)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return config
+
+
+def describe_in_config(folder: Path, *entries: Mapping[str, Any]) -> None:
+    """Put a description, after other entries, into the folder's `config.json`, if need be a new one."""
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    *others, described = entries
+    for new in others:
+        config |= new
+    config[KEY] = dict(described)
+    with whole_file(folder / CONFIG) as draft:
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        draft.write_text(text + "\n", encoding="utf-8")
+
+
+def readme(architecture: str, library: str = "") -> str:
+    """What a folder's README.md says: how a model of this class, of this library, is loaded.
+
+    >>> from tdecomp.streaming.description import readme
+    >>> print(readme("LlamaForCausalLM", "transformers"))
+    ## Decomposed by tdecomp
+    ...
+    import tdecomp.integrations.transformers  # before from_pretrained
+    ...
+    """
+    how = _LOADING.get(library, _LOADING[""]).format(architecture=architecture)
+    return f"""{_HEADING}
+
+Some layers of this model are chains of smaller layers. `{CONFIG}` says which (`{KEY}`), and
+`pip install tdecomp-torch` brings what loads them:
+
+```python
+{how}
+```
+{_WITHOUT.get(library, "")}"""
+
+
+_LOADING = {
+    "transformers": """import tdecomp.integrations.transformers  # before from_pretrained
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("this folder")""",
+    "diffusers": """import tdecomp
+from diffusers import {architecture}
+
+fresh = {architecture}.from_config({architecture}.load_config("this folder"))
+model = tdecomp.load("this folder", fresh)""",
+    "timm": """import timm
+import tdecomp
+
+fresh = timm.create_model(...)  # of the architecture that was decomposed
+model = tdecomp.load("this folder", fresh)""",
+    "": """import tdecomp
+
+fresh = {architecture}(...)  # as it was made before it was decomposed
+model = tdecomp.load("this folder", fresh)""",
+}
+_WITHOUT = {
+    "transformers": """
+Without that import transformers warns of an unknown quantization type, and the weights of the
+layers in chains are random.
+"""
+}
+
+
+def write_readme(folder: Path, text: str) -> None:
+    """Write the README, below what another one, such as a model card, says already."""
+    file = folder / README
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    others = before.partition(_HEADING)[0].rstrip()
+    with whole_file(file) as draft:
+        draft.write_text(f"{others}\n\n{text}".lstrip(), encoding="utf-8")

@@ -1,0 +1,334 @@
+"""A folder of weights decomposed into another one, layer by layer."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdecomp._distribution import VERSION
+from tdecomp.decomposers.registry import Methods, listed_methods
+from tdecomp.files.typed import typed
+from tdecomp.layers.cost import Cost, count_in_words
+from tdecomp.model.filters import Filters
+from tdecomp.plans.data_notes import data_notes
+from tdecomp.plans.plan import Plan
+from tdecomp.plans.report import Report
+from tdecomp.plans.row import Row
+from tdecomp.ranks.short_forms import get_selector
+from tdecomp.runtime.parallel import parallel_map
+from tdecomp.runtime.progress import Progress
+from tdecomp.runtime.torch_state import restoring
+from tdecomp.streaming import jobs
+from tdecomp.streaming.choose import Asked, plan_folder
+from tdecomp.streaming.description import (
+    CONFIG,
+    KEY,
+    description,
+    plan_in,
+    readme,
+    write_readme,
+)
+from tdecomp.streaming.jobs import Copy, Fit, Folders, memory_needed
+from tdecomp.streaming.layers import FolderLayers, layers_of
+from tdecomp.streaming.of_transformers import skeleton_of
+from tdecomp.streaming.source import Source, open_source
+from tdecomp.streaming.target import (
+    Work,
+    WorkFolder,
+    check_room,
+    read_json,
+    said_if_full,
+    work_of,
+    write_index,
+    write_json,
+)
+
+REPORT = "tdecomp.json"  # what was done: the job, and the rows with their errors
+_FORM = 1
+
+
+def stream(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    methods: Methods,
+    *,
+    rank: Any,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    device: str | torch.device | None = None,
+    max_memory: int | None = None,
+    executor: Executor | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> Report:
+    """Decompose a folder of weights into another one, with one layer in memory at a time.
+
+    >>> from safetensors.torch import save_file
+    >>> weights = {"up.weight": torch.randn(64, 32), "down.weight": torch.randn(32, 64)}
+    >>> os.mkdir("large")
+    >>> save_file(weights, "large/model.safetensors")
+    >>> _ = Path("large/config.json").write_text('{"model_type": "mine"}')
+    >>> report = stream("large", "small", "svd", rank=8, include=["up", "down"], progress=False)
+    >>> report.before.params, report.after.params, sorted(os.listdir("small"))[1:]
+    (4096, 1536, ['config.json', 'model.safetensors', 'tdecomp.json'])
+
+    Tensors have the very bits that `tdecomp.decompose` gives in memory, with the same number of
+    threads; what is not decomposed is copied as it is, with all other files. Stopped at any moment,
+    the same call goes on where it was.
+
+    Parameters
+    ----------
+    source : path
+        A folder of `*.safetensors`, a single file or several with their index, and `config.json`.
+        Where transformers is installed and knows the architecture, it says which tensors are layers
+        and which of them share a weight; else matrices named ``*.weight`` that `include` names are
+        taken for Linear layers.
+    target : path
+        A folder, made if it is not there. It is loaded as any other one after
+        ``import tdecomp.integrations.transformers``, or by ``tdecomp.load(target, model)``.
+    methods, rank, include, exclude
+        As for `tdecomp.decompose`; of budgets only ``Budget(params=...)``, for which all layers are
+        read twice.
+    device : device, optional
+        Where layers are fitted, such as "cuda"; by default on the processor.
+    max_memory : int, optional
+        The bytes that layers may take at a time, in each process.
+    executor : concurrent.futures.Executor, optional
+        Its workers read and write the files themselves: they see both folders under these paths.
+    resume : bool
+        Whether to go on with a target that the same call began. With False there must be none.
+    progress : bool
+        Show bars.
+
+    Returns
+    -------
+    Report
+        What was done to each layer, with the errors of the weights; of a target that the same call
+        finished before, read from there.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the source, or a file that its index names, is missing.
+    ValueError, TypeError
+        For a source that is damaged, quantized, decomposed already or not known, for a target that
+        another call made (says what differs), and as `tdecomp.decompose`.
+    OSError
+        If the disk is full: with what is needed. What is done stays there.
+    """
+    listed, selector = listed_methods(methods), get_selector(rank)
+    filters, bar = Filters(include, exclude), Progress(progress)
+    into = Path(target).absolute()
+    _check_places(Path(source), into)
+    given = open_source(source)
+    unit = torch.device("cpu" if device is None else device)
+    job = {
+        "form": _FORM,
+        "methods": [repr(method) for method in listed],
+        "rank": repr(selector),
+        "include": list(filters.include),
+        "exclude": list(filters.exclude),
+        "device": str(unit),
+        "source": {file: list(mark) for file, mark in given.marks.items()},
+        "versions": _versions(),
+    }
+    work_folder = WorkFolder(into)
+    if (finished := _finished(into, job, resume=resume)) is not None:
+        work_folder.remove()
+        return finished
+    with restoring():
+        with bar.step("look at the model"):
+            found = layers_of(given, skeleton_of(given), filters)
+        folders = Folders(
+            str(given.folder.absolute()), str(work_folder.files), str(work_folder.records),
+            str(unit), max_memory,
+        )  # fmt: skip
+        with said_if_full(into, given.nbytes):
+            work_folder.begin(job)
+            known = work_folder.plan()
+            if known is None:
+                asked = Asked(listed, selector)
+                _check_memory(found, listed, max_memory)
+                chosen = plan_folder(found, asked, folders, executor=executor, progress=bar)
+                known = chosen.plan, chosen.drafted
+                work_folder.keep_plan(*known)
+            plan, drafted = known
+            work = work_of(given, found, plan, drafted)
+        check_room(into, work, work_folder)
+        with said_if_full(into, work.nbytes):
+            work_folder.lay_out(work.layouts)
+            rows = _carry_out(work, folders, executor, bar)
+            report = _report(plan, rows)
+            _finish(given, into, work_folder, work, plan, report, job)
+    return report
+
+
+def _check_places(source: Path, target: Path) -> None:
+    """Refuse a target within the source, or around it."""
+    one, other = source.resolve(), target.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise ValueError(
+            f"target: {target} and the source {source} are one folder, or one is in the other; "
+            "expected a folder of its own"
+        )
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"target: {target} is a file; expected a folder, or none")
+
+
+def _versions() -> dict[str, str]:
+    found = {"tdecomp": VERSION, "torch": torch.__version__}
+    for name in ("transformers", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _finished(target: Path, job: Mapping[str, Any], *, resume: bool) -> Report | None:
+    """The report of a target that this very job finished; an error if it is another one's."""
+    entries = list(target.iterdir()) if target.is_dir() else []
+    if not entries:
+        return None
+    if not resume:
+        raise ValueError(
+            f"target: {target} is there already, and resume=False; expected a folder that is not "
+            "there, or an empty one: delete it, or leave resume=True to go on with the same job"
+        )
+    done, begun = read_json(target / REPORT), WorkFolder(target).job()
+    known = done["job"] if isinstance(done, dict) and "job" in done else begun
+    if known is None:
+        names = ", ".join(sorted(entry.name for entry in entries)[:3])
+        raise ValueError(
+            f"target: {target} has files that no stream wrote ({names}); expected its own folder"
+        )
+    if differing := _differing(known, job):
+        raise ValueError(
+            f"target: {target} is that of another job, which differs in {'; '.join(differing)}. "
+            "Delete it, or choose another target"
+        )
+    if not isinstance(done, dict) or not (target / CONFIG).is_file():
+        return None
+    rows = typed(tuple[Row, ...], done["rows"], "rows")
+    rest = typed(Cost, done["everything_else"], "everything_else")
+    config = read_json(target / CONFIG)
+    methods = plan_in(config[KEY]).decomposers if any(row.method for row in rows) else {}
+    return Report(rows, rest, methods, notes=data_notes(rows, None))
+
+
+def _differing(known: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
+    """In words, what of two jobs is not the same."""
+    found = []
+    for name in job:
+        old, new = known.get(name), job[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts = [part for part in {**old, **new} if old.get(part) != new.get(part)]
+            for part in parts:
+                if name == "source":
+                    found.append(f"{part} of the source: {_change(old.get(part), new.get(part))}")
+                else:
+                    found.append(f"{part}: {old.get(part)}, now {new.get(part)}")
+        elif old != new:
+            found.append(f"{name}: {old}, now {new}")
+    return found
+
+
+def _change(old: Any, new: Any) -> str:
+    """In words, how a file of the source changed."""
+    if old is None or new is None:
+        return "it was not there" if old is None else "it is gone"
+    if old[0] != new[0]:
+        return f"it had {old[0]:,} bytes, now {new[0]:,}"
+    return "its tensors changed" if old[2] != new[2] else "it was written again"
+
+
+def _check_memory(found: FolderLayers, methods: Sequence[Any], most: int | None) -> None:
+    """Refuse a bound that a layer alone needs more than."""
+    if most is None:
+        return
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_memory: expected a number of bytes, at least 1, got {most!r}")
+    for name, layer in found.layers.items():
+        needed = memory_needed([layer], methods)
+        if found.sites[name].reason is None and needed > most:
+            raise ValueError(
+                f"layer {name!r} ({layer.spec}): fitting it takes about {count_in_words(needed)}B, "
+                f"max_memory is {count_in_words(most)}B; expected more, or the layer left alone "
+                f"with exclude=[{name!r}]"
+            )
+
+
+def _carry_out(
+    work: Work, folders: Folders, executor: Executor | None, progress: Progress
+) -> dict[str, Row]:
+    """Do what has not been done yet; the rows of all fits by their names."""
+    records: dict[str, dict[str, Any]] = {}
+    fits, copies = list[Fit](), list[Copy]()
+    for job in work.fits:
+        if (record := jobs.known_record(folders, job.record)) is None:
+            fits.append(job)
+        else:
+            records[job.record] = record
+    copies = [job for job in work.copies if jobs.known_record(folders, job.record) is None]
+    total = sum(job.nbytes for job in fits) + sum(job.nbytes for job in copies)
+    errors = [0.0]
+
+    def size(job: Fit) -> int:
+        return job.layers[0].weight.numel if folders.device == "cpu" or executor else 0
+
+    def shared(job: Copy) -> int:
+        return job.nbytes if executor else 0
+
+    with progress.step("fit and copy", total, "B", work=total) as step:
+
+        def copied(job: Copy, _: Any) -> None:
+            step.advance(count=job.nbytes, work=job.nbytes)
+
+        def fitted(job: Fit, record: dict[str, Any]) -> None:
+            records[job.record] = record
+            errors.append(record["rows"][0]["weight_error"] or 0.0)
+            step.advance(f"error at most {max(errors):.3g}", count=job.nbytes, work=job.nbytes)
+
+        parallel_map(
+            partial(jobs.copy, folders), copies, size=shared, done=copied, executor=executor
+        )
+        parallel_map(partial(jobs.fit, folders), fits, size=size, done=fitted, executor=executor)
+    rows = [Row.from_dict(row) for job in work.fits for row in records[job.record]["rows"]]
+    return {row.name: row for row in rows}
+
+
+def _report(plan: Plan, fitted: Mapping[str, Row]) -> Report:
+    rows = [fitted.get(row.name, row) for row in plan]
+    return Report(rows, plan.everything_else, plan.decomposers, notes=data_notes(rows, None))
+
+
+def _finish(
+    source: Source, target: Path, folder: WorkFolder, work: Work, plan: Plan, report: Report,
+    job: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Put everything in its place: the config last, without which nothing can be loaded."""
+    folder.move_out(work.layouts)
+    write_index(target, work)
+    for name in source.other_files():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name != REPORT:
+            shutil.copy2(source.folder / name, target / name)
+    config = dict(source.config)
+    if any(row.method is not None for row in plan):
+        config[KEY] = description(plan)
+        kinds = source.config.get("architectures") or [source.config.get("architecture", "Model")]
+        library = "transformers" if source.config.get("architectures") else ""
+        write_readme(target, readme(str(kinds[0]), library))
+    rows = [replace(row, fit_seconds=None).to_dict() for row in report.rows]
+    rest = report.to_dict()["everything_else"]
+    # Without seconds: every run of the same job writes the same bytes.
+    write_json(target / REPORT, {"job": dict(job), "rows": rows, "everything_else": rest})
+    write_json(target / CONFIG, config)
+    folder.remove()
