@@ -82,6 +82,7 @@ recovery checkpoint
 result pipeline
 afterwards streaming
 api quality composer
+__main__
 """
 ROOMS = [line.split() for line in ORDER.strip().splitlines()]
 

@@ -43,6 +43,7 @@ class Asked:
     methods: Sequence[Decomposer]
     selector: RankSelector
     expect: bool = False  # whether rows are to say which error to expect
+    allow_expansion: bool = False  # whether chains are made that save nothing
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _decided(
     except UnmetError as unmet:
         raise with_largest(unmet, sites, left_alone, whole) from unmet
     guard: Callable[[Choice], Choice] = partial(guarded, expect=asked.expect)
-    chosen = list(map(guard, choices))
+    chosen = choices if asked.allow_expansion else list(map(guard, choices))
     least = selector.least_loss(candidates, rest)
     settled = {**left_alone, **settled_choices(offers, chosen, expect=asked.expect)}
     rows = rows_of(sites, settled)

@@ -17,7 +17,7 @@ CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 METHOD = "tdecomp"  # the `quant_method` of a folder that was decomposed
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,20 @@ class Source:
 
 
 def open_source(folder: str | os.PathLike[str]) -> Source:
-    """Look at a folder of safetensors: its config, its index and the headers of its files.
+    """Look at a folder of safetensors that is to be decomposed.
 
     A FileNotFoundError where files are missing, a ValueError where they are damaged, do not fit
     together, or are none that can be decomposed; both name the file.
     """
+    source = open_folder(folder)
+    if not (source.folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{source.folder}: no {CONFIG}, which says what the model is")
+    _refuse_decomposed(source)
+    return source
+
+
+def open_folder(folder: str | os.PathLike[str]) -> Source:
+    """Look at any folder of safetensors: its config, its index and the headers of its files."""
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -122,7 +131,7 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
             f"{root}: {len(names)} files of safetensors without {INDEX}, which says where each "
             "tensor lies; download the index, too, or keep one of the files in the folder"
         )
-    pickled = sorted(path.name for path in root.iterdir() if path.suffix in _PICKLED)
+    pickled = sorted(path.name for path in root.iterdir() if path.suffix in PICKLED)
     if pickled:
         raise ValueError(
             f"{root}: its weights are pickled ({pickled[0]}), which runs code when it is read; "
@@ -155,21 +164,24 @@ def _check_index(root: Path, said: Mapping[str, str] | None, tensors: Mapping[st
 def _config(root: Path) -> dict[str, Any]:
     path = root / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{root}: no {CONFIG}, which says what the model is")
+        return {}
     with named_in_errors(path):
         config: dict[str, Any] = typed(
             dict[str, Any], json.loads(path.read_text("utf-8")), "config"
         )
-    said = config.get("quantization_config")
-    if isinstance(said, dict) and said.get("quant_method") == METHOD:
+    return config
+
+
+def _refuse_decomposed(source: Source) -> None:
+    if source.quantizer == METHOD:
+        said = source.config["quantization_config"]
         form = said.get("format")
         if isinstance(form, int) and form > FORMAT:
             raise ValueError(
-                f"{root}: decomposed by tdecomp {said.get('version', 'later')}, in format {form}; "
-                f"this version knows format {FORMAT}: update tdecomp"
+                f"{source.folder}: decomposed by tdecomp {said.get('version', 'later')}, in format "
+                f"{form}; this version knows format {FORMAT}: update tdecomp"
             )
         raise ValueError(
-            f"{root}: it is decomposed already; expected the original: a stream starts from whole "
-            "layers. tdecomp.reduce_ranks lowers the ranks of a decomposed model"
+            f"{source.folder}: it is decomposed already; expected the original: a stream starts "
+            "from whole layers. tdecomp.reduce_ranks lowers the ranks of a decomposed model"
         )
-    return config

@@ -12,7 +12,7 @@ from tdecomp.ranks.vbmf import VBMF
 
 
 @pytest.mark.parametrize(
-    ("text", "selector"),
+    "text, selector",
     [
         ("64", Fixed(64)),
         ("16,8", Fixed((16, 8))),
@@ -40,7 +40,7 @@ def test_every_form_that_is_listed_can_be_written():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    "text, words",
     [
         ("", "neither a number nor the name"),
         ("0", "positive int"),
@@ -68,7 +68,7 @@ def test_every_form_that_is_listed_can_be_written():
     ],
 )
 def test_what_is_refused(text, words):
-    with pytest.raises(ValueError, match="expected one of these forms: 64, 0.25,") as caught:
+    with pytest.raises(ValueError, match=r"expected one of these forms: 64, 0\.25,") as caught:
         spelled_rank(text)
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"rank {text!r}: ")
