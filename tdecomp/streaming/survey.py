@@ -49,7 +49,7 @@ def planned_folder(
 ) -> Plan:
     """The plan for a folder, with the errors to expect."""
     asked = Asked(methods, selector, expect=True, allow_expansion=allow_expansion)
-    found, folders = _opened(folder, filters)
+    found, folders = _opened(folder, filters, progress)
     return plan_folder(found, asked, folders, executor=executor, progress=progress).plan
 
 
@@ -62,7 +62,7 @@ def folder_sensitivity(
     progress: Progress,
 ) -> Sensitivity:
     """What each layer of a folder loses at each rank, by each method."""
-    found, folders = _opened(folder, filters)
+    found, folders = _opened(folder, filters, progress)
     sites = list(found.sites.values())
     able, left_alone = able_sites(sites, methods)
     # A budget is what curves are drawn for; its size plays no part in them.
@@ -71,7 +71,10 @@ def folder_sensitivity(
     return sensitivity_of(sites, offers_in(able, known, rounded=False), left_alone)
 
 
-def _opened(folder: Folder, filters: Filters) -> tuple[FolderLayers, Folders]:
+def _opened(
+    folder: Folder, filters: Filters, progress: Progress
+) -> tuple[FolderLayers, Folders]:  # fmt: skip
     source = open_source(folder)
-    found = layers_of(source, skeleton_of(source), filters)
+    with progress.step("look at the model"):
+        found = layers_of(source, skeleton_of(source), filters)
     return found, Folders(str(source.folder.absolute()))
