@@ -18,7 +18,7 @@ from tdecomp.calibration.augment import flip_and_shift
 from tdecomp.calibration.calibrate import calibrate
 from tdecomp.calibration.data import Data
 from tdecomp.calibration.moments import Moments
-from tdecomp.checkpoint import load
+from tdecomp.checkpoint.load import load
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.cp import CP, CPSeparable
 from tdecomp.decomposers.factors import Factors

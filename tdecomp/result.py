@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from tdecomp import checkpoint
+from tdecomp.checkpoint import file as single_file
+from tdecomp.checkpoint import pretrained
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 
@@ -40,4 +42,44 @@ class Decomposition:
         A ValueError is raised if the model was decomposed in several steps or its state dict holds
         something that is not a tensor, a FileNotFoundError if the file's folder does not exist.
         """
-        checkpoint.save(file, self.model, self.plan)
+        single_file.save(file, self.model, self.plan)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        max_shard_size: int | str = "5GB",
+        **options: Any,
+    ) -> None:
+        """Write a folder as Hugging Face's libraries have them, which they or `tdecomp.load` read.
+
+        >>> result.save_pretrained("small", tokenizer=tokenizer)  # doctest: +SKIP
+        >>> import tdecomp.integrations.transformers  # doctest: +SKIP
+        >>> AutoModelForCausalLM.from_pretrained("small")  # doctest: +SKIP
+
+        Safetensors files with an index, `config.json` with the plan, and a README.md that says how
+        the folder is loaded. For models of transformers and diffusers their own `save_pretrained`
+        writes it, with the names that tensors have in the model; the result's model has one that
+        does the same. Files of others in the folder stay.
+
+        Parameters
+        ----------
+        folder : path
+            Made if there is none.
+        tokenizer : tokenizer or processor, optional
+            Whose `save_pretrained` writes its files beside the weights.
+        max_shard_size : int or str
+            The bytes of one file at most, as a number or such as "5GB".
+        **options
+            For the model's own `save_pretrained`.
+
+        Raises
+        ------
+        ValueError
+            With the remedy, if what would be written could not be loaded again: adapters that are
+            not merged, batch norm that was folded in, methods that are not registered.
+        """
+        pretrained.save(self.model, self.plan, folder, max_shard_size, options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)

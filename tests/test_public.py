@@ -15,6 +15,7 @@ import torch
 
 import tdecomp
 import tdecomp.composer
+from benchmarks.support.torchvision_import import import_torchvision
 
 ROOT = Path(tdecomp.__file__).parent
 MODULES = sorted(
@@ -49,10 +50,18 @@ def test_it_needs_a_python_that_it_runs_on():
     assert metadata.metadata("tdecomp-torch")["Requires-Python"] == ">=3.11"
 
 
+def importable(module):
+    """Whether the library is there of which it is an integration, such as transformers."""
+    integration = module.partition("tdecomp.integrations.")[2]
+    return not integration or importlib.util.find_spec(integration.partition(".")[0]) is not None
+
+
 @pytest.mark.usefixtures("own_methods")
-@pytest.mark.parametrize("name", ["tdecomp", *MODULES])
+@pytest.mark.parametrize("name", ["tdecomp", *filter(importable, MODULES)])
 def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some save files
+    if "integrations" in name:
+        import_torchvision()  # which these libraries import, too
     module = importlib.import_module(name)
     # What an example may take for granted, as the first page of the reference says.
     package = tdecomp.composer if name.startswith("tdecomp.composer") else tdecomp
@@ -78,7 +87,7 @@ pictures
 loss_curves
 timing
 plans
-recovery checkpoint
+recovery checkpoint integrations
 result pipeline
 afterwards streaming
 api quality composer
@@ -141,7 +150,10 @@ def test_no_imports_go_round_in_circles():
 def test_importing_needs_no_extra_and_sets_no_backend():
     code = """
 import sys
-for name in ("matplotlib", "sklearn", "torchvision", "PIL", "onnx", "pytest", "nbclient"):
+for name in (
+    "matplotlib", "sklearn", "torchvision", "PIL", "onnx", "pytest", "nbclient", "transformers",
+    "diffusers", "timm", "huggingface_hub",
+):
     sys.modules[name] = None
 import tensorly, torch
 before = torch.get_rng_state()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.afterwards.batchnorm_folds import batchnorm_folds
+from tdecomp.checkpoint.pretrained import refuse_saving
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.layout import channels_last_of
 from tdecomp.layers.spec import LayerSpec
@@ -15,6 +16,11 @@ from tdecomp.model.batchnorm import rest_of
 from tdecomp.model.flow import last_part
 from tdecomp.model.surgery import copy_with, swap
 from tdecomp.runtime.torch_state import full_precision
+
+_SAVE_FIRST = (
+    "its batch norm was folded in, and it would be loaded into the architecture that has it: save "
+    "the model first, and fuse what was loaded"
+)
 
 
 def fuse_batchnorm(
@@ -77,6 +83,8 @@ def fuse_batchnorm(
     for chain in (fused.get_submodule(fold.layer) for fold in folds):
         if isinstance(chain, Chain):
             chain.add_bias()
+    if folds:
+        refuse_saving(fused, _SAVE_FIRST)
     return fused
 
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from tdecomp.checkpoint.pretrained import forget
 from tdecomp.layers.chain import Chain
 from tdecomp.model.declared_ties import restorer
 from tdecomp.model.fast_path import switch_on
@@ -66,9 +67,11 @@ def recompose(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         whole = copy_with(model, replacements)
         close_unchanged(whole)
         switch_on(whole, ExitStack())
+        forget(whole)
         return whole
     with ExitStack() as undo:
         undo.callback(restorer(model))
+        undo.callback(forget(model))
         swap(model, replacements)
         undo.callback(swap, model, {new: old for old, new in replacements.items()})
         for opened in (module for module in model.modules() if isinstance(module, Opened)):

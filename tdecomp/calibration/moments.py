@@ -1,7 +1,7 @@
 """The moments of the inputs of one layer, and of all layers of a model."""
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.estimate import Estimate
+from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.held_patches import HeldPatches
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
@@ -211,24 +212,6 @@ def _sample_of_both(mine: Tensor, others: Tensor, share: float) -> Tensor:
         places = torch.linspace(0, rows.shape[1] - 1, max(1, round(part * most))).long()
         parts.append(rows[:, places.to(rows.device)])
     return torch.cat(parts, dim=1)
-
-
-class FitCache:
-    """Values by key, each computed at most once (twice if two threads ask at the same time)."""
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Any] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """The value of a key, computed if it is not known yet."""
-        if key not in self._known:
-            self._known[key] = compute()
-        value: Value = self._known[key]
-        return value
-
-    def known(self, key: Hashable) -> Any:
-        """The value of a key if it was computed, else None."""
-        return self._known.get(key)
 
 
 @dataclass(eq=False, repr=False)

@@ -18,6 +18,7 @@ from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
 from tdecomp.linalg.spectrum import Spectrum, spectra
 from tdecomp.linalg.svd import frobenius_norm
+from tdecomp.runtime.parallel import on_cpu
 from tdecomp.runtime.torch_state import full_precision
 
 
@@ -103,6 +104,15 @@ def measured(
         norms /= frobenius_norm(weight) or 1.0
     errors, notes = (weight_error, output_error, loss), (note,) if note else ()
     return FittedLayer(factors, *errors, shift, norms, seconds, notes)
+
+
+def fit_size(weight: Tensor, spec: LayerSpec, moments: LayerMoments | None) -> int:
+    """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
+    size = on_cpu(weight)
+    if not size or moments is None or spec.lookup:
+        return size
+    # A fit to data makes many small steps on a moment where one to weights makes few large ones.
+    return max(size, spec.fan_in**2 // 4)
 
 
 def _second_moments(

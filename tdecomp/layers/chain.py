@@ -182,6 +182,8 @@ class Described(Tensor):
     whatever is in memory: here that is refused.
     """
 
+    _is_hf_initialized = True  # transformers then gives it no values when it loads a model
+
     @classmethod
     def like(cls, weight: Tensor, shape: tuple[int, ...]) -> Self:
         """One of this shape, in all else like a weight that is there."""

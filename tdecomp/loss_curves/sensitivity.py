@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.loss_curves.curve import LossCurve
-from tdecomp.loss_curves.held_out import on_held_out
 from tdecomp.loss_curves.offers import Offer, able_sites, check_weights, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
@@ -172,6 +172,7 @@ def measure_sensitivity(
     data: Batches | Moments | None,
     *,
     progress: Progress,
+    executor: Executor | None = None,
 ) -> Sensitivity:
     """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())
@@ -179,7 +180,9 @@ def measure_sensitivity(
     check_weights(able)
     wanted = {site.name for site, _ in able}
     moments = site_moments(model, sites, wanted, data, gradients=True)
-    offers = offer_ranks(able, moments, curves=True, progress=progress)
+    offers = offer_ranks(
+        able, moments, curves=True, held_out=True, progress=progress, executor=executor
+    )
     return sensitivity_of(sites, offers, left_alone)
 
 
@@ -198,8 +201,7 @@ def sensitivity_of(
             layers.append(LayerSensitivity(site.name, site.spec, Cost(0), {}, reason=reason))
         else:
             before, of_outputs = offer.losses.before, offer.losses.moments is not None
-            curves = {n: on_held_out(c, offer.losses) for n, c in offer.curves.items()}
-            layers.append(LayerSensitivity(site.name, site.spec, before, curves, of_outputs))
+            layers.append(LayerSensitivity(site.name, site.spec, before, offer.curves, of_outputs))
     return Sensitivity(layers)
 
 

@@ -1,6 +1,7 @@
 """How a plan is made: find the layers, look at them, offer ranks, choose, guard."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,20 +15,20 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.estimate import expected_time
-from tdecomp.loss_curves.offers import Offer, able_sites, check_weights, fit_size, offer_ranks
+from tdecomp.loss_curves.offers import Offer, able_sites, check_weights, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, Sites, find_sites
 from tdecomp.model.ties import settle
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.guard import guarded
+from tdecomp.plans.look_up import look_up_choices, look_up_errors
 from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.rows import expected_loss, rows_of, settled_choices, with_largest
 from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
-from tdecomp.runtime.parallel import parallel_map
 from tdecomp.runtime.progress import SILENT, Progress
 from tdecomp.timing.choose import TimedChoices, choose_with_times
 from tdecomp.timing.layout_times import LayoutTimes
@@ -48,6 +49,7 @@ class Request:
     only_if_faster: bool = False
     progress: Progress = SILENT
     left_alone: Mapping[str, str] = field(default_factory=dict)  # layers that broke the model, why
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,10 @@ def make_plan(
     words = expected_time(able, moments) if weighs and request.progress.shown else ""
     offers = offer_ranks(
         able, moments, curves=weighs, rounding=rounding_of(selector, times),
-        progress=request.progress, words=words,
+        progress=request.progress, words=words, executor=request.executor,
     )  # fmt: skip
+    if request.executor is not None and not weighs:
+        look_up_choices(offers, selector, request.progress, request.executor, expect=expect)
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params)
     if found.trace is not None:
@@ -102,8 +106,9 @@ def make_plan(
             chosen = _choose(model, request, times, offers, whole, expect=expect)
     except UnmetError as unmet:
         raise with_largest(unmet, sites, choices, whole) from unmet
-    if expect and isinstance(data, Moments):  # which keep the fits for `apply`
-        _fit_chosen(offers, chosen.choices, moments, request.progress)
+    if expect:  # moments keep the fits for `apply`
+        fit = isinstance(data, Moments)
+        look_up_errors(offers, chosen.choices, request.progress, request.executor, fit=fit)
     choices |= settled_choices(offers, chosen.choices, expect=expect)
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
@@ -120,25 +125,6 @@ def make_plan(
     notes = (*data_notes(rows, moments), *model_notes(model, rows))
     plan = Plan(rows, rest, methods, chosen.speed, loss, notes)
     return Planned(plan, found, moments, fits)
-
-
-def _fit_chosen(
-    offers: Sequence[Offer], choices: Sequence[Choice], moments: Moments | None, progress: Progress
-) -> None:
-    """Fit what was chosen, so that the rows' errors are those of the result."""
-    pairs = zip(offers, choices, strict=True)
-    todo = [(offer, choice) for offer, choice in pairs if choice.candidate is not None]
-
-    def fit(item: tuple[Offer, Choice]) -> None:
-        offer, choice = item
-        if choice.candidate is not None and choice.rank is not None:
-            offer.losses.fit(choice.candidate.decomposer, choice.rank, draft=False)
-
-    def size(item: tuple[Offer, Choice]) -> int:
-        return fit_size(item[0].site, moments)
-
-    with progress.step("fit", len(todo), "layers", work=sum(map(size, todo))) as step:
-        parallel_map(fit, todo, size=size, done=lambda item, _: step.advance(work=size(item)))
 
 
 def _leave(found: Sites, reasons: Mapping[str, str]) -> list[Site]:

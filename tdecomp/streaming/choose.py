@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from tdecomp.calibration.fit_cache import KnownFits, LayerFits, NotKnownError
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.curve import LossCurve
@@ -30,10 +31,10 @@ from tdecomp.runtime.parallel import in_single_threads, parallel_map
 from tdecomp.runtime.progress import Progress
 from tdecomp.streaming import jobs
 from tdecomp.streaming.jobs import Folders, Question
-from tdecomp.streaming.known import Fact, Told, UnreadError, facts_from_dict
+from tdecomp.streaming.known import facts_from_dict
 from tdecomp.streaming.layers import FolderLayers
 
-Known = tuple[dict[Fact, Any], dict[str, LossCurve]]
+Known = tuple[LayerFits, dict[str, LossCurve]]
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def plan_folder(
     if not selector.weighs_layers:
         try:
             return _decided(found, asked, able, left_alone, {})
-        except UnreadError:
+        except NotKnownError:
             pass
     known = ask(found, able, asked, folders, executor=executor, progress=progress)
     try:
         return _decided(found, asked, able, left_alone, known)
-    except UnreadError as error:
+    except NotKnownError as error:
         raise ValueError(
-            f"{selector}: it asks for more than singular values ({error}), for which a model has "
+            f"{selector}: it asks for more than singular values, for which a model has "
             "to be in memory: tdecomp.plan(model, ...)"
         ) from error
 
@@ -128,9 +129,12 @@ def ask(
 
 def offers_in(able: Sequence[Able], known: Mapping[str, Known], *, rounded: bool) -> list[Offer]:
     """The ranks that each layer is offered, as far as is known."""
-    cache = Told({name: facts for name, (facts, _) in known.items()})
-    losses = [replace(one, cache=cache) for one in layer_losses([site for site, _ in able], None)]
-    curves = [known[site.name][1] if known else {} for site, _ in able]
+    sites = [site for site, _ in able]
+    losses = [
+        replace(one, cache=KnownFits(known[site.name][0] if known else LayerFits()))
+        for site, one in zip(sites, layer_losses(sites, None), strict=True)
+    ]
+    curves = [known[site.name][1] if known else {} for site in sites]
     return offers_of(able, losses, curves, rounded=rounded)
 
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from tdecomp.files.whole_file import whole_file
 from tdecomp.loss_curves.curve import layer_curves
 from tdecomp.loss_curves.offers import layer_losses, offers_of
 from tdecomp.model.sites import Site, check_weight
-from tdecomp.plans.fit import fit_rows
+from tdecomp.plans.fit import Group, fit_rows
 from tdecomp.plans.row import Row
 from tdecomp.ranks.base import RankSelector
 from tdecomp.ranks.grid import Rounding
 from tdecomp.runtime.parallel import OneThread
-from tdecomp.streaming.known import Collected, facts_to_dict
+from tdecomp.streaming.known import facts_to_dict
 from tdecomp.streaming.layers import FileLayer, read_group
 from tdecomp.streaming.room import MemoryRoom
 
@@ -100,8 +100,7 @@ def facts(folders: Folders, question: Question) -> dict[str, Any]:
         sites = _prepare(inside, folders, question.layers, question.methods, question.one_thread)
         site = sites[question.fitted_as]
         check_weight(site)
-        cache = Collected()
-        losses = replace(layer_losses([site], None)[0], cache=cache)
+        (losses,) = layer_losses([site], None)
         curves, selector = {}, question.selector
         if selector.weighs_layers:
             curves = layer_curves(losses, question.methods, rounding=question.rounding)
@@ -115,7 +114,7 @@ def facts(folders: Folders, question: Question) -> dict[str, Any]:
         if question.expect:
             for method in question.methods:
                 losses.expected_error(method, method.max_rank(losses.spec))
-        found = facts_to_dict(cache.facts, curves)
+        found = facts_to_dict(losses.cache.since(0), curves)
         return _recorded(folders, question.record, {"layer": site.name, **found})
 
 
@@ -130,7 +129,7 @@ def fit(folders: Folders, job: Fit) -> dict[str, Any]:
             rank = job.rows[0].rank
             assert rank is not None
             draft = losses.fit(job.method, rank, draft=True)
-        found = fit_rows(sites, job.rows, job.method, None, None, draft)
+        found = fit_rows(Group(sites, job.rows, job.method, draft=draft))
         del sites, draft
         left = dict(job.places)
         for row, chain in found:
@@ -162,7 +161,8 @@ def known_record(folders: Folders, record: str) -> dict[str, Any] | None:
 def memory_needed(layers: Sequence[FileLayer], methods: Sequence[Decomposer]) -> int:
     """Bytes that reading and fitting these layers takes, about."""
     weight = layers[0].weight
-    wide = weight.dtype.itemsize == 8 or any(method.fits_in_float64 for method in methods)
+    taking = [method for method in methods if method.refuses(layers[0].spec) is None]
+    wide = weight.dtype.itemsize == 8 or any(method.fits_in_float64 for method in taking)
     stored = weight.nbytes * (2 if weight.stacked else 1)
     return stored + _COPIES * weight.numel * (8 if wide else 4)
 

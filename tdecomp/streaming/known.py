@@ -1,92 +1,58 @@
 """What choosing ranks asks of a layer's values: told once, kept as plain data, and told again."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from tdecomp.calibration.moments import FitCache
+from tdecomp.calibration.fit_cache import LayerFits
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.cost import Cost, LookupCost
 from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve
-from tdecomp.loss_curves.losses import KnownRanks
+from tdecomp.loss_curves.losses import KnownRanks, key_of
 from tdecomp.ranks.base import Option
 
-Value = TypeVar("Value")
-# A method's name, and what was asked of it.
-Fact = tuple[str, str]
+_SPECTRA, _NESTED, _BEST = "spectra", "nested", "best ranks"
 
 
-class UnreadError(Exception):
-    """Something needs the values of a layer, which are not there."""
+def facts_to_dict(
+    values: Mapping[Hashable, Any], curves: Mapping[str, LossCurve]
+) -> dict[str, Any]:
+    """Plain data; numbers are as they were after a round trip through JSON.
 
-
-class Collected(FitCache):
-    """A cache that also notes what was asked, but for fits, which are not kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.facts: dict[Fact, Any] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        value = super().get(key, compute)
-        fact = _fact(key)
-        if fact is not None:
-            self.facts[fact] = value
-        return value
-
-
-class Told(FitCache):
-    """A cache that has what was told of each layer, and computes nothing but costs."""
-
-    def __init__(self, facts: Mapping[str, Mapping[Fact, Any]]) -> None:
-        super().__init__()
-        self._facts = facts
-
-    def get(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        parts: Any = key
-        layer, _, method, _, what = parts
-        if isinstance(what, tuple) and what[0] == "cost":
-            return super().get(key, compute)
-        fact = _fact(key)
-        facts = self._facts.get(layer, {})
-        if fact is None or fact not in facts:
-            raise UnreadError(f"layer {layer!r}: {what} of {method!r}")
-        value: Value = facts[fact]
-        return value
-
-
-def _fact(key: Any) -> Fact | None:
-    """The method and what of it is known, in the key of a cache; None for costs and fits."""
-    _, _, method, _, what = key
-    if isinstance(what, str):
-        return method, what
-    if what[0] == "best ranks":
-        return method, " ".join(map(str, ("best ranks", *what[1])))
-    return None
-
-
-# As plain data -----------------------------------------------------------------------------------
-
-
-def facts_to_dict(facts: Mapping[Fact, Any], curves: Mapping[str, LossCurve]) -> dict[str, Any]:
-    """Plain data; numbers are as they were after a round trip through JSON."""
+    `values` are those of `LayerFits`; costs and fits are left out.
+    """
+    facts = []
+    for key, value in values.items():
+        _, method, _, what = _parts(key)
+        if what in (_SPECTRA, _NESTED):
+            facts.append([method, what, [], _plain(value)])
+        elif what[0] == _BEST:
+            facts.append([method, _BEST, list(what[1]), _plain(value)])
     return {
-        "facts": [[*fact, _plain(value)] for fact, value in facts.items()],
+        "facts": facts,
         "curves": {name: _plain_curve(curve) for name, curve in curves.items()},
     }
 
 
 def facts_from_dict(
     data: Mapping[str, Any], methods: Sequence[Decomposer]
-) -> tuple[dict[Fact, Any], dict[str, LossCurve]]:
+) -> tuple[LayerFits, dict[str, LossCurve]]:
     """The inverse of `facts_to_dict`."""
     known = {method.name: method for method in methods}
-    facts = {(method, what): _value(plain) for method, what, plain in data["facts"]}
-    return facts, {n: _curve(known[n], plain) for n, plain in data["curves"].items()}
+    fits = LayerFits()
+    for name, what, steps, plain in data["facts"]:
+        asked = (what, tuple(steps)) if what == _BEST else what
+        fits.learn({key_of(known[name], asked): _value(plain)})
+    return fits, {n: _curve(known[n], plain) for n, plain in data["curves"].items()}
+
+
+def _parts(key: Any) -> tuple[Any, str, str, Any]:
+    kind, name, options, what = key
+    return kind, name, options, what
 
 
 def _plain(value: Any) -> Any:

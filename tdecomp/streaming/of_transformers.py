@@ -154,12 +154,12 @@ def _recipes(model: Any, source: Source) -> dict[str, Recipe | str]:
             collected[target][pattern].append(name)
     for target, parts in collected.items():
         converter = by_pattern[next(iter(parts))]
-        found |= _converted(target, converter, parts, source)
+        found |= _converted(target, converter, parts)
     return found
 
 
 def _converted(
-    target: str, converter: Any, parts: Mapping[str, list[str]], source: Source
+    target: str, converter: Any, parts: Mapping[str, list[str]]
 ) -> dict[str, Recipe | str]:
     """The recipe of what transformers puts together from several tensors; the reason if unknown."""
     steps = [type(step).__name__ for step in converter.operations]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdecomp.checkpoint.description import CONFIG, KEY, is_described, plan_in
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import parsed, typed
 from tdecomp.files.whole_file import named_in_errors
@@ -15,7 +16,6 @@ from tdecomp.layers.cost import count_in_words
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.table import FORMAT
-from tdecomp.streaming.description import CONFIG, KEY, is_described, plan_in
 from tdecomp.streaming.source import PICKLED, open_folder
 
 # The metadata under which `Decomposition.save` and `Moments.save` keep what is no tensor.

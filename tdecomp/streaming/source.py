@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdecomp.checkpoint.folder import NAMES
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
@@ -17,6 +18,11 @@ CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 METHOD = "tdecomp"  # the `quant_method` of a folder that was decomposed
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+# Files with the same weights again, in other forms.
+_SAME_WEIGHTS = (
+    "*.safetensors", "*.index.json", "pytorch_model*.bin", "consolidated*", "tf_model*.h5",
+    "flax_model*.msgpack",
+)  # fmt: skip
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
 
@@ -55,15 +61,13 @@ class Source:
         return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
 
     def other_files(self) -> list[str]:
-        """The files, also in folders, that hold none of these tensors, nor say where they lie."""
-        own = {*self.shards, CONFIG}
+        """The files, also in folders, that have nothing to do with weights."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        names = [path.relative_to(self.folder) for path in paths]
-        hidden = [name for name in names if any(part.startswith(".") for part in name.parts)]
+        names = [path.relative_to(self.folder) for path in paths if path != self.folder / CONFIG]
+        shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
         return [
-            name.as_posix() for name in names
-            if name not in hidden and name.as_posix() not in own
-            and not name.name.endswith(_INDEX_SUFFIX)
+            name.as_posix() for name in shown
+            if len(name.parts) > 1 or not any(map(name.match, _SAME_WEIGHTS))
         ]  # fmt: skip
 
 
@@ -124,8 +128,10 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
                 f"the {len(listed)} files that {indices[0]} names; download the folder again"
             )
         return listed, said
-    if len(names) == 1:
-        return tuple(names), None
+    # Beside a file of such a name the others hold what is no state, or the same once more.
+    single = [name for name in NAMES if name in names] or (names if len(names) == 1 else [])
+    if single:
+        return (single[0],), None
     if names:
         raise ValueError(
             f"{root}: {len(names)} files of safetensors without {INDEX}, which says where each "

@@ -4,18 +4,21 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tdecomp._distribution import VERSION
+from tdecomp.checkpoint.description import (
+    CONFIG,
+    KEY,
+    description,
+    readme,
+    write_readme,
+)
 from tdecomp.decomposers.registry import Methods, listed_methods
-from tdecomp.files.typed import typed
-from tdecomp.layers.cost import Cost, count_in_words
+from tdecomp.layers.cost import count_in_words
 from tdecomp.model.filters import Filters
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.plan import Plan
@@ -27,14 +30,7 @@ from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
 from tdecomp.streaming import jobs
 from tdecomp.streaming.choose import Asked, plan_folder
-from tdecomp.streaming.description import (
-    CONFIG,
-    KEY,
-    description,
-    plan_in,
-    readme,
-    write_readme,
-)
+from tdecomp.streaming.job import REPORT, finished_report, job_of, write_report
 from tdecomp.streaming.jobs import Copy, Fit, Folders, memory_needed
 from tdecomp.streaming.layers import FolderLayers, layers_of
 from tdecomp.streaming.of_transformers import skeleton_of
@@ -43,15 +39,11 @@ from tdecomp.streaming.target import (
     Work,
     WorkFolder,
     check_room,
-    read_json,
     said_if_full,
     work_of,
     write_index,
     write_json,
 )
-
-REPORT = "tdecomp.json"  # what was done: the job, and the rows with their errors
-_FORM = 1
 
 
 def stream(
@@ -129,23 +121,15 @@ def stream(
     _check_places(Path(source), into)
     given = open_source(source)
     unit = torch.device("cpu" if device is None else device)
-    job = {
-        "form": _FORM,
-        "methods": [repr(method) for method in listed],
-        "rank": repr(selector),
-        "include": list(filters.include),
-        "exclude": list(filters.exclude),
-        "device": str(unit),
-        "source": {file: list(mark) for file, mark in given.marks.items()},
-        "versions": _versions(),
-    }
+    job = job_of(given, listed, selector, filters, unit)
     work_folder = WorkFolder(into)
-    if (finished := _finished(into, job, resume=resume)) is not None:
+    if (finished := finished_report(into, job, resume=resume)) is not None:
         work_folder.remove()
         return finished
-    with restoring():
+    with restoring(), work_folder.alone():
         with bar.step("look at the model"):
             found = layers_of(given, skeleton_of(given), filters)
+        _check_memory(found, listed, max_memory)
         folders = Folders(
             str(given.folder.absolute()), str(work_folder.files), str(work_folder.records),
             str(unit), max_memory,
@@ -155,18 +139,16 @@ def stream(
             known = work_folder.plan()
             if known is None:
                 asked = Asked(listed, selector)
-                _check_memory(found, listed, max_memory)
                 chosen = plan_folder(found, asked, folders, executor=executor, progress=bar)
                 known = chosen.plan, chosen.drafted
                 work_folder.keep_plan(*known)
-            plan, drafted = known
-            work = work_of(given, found, plan, drafted)
-        check_room(into, work, work_folder)
+        work = work_of(given, found, *known)
+        check_room(work, work_folder)
         with said_if_full(into, work.nbytes):
             work_folder.lay_out(work.layouts)
             rows = _carry_out(work, folders, executor, bar)
-            report = _report(plan, rows)
-            _finish(given, into, work_folder, work, plan, report, job)
+            report = _report(known[0], rows)
+            _finish(given, work_folder, work, known[0], report, job)
     return report
 
 
@@ -180,73 +162,6 @@ def _check_places(source: Path, target: Path) -> None:
         )
     if target.exists() and not target.is_dir():
         raise ValueError(f"target: {target} is a file; expected a folder, or none")
-
-
-def _versions() -> dict[str, str]:
-    found = {"tdecomp": VERSION, "torch": torch.__version__}
-    for name in ("transformers", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
-
-
-def _finished(target: Path, job: Mapping[str, Any], *, resume: bool) -> Report | None:
-    """The report of a target that this very job finished; an error if it is another one's."""
-    entries = list(target.iterdir()) if target.is_dir() else []
-    if not entries:
-        return None
-    if not resume:
-        raise ValueError(
-            f"target: {target} is there already, and resume=False; expected a folder that is not "
-            "there, or an empty one: delete it, or leave resume=True to go on with the same job"
-        )
-    done, begun = read_json(target / REPORT), WorkFolder(target).job()
-    known = done["job"] if isinstance(done, dict) and "job" in done else begun
-    if known is None:
-        names = ", ".join(sorted(entry.name for entry in entries)[:3])
-        raise ValueError(
-            f"target: {target} has files that no stream wrote ({names}); expected its own folder"
-        )
-    if differing := _differing(known, job):
-        raise ValueError(
-            f"target: {target} is that of another job, which differs in {'; '.join(differing)}. "
-            "Delete it, or choose another target"
-        )
-    if not isinstance(done, dict) or not (target / CONFIG).is_file():
-        return None
-    rows = typed(tuple[Row, ...], done["rows"], "rows")
-    rest = typed(Cost, done["everything_else"], "everything_else")
-    config = read_json(target / CONFIG)
-    methods = plan_in(config[KEY]).decomposers if any(row.method for row in rows) else {}
-    return Report(rows, rest, methods, notes=data_notes(rows, None))
-
-
-def _differing(known: Mapping[str, Any], job: Mapping[str, Any]) -> list[str]:
-    """In words, what of two jobs is not the same."""
-    found = []
-    for name in job:
-        old, new = known.get(name), job[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts = [part for part in {**old, **new} if old.get(part) != new.get(part)]
-            for part in parts:
-                if name == "source":
-                    found.append(f"{part} of the source: {_change(old.get(part), new.get(part))}")
-                else:
-                    found.append(f"{part}: {old.get(part)}, now {new.get(part)}")
-        elif old != new:
-            found.append(f"{name}: {old}, now {new}")
-    return found
-
-
-def _change(old: Any, new: Any) -> str:
-    """In words, how a file of the source changed."""
-    if old is None or new is None:
-        return "it was not there" if old is None else "it is gone"
-    if old[0] != new[0]:
-        return f"it had {old[0]:,} bytes, now {new[0]:,}"
-    return "its tensors changed" if old[2] != new[2] else "it was written again"
 
 
 def _check_memory(found: FolderLayers, methods: Sequence[Any], most: int | None) -> None:
@@ -310,10 +225,13 @@ def _report(plan: Plan, fitted: Mapping[str, Row]) -> Report:
 
 
 def _finish(
-    source: Source, target: Path, folder: WorkFolder, work: Work, plan: Plan, report: Report,
+    source: Source, folder: WorkFolder, work: Work, plan: Plan, report: Report,
     job: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Put everything in its place: the config last, without which nothing can be loaded."""
+    target = folder.target
+    for draft in target.glob(".*.draft"):  # of a run that was killed here
+        draft.unlink()
     folder.move_out(work.layouts)
     write_index(target, work)
     for name in source.other_files():
@@ -326,9 +244,6 @@ def _finish(
         kinds = source.config.get("architectures") or [source.config.get("architecture", "Model")]
         library = "transformers" if source.config.get("architectures") else ""
         write_readme(target, readme(str(kinds[0]), library))
-    rows = [replace(row, fit_seconds=None).to_dict() for row in report.rows]
-    rest = report.to_dict()["everything_else"]
-    # Without seconds: every run of the same job writes the same bytes.
-    write_json(target / REPORT, {"job": dict(job), "rows": rows, "everything_else": rest})
+    write_report(target, report, job)
     write_json(target / CONFIG, config)
     folder.remove()

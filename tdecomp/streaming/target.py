@@ -17,6 +17,11 @@ from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # of Windows: nothing there tells whether another process is at work
+    fcntl = None  # type: ignore[assignment]
+
 from tdecomp.decomposers.assemble import empty_chain
 from tdecomp.decomposers.tied import tied_chains
 from tdecomp.files.shards import Layout, Stored, layout_of, name_of
@@ -32,7 +37,7 @@ from tdecomp.streaming.source import INDEX, SINGLE, Source
 
 WORK = ".tdecomp-stream"  # within the target
 _SHARDS, _RECORDS = "files", "records"
-_JOB, _PLAN, _READY = "job.json", "plan.json", "ready"
+_JOB, _PLAN, _READY, _LOCK = "job.json", "plan.json", "ready.json", "lock"
 _COPIED_AT_ONCE = 2**28  # bytes of a file that are copied by one job
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -94,6 +99,10 @@ class WorkFolder:
                 os.fsync(opened.fileno())
         write_json(self.path / _READY, [*layouts])
 
+    def is_moving(self) -> bool:
+        """Whether its files are being put into the target, where nothing more is needed."""
+        return any(self.target.glob("*.safetensors"))
+
     def move_out(self, layouts: Mapping[str, Layout]) -> None:
         """Put the files that are finished into the target."""
         for file in layouts:
@@ -102,9 +111,22 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Forget all of it; what the job is comes last."""
-        for folder in (self.files, self.records):
+        for folder in (self.files, self.records, self.path):
             shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process may work here."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("w") as opened:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(
+                        f"target: another process is writing {self.target}; wait for it to end"
+                    ) from error
+            yield
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -244,12 +266,12 @@ def write_index(target: Path, work: Work) -> None:
         write_json(target / INDEX, index_of(work))
 
 
-def check_room(folder: Path, work: Work, work_folder: WorkFolder) -> None:
+def check_room(work: Work, work_folder: WorkFolder) -> None:
     """Refuse, before anything is written, a disk that has too little room."""
     there = sum(f.stat().st_blocks * 512 for f in work_folder.files.glob("*") if f.is_file())
-    needed, free = work.nbytes - there, shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, _no_room(folder, needed, free))
+    needed, free = work.nbytes - there, shutil.disk_usage(work_folder.path).free
+    if needed > free and not work_folder.is_moving():
+        raise OSError(errno.ENOSPC, _no_room(work_folder.target, needed, free))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ _HEADING = "## Decomposed by tdecomp"
 def description(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, as it stands in `config.json` under `KEY`.
 
-    >>> from tdecomp.streaming.description import description
+    >>> from tdecomp.checkpoint.description import description
     >>> plan = tdecomp.plan(nn.Linear(64, 32), "svd", rank=8, progress=False)
     >>> [*description(plan)]
     ['quant_method', 'format', 'version', 'plan']
@@ -32,7 +32,7 @@ def description(plan: Plan) -> dict[str, Any]:
 
 
 def plan_in(described: Any) -> Plan:
-    """The inverse of `description`; a ValueError or TypeError if it is damaged or of a newer tdecomp."""
+    """The inverse of `description`; an error in words if it is damaged or of a newer version."""
     data = typed(dict[str, Any], described, KEY)
     if data.get("quant_method") != METHOD:
         raise ValueError(
@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def describe_in_config(folder: Path, *entries: Mapping[str, Any]) -> None:
-    """Put a description, after other entries, into the folder's `config.json`, if need be a new one."""
+    """Put a description, after other entries, into `config.json`, which may be a new one."""
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     *others, described = entries
     for new in others:
@@ -75,12 +75,9 @@ def describe_in_config(folder: Path, *entries: Mapping[str, Any]) -> None:
 def readme(architecture: str, library: str = "") -> str:
     """What a folder's README.md says: how a model of this class, of this library, is loaded.
 
-    >>> from tdecomp.streaming.description import readme
-    >>> print(readme("LlamaForCausalLM", "transformers"))
-    ## Decomposed by tdecomp
-    ...
-    import tdecomp.integrations.transformers  # before from_pretrained
-    ...
+    >>> from tdecomp.checkpoint.description import readme
+    >>> "tdecomp.load" in readme("Net"), "from_pretrained" in readme("ViTModel", "transformers")
+    (True, True)
     """
     how = _LOADING.get(library, _LOADING[""]).format(architecture=architecture)
     return f"""{_HEADING}

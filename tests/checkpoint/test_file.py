@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import relu
 
 import tdecomp
-from tdecomp import checkpoint
+from tdecomp.checkpoint.file import save
 from tdecomp.files import tensors as tensor_files
 from tdecomp.files.tensors import write_tensors
 from tests.unchanged import unchanged
@@ -329,24 +329,64 @@ def test_meta_model_gets_values(kept):
 
 
 class Unsaved(nn.Module):
-    """A buffer that no file holds."""
+    """Buffers that no state dict holds, one of them under two names."""
 
-    def __init__(self):
+    def __init__(self, offset=1.0):
         super().__init__()
         self.layer = nn.Linear(16, 16)
-        self.register_buffer("offset", torch.ones(16), persistent=False)
+        self.register_buffer("offset", torch.full((16,), offset), persistent=False)
+        self.register_buffer("again", self.offset, persistent=False)
 
     def forward(self, x):
         return self.layer(x) + self.offset
 
 
-def test_meta_model_with_a_buffer_that_the_file_lacks_is_refused(file):
-    tdecomp.decompose(Unsaved(), "svd", rank=4, progress=False).save(file)
-    with torch.device("meta"):
-        fresh = Unsaved()
-    with pytest.raises(ValueError, match="offset"):
-        tdecomp.load(file, fresh)
-    assert torch.equal(tdecomp.load(file, Unsaved()).offset, torch.ones(16))
+def unsaved(device, **options):
+    with torch.device(device):
+        return Unsaved(**options)
+
+
+def test_meta_model_gets_buffers_that_are_not_in_the_state_dict(file):
+    result = tdecomp.decompose(unsaved("cpu", offset=2.0), "svd", rank=4, progress=False)
+    result.save(file)
+    loaded = tdecomp.load(file, unsaved("meta"))
+    assert torch.equal(loaded.offset, result.model.offset)
+    assert loaded.again is loaded.offset
+    x = torch.randn(3, 16)
+    assert torch.equal(loaded(x), result.model(x))
+    assert loaded.state_dict().keys() == result.model.state_dict().keys()
+    # Where the model has them, they are its own.
+    assert torch.equal(tdecomp.load(file, unsaved("cpu")).offset, torch.ones(16))
+
+
+def test_meta_model_with_a_buffer_that_the_file_lacks_is_refused_with_the_remedy(file):
+    tdecomp.decompose(unsaved("cpu"), "svd", rank=4, progress=False).save(file)
+
+    def drop(header):
+        del header["buffers"]
+
+    def take_out(tensors):
+        del tensors["offset"], tensors["again"]
+
+    older = rewritten(file, header=drop, tensors=take_out)
+    refused(older, unsaved("meta"), "no values for offset, again", "include_buffers=False")
+    assert torch.equal(tdecomp.load(older, unsaved("cpu")).offset, torch.ones(16))
+
+
+def test_meta_model_with_a_buffer_of_another_shape_is_refused(file):
+    tdecomp.decompose(unsaved("cpu"), "svd", rank=4, progress=False).save(file)
+    fresh = unsaved("meta")
+    fresh.offset = fresh.again = torch.ones(3, device="meta")
+    refused(file, fresh, "'offset' is of another shape", "got (16,), expected (3,)")
+
+
+def test_buffer_that_the_header_names_and_the_file_lacks(file):
+    tdecomp.decompose(unsaved("cpu"), "svd", rank=4, progress=False).save(file)
+    refused(
+        rewritten(file, tensors=lambda tensors: tensors.pop("offset")),
+        unsaved("cpu"),
+        "buffers are missing: offset",
+    )
 
 
 def test_loading_fits_nothing(kept, monkeypatch):
@@ -700,7 +740,7 @@ def test_saving_over_the_file_that_was_loaded(file):
     loaded = tdecomp.load(file, net(seed=5))
     with torch.no_grad():
         loaded.scale.fill_(3.0)
-    checkpoint.save(file, loaded, result.plan)
+    save(file, loaded, result.plan)
     assert_same(tdecomp.load(file, net(seed=5)), loaded, batch())
 
 

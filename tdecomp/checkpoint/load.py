@@ -1,0 +1,76 @@
+"""A saved decomposition, back into a fresh model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tdecomp.calibration.opening import opened_for
+from tdecomp.checkpoint import file as single_file
+from tdecomp.checkpoint.description import KEY, plan_in, read_config
+from tdecomp.checkpoint.folder import BUFFERS, names_in, read_weights, weight_files
+from tdecomp.checkpoint.pretrained import library_of, remember
+from tdecomp.checkpoint.rebuild import Stored, rebuilt
+from tdecomp.files.whole_file import named_in_errors
+from tdecomp.model.sites import find_sites
+from tdecomp.plans.plan import Plan
+from tdecomp.runtime.torch_state import no_inference_mode, restoring
+
+
+def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Bring a saved decomposition back into a copy of a fresh, undecomposed model.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    >>> tdecomp.decompose(model, "svd", rank=8, progress=False).save("small.safetensors")
+    >>> small = load("small.safetensors", nn.Sequential(nn.Linear(64, 64), nn.ReLU()))
+    >>> small[0].rank
+    8
+
+    Parameters
+    ----------
+    source : path
+        A file that `Decomposition.save` wrote, or a folder that `Decomposition.save_pretrained`,
+        or a decomposed model's own `save_pretrained`, did.
+    model : nn.Module
+        Of the architecture that was decomposed, with any weights or on the meta device. It is left
+        as it is.
+
+    Returns
+    -------
+    nn.Module
+        A copy with the chains in place and the weights loaded; nothing is fitted.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file or folder.
+    ValueError
+        If a file is damaged or missing, of a newer format, or of another architecture; names the
+        tensors.
+    """
+    with restoring(model), no_inference_mode():
+        folder = Path(source)
+        if folder.is_dir() and library_of(model) == "transformers":
+            from tdecomp.integrations.transformers import load_pretrained
+
+            loaded: nn.Module = load_pretrained(folder, model)
+            return loaded
+        find_sites(model)  # refuses what is no model to load into before the files are looked at
+        with named_in_errors(source):
+            plan, stored = (_folder if folder.is_dir() else single_file.read)(folder)
+            names = {name for row in plan for name in row.names}
+            with opened_for(model, names=names):
+                twin = rebuilt(plan, stored, model, find_sites(model))
+            remember(twin, plan)
+            return twin
+
+
+def _folder(folder: Path) -> tuple[Plan, Stored]:
+    plan = plan_in(read_config(folder).get(KEY))
+    tensors = read_weights(weight_files(folder))
+    file = folder / BUFFERS
+    buffers: dict[str, Any] = {}
+    if file.is_file():
+        buffers = read_weights(dict.fromkeys(names_in(file), file))
+    return plan, Stored(tensors, buffers, None, {})

@@ -1,0 +1,94 @@
+"""Writing a folder for a model whose library has no `save_pretrained`."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tdecomp.checkpoint.description import describe_in_config, readme, write_readme
+from tdecomp.checkpoint.folder import BUFFERS, NAMES
+from tdecomp.checkpoint.tensors import alone, buffers_beside, refuse_odd
+from tdecomp.files.whole_file import whole_file
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_METADATA = {"format": "pt"}  # without which transformers refuses a file
+
+
+def write_folder(
+    folder: Path, model: nn.Module, described: Mapping[str, Any], library: str, most: int | str
+) -> None:
+    """Write weights, `config.json` and README.md; no file of weights is larger than `most`."""
+    state = model.state_dict(keep_vars=True)
+    refuse_odd(state)
+    named: dict[int, str] = {}
+    for name, value in state.items():
+        named.setdefault(id(value), name)  # what has several names is stored once
+    tensors = {name: state[name].detach() for name in named.values()}
+    largest = _bytes(most)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(folder, _shards(tensors, largest))
+    write_buffers(folder, model)
+    describe_in_config(folder, {"architectures": [type(model).__name__]}, described)
+    write_readme(folder, readme(type(model).__name__, library))
+
+
+def write_buffers(folder: Path, model: nn.Module) -> None:
+    """Write the buffers that are in no state dict, if there are any."""
+    found = buffers_beside(model, model.state_dict())
+    if found:
+        _write(folder / BUFFERS, found)
+    else:
+        (folder / BUFFERS).unlink(missing_ok=True)
+
+
+def _shards(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]]:
+    """The tensors in their order, in groups of at most so many bytes, or of one tensor."""
+    shards: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.nbytes > room:
+            shards.append({})
+            room = largest
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    return shards
+
+
+def _write_weights(folder: Path, shards: list[dict[str, Tensor]]) -> None:
+    stem = NAMES[0].removesuffix(".safetensors")
+    count, index = len(shards), folder / f"{NAMES[0]}.index.json"
+    names = [f"{stem}-{at:05}-of-{count:05}.safetensors" for at in range(1, count + 1)]
+    files = dict(zip(names if count > 1 else NAMES, shards, strict=False))
+    for name, tensors in files.items():
+        _write(folder / name, tensors)
+    if count > 1:
+        size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+        where = {name: file for file, tensors in files.items() for name in tensors}
+        content = {"metadata": {"total_size": size}, "weight_map": where}
+        with whole_file(index) as draft:
+            draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # Last: until then what was there before is whole.
+    earlier = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    for file in folder.iterdir():
+        if earlier.fullmatch(file.name) and file.name not in {
+            *files,
+            *([index.name] * (count > 1)),
+        }:
+            file.unlink()
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    with whole_file(file) as draft:
+        save_file(alone(tensors), draft, metadata=_METADATA)
+
+
+def _bytes(size: int | str) -> int:
+    """A number of bytes, also as "5GB"."""
+    found = re.fullmatch(r"(\d+)\s*([KMGT]B)?", str(size).upper())
+    if isinstance(size, bool) or found is None or not int(found[1]):
+        raise ValueError(f"max_shard_size: expected bytes, such as 10**9 or '5GB', got {size!r}")
+    return int(found[1]) * _UNITS[found[2] or ""]
