@@ -228,7 +228,7 @@ def _planned(given: argparse.Namespace) -> dict[str, Any]:
         given.refuse(
             "--plan says which layers get which methods and ranks; expected no other choice"
         )
-    return {"plan": given.plan}
+    return {"methods": given.plan}
 
 
 def _write(given: argparse.Namespace, plan: Plan) -> None:

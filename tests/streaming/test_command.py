@@ -12,6 +12,7 @@ import tdecomp
 from tdecomp.__main__ import EXAMPLES, main, parser
 from tdecomp.decomposers.svd import SVD
 from tdecomp.plans.plan import Plan
+from tdecomp.streaming.show import contents_of
 from tests.docs.pages import ROOT
 from tests.streaming.folders import perceptron, unknown
 
@@ -163,6 +164,41 @@ def test_plan(here, capsys):
     assert said.out == f"{expected}\n"
     assert said.err == ""
     assert Plan.from_json((here / "made.json").read_text(encoding="utf-8")).rows == expected.rows
+
+
+def test_stream_and_show(here, capsys):
+    model = unknown(here / "folder", shards=2)
+    options = "--include * --rank energy:0.8 --exclude 0 --max-memory 1MB --no-progress"
+    assert main(["stream", "folder", "small", *options.split()]) == 0
+    chosen = {"rank": tdecomp.Energy(0.8), "include": "*", "exclude": "0", "progress": False}
+    result = tdecomp.decompose(model, "svd", **chosen)
+    assert capsys.readouterr().out == f"{result.report}\n"
+    found = contents_of("small")
+    assert found.plan.rows == result.plan.rows
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        name: tuple(value.shape) for name, value in result.model.state_dict().items()
+    }
+    assert main(["show", "small"]) == 0
+    assert capsys.readouterr().out == f"{found}\n"
+    assert main(["stream", "folder", "small", *options.split(), "--no-resume"]) == 1
+    assert "small is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["plan folder --rank 4", "stream folder small --plan plan.json"]
+)
+def test_a_scheduler_needs_dask(here, monkeypatch, capsys, command):
+    unknown(here / "folder")
+    monkeypatch.setitem(sys.modules, "dask.distributed", None)
+    assert main([*command.split(), "--scheduler", "tcp://127.0.0.1:1"]) == 1
+    assert "pip install 'tdecomp-torch[dask]'" in capsys.readouterr().err
+
+
+def test_stream_of_a_plan(here, plan, capsys):
+    unknown(here / "folder")
+    assert main("stream folder small --plan plan.json --no-progress".split()) == 0
+    assert contents_of("small").plan.rows == plan.rows
+    assert "3 of 3 layers decomposed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("here")
