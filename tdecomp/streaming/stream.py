@@ -17,20 +17,19 @@ from tdecomp.checkpoint.description import (
     readme,
     write_readme,
 )
-from tdecomp.decomposers.registry import Methods, listed_methods
+from tdecomp.decomposers.registry import Methods
 from tdecomp.layers.cost import count_in_words
 from tdecomp.model.filters import Filters
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.ranks.short_forms import get_selector
 from tdecomp.runtime.executors import check_executor
 from tdecomp.runtime.parallel import parallel_map
 from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
 from tdecomp.streaming import jobs
-from tdecomp.streaming.choose import Asked, plan_folder
+from tdecomp.streaming.choose import asked_for, methods_of, plan_folder
 from tdecomp.streaming.job import REPORT, finished_report, job_of, write_report
 from tdecomp.streaming.jobs import Copy, Fit, Folders, Rewrite, memory_needed
 from tdecomp.streaming.layers import FolderLayers, layers_of
@@ -50,9 +49,9 @@ from tdecomp.streaming.target import (
 def stream(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    methods: Methods,
+    methods: Methods | Plan,
     *,
-    rank: Any,
+    rank: Any = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     device: str | torch.device | None = None,
@@ -90,7 +89,7 @@ def stream(
         ``import tdecomp.integrations.transformers``, or by ``tdecomp.load(target, model)``.
     methods, rank, include, exclude
         As for `tdecomp.decompose`; of budgets only ``Budget(params=...)``, for which all layers are
-        read twice.
+        read twice. In place of methods a `tdecomp.Plan`, edited or not, says all of this.
     device : device, optional
         Where layers are fitted, such as "cuda"; by default on the processor.
     max_memory : int, optional
@@ -119,14 +118,14 @@ def stream(
     OSError
         If the disk is full: with what is needed. What is done stays there.
     """
-    listed, selector = listed_methods(methods), get_selector(rank)
-    filters, bar = Filters(include, exclude), Progress(progress)
+    asked, filters = asked_for(methods, rank, Filters(include, exclude))
     check_executor(executor)
+    bar = Progress(progress)
     into = Path(target).absolute()
     _check_places(Path(source), into)
     given = open_source(source)
     unit = torch.device("cpu" if device is None else device)
-    job = job_of(given, listed, selector, filters, unit)
+    job = job_of(given, asked, filters, unit)
     work_folder = WorkFolder(into)
     if (finished := finished_report(into, job, resume=resume)) is not None:
         work_folder.remove()
@@ -134,7 +133,7 @@ def stream(
     with restoring(), work_folder.alone():
         with bar.step("look at the model"):
             found = layers_of(given, skeleton_of(given), filters)
-        _check_memory(found, listed, max_memory)
+        _check_memory(found, methods_of(asked), max_memory)
         folders = Folders(
             str(given.folder.absolute()), str(work_folder.files), str(work_folder.records),
             str(unit), max_memory,
@@ -143,7 +142,6 @@ def stream(
             work_folder.begin(job)
             known = work_folder.plan()
             if known is None:
-                asked = Asked(listed, selector)
                 chosen = plan_folder(found, asked, folders, executor=executor, progress=bar)
                 known = chosen.plan, chosen.drafted
                 work_folder.keep_plan(*known)
