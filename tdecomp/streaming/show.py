@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tdecomp.checkpoint.description import CONFIG, KEY, is_described, plan_in
+from tdecomp.checkpoint.description import CONFIG, KEY, is_description, plan_in
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import parsed, typed
 from tdecomp.files.whole_file import named_in_errors
@@ -82,7 +82,7 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
 
 def _folder(place: Path) -> Contents:
     source = open_folder(place)
-    if is_described(source.config):
+    if is_description(source.config.get(KEY)):
         with named_in_errors(place / CONFIG):
             plan = plan_in(source.config[KEY])
         return Contents(_title(place, source.config[KEY]), plan, source.tensors)

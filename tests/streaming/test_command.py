@@ -196,7 +196,7 @@ def test_a_scheduler_needs_dask(here, monkeypatch, capsys, command):
 
 def test_stream_of_a_plan(here, plan, capsys):
     unknown(here / "folder")
-    assert main("stream folder small --plan plan.json --no-progress".split()) == 0
+    assert main(["stream", "folder", "small", "--plan", "plan.json", "--no-progress"]) == 0
     assert contents_of("small").plan.rows == plan.rows
     assert "3 of 3 layers decomposed" in capsys.readouterr().out
 
