@@ -1,5 +1,6 @@
 """The public functions: their signatures and documentation."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tdecomp.result import Decomposition
 from tdecomp.runtime.executors import check_executor
 from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
+from tdecomp.streaming.survey import folder_sensitivity, planned_folder, refuse_for_folders
 from tdecomp.timing.profile import Profile
 from tdecomp.timing.stopwatch import THIS_MACHINE
 
@@ -170,7 +172,7 @@ def decompose(
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     methods: Methods,
     *,
     rank: Any,
@@ -193,16 +195,33 @@ def plan(
     >>> plan(model, "svd", rank=4)["0"].params_after
     416
 
-    The parameters are those of `decompose`, and so are the errors.
+    The other parameters are those of `decompose`, and so are the errors.
+
+    Parameters
+    ----------
+    model : nn.Module or path
+        A model, or a folder of safetensors with its config.json, as `save_pretrained` writes it:
+        its tensors are then read one by one, and may be more than fit into memory. Only what needs
+        no call of the model can be asked of a folder.
 
     Returns
     -------
     Plan
         A row for every layer; those left alone say why.
     """
-    example = None if example_inputs is None else Example.of(example_inputs, forward)
     check_executor(executor)
     bar = Progress(progress)
+    if isinstance(model, (str, os.PathLike)):
+        filters = Filters(include, exclude, where)
+        refuse_for_folders(
+            "plan", filters, example_inputs=example_inputs, data=data, forward=forward,
+            profile=profile, only_if_faster=only_if_faster,
+        )  # fmt: skip
+        return planned_folder(
+            model, listed_methods(methods), get_selector(rank), filters,
+            allow_expansion=allow_expansion, executor=executor, progress=bar,
+        )  # fmt: skip
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed), opened_for(model, example, batches):
         request = Request(
@@ -308,7 +327,7 @@ def apply(
 
 
 def sensitivity(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     methods: Methods = "dense",
     *,
     example_inputs: Any = None,
@@ -332,18 +351,29 @@ def sensitivity(
     a later plan finds the fits that were made here. Where samples are held out errors are theirs,
     at a few ranks and interpolated between them.
 
-    The parameters are those of `decompose`.
+    The other parameters are those of `decompose`.
+
+    Parameters
+    ----------
+    model : nn.Module or path
+        A model, or a folder, as for `plan`.
 
     Returns
     -------
     Sensitivity
         A table, plain data, and a picture: `print(table)`, `table.to_dict()`, `table.plot()`.
     """
-    example = None if example_inputs is None else Example.of(example_inputs, forward)
     check_executor(executor)
     bar = Progress(progress)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     filters = Filters(include, exclude, where)
+    if isinstance(model, (str, os.PathLike)):
+        refuse_for_folders(
+            "sensitivity", filters, example_inputs=example_inputs, data=data, forward=forward
+        )
+        listed = listed_methods(methods)
+        return folder_sensitivity(model, listed, filters, executor=executor, progress=bar)
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed), opened_for(model, example, batches):
         listed = listed_methods(methods)
         return measure_sensitivity(

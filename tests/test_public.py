@@ -91,6 +91,7 @@ recovery checkpoint integrations
 result pipeline
 afterwards streaming
 api quality composer
+__main__
 """
 ROOMS = [line.split() for line in ORDER.strip().splitlines()]
 

@@ -15,18 +15,21 @@ from typing import Any
 
 from tdecomp.calibration.fit_cache import KnownFits, LayerFits, NotKnownError
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.offers import Able, Offer, able_sites, layer_losses, offers_of
+from tdecomp.model.filters import Filters
 from tdecomp.model.ties import leader
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.make import check_keys, rounding_of
-from tdecomp.plans.plan import Plan
+from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.plans.rows import expected_loss, rows_of, settled_choices, with_largest
 from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK
+from tdecomp.ranks.short_forms import get_selector
 from tdecomp.runtime.parallel import in_single_threads, parallel_map
 from tdecomp.runtime.progress import Progress
 from tdecomp.streaming import jobs
@@ -44,6 +47,26 @@ class Asked:
     methods: Sequence[Decomposer]
     selector: RankSelector
     expect: bool = False  # whether rows are to say which error to expect
+    allow_expansion: bool = False  # whether chains are made that save nothing
+
+
+def asked_for(
+    methods: Methods | Plan, rank: Any, filters: Filters
+) -> tuple[Asked | Plan, Filters]:  # fmt: skip
+    """What a user asks for, and of which layers: a plan is of all, and says everything."""
+    if not isinstance(methods, Plan):
+        return Asked(listed_methods(methods), get_selector(rank)), filters
+    if rank is not None or filters.include or filters.exclude:
+        raise ValueError(
+            "stream: a plan says which layers get which methods and ranks; expected no rank, "
+            "include or exclude beside it, Plan.edit and Plan.without change it"
+        )
+    return methods, Filters(include="*")
+
+
+def methods_of(asked: Asked | Plan) -> list[Decomposer]:
+    """The methods that may be used."""
+    return [*(asked.decomposers.values() if isinstance(asked, Plan) else asked.methods)]
 
 
 @dataclass(frozen=True)
@@ -57,10 +80,16 @@ class FolderPlan:
 
 
 def plan_folder(
-    found: FolderLayers, asked: Asked, folders: Folders, *,
+    found: FolderLayers, asked: Asked | Plan, folders: Folders, *,
     executor: Executor | None, progress: Progress,
 ) -> FolderPlan:  # fmt: skip
-    """Choose a method and a rank for every layer, reading layers only if the choice needs it."""
+    """Choose a method and a rank for every layer, reading layers only if the choice needs it.
+
+    A plan that there is already is only checked to be of these layers.
+    """
+    if isinstance(asked, Plan):
+        match_sites(found.sites, asked)
+        return FolderPlan(asked, frozenset(), (), {})
     selector = asked.selector
     _check(selector)
     sites = list(found.sites.values())
@@ -151,7 +180,7 @@ def _decided(
     except UnmetError as unmet:
         raise with_largest(unmet, sites, left_alone, whole) from unmet
     guard: Callable[[Choice], Choice] = partial(guarded, expect=asked.expect)
-    chosen = list(map(guard, choices))
+    chosen = choices if asked.allow_expansion else list(map(guard, choices))
     least = selector.least_loss(candidates, rest)
     settled = {**left_alone, **settled_choices(offers, chosen, expect=asked.expect)}
     rows = rows_of(sites, settled)

@@ -1,6 +1,8 @@
 """What a stream is to do, as plain data: whether a target that is there is of the same job."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -10,13 +12,14 @@ import torch
 
 from tdecomp._distribution import VERSION
 from tdecomp.checkpoint.description import CONFIG, KEY, plan_in
-from tdecomp.decomposers.base import Decomposer
 from tdecomp.files.typed import typed
 from tdecomp.layers.cost import Cost
 from tdecomp.model.filters import Filters
 from tdecomp.plans.data_notes import data_notes
+from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.streaming.choose import Asked, methods_of
 from tdecomp.streaming.source import Source
 from tdecomp.streaming.target import WORK, WorkFolder, read_json, write_json
 
@@ -25,20 +28,25 @@ _FORM = 1
 
 
 def job_of(
-    source: Source, methods: Sequence[Decomposer], selector: Any, filters: Filters,
-    device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+    source: Source, asked: Asked | Plan, filters: Filters, device: torch.device
+) -> dict[str, Any]:
     """All that the result depends on; another run of the same job goes on with it."""
     return {
         "form": _FORM,
-        "methods": list(map(_described, methods)),
-        "rank": _described(selector),
+        "methods": list(map(_described, methods_of(asked))),
+        "rank": _choices(asked) if isinstance(asked, Plan) else _described(asked.selector),
         "include": list(filters.include),
         "exclude": list(filters.exclude),
         "device": str(device),
         "source": {file: list(mark) for file, mark in source.marks.items()},
         "versions": _versions(),
     }
+
+
+def _choices(plan: Plan) -> str:
+    """A text that differs where plans do."""
+    found = json.dumps([(row.name, row.method, row.rank) for row in plan])
+    return f"those of the plan {hashlib.sha256(found.encode()).hexdigest()[:16]}"
 
 
 def _described(what: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdecomp.calibration.memory import freed_at_once
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.files.shards import Stored, copy_bytes, write_tensor
 from tdecomp.files.whole_file import whole_file
@@ -27,7 +28,7 @@ from tdecomp.ranks.base import RankSelector
 from tdecomp.ranks.grid import Rounding
 from tdecomp.runtime.parallel import OneThread
 from tdecomp.streaming.known import facts_to_dict
-from tdecomp.streaming.layers import FileLayer, read_group
+from tdecomp.streaming.layers import FileLayer, Values, read_group
 from tdecomp.streaming.room import MemoryRoom
 
 # Beside the weights as they are stored: the matrix in the precision of a fit, its scaled copy, the
@@ -94,6 +95,20 @@ class Copy:
         return sum(length for *_, length in self.runs)
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """A parameter that stays, written in the form that its module has once that is open."""
+
+    record: str
+    values: Values
+    place: Stored
+
+    @property
+    def nbytes(self) -> int:
+        """That are read."""
+        return self.values.nbytes
+
+
 def facts(folders: Folders, question: Question) -> dict[str, Any]:
     """What the selector asks of these layers, also written as a record."""
     with ExitStack() as inside:
@@ -109,7 +124,7 @@ def facts(folders: Folders, question: Question) -> dict[str, Any]:
             for candidate in offer.candidates:
                 candidate.best_ranks()
         else:
-            with suppress(ValueError):  # whoever asks for all layers says what is wrong
+            with suppress(Exception):  # whoever asks for all layers says what is wrong
                 selector.select([offer.candidates])
         if question.expect:
             for method in question.methods:
@@ -139,13 +154,28 @@ def fit(folders: Folders, job: Fit) -> dict[str, Any]:
         return _recorded(folders, job.record, {"rows": [row.to_dict() for row, _ in found]})
 
 
-def copy(folders: Folders, job: Copy) -> dict[str, Any]:
-    """Copy what no chain takes the place of."""
+def bring_over(folders: Folders, job: Copy | Rewrite) -> dict[str, Any]:
+    """Copy what no chain takes the place of, as it is or in another form."""
+    return _copy(folders, job) if isinstance(job, Copy) else _rewrite(folders, job)
+
+
+def _copy(folders: Folders, job: Copy) -> dict[str, Any]:
     source, target = Path(folders.source, job.source), Path(folders.target, job.target)
     with source.open("rb") as reading, target.open("r+b") as writing:
         copy_bytes(reading, writing, job.runs)
         writing.flush()
         os.fsync(writing.fileno())
+    return _recorded(folders, job.record, {})
+
+
+def _rewrite(folders: Folders, job: Rewrite) -> dict[str, Any]:
+    with ExitStack() as inside:
+        if folders.max_memory is not None:
+            room = MemoryRoom.of(folders.target)
+            inside.enter_context(room.held(2 * job.nbytes, folders.max_memory))
+        with Path(folders.target, job.place.file).open("r+b") as opened:
+            write_tensor(opened, job.place, job.values.read(folders.source))
+        _synced(folders, [job.place])
     return _recorded(folders, job.record, {})
 
 
@@ -175,6 +205,7 @@ def _prepare(
     one_thread: bool,
 ) -> list[Site]:
     """The sites with their values; `inside` is left when the job is done."""
+    inside.enter_context(freed_at_once())
     inside.enter_context(torch.no_grad())
     if one_thread:
         inside.enter_context(OneThread())
@@ -201,6 +232,11 @@ def _synced(folders: Folders, places: Any) -> None:
 
 def _recorded(folders: Folders, record: str, found: dict[str, Any]) -> dict[str, Any]:
     if folders.records is not None:
-        with whole_file(Path(folders.records, record)) as draft:
-            draft.write_text(json.dumps(found), encoding="utf-8")
+        with (
+            whole_file(Path(folders.records, record)) as draft,
+            draft.open("w", encoding="utf-8") as opened,
+        ):
+            opened.write(json.dumps(found))
+            opened.flush()
+            os.fsync(opened.fileno())
     return found

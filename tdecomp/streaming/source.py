@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdecomp.checkpoint.folder import NAMES
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
@@ -22,7 +23,7 @@ _SAME_WEIGHTS = (
     "*.safetensors", "*.index.json", "pytorch_model*.bin", "consolidated*", "tf_model*.h5",
     "flax_model*.msgpack",
 )  # fmt: skip
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,20 @@ class Source:
 
 
 def open_source(folder: str | os.PathLike[str]) -> Source:
-    """Look at a folder of safetensors: its config, its index and the headers of its files.
+    """Look at a folder of safetensors that is to be decomposed.
 
     A FileNotFoundError where files are missing, a ValueError where they are damaged, do not fit
     together, or are none that can be decomposed; both name the file.
     """
+    source = open_folder(folder)
+    if not (source.folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{source.folder}: no {CONFIG}, which says what the model is")
+    _refuse_decomposed(source)
+    return source
+
+
+def open_folder(folder: str | os.PathLike[str]) -> Source:
+    """Look at any folder of safetensors: its config, its index and the headers of its files."""
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -118,14 +128,16 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
                 f"the {len(listed)} files that {indices[0]} names; download the folder again"
             )
         return listed, said
-    if len(names) == 1:
-        return tuple(names), None
+    # Beside a file of such a name the others hold what is no state, or the same once more.
+    single = [name for name in NAMES if name in names] or (names if len(names) == 1 else [])
+    if single:
+        return (single[0],), None
     if names:
         raise ValueError(
             f"{root}: {len(names)} files of safetensors without {INDEX}, which says where each "
             "tensor lies; download the index, too, or keep one of the files in the folder"
         )
-    pickled = sorted(path.name for path in root.iterdir() if path.suffix in _PICKLED)
+    pickled = sorted(path.name for path in root.iterdir() if path.suffix in PICKLED)
     if pickled:
         raise ValueError(
             f"{root}: its weights are pickled ({pickled[0]}), which runs code when it is read; "
@@ -158,21 +170,24 @@ def _check_index(root: Path, said: Mapping[str, str] | None, tensors: Mapping[st
 def _config(root: Path) -> dict[str, Any]:
     path = root / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{root}: no {CONFIG}, which says what the model is")
+        return {}
     with named_in_errors(path):
         config: dict[str, Any] = typed(
             dict[str, Any], json.loads(path.read_text("utf-8")), "config"
         )
-    said = config.get("quantization_config")
-    if isinstance(said, dict) and said.get("quant_method") == METHOD:
+    return config
+
+
+def _refuse_decomposed(source: Source) -> None:
+    if source.quantizer == METHOD:
+        said = source.config["quantization_config"]
         form = said.get("format")
         if isinstance(form, int) and form > FORMAT:
             raise ValueError(
-                f"{root}: decomposed by tdecomp {said.get('version', 'later')}, in format {form}; "
-                f"this version knows format {FORMAT}: update tdecomp"
+                f"{source.folder}: decomposed by tdecomp {said.get('version', 'later')}, in format "
+                f"{form}; this version knows format {FORMAT}: update tdecomp"
             )
         raise ValueError(
-            f"{root}: it is decomposed already; expected the original: a stream starts from whole "
-            "layers. tdecomp.reduce_ranks lowers the ranks of a decomposed model"
+            f"{source.folder}: it is decomposed already; expected the original: a stream starts "
+            "from whole layers. tdecomp.reduce_ranks lowers the ranks of a decomposed model"
         )
-    return config

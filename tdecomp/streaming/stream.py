@@ -17,41 +17,40 @@ from tdecomp.checkpoint.description import (
     readme,
     write_readme,
 )
-from tdecomp.decomposers.registry import Methods, listed_methods
+from tdecomp.decomposers.registry import Methods
 from tdecomp.layers.cost import count_in_words
 from tdecomp.model.filters import Filters
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.ranks.short_forms import get_selector
+from tdecomp.runtime.executors import check_executor
 from tdecomp.runtime.parallel import parallel_map
 from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
 from tdecomp.streaming import jobs
-from tdecomp.streaming.choose import Asked, plan_folder
+from tdecomp.streaming.choose import asked_for, methods_of, plan_folder
 from tdecomp.streaming.job import REPORT, finished_report, job_of, write_report
-from tdecomp.streaming.jobs import Copy, Fit, Folders, memory_needed
+from tdecomp.streaming.jobs import Copy, Fit, Folders, Rewrite, memory_needed
 from tdecomp.streaming.layers import FolderLayers, layers_of
 from tdecomp.streaming.of_transformers import skeleton_of
 from tdecomp.streaming.source import Source, open_source
 from tdecomp.streaming.target import (
-    Work,
     WorkFolder,
     check_room,
     said_if_full,
-    work_of,
     write_index,
     write_json,
 )
+from tdecomp.streaming.work import Work, work_of
 
 
 def stream(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    methods: Methods,
+    methods: Methods | Plan,
     *,
-    rank: Any,
+    rank: Any = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     device: str | torch.device | None = None,
@@ -62,6 +61,8 @@ def stream(
 ) -> Report:
     """Decompose a folder of weights into another one, with one layer in memory at a time.
 
+    >>> import os
+    >>> from pathlib import Path
     >>> from safetensors.torch import save_file
     >>> weights = {"up.weight": torch.randn(64, 32), "down.weight": torch.randn(32, 64)}
     >>> os.mkdir("large")
@@ -87,13 +88,14 @@ def stream(
         ``import tdecomp.integrations.transformers``, or by ``tdecomp.load(target, model)``.
     methods, rank, include, exclude
         As for `tdecomp.decompose`; of budgets only ``Budget(params=...)``, for which all layers are
-        read twice.
+        read twice. In place of methods a `tdecomp.Plan`, edited or not, says all of this.
     device : device, optional
         Where layers are fitted, such as "cuda"; by default on the processor.
     max_memory : int, optional
         The bytes that layers may take at a time, in each process.
     executor : concurrent.futures.Executor, optional
-        Its workers read and write the files themselves: they see both folders under these paths.
+        Such as `tdecomp.decompose` takes. Its workers read and write the files themselves: they see
+        both folders under these paths.
     resume : bool
         Whether to go on with a target that the same call began. With False there must be none.
     progress : bool
@@ -115,13 +117,14 @@ def stream(
     OSError
         If the disk is full: with what is needed. What is done stays there.
     """
-    listed, selector = listed_methods(methods), get_selector(rank)
-    filters, bar = Filters(include, exclude), Progress(progress)
+    asked, filters = asked_for(methods, rank, Filters(include, exclude))
+    check_executor(executor)
+    bar = Progress(progress)
     into = Path(target).absolute()
     _check_places(Path(source), into)
     given = open_source(source)
-    unit = torch.device("cpu" if device is None else device)
-    job = job_of(given, listed, selector, filters, unit)
+    unit = _device(device, executor)
+    job = job_of(given, asked, filters, unit)
     work_folder = WorkFolder(into)
     if (finished := finished_report(into, job, resume=resume)) is not None:
         work_folder.remove()
@@ -129,7 +132,7 @@ def stream(
     with restoring(), work_folder.alone():
         with bar.step("look at the model"):
             found = layers_of(given, skeleton_of(given), filters)
-        _check_memory(found, listed, max_memory)
+        _check_memory(found, methods_of(asked), max_memory)
         folders = Folders(
             str(given.folder.absolute()), str(work_folder.files), str(work_folder.records),
             str(unit), max_memory,
@@ -138,7 +141,6 @@ def stream(
             work_folder.begin(job)
             known = work_folder.plan()
             if known is None:
-                asked = Asked(listed, selector)
                 chosen = plan_folder(found, asked, folders, executor=executor, progress=bar)
                 known = chosen.plan, chosen.drafted
                 work_folder.keep_plan(*known)
@@ -164,6 +166,20 @@ def _check_places(source: Path, target: Path) -> None:
         raise ValueError(f"target: {target} is a file; expected a folder, or none")
 
 
+def _device(given: str | torch.device | None, executor: Executor | None) -> torch.device:
+    """The device to fit on; a ValueError if there is none here, and nobody else does the work."""
+    try:
+        device = torch.device("cpu" if given is None else given)
+        if executor is None:
+            torch.empty(1, device=device).cpu()
+    except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"device: expected one that torch can compute on here, such as 'cpu' or 'cuda', got "
+            f"{given!r} ({error})"
+        ) from error
+    return device
+
+
 def _check_memory(found: FolderLayers, methods: Sequence[Any], most: int | None) -> None:
     """Refuse a bound that a layer alone needs more than."""
     if most is None:
@@ -185,25 +201,26 @@ def _carry_out(
 ) -> dict[str, Row]:
     """Do what has not been done yet; the rows of all fits by their names."""
     records: dict[str, dict[str, Any]] = {}
-    fits, copies = list[Fit](), list[Copy]()
+    fits: list[Fit] = []
     for job in work.fits:
         if (record := jobs.known_record(folders, job.record)) is None:
             fits.append(job)
         else:
             records[job.record] = record
-    copies = [job for job in work.copies if jobs.known_record(folders, job.record) is None]
-    total = sum(job.nbytes for job in fits) + sum(job.nbytes for job in copies)
+    given: list[Copy | Rewrite] = [*work.copies, *work.rewrites]
+    others = [job for job in given if jobs.known_record(folders, job.record) is None]
+    total = sum(job.nbytes for job in fits) + sum(job.nbytes for job in others)
     errors = [0.0]
 
     def size(job: Fit) -> int:
         return job.layers[0].weight.numel if folders.device == "cpu" or executor else 0
 
-    def shared(job: Copy) -> int:
+    def shared(job: Copy | Rewrite) -> int:
         return job.nbytes if executor else 0
 
     with progress.step("fit and copy", total, "B", work=total) as step:
 
-        def copied(job: Copy, _: Any) -> None:
+        def copied(job: Copy | Rewrite, _: Any) -> None:
             step.advance(count=job.nbytes, work=job.nbytes)
 
         def fitted(job: Fit, record: dict[str, Any]) -> None:
@@ -212,7 +229,7 @@ def _carry_out(
             step.advance(f"error at most {max(errors):.3g}", count=job.nbytes, work=job.nbytes)
 
         parallel_map(
-            partial(jobs.copy, folders), copies, size=shared, done=copied, executor=executor
+            partial(jobs.bring_over, folders), others, size=shared, done=copied, executor=executor
         )
         parallel_map(partial(jobs.fit, folders), fits, size=size, done=fitted, executor=executor)
     rows = [Row.from_dict(row) for job in work.fits for row in records[job.record]["rows"]]
