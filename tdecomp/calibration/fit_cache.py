@@ -15,7 +15,7 @@ class LayerFits:
 
     def get(self, key: Hashable, compute: Callable[[], Value], *, cheap: bool = False) -> Value:
         """The value of a key, computed if it is not known yet; `cheap` if it needs no weights."""
-        del cheap
+        del cheap  # everything is computed here
         if key not in self._known:
             self._known[key] = compute()
         value: Value = self._known[key]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -58,6 +58,10 @@ class LayerMoments:
     def sampled(self) -> bool:
         """Whether the rows are a sample of the patches."""
         return self.patches < self.count
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: what `single` keeps is computed again where it is needed."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the name of the field."""

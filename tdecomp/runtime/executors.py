@@ -35,15 +35,21 @@ def check_executor(executor: Any) -> None:
             "ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn'))"
         )
     try:
-        executor.submit(_start)
+        begun = executor.submit(_start)
+        if isinstance(executor, ProcessPoolExecutor):
+            begun.result()  # a worker that cannot start says so now, and disturbs no measurement
     except Exception as error:
         if not _takes_nothing(error):
             raise
-        why = "its workers died" if isinstance(error, BrokenExecutor) else "it was shut down"
+        words = f"executor: expected one that can run something, but {{}} ({error})"
+        if isinstance(error, BrokenExecutor):
+            raise ValueError(
+                f"{words.format('its workers died')}; make a new one. In a script, do so below "
+                "`if __name__ == '__main__':`, as spawned workers import the script"
+            ) from error
         raise ValueError(
-            f"executor: expected one that can run something, but {why} before "
-            f"({type(error).__name__}: {error}); make a new one, or call this inside of its `with` "
-            "block"
+            f"{words.format('it was shut down')}; make a new one, or call this inside of its "
+            "`with` block"
         ) from error
 
 

@@ -99,7 +99,9 @@ def _run_each(
         lost = _share(function, items, shared, done, send, most_ahead(executor))
     elif shared:
         with Scope() as pool:
-            local = ThreadPoolExecutor(min(threads, len(shared)), initializer=give_one_thread)
+            threads = thread_count()
+            workers = min(threads, len(shared))
+            local = ThreadPoolExecutor(workers, initializer=give_one_thread, initargs=(threads,))
             pool.undo.callback(local.shutdown)
             lost = _share(function, items, shared, done, local.submit)
     else:
@@ -183,4 +185,4 @@ def _opened(function: Callable[[Item], Result], parcel: Parcel[Item]) -> Parcel[
     """The function's result, without gradients; what is sent to a worker."""
     item = parcel.open()
     with torch.no_grad():
-        return Parcel(function(item))
+        return Parcel(function(item), made_of=parcel)

@@ -22,20 +22,39 @@ _PROTOCOL = 5  # the first with buffers that are not copied
 
 
 class Parcel(Generic[Value]):
-    """A value, itself within this process; its text names it in errors."""
+    """A value, itself within this process.
 
-    def __init__(self, value: Value) -> None:
-        self._value = value
+    Its text names it in errors: that of the value, or of what the value was made of.
+    """
+
+    def __init__(self, value: Value, made_of: object = None) -> None:
+        self._value, self._made_of = value, made_of
+
+    def __str__(self) -> str:
+        return str(self._value if self._made_of is None else self._made_of)
 
     def open(self) -> Value:
         """The value."""
         return self._value
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        data, buffers = _dumped(self._value)
+        data, buffers = self._dumped()
         if protocol < _PROTOCOL:
-            return SealedParcel, (str(self._value), data, list(map(bytes, buffers)))
-        return SealedParcel, (str(self._value), data, buffers)
+            return SealedParcel, (str(self), data, list(map(bytes, buffers)))
+        return SealedParcel, (str(self), data, buffers)
+
+    def _dumped(self) -> tuple[bytes, list[pickle.PickleBuffer]]:
+        file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+        try:
+            _pickler()(file, protocol=_PROTOCOL, buffer_callback=buffers.append).dump(self._value)
+        except Exception as error:
+            raise TypeError(
+                f"{self}: it cannot be sent between processes, {type(error).__name__}: {error}; "
+                "expected your own methods, layer kinds and selectors to be defined at the top "
+                "level of a module, of values that can be pickled. An executor of threads takes "
+                "anything"
+            ) from error
+        return file.getvalue(), buffers
 
     def __dask_tokenize__(self) -> str:
         """Dask names a task by a hash of what it is given: each parcel is one of its own."""
@@ -48,13 +67,16 @@ class SealedParcel(Parcel[Value]):
     def __init__(self, text: str, data: bytes, buffers: Sequence[Any]) -> None:
         self._text, self._data, self._buffers = text, data, buffers
 
+    def __str__(self) -> str:
+        return self._text
+
     def open(self) -> Value:
         """The value; a ValueError if something that it is made of is not known here."""
         try:
             value: Value = pickle.loads(self._data, buffers=self._buffers)
         except Exception as error:
             raise ValueError(
-                f"{self._text}: a worker cannot read what it was sent, "
+                f"{self}: a worker cannot read what it was sent, "
                 f"{type(error).__name__}: {error}; expected this version of tdecomp in every "
                 "worker, and the modules that define your own methods, layer kinds and selectors "
                 "where it can import them (PYTHONPATH; Client.upload_file with Dask)"
@@ -65,19 +87,6 @@ class SealedParcel(Parcel[Value]):
         """As it arrived: Dask may pass it on from one worker to another."""
         del protocol
         return SealedParcel, (self._text, self._data, list(map(bytes, self._buffers)))
-
-
-def _dumped(value: object) -> tuple[bytes, list[pickle.PickleBuffer]]:
-    file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    try:
-        _pickler()(file, protocol=_PROTOCOL, buffer_callback=buffers.append).dump(value)
-    except Exception as error:
-        raise TypeError(
-            f"{value}: it cannot be sent to a worker, {type(error).__name__}: {error}; expected "
-            "your own methods, layer kinds and selectors to be defined at the top level of a "
-            "module, of values that can be pickled. An executor of threads takes anything"
-        ) from error
-    return file.getvalue(), buffers
 
 
 @cache

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import signal
 import threading
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -35,7 +36,7 @@ def test_a_pool_that_forks_is_refused():
 def test_an_executor_that_was_shut_down_is_refused():
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
-    with pytest.raises(ValueError, match=r"executor: .*it was shut down before.*make a new one"):
+    with pytest.raises(ValueError, match=r"executor: .*it was shut down .*make a new one"):
         check_executor(pool)
 
 
@@ -55,10 +56,19 @@ class Broken(Posting):
         return super().submit(function, *items)
 
 
+def test_a_pool_whose_workers_cannot_start_is_refused():
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, spawn, os._exit, (1,)) as pool,
+        pytest.raises(ValueError, match=r"its workers died .*__main__"),
+    ):
+        check_executor(pool)
+
+
 def test_a_broken_executor_is_refused():
     pool = Broken()
     pool.broken = True
-    with pytest.raises(ValueError, match=r"its workers died before.*make a new one"):
+    with pytest.raises(ValueError, match=r"its workers died .*make a new one"):
         check_executor(pool)
 
 

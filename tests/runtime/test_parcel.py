@@ -62,6 +62,12 @@ def test_it_can_be_passed_on():
     assert torch.equal(pickle.loads(pickle.dumps(arrived, 5)).open(), torch.ones(3))
 
 
+def test_a_result_is_named_by_what_it_was_made_of():
+    item = pickle.loads(pickle.dumps(Parcel("layer 'c'")))
+    with pytest.raises(TypeError, match="layer 'c': it cannot be sent"):
+        pickle.dumps(Parcel(threading.Lock(), made_of=item))
+
+
 @dataclass
 class Locked:
     lock: object = field(default_factory=threading.Lock)
