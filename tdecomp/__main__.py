@@ -117,7 +117,7 @@ def _fill_stream(stream: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     stream.add_argument(
         "--max-memory", metavar="SIZE", type=arguments.readable(arguments.memory_size),
-        help="the most to hold at a time, such as 500MB or 4GB (default: what is free)",
+        help="the most that layers take at a time in each process, such as 4GB (default: no limit)",
     )  # fmt: skip
     stream.add_argument("--device", help="where layers are fitted, such as cuda (default: cpu)")
     stream.add_argument(

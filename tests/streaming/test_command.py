@@ -175,6 +175,7 @@ def test_stream_and_show(here, capsys):
     assert capsys.readouterr().out == f"{result.report}\n"
     found = contents_of("small")
     assert found.plan.rows == result.plan.rows
+    assert f"\n\n{result.report}\n\n" in str(found)
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
         name: tuple(value.shape) for name, value in result.model.state_dict().items()
     }
@@ -196,7 +197,7 @@ def test_a_scheduler_needs_dask(here, monkeypatch, capsys, command):
 
 def test_stream_of_a_plan(here, plan, capsys):
     unknown(here / "folder")
-    assert main("stream folder small --plan plan.json --no-progress".split()) == 0
+    assert main(["stream", "folder", "small", "--plan", "plan.json", "--no-progress"]) == 0
     assert contents_of("small").plan.rows == plan.rows
     assert "3 of 3 layers decomposed" in capsys.readouterr().out
 

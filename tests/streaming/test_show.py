@@ -11,6 +11,7 @@ from torch import nn
 import tdecomp
 from tdecomp.plans.table import FORMAT
 from tdecomp.streaming.show import bytes_in_words, contents_of
+from tdecomp.streaming.target import WorkFolder
 from tests.streaming.folders import INDEX, SINGLE, perceptron, unknown, write
 
 
@@ -60,6 +61,33 @@ def test_a_decomposed_folder(tmp_path, result):
     assert found.tensors.keys() == result.model.state_dict().keys()
     assert str(found).startswith(f"{tmp_path}: decomposed by tdecomp {tdecomp.__version__}")
     assert cells(str(found), "all")[0] == "all, in 2 files"
+
+
+def test_a_folder_that_was_streamed_and_saved_again(tmp_path, result):
+    """The report of the stream is no longer that of what is there."""
+    unknown(tmp_path / "large")
+    options = {"rank": 4, "include": "*", "progress": False}
+    report = tdecomp.stream(tmp_path / "large", tmp_path / "small", "svd", **options)
+    assert str(contents_of(tmp_path / "small").report) == str(report)
+    for file in (tmp_path / "small").glob("*.safetensors*"):
+        file.unlink()
+    decomposed_folder(tmp_path / "small", result)
+    found = contents_of(tmp_path / "small")
+    assert found.report is None
+    assert str(result.plan) in str(found)
+    (tmp_path / "small" / "tdecomp.json").write_text('{"rows": 3}')
+    with pytest.raises(ValueError, match=r"tdecomp\.json: rows: expected a list, got 3"):
+        contents_of(tmp_path / "small")
+
+
+def test_a_stream_that_is_not_finished(tmp_path, result):
+    folder = WorkFolder(tmp_path)
+    folder.begin({"rank": "4"})
+    assert str(contents_of(tmp_path)) == (
+        f"{tmp_path}: a stream that is not finished, the same command goes on with it"
+    )
+    folder.keep_plan(result.plan, frozenset())
+    assert str(contents_of(tmp_path)).endswith(f"goes on with it\n\n{result.plan}")
 
 
 def test_sizes_are_those_of_each_type(tmp_path):
