@@ -12,6 +12,7 @@ from torch import Tensor
 from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.held_patches import HeldPatches
+from tdecomp.calibration.precision import difference, precision_of, products
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
@@ -109,7 +110,8 @@ class LayerMoments:
             return self.second_moments()[0].lost(centred)
         if second is None or not self.spec.bias:
             second = replace(self, spec=replace(self.spec, bias=True)).second_moments()
-        return sum(m.lost(k) for m, k in zip(second, self.kernels(weight), strict=True))
+        kernels = self._kernels(weight)
+        return sum(m.lost(k) for m, k in zip(second, kernels, strict=True))
 
     def lost(
         self, weight: Tensor, difference: Tensor, second: Sequence[SecondMoment]
@@ -119,37 +121,44 @@ class LayerMoments:
         D is a difference of weights in the layer's own layout, with the bias corrected for the
         mean. Also ``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment, None without.
         """
-        kernels, blocks = self.kernels(difference), self.gradient_blocks()
+        kernels, blocks = self._kernels(difference), self.gradient_blocks()
         lost = sum(m.lost(d) for m, d in zip(second, kernels, strict=True))
         variance = self.output_variance(weight, second)
         share = lost / variance if variance > 0 else float(lost > 0)
         if blocks is None:
             return share, None
         groups = zip(blocks, second, kernels, strict=True)
-        loss = sum(float((block * m.between(d)).sum()) for block, m, d in groups)
+        loss = sum(float((block * m.between(d.double())).sum()) for block, m, d in groups)
         return share, max(loss, 0.0)
 
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """The share of the outputs' variance that another weight in this one's place loses."""
-        gone = weight.detach().double() - approximation.detach().double()
+        gone = difference(weight, approximation)
         return self.lost(weight, gone, self.second_moments())[0]
 
     def held_error(self, weight: Tensor, approximation: Tensor) -> Estimate | None:
         """`output_error` on samples that are held out, the bias corrected; None without any."""
         if self.held is None:
             return None
-        gone = weight.detach().double() - approximation.detach().double()
+        gone = difference(weight, approximation)
         shift = self.mean_output(gone) if self.spec.bias else None
-        return self.held.error(self.kernels(weight), self.kernels(gone), shift)
+        return self.held.error(self._kernels(weight), self._kernels(gone), shift)
 
     def mean_output(self, weight: Tensor) -> Tensor:
         """``W E[x]`` (out_channels,), without the bias."""
-        kernels = self.kernels(weight)
-        return torch.cat([k @ mean for k, mean in zip(kernels, self.mean, strict=True)])
+        kernels = self._kernels(weight)
+        return torch.cat([products(k, mean) for k, mean in zip(kernels, self.mean, strict=True)])
 
     def kernels(self, weight: Tensor) -> list[Tensor]:
         """Each group's kernel as a float64 matrix (out / groups, fan_in)."""
-        kernel = self.spec.to_forward_layout(weight.detach().double())
+        return self._matrices(weight.detach().double())
+
+    def _kernels(self, weight: Tensor) -> list[Tensor]:
+        """`kernels`, which large layers keep in float32."""
+        return self._matrices(weight.detach().to(precision_of(weight)))
+
+    def _matrices(self, weight: Tensor) -> list[Tensor]:
+        kernel = self.spec.to_forward_layout(weight)
         return list(kernel.flatten(1).chunk(self.spec.groups))
 
     def gradient_blocks(self) -> list[Tensor] | None:

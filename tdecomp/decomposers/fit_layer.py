@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.precision import difference
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization, Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.leading_outputs import is_large_kernel
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
 from tdecomp.linalg.spectrum import Spectrum, spectra
 from tdecomp.linalg.svd import frobenius_norm
@@ -86,11 +88,10 @@ def measured(
             second = moments.second_moments()
         # The factors have the weight's dtype by now; their product is not rounded once more.
         precise = factors.to(fit_dtype(method, weight))
-        approximation = precise.to_kernel()
-        weight_error = relative_error(weight, approximation)
+        gone = difference(weight, precise.to_kernel())
+        weight_error = frobenius_norm(gone) / (frobenius_norm(weight) or 1.0)
         output_error = loss = shift = note = None
         if moments is not None and second is not None:
-            gone = weight.detach().double() - approximation.double()
             output_error, loss = moments.lost(weight, gone, second)
             shift = moments.mean_output(gone) if spec.bias else None
             if not method.uses_moments:
@@ -144,7 +145,7 @@ def factorize(
     dtype, starts = fit_dtype(method, weight), start.groups if start else [None] * spec.groups
     seconds: Sequence[SecondMoment | None] = [None] * spec.groups
     if moments is not None and method.uses_moments:
-        dtype, seconds = torch.float64, moments
+        dtype, seconds = fit_to_dtype(method, weight, spec), moments
     groups: list[Factors] = []
     with full_precision(weight.device):
         kernels = group_kernels(weight.detach().to(dtype), spec)
@@ -241,6 +242,12 @@ def fit_dtype(method: Decomposer, weight: Tensor) -> torch.dtype:
     """float64 for float64 layers and for methods that need it, float32 for all others."""
     wide = method.fits_in_float64 or weight.dtype == torch.float64
     return torch.float64 if wide else torch.float32
+
+
+def fit_to_dtype(method: Decomposer, weight: Tensor, spec: LayerSpec) -> torch.dtype:
+    """float64 but for the large kernels of methods that take these in float32."""
+    large = is_large_kernel(spec.to_forward_layout(weight).chunk(spec.groups)[0])
+    return fit_dtype(method, weight) if large and method.fits_large_in_float32 else torch.float64
 
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:

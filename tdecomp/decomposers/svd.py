@@ -12,7 +12,8 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factors, squared_norm_of_product
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.linalg.second_moment import SecondMoment, leading_outputs, nested_losses
+from tdecomp.linalg.leading_outputs import leading_outputs
+from tdecomp.linalg.second_moment import SecondMoment, nested_losses
 from tdecomp.linalg.spectrum import tails
 from tdecomp.linalg.svd import svd, truncated_svd
 
@@ -81,6 +82,7 @@ class SVD(Decomposer):
     name = "svd"
     source = "Denton et al. 2014"
     takes_lookups = True
+    fits_large_in_float32 = True
 
     orthogonal: bool = False
 

@@ -8,13 +8,15 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from tdecomp.linalg.leading_eigenvectors import leading_eigenvectors
 from tdecomp.linalg.randomized_svd import randomized_vectors
 
 # The leading left singular vectors of a matrix, or None where an SVD is better.
 Sketch = Callable[[Tensor, int], Tensor | None]
 
-# Columns that are converted to float64 at a time when a Gram matrix is summed up.
-_GRAM_CHUNK = 8192
+# Columns that are converted to float64 at a time when a Gram matrix is summed up, and the entries
+# in them, as far as there are not fewer than the least columns.
+_GRAM_CHUNK, _GRAM_ENTRIES, _GRAM_LEAST = 8192, 2**21, 512
 # Rows of its lower triangle that are computed at a time: with fewer, less of the upper one is.
 _GRAM_ROWS = 128
 # A Gram matrix does not resolve squared singular values below this share of their sum.
@@ -74,8 +76,7 @@ def _gram_svd(matrix: Tensor, rank: int, randomized: Sketch) -> tuple[Tensor, Te
         return uh.T, s, v.T
     u = randomized(matrix, rank)  # (rows, rank)
     if u is None:
-        vectors = torch.linalg.eigh(gram_matrix(matrix)).eigenvectors
-        u = vectors.flip(1)[:, :rank].to(matrix.dtype)
+        u = leading_eigenvectors(gram_matrix(matrix), rank).to(matrix.dtype)
     projected = u.T @ matrix  # (rank, columns)
     s = projected.norm(dim=1)
     return u, s, projected / torch.where(s > 0, s, 1.0)[:, None]
@@ -88,7 +89,8 @@ def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
     """
     rows = matrix.shape[0]
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
-    for chunk in matrix.split(_GRAM_CHUNK, dim=1):
+    columns = min(_GRAM_CHUNK, max(_GRAM_LEAST, _GRAM_ENTRIES // max(rows, 1)))
+    for chunk in matrix.split(columns, dim=1):
         block = chunk.double() if scale == 1.0 else chunk.double() / scale
         for start in range(0, rows, _GRAM_ROWS):
             stop = start + _GRAM_ROWS

@@ -27,7 +27,7 @@ from tdecomp.ranks.base import RankSelector
 from tdecomp.ranks.grid import Rounding
 from tdecomp.runtime.parallel import OneThread
 from tdecomp.streaming.known import facts_to_dict
-from tdecomp.streaming.layers import FileLayer, read_group
+from tdecomp.streaming.layers import FileLayer, Values, read_group
 from tdecomp.streaming.room import MemoryRoom
 
 # Beside the weights as they are stored: the matrix in the precision of a fit, its scaled copy, the
@@ -94,6 +94,20 @@ class Copy:
         return sum(length for *_, length in self.runs)
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """A parameter that stays, written in the form that its module has once that is open."""
+
+    record: str
+    values: Values
+    place: Stored
+
+    @property
+    def nbytes(self) -> int:
+        """That are read."""
+        return self.values.nbytes
+
+
 def facts(folders: Folders, question: Question) -> dict[str, Any]:
     """What the selector asks of these layers, also written as a record."""
     with ExitStack() as inside:
@@ -139,13 +153,28 @@ def fit(folders: Folders, job: Fit) -> dict[str, Any]:
         return _recorded(folders, job.record, {"rows": [row.to_dict() for row, _ in found]})
 
 
-def copy(folders: Folders, job: Copy) -> dict[str, Any]:
-    """Copy what no chain takes the place of."""
+def bring_over(folders: Folders, job: Copy | Rewrite) -> dict[str, Any]:
+    """Copy what no chain takes the place of, as it is or in another form."""
+    return _copy(folders, job) if isinstance(job, Copy) else _rewrite(folders, job)
+
+
+def _copy(folders: Folders, job: Copy) -> dict[str, Any]:
     source, target = Path(folders.source, job.source), Path(folders.target, job.target)
     with source.open("rb") as reading, target.open("r+b") as writing:
         copy_bytes(reading, writing, job.runs)
         writing.flush()
         os.fsync(writing.fileno())
+    return _recorded(folders, job.record, {})
+
+
+def _rewrite(folders: Folders, job: Rewrite) -> dict[str, Any]:
+    with ExitStack() as inside:
+        if folders.max_memory is not None:
+            room = MemoryRoom.of(folders.target)
+            inside.enter_context(room.held(2 * job.nbytes, folders.max_memory))
+        with Path(folders.target, job.place.file).open("r+b") as opened:
+            write_tensor(opened, job.place, job.values.read(folders.source))
+        _synced(folders, [job.place])
     return _recorded(folders, job.record, {})
 
 

@@ -53,6 +53,15 @@ class Values:
         return sum(stored.numel for part in self.parts for stored in part)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all of them together."""
+        first = self.parts[0][0].shape
+        if self.stacked:
+            rows = sum(part[0].shape[0] for part in self.parts)
+            first = (len(self.parts[0]), rows, *first[1:])
+        return (*first[:-2], first[-1], first[-2]) if self.transposed else first
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all of them."""
         found = self.parts[0][0].torch_dtype
@@ -110,8 +119,9 @@ class FolderLayers:
     """The rows of a folder, and what reads those that are layers."""
 
     sites: Sites  # on the meta device
-    layers: Mapping[str, FileLayer]
+    layers: Mapping[str, FileLayer]  # those that can be read
     consumed: Mapping[str, tuple[str, ...]]  # by a layer's name the stored tensors that are its own
+    opened: Mapping[str, str]  # by a layer's name the module whose own weight it was, if it was one
     params: int  # of the whole model
 
     def group(self, name: str) -> list[FileLayer]:
@@ -150,7 +160,7 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
         sites[name] = Site(
             row.names, module, spec, reason, None, None, tuple(own.values()), row.tied
         )
-        if spec is None or reason is not None:
+        if spec is None or unread is not None:
             continue
         values = {p: Values.of(h.recipe, tensors) for p, h in held.items() if h.recipe is not None}
         layers[name] = FileLayer(row.names, spec, values["weight"], values.get("bias"))
@@ -158,8 +168,14 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
             stored for h in held.values() if h.recipe is not None and not h.kept
             for stored in (*h.recipe.names, *h.copies)
         )  # fmt: skip
+    opened = {row.names[0]: row.opened for row in skeleton.sites if row.opened is not None}
+    for name, path in opened.items():
+        others = (n for n, p in opened.items() if p == path and sites[n].spec and n not in layers)
+        if sites[name].reason is None and (other := next(others, None)):
+            words = f"beside {other!r}, whose values cannot be read: {sites[other].reason}"
+            sites[name] = replace(sites[name], reason=words)
     settle(sites)
-    return FolderLayers(sites, layers, consumed, skeleton.params)
+    return FolderLayers(sites, layers, consumed, opened, skeleton.params)
 
 
 _NO_MODULE = nn.Module()

@@ -36,6 +36,11 @@ def skeleton_of(source: Source) -> Skeleton:
         return of_names(source.tensors)
     if "transformers" in sys.modules:  # with whatever the user has registered there
         return looked_at(source)
+    return asked_elsewhere(source)
+
+
+def asked_elsewhere(source: Source) -> Skeleton:
+    """The skeleton, by a process that ends afterwards."""
     asked = json.dumps({"folder": str(source.folder.resolve()), "path": sys.path})
     done = subprocess.run(
         [sys.executable, "-c", _CODE], input=asked, capture_output=True, text=True, check=False,
@@ -101,7 +106,11 @@ def looked_at(source: Source) -> Skeleton:
                         mine = replace(mine, kept=True)
                     table.append(mine or _of_opened(site, part, parameter, inner, recipes, source))
                 own[part] = places[id(parameter)]
-            found.append(SkeletonSite(site.names, site.spec, site.reason, site.tied, own))
+            found.append(
+                SkeletonSite(
+                    site.names, site.spec, site.reason, site.tied, own, _opened(site, inner)
+                )
+            )  # fmt: skip
     return Skeleton(type(model).__name__, tuple(found), tuple(table), params)
 
 
@@ -109,6 +118,13 @@ def _named(site: Site) -> dict[str, nn.Parameter]:
     """The parameters of a row by their names: in its module, or that of the row where it is one."""
     wanted = {id(parameter) for parameter in site.parameters}
     return {name: p for name, p in site.module.named_parameters(recurse=False) if id(p) in wanted}
+
+
+def _opened(site: Site, inner: Mapping[nn.Module, str]) -> str | None:
+    """The name of the opened module that the layer is in."""
+    paths = [name for module, name in inner.items() if isinstance(module, Opened)]
+    around = [path for path in paths if not path or site.name.startswith(f"{path}.")]
+    return max(around, key=len, default=None)
 
 
 def _on_meta(source: Source) -> nn.Module | None:

@@ -66,6 +66,7 @@ class SkeletonSite:
     """A row of the model, as `tdecomp.model.sites.Site` has it, without a module.
 
     `parameters` are places in `Skeleton.parameters`, by the names that they have in the module.
+    `opened` is the name of the module around it whose own weights became layers, if there is one.
     """
 
     names: tuple[str, ...]
@@ -73,6 +74,7 @@ class SkeletonSite:
     reason: str | None
     tied: tuple[str, ...]
     parameters: dict[str, int]
+    opened: str | None = None
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.runtime.executors import check_executor
 from tdecomp.runtime.parallel import parallel_map
 from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
 from tdecomp.streaming import jobs
 from tdecomp.streaming.choose import asked_for, methods_of, plan_folder
 from tdecomp.streaming.job import REPORT, finished_report, job_of, write_report
-from tdecomp.streaming.jobs import Copy, Fit, Folders, memory_needed
+from tdecomp.streaming.jobs import Copy, Fit, Folders, Rewrite, memory_needed
 from tdecomp.streaming.layers import FolderLayers, layers_of
 from tdecomp.streaming.of_transformers import skeleton_of
 from tdecomp.streaming.source import Source, open_source
@@ -61,6 +62,8 @@ def stream(
 ) -> Report:
     """Decompose a folder of weights into another one, with one layer in memory at a time.
 
+    >>> import os
+    >>> from pathlib import Path
     >>> from safetensors.torch import save_file
     >>> weights = {"up.weight": torch.randn(64, 32), "down.weight": torch.randn(32, 64)}
     >>> os.mkdir("large")
@@ -92,7 +95,8 @@ def stream(
     max_memory : int, optional
         The bytes that layers may take at a time, in each process.
     executor : concurrent.futures.Executor, optional
-        Its workers read and write the files themselves: they see both folders under these paths.
+        Such as `tdecomp.decompose` takes. Its workers read and write the files themselves: they see
+        both folders under these paths.
     resume : bool
         Whether to go on with a target that the same call began. With False there must be none.
     progress : bool
@@ -115,6 +119,7 @@ def stream(
         If the disk is full: with what is needed. What is done stays there.
     """
     asked, filters = asked_for(methods, rank, Filters(include, exclude))
+    check_executor(executor)
     bar = Progress(progress)
     into = Path(target).absolute()
     _check_places(Path(source), into)
@@ -183,25 +188,26 @@ def _carry_out(
 ) -> dict[str, Row]:
     """Do what has not been done yet; the rows of all fits by their names."""
     records: dict[str, dict[str, Any]] = {}
-    fits, copies = list[Fit](), list[Copy]()
+    fits: list[Fit] = []
     for job in work.fits:
         if (record := jobs.known_record(folders, job.record)) is None:
             fits.append(job)
         else:
             records[job.record] = record
-    copies = [job for job in work.copies if jobs.known_record(folders, job.record) is None]
-    total = sum(job.nbytes for job in fits) + sum(job.nbytes for job in copies)
+    given: list[Copy | Rewrite] = [*work.copies, *work.rewrites]
+    others = [job for job in given if jobs.known_record(folders, job.record) is None]
+    total = sum(job.nbytes for job in fits) + sum(job.nbytes for job in others)
     errors = [0.0]
 
     def size(job: Fit) -> int:
         return job.layers[0].weight.numel if folders.device == "cpu" or executor else 0
 
-    def shared(job: Copy) -> int:
+    def shared(job: Copy | Rewrite) -> int:
         return job.nbytes if executor else 0
 
     with progress.step("fit and copy", total, "B", work=total) as step:
 
-        def copied(job: Copy, _: Any) -> None:
+        def copied(job: Copy | Rewrite, _: Any) -> None:
             step.advance(count=job.nbytes, work=job.nbytes)
 
         def fitted(job: Fit, record: dict[str, Any]) -> None:
@@ -210,7 +216,7 @@ def _carry_out(
             step.advance(f"error at most {max(errors):.3g}", count=job.nbytes, work=job.nbytes)
 
         parallel_map(
-            partial(jobs.copy, folders), copies, size=shared, done=copied, executor=executor
+            partial(jobs.bring_over, folders), others, size=shared, done=copied, executor=executor
         )
         parallel_map(partial(jobs.fit, folders), fits, size=size, done=fitted, executor=executor)
     rows = [Row.from_dict(row) for job in work.fits for row in records[job.record]["rows"]]

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from tdecomp.plans.plan import Plan
 from tdecomp.plans.row import Row
 from tdecomp.plans.rows import row_groups
 from tdecomp.runtime.parallel import in_single_threads
-from tdecomp.streaming.jobs import Copy, Fit
-from tdecomp.streaming.layers import FolderLayers
+from tdecomp.streaming.jobs import Copy, Fit, Rewrite
+from tdecomp.streaming.layers import FolderLayers, Values
 from tdecomp.streaming.source import INDEX, SINGLE, Source
 
 WORK = ".tdecomp-stream"  # within the target
@@ -116,7 +116,7 @@ class WorkFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other process may work here."""
+        """Inside, no other process may work here; what is left without a result goes afterwards."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("w") as opened:
             if fcntl is not None:
@@ -126,7 +126,13 @@ class WorkFolder:
                     raise ValueError(
                         f"target: another process is writing {self.target}; wait for it to end"
                     ) from error
-            yield
+            try:
+                yield
+            finally:
+                if not (self.path / _PLAN).exists() and not any(self.records.glob("*.json")):
+                    self.remove()
+                    with suppress(OSError):  # it holds something else
+                        self.target.rmdir()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -149,6 +155,7 @@ class Work:
     layouts: Mapping[str, Layout]  # by the names of the files
     fits: Sequence[Fit]
     copies: Sequence[Copy]
+    rewrites: Sequence[Rewrite]
 
     @property
     def nbytes(self) -> int:
@@ -166,6 +173,12 @@ def work_of(source: Source, found: FolderLayers, plan: Plan, drafted: frozenset[
         first = found.layers[rows[0].name].weight.parts[0][0].file
         home[first] |= described[rows[0].name]
         gone.update(name for row in rows for name in found.consumed[row.name])
+    moved = dict(_moved(plan, found))
+    for name, values in moved.items():
+        home[values.parts[0][0].file][name] = (
+            values.parts[0][0].dtype, values.shape, values.nbytes
+        )  # fmt: skip
+        gone.update(found.consumed[name.rpartition(".")[0]])
     for name, stored in source.tensors.items():
         if name not in gone:
             home[stored.file][name] = stored.dtype, stored.shape, stored.nbytes
@@ -187,7 +200,22 @@ def work_of(source: Source, found: FolderLayers, plan: Plan, drafted: frozenset[
         )
         for i, rows in enumerate(groups)
     ]  # fmt: skip
-    return Work(layouts, fits, list(_copies(source, gone, places)))
+    rewrites = [
+        Rewrite(f"rewrite-{i:06}.json", values, places[name])
+        for i, (name, values) in enumerate(moved.items())
+    ]
+    return Work(layouts, fits, list(_copies(source, gone, places)), rewrites)
+
+
+def _moved(plan: Plan, found: FolderLayers) -> Iterator[tuple[str, Values]]:
+    """By their new names the parameters that stay, in modules that are open for other chains."""
+    opened = {found.opened.get(row.name) for row in plan if row.method is not None} - {None}
+    for row in plan:
+        if row.method is None and found.opened.get(row.name) in opened and row.layer is not None:
+            layer = found.layers[row.name]
+            yield f"{row.name}.weight", layer.weight
+            if layer.bias is not None:
+                yield f"{row.name}.bias", layer.bias
 
 
 def _new_tensors(rows: Sequence[Row], plan: Plan, found: FolderLayers) -> dict[str, _Described]:
