@@ -130,6 +130,15 @@ def test_layers_alike_but_for_their_number_are_one_line(tmp_path):
     assert cells(text, "12.up.weight")[1:] == ["4 × 4", "F32", "1", "16"]
 
 
+def test_types_have_lines_of_their_own(tmp_path):
+    tensors = {f"blocks.{i}.weight": torch.ones(2, 2) for i in range(3)}
+    tensors["blocks.3.weight"] = torch.ones(2, 2, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "file")
+    text = str(contents_of(tmp_path / "file"))
+    assert cells(text, "blocks.*.weight")[2:4] == ["F32", "3"]
+    assert cells(text, "blocks.3.weight")[2:4] == ["BF16", "1"]
+
+
 def test_numbers_within_words_stay(tmp_path):
     save_file({"fc1.weight": torch.ones(2, 2), "fc2.weight": torch.ones(2, 2)}, tmp_path / "file")
     text = str(contents_of(tmp_path / "file"))
