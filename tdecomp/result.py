@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tdecomp.checkpoint import file as single_file
-from tdecomp.checkpoint import pretrained
+from tdecomp.checkpoint.save import save_pretrained
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 
@@ -60,8 +60,9 @@ class Decomposition:
 
         Safetensors files with an index, `config.json` with the plan, and a README.md that says how
         the folder is loaded. For models of transformers and diffusers their own `save_pretrained`
-        writes it, with the names that tensors have in the model; the result's model has one that
-        does the same. Files of others in the folder stay.
+        writes it, which does so also when it is called plainly: the configuration of the result's
+        model says the plan. Tensors have the names that they have in the model. Files of others in
+        the folder stay.
 
         Parameters
         ----------
@@ -80,6 +81,6 @@ class Decomposition:
             With the remedy, if what would be written could not be loaded again: adapters that are
             not merged, batch norm that was folded in, methods that are not registered.
         """
-        pretrained.save(self.model, self.plan, folder, max_shard_size, options)
+        save_pretrained(self.model, self.plan, folder, max_shard_size, options)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

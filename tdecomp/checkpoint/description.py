@@ -15,20 +15,25 @@ KEY = "quantization_config"  # where transformers looks for what has to be done 
 METHOD = "tdecomp"
 CONFIG, README = "config.json", "README.md"
 _KIND = "decomposition"
+_LOAD = (
+    "import tdecomp.integrations.transformers before from_pretrained, or tdecomp.load(folder, "
+    "model) into a model of the undecomposed architecture"
+)
 _HEADING = "## Decomposed by tdecomp"
 
 
-def description(plan: Plan) -> dict[str, Any]:
+def description(plan: Plan, strides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The plan as plain data, as it stands in `config.json` under `KEY`.
+
+    `strides` are those of tensors that are permuted in memory, by their names.
 
     >>> from tdecomp.checkpoint.description import description
     >>> plan = tdecomp.plan(nn.Linear(64, 32), "svd", rank=8, progress=False)
     >>> [*description(plan)]
-    ['quant_method', 'format', 'version', 'plan']
+    ['quant_method', 'format', 'version', 'load', 'plan']
     """
-    return {
-        "quant_method": METHOD, "format": FORMAT, "version": VERSION, "plan": plan.to_dict(),
-    }  # fmt: skip
+    about = {"quant_method": METHOD, "format": FORMAT, "version": VERSION, "load": _LOAD}
+    return about | {"plan": plan.to_dict()} | ({"strides": dict(strides)} if strides else {})
 
 
 def plan_in(described: Any) -> Plan:
@@ -42,9 +47,8 @@ def plan_in(described: Any) -> Plan:
     return Plan.from_dict(typed(dict[str, Any], data.get("plan"), "plan"))
 
 
-def is_described(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of a decomposed model."""
-    found = config.get(KEY)
+def is_description(found: Any) -> bool:
+    """Whether what a configuration has under `KEY` is that of a decomposed model."""
     return isinstance(found, Mapping) and found.get("quant_method") == METHOD
 
 

@@ -9,13 +9,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tdecomp._distribution import VERSION
 from tdecomp.checkpoint.checks import refuse_changed
 from tdecomp.checkpoint.rebuild import Stored
-from tdecomp.checkpoint.tensors import alone, buffers_beside, is_dense, refuse_odd
+from tdecomp.checkpoint.tensors import alone, buffers_beside, refuse_odd, strides_of
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
 from tdecomp.layers.chain import Chain
@@ -37,11 +36,7 @@ def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     state = model.state_dict()
     refuse_odd(state)
     shared = _shared(state)
-    strides = {
-        key: list(value.stride())
-        for key, value in state.items()
-        if is_dense(value) and value.stride() != torch.empty(value.shape, device="meta").stride()
-    }
+    strides = strides_of(state)
     buffers = buffers_beside(model, state)
     header = {"format": FORMAT, "version": VERSION, "plan": plan.to_dict()}
     header |= {"shared": shared, "strides": strides, "buffers": [*buffers]}

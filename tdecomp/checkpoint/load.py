@@ -10,10 +10,12 @@ from tdecomp.calibration.opening import opened_for
 from tdecomp.checkpoint import file as single_file
 from tdecomp.checkpoint.description import KEY, plan_in, read_config
 from tdecomp.checkpoint.folder import BUFFERS, names_in, read_weights, weight_files
-from tdecomp.checkpoint.pretrained import library_of, remember
+from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import Stored, rebuilt
+from tdecomp.checkpoint.save import library_of
+from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
-from tdecomp.model.sites import find_sites
+from tdecomp.model.sites import Site, find_sites
 from tdecomp.plans.plan import Plan
 from tdecomp.runtime.torch_state import no_inference_mode, restoring
 
@@ -61,16 +63,23 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             plan, stored = (_folder if folder.is_dir() else single_file.read)(folder)
             names = {name for row in plan for name in row.names}
             with opened_for(model, names=names):
-                twin = rebuilt(plan, stored, model, find_sites(model))
+                sites: dict[str, Site] = find_sites(model)
+                if folder.is_dir():  # whose plan may be silent about other layers
+                    wanted = [row for row in plan if row.method is not None]
+                    plan = Plan(wanted, plan.everything_else, plan.decomposers)
+                    sites = {r.name: sites[r.name] for r in wanted if r.name in sites}
+                twin = rebuilt(plan, stored, model, sites)
             remember(twin, plan)
             return twin
 
 
 def _folder(folder: Path) -> tuple[Plan, Stored]:
-    plan = plan_in(read_config(folder).get(KEY))
+    described: Any = read_config(folder).get(KEY)
+    plan = plan_in(described)
+    strides = typed(dict[str, tuple[int, ...]], described.get("strides", {}), "strides")
     tensors = read_weights(weight_files(folder))
     file = folder / BUFFERS
     buffers: dict[str, Any] = {}
     if file.is_file():
         buffers = read_weights(dict.fromkeys(names_in(file), file))
-    return plan, Stored(tensors, buffers, None, {})
+    return plan, Stored(tensors, buffers, None, strides)

@@ -1,39 +1,31 @@
-"""Writing a folder for a model whose library has no `save_pretrained`."""
+"""Writing weights for a model whose library does not."""
 
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tdecomp.checkpoint.description import describe_in_config, readme, write_readme
 from tdecomp.checkpoint.folder import BUFFERS, NAMES
-from tdecomp.checkpoint.tensors import alone, buffers_beside, refuse_odd
+from tdecomp.checkpoint.tensors import alone, buffers_beside
 from tdecomp.files.whole_file import whole_file
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _METADATA = {"format": "pt"}  # without which transformers refuses a file
 
 
-def write_folder(
-    folder: Path, model: nn.Module, described: Mapping[str, Any], library: str, most: int | str
-) -> None:
-    """Write weights, `config.json` and README.md; no file of weights is larger than `most`."""
+def write_weights(folder: Path, model: nn.Module, most: int | str) -> None:
+    """Write the state dict into files of at most so many bytes, with an index if several."""
+    largest = _bytes(most)
     state = model.state_dict(keep_vars=True)
-    refuse_odd(state)
     named: dict[int, str] = {}
     for name, value in state.items():
         named.setdefault(id(value), name)  # what has several names is stored once
     tensors = {name: state[name].detach() for name in named.values()}
-    largest = _bytes(most)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, _shards(tensors, largest))
-    write_buffers(folder, model)
-    describe_in_config(folder, {"architectures": [type(model).__name__]}, described)
-    write_readme(folder, readme(type(model).__name__, library))
+    _write_shards(folder, _shards(tensors, largest))
 
 
 def write_buffers(folder: Path, model: nn.Module) -> None:
@@ -58,7 +50,7 @@ def _shards(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tenso
     return shards
 
 
-def _write_weights(folder: Path, shards: list[dict[str, Tensor]]) -> None:
+def _write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
     stem = NAMES[0].removesuffix(".safetensors")
     count, index = len(shards), folder / f"{NAMES[0]}.index.json"
     names = [f"{stem}-{at:05}-of-{count:05}.safetensors" for at in range(1, count + 1)]

@@ -1,6 +1,6 @@
-"""The plan that the chains of a model follow now, whatever has been done since it was made."""
+"""The plan that the chains of a model follow now, and that of a part of the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,34 +13,44 @@ from tdecomp.plans.row import Row
 
 
 def plan_of(model: nn.Module, plan: Plan) -> Plan:
-    """The plan, with a row for each chain that the model has beside those, as of an earlier step.
+    """The plan, without the layers that are back in the places of their chains, `with_earlier`."""
+    chains = _chains(model)
+    gone = [row.name for row in plan if row.method is not None and row.name not in chains]
+    return with_earlier(model, plan.without(dict.fromkeys(gone, "it is a layer again")))
 
-    A layer that is back in the place of its chain is left alone.
-    """
+
+def with_earlier(model: nn.Module, plan: Plan) -> Plan:
+    """The plan, with a row for each chain that the model has besides, as of an earlier step."""
+    known = {row.name for row in plan if row.method is not None}
+    beside = {name: found for name, found in _chains(model).items() if name not in known}
+    if not beside:
+        return plan
+    earlier: list[Row] = []
+    first: dict[int, Row] = {}  # of those that hold a parameter
+    for names, chain in beside.values():
+        factors = [id(p) for p in chain.parameters() if p is not chain[-1].bias]
+        tied = next((first[factor] for factor in factors if factor in first), None)
+        alike = [r for r in earlier if tied and tied.name in (r.name, r.tied_to)]
+        earlier.append(_row(names, chain, plan, alike))
+        first = dict.fromkeys(factors, tied or earlier[-1]) | first
+    stages = tuple(f"{name}." for name in beside)
+    rows = [r for r in plan if r.name not in beside and not r.name.startswith(stages)]
+    methods = {chain.decomposer.name: chain.decomposer for _, chain in beside.values()}
+    methods |= plan.decomposers
+    return Plan([*earlier, *rows], plan.everything_else, methods, notes=plan.notes)
+
+
+def _chains(model: nn.Module) -> dict[str, tuple[list[str], Chain]]:
+    """The chains that stand for layers, by their first names, with all of their names."""
     names: dict[Chain, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Chain) and module.replaced is not None:
             names.setdefault(module, []).append(name)
-    chains = {its[0]: chain for chain, its in names.items()}
-    gone = [row.name for row in plan if row.method is not None and row.name not in chains]
-    plan = plan.without(dict.fromkeys(gone, "it is a layer again"))
-    known = {row.name for row in plan if row.method is not None}
-    others = [
-        _row(names[chain], chain, plan) for name, chain in chains.items() if name not in known
-    ]
-    if not others:
-        return plan
-    of_stages = tuple(f"{row.name}." for row in others)
-    replaced = {row.name for row in others}
-    kept = [r for r in plan if r.name not in replaced and not r.name.startswith(of_stages)]
-    methods = {c.method: c.decomposer for c in chains.values() if c.method is not None}
-    return Plan(
-        [*others, *kept], plan.everything_else, methods | {**plan.decomposers}, notes=plan.notes
-    )
+    return {its[0]: (its, chain) for chain, its in names.items()}
 
 
-def _row(names: list[str], chain: Chain, plan: Plan) -> Row:
-    """The row that a chain by itself tells of."""
+def _row(names: Sequence[str], chain: Chain, plan: Plan, tied: Sequence[Row]) -> Row:
+    """The row that a chain tells of, and the rows of those that share factors with it."""
     spec, method, rank = chain.replaced, chain.decomposer, chain.rank
     assert spec is not None
     assert rank is not None
@@ -52,7 +62,12 @@ def _row(names: list[str], chain: Chain, plan: Plan) -> Row:
             "method under a name of its own"
         )
     params = chain_cost([spec], None).params
-    return planned_row(Row(names[0], tuple(names), spec, params, params), method, rank)
+    row = Row(names[0], tuple(names), spec, params, params)
+    if tied:
+        bias = spec.out_channels if spec.bias else 0
+        alike = any(r.layer is not None and r.layer.lookup == spec.lookup for r in tied)
+        row = replace(row, params_before=bias, tied_to=tied[0].name, shares_all=alike)
+    return planned_row(row, method, rank)
 
 
 def renamed(plan: Plan, new_name: Callable[[str], str | None]) -> Plan:

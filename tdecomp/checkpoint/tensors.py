@@ -53,3 +53,12 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def strides_of(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The strides of tensors that are permuted, as in channels_last, which no file keeps itself."""
+    return {
+        key: list(value.stride())
+        for key, value in state.items()
+        if is_dense(value) and value.stride() != torch.empty(value.shape, device="meta").stride()
+    }

@@ -88,10 +88,12 @@ def measured(
             second = moments.second_moments()
         # The factors have the weight's dtype by now; their product is not rounded once more.
         precise = factors.to(fit_dtype(method, weight))
-        gone = difference(weight, precise.to_kernel())
-        weight_error = frobenius_norm(gone) / (frobenius_norm(weight) or 1.0)
+        approximation = precise.to_kernel()
+        weight_error = relative_error(weight, approximation)
         output_error = loss = shift = note = None
         if moments is not None and second is not None:
+            gone = difference(weight, approximation)
+            del approximation
             output_error, loss = moments.lost(weight, gone, second)
             shift = moments.mean_output(gone) if spec.bias else None
             if not method.uses_moments:
@@ -148,10 +150,11 @@ def factorize(
         dtype, seconds = fit_to_dtype(method, weight, spec), moments
     groups: list[Factors] = []
     with full_precision(weight.device):
-        kernels = group_kernels(weight.detach().to(dtype), spec)
-        for kernel, second, near in zip(kernels, seconds, starts, strict=True):
+        kernels = list(group_kernels(weight.detach().to(dtype), spec))
+        for second, near in zip(seconds, starts, strict=True):
+            kernel = kernels.pop(0)  # whose memory is free once it has been fitted
             # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
-            largest = float(kernel.abs().max())
+            largest = float(torch.maximum(*map(torch.abs, torch.aminmax(kernel))))
             scale = largest or 1.0
             if largest == 0 and (zero := _zero_factors(method, kernel, rank)) is not None:
                 groups.append(zero)
@@ -162,7 +165,10 @@ def factorize(
                 options = {"start": begin, "draft": draft}
             fitted: Factors | None
             if second is None or second.trace <= 0:  # inputs that never vary say nothing
-                fitted = method.fit(kernel / scale, rank, **options)
+                # What is a copy already needs no second one.
+                scaled = kernel / scale if dtype == weight.dtype else kernel.div_(scale)
+                fitted = method.fit(scaled, rank, **options)
+                del scaled
             elif method.iterative and not draft and weight.dtype.itemsize < 4:
                 start_of_group = options["start"]
                 fitted = _fit_to_be_rounded(
@@ -170,6 +176,7 @@ def factorize(
                 )
             else:
                 fitted = method.fit_to(kernel / scale, rank, second, **options)
+            del kernel
             if fitted is None:
                 return factorize(method, weight, spec, rank, None, start, draft=draft)
             groups.append(fitted.scaled(scale))
@@ -252,7 +259,4 @@ def fit_to_dtype(method: Decomposer, weight: Tensor, spec: LayerSpec) -> torch.d
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
-    if torch.float64 not in (weight.dtype, approximation.dtype):
-        # A difference of float32 numbers has as many correct digits as they have.
-        weight, approximation = weight.float(), approximation.float()
-    return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
+    return frobenius_norm(weight, approximation) / (frobenius_norm(weight) or 1.0)

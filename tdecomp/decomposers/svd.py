@@ -113,8 +113,8 @@ class SVD(Decomposer):
             return self._orthogonal(u, s[:, None] * vh, kernel)
         # Both share the singular values, so that neither layer's gradients dwarf the other's.
         root = s.sqrt()
-        first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
-        return _with_zeros_of(kernel, LowRankFactors(first, u * root))
+        first = vh.mul_(root[:, None]).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
+        return _with_zeros_of(kernel, LowRankFactors(first, u.mul_(root)))
 
     def fit_to(
         self,
@@ -160,5 +160,7 @@ class SVD(Decomposer):
 def _with_zeros_of(kernel: Tensor, factors: LowRankFactors) -> LowRankFactors:
     """The factors, exactly zero for inputs and outputs of which all weights are, as for padding."""
     nonzero = kernel != 0
-    first = factors.first * nonzero.any(dim=0)
-    return LowRankFactors(first, factors.second * nonzero.flatten(1).any(dim=1)[:, None])
+    inputs, outputs = nonzero.any(dim=0), nonzero.flatten(1).any(dim=1)
+    if inputs.all() and outputs.all():
+        return factors
+    return LowRankFactors(factors.first * inputs, factors.second * outputs[:, None])

@@ -2,10 +2,10 @@
 
 transformers asks the quantizer that is registered for a folder's `quantization_config` to change
 the model on the meta device, before weights are read. What was loaded is no quantized model: it is
-moved, converted, trained and saved as every other.
+moved, converted, trained and saved as every other. It needs transformers 5.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ class ChainsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        self._plan = put_chains(model, self._plan)
+        stored = None
         if checkpoint_files is not None:
-            _check_files(model, [Path(file) for file in checkpoint_files])
+            stored = _stored(model, [Path(file) for file in checkpoint_files])
+        self._plan = put_chains(model, self._plan, stored)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for chain in (module for module in model.modules() if isinstance(module, Chain)):
@@ -102,11 +103,12 @@ def _freeze_as(model: nn.Module, loaded: nn.Module) -> None:
         chain.mirror_weight()
 
 
-def put_chains(model: Any, plan: Plan) -> Plan:
+def put_chains(model: Any, plan: Plan, stored: Collection[str] | None = None) -> Plan:
     """Put chains without values into a model of transformers, in place, on the meta device, say.
 
-    Returns the plan by the model's own names: a base model lacks a prefix that a model with a head
-    has, and the head's layers.
+    `stored` are the names of the tensors that are to be loaded: layers that are there whole are
+    left alone, and a ValueError names factors that are not there. Returns the plan by the model's
+    own names: a base model lacks a prefix that a model with a head has, and the head's layers.
     """
     _tie(model)
     prefix = _prefix(model)
@@ -119,18 +121,21 @@ def put_chains(model: Any, plan: Plan) -> Plan:
             found = (name, name.removeprefix(prefix), prefix + name)
             return next((n for n in found if n in held), None)
 
-        mine = renamed(plan, new_name)
-        layers = {row.name: held[row.name] for row in mine if row.method is not None}
-        if not layers and any(row.method for row in plan):
+        found = renamed(plan, new_name)
+        if any(row.method for row in plan) and not any(row.method for row in found):
             raise ValueError(
                 f"{type(model).__name__} has none of the layers that were decomposed "
                 f"({', '.join(r.name for r in plan if r.method)}); expected a model of the "
                 "architecture that was saved"
             )
+        mine = _without_whole(found, stored or ())
+        layers = {row.name: held[row.name] for row in mine if row.method is not None}
         _check_layers(mine, layers)
         swap(model, empty_chains(layers, mine))
     close_unchanged(model)
     _check_ties(model)
+    if stored is not None:
+        _check_stored(model, stored)
     for chain in (module for module in model.modules() if isinstance(module, Chain)):
         chain._is_hf_initialized = True  # its stages are; it has no values of its own
     return mine
@@ -141,6 +146,13 @@ def _tie(model: Any) -> None:
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         path, _, part = target.rpartition(".")
         setattr(model.get_submodule(path), part, model.get_parameter(source))
+
+
+def _without_whole(plan: Plan, stored: Collection[str]) -> Plan:
+    """The plan without the layers that were put back, whose weights are there as they were."""
+    factors = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
+    whole = [r for r in plan if r.method and f"{r.name}.weight" in stored and r.name not in factors]
+    return plan.without({row.name: "it is a layer again" for row in whole})
 
 
 def _check_layers(plan: Plan, layers: Mapping[str, nn.Module]) -> None:
@@ -171,24 +183,27 @@ def _check_ties(model: Any) -> None:
                 ) from error
 
 
-def _check_files(model: Any, files: Sequence[Path]) -> None:
-    """Refuse files that are damaged, or lack the factors of a chain, which would stay random."""
-    prefix = _prefix(model)
+def _stored(model: Any, files: Sequence[Path]) -> set[str]:
+    """The names of the tensors in files, also as those of a base model, or of one with a head."""
     index = files[0].parent / f"{NAMES[0]}.index.json"
     if len(files) > 1 and index.is_file():
-        stored = {*indexed_files(index)}
+        names = {*indexed_files(index)}
     else:
-        stored = {name for file in files for name in names_in(file)}
-    stored |= {name.removeprefix(prefix) for name in stored} | {prefix + name for name in stored}
+        names = {name for file in files for name in names_in(file)}
+    prefix = _prefix(model)
+    return names | {name.removeprefix(prefix) for name in names} | {prefix + name for name in names}
+
+
+def _check_stored(model: Any, stored: Collection[str]) -> None:
+    """Refuse a model with factors that nothing is loaded into: they would stay random."""
     held = dict(model.named_parameters(remove_duplicate=False))
     found = {id(parameter) for name, parameter in held.items() if name in stored}
     chains = [f"{path}." for path, m in model.named_modules() if isinstance(m, Chain)]
     lost = [n for n, p in held.items() if id(p) not in found and n.startswith(tuple(chains))]
     if lost:
         raise ValueError(
-            f"{files[0].parent}: {CONFIG} says that these are factors of chains, and no file has "
-            f"them: {', '.join(lost)}; expected what tdecomp saved. A model without chains that "
-            f"was saved with this {CONFIG} is loaded once {KEY!r} is taken out of it"
+            f"{CONFIG} says that these are factors of chains, and no file of weights has them: "
+            f"{', '.join(lost)}; expected what tdecomp saved (adapters merged, no layer replaced)"
         )
 
 

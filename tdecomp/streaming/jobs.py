@@ -230,6 +230,11 @@ def _synced(folders: Folders, places: Any) -> None:
 
 def _recorded(folders: Folders, record: str, found: dict[str, Any]) -> dict[str, Any]:
     if folders.records is not None:
-        with whole_file(Path(folders.records, record)) as draft:
-            draft.write_text(json.dumps(found), encoding="utf-8")
+        with (
+            whole_file(Path(folders.records, record)) as draft,
+            draft.open("w", encoding="utf-8") as opened,
+        ):
+            opened.write(json.dumps(found))
+            opened.flush()
+            os.fsync(opened.fileno())
     return found
