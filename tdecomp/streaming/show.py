@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tdecomp.checkpoint.description import CONFIG, KEY, METHOD, plan_in
+from tdecomp.checkpoint.description import CONFIG, KEY, is_description, plan_in
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import parsed, typed
 from tdecomp.files.whole_file import named_in_errors
@@ -92,7 +92,7 @@ def _folder(place: Path) -> Contents:
         words = "a stream that is not finished, the same command goes on with it"
         return Contents(f"{place}: {words}", known and known[0])
     source = open_folder(place)
-    if source.quantizer == METHOD:
+    if is_description(source.config.get(KEY)):
         with named_in_errors(place / CONFIG):
             plan = plan_in(source.config[KEY])
         with named_in_errors(place / REPORT):

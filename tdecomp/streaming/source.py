@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdecomp.checkpoint.description import CONFIG, KEY, METHOD
 from tdecomp.checkpoint.folder import NAMES
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.plans.table import FORMAT
 
-CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-METHOD = "tdecomp"  # the `quant_method` of a folder that was decomposed
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 # Files with the same weights again, in other forms.
 _SAME_WEIGHTS = (
@@ -57,7 +56,7 @@ class Source:
     @property
     def quantizer(self) -> str | None:
         """The method by which it says to be quantized; None if it is not."""
-        said = self.config.get("quantization_config")
+        said = self.config.get(KEY)
         return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
 
     def other_files(self) -> list[str]:
@@ -180,7 +179,7 @@ def _config(root: Path) -> dict[str, Any]:
 
 def _refuse_decomposed(source: Source) -> None:
     if source.quantizer == METHOD:
-        said = source.config["quantization_config"]
+        said = source.config[KEY]
         form = said.get("format")
         if isinstance(form, int) and form > FORMAT:
             raise ValueError(
