@@ -142,7 +142,9 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
             f"{root}: its weights are pickled ({pickled[0]}), which runs code when it is read; "
             "expected safetensors: model.save_pretrained(folder) writes them"
         )
-    raise FileNotFoundError(f"{root}: no *.safetensors; expected a folder with weights")
+    inner = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    words = f"one of its folders: {', '.join(inner)}" if inner else "a folder with weights"
+    raise FileNotFoundError(f"{root}: no *.safetensors; expected {words}")
 
 
 def _index(path: Path) -> dict[str, str]:

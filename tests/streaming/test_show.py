@@ -209,6 +209,12 @@ def pickled(folder, result):
     torch.save(result.model.state_dict(), folder / "model.bin")
 
 
+def pipeline(folder, result):
+    for name in ("vae", "unet"):
+        (folder / name).mkdir()
+        decomposed_folder(folder / name, result)
+
+
 def empty(folder, result):
     del folder, result
 
@@ -224,7 +230,8 @@ def empty(folder, result):
         (other_plan, r"config\.json: methods: expected an object"),
         (later, r"config\.json: .*written by tdecomp 9\.9.*update tdecomp"),
         (pickled, r"model\.bin.*runs code"),
-        (empty, "no .*safetensors"),
+        (pipeline, "expected one of its folders: unet, vae"),
+        (empty, r"no \*\.safetensors; expected a folder with weights"),
     ],
 )
 def test_folders_that_cannot_be_told(tmp_path, result, make, words):
