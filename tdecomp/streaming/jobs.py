@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdecomp.calibration.memory import freed_at_once
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.files.shards import Stored, copy_bytes, write_tensor
 from tdecomp.files.whole_file import whole_file
@@ -204,6 +205,7 @@ def _prepare(
     one_thread: bool,
 ) -> list[Site]:
     """The sites with their values; `inside` is left when the job is done."""
+    inside.enter_context(freed_at_once())
     inside.enter_context(torch.no_grad())
     if one_thread:
         inside.enter_context(OneThread())
