@@ -124,7 +124,7 @@ def facts(folders: Folders, question: Question) -> dict[str, Any]:
             for candidate in offer.candidates:
                 candidate.best_ranks()
         else:
-            with suppress(ValueError):  # whoever asks for all layers says what is wrong
+            with suppress(Exception):  # whoever asks for all layers says what is wrong
                 selector.select([offer.candidates])
         if question.expect:
             for method in question.methods:

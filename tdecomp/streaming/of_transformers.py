@@ -131,8 +131,10 @@ def _on_meta(source: Source) -> nn.Module | None:
     """The model without values; None if transformers does not know it."""
     transformers: Any = importlib.import_module("transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    except (ValueError, KeyError):  # a model type of which it knows nothing
+        config = transformers.AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError):  # a model type that it does not have code of its own for
         return None
     kinds = [getattr(transformers, name, None) for name in config.architectures or ()]
     kind = next((kind for kind in kinds if kind is not None), None)

@@ -36,14 +36,13 @@ from tdecomp.streaming.layers import FolderLayers, layers_of
 from tdecomp.streaming.of_transformers import skeleton_of
 from tdecomp.streaming.source import Source, open_source
 from tdecomp.streaming.target import (
-    Work,
     WorkFolder,
     check_room,
     said_if_full,
-    work_of,
     write_index,
     write_json,
 )
+from tdecomp.streaming.work import Work, work_of
 
 
 def stream(
@@ -124,7 +123,7 @@ def stream(
     into = Path(target).absolute()
     _check_places(Path(source), into)
     given = open_source(source)
-    unit = torch.device("cpu" if device is None else device)
+    unit = _device(device, executor)
     job = job_of(given, asked, filters, unit)
     work_folder = WorkFolder(into)
     if (finished := finished_report(into, job, resume=resume)) is not None:
@@ -165,6 +164,20 @@ def _check_places(source: Path, target: Path) -> None:
         )
     if target.exists() and not target.is_dir():
         raise ValueError(f"target: {target} is a file; expected a folder, or none")
+
+
+def _device(given: str | torch.device | None, executor: Executor | None) -> torch.device:
+    """The device to fit on; a ValueError if there is none here, and nobody else does the work."""
+    try:
+        device = torch.device("cpu" if given is None else given)
+        if executor is None:
+            torch.empty(1, device=device).cpu()
+    except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"device: expected one that torch can compute on here, such as 'cpu' or 'cuda', got "
+            f"{given!r} ({error})"
+        ) from error
+    return device
 
 
 def _check_memory(found: FolderLayers, methods: Sequence[Any], most: int | None) -> None:

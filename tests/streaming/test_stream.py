@@ -160,6 +160,13 @@ def test_a_layer_that_needs_more_memory_is_named(source, tmp_path):
         stream(source, tmp_path / "other", max_memory=-1)
 
 
+@pytest.mark.parametrize("device", ["meta", "no such device", "cuda:99", 1.5])
+def test_devices_that_are_none(source, tmp_path, device):
+    with pytest.raises(ValueError, match="device: expected one that torch can compute on here"):
+        stream(source, tmp_path / "target", device=device)
+    assert not (tmp_path / "target").exists()
+
+
 def test_nothing_to_decompose_is_a_copy(source, tmp_path):
     report = stream(source, tmp_path / "target", exclude="*")
     assert not any(row.method for row in report)
