@@ -23,8 +23,8 @@ for found in pkgutil.walk_packages(tdecomp.__path__, "tdecomp."):
     try:
         importlib.import_module(found.name)
     except ModuleNotFoundError as error:
-        # An extra installs the one; the other is its user's.
-        if error.name not in ("matplotlib", "transformers"):
+        # An extra installs the first; whoever imports an integration has its library.
+        if error.name not in ("matplotlib", "transformers", "diffusers"):
             raise
 print(tdecomp.__file__)
 """

@@ -19,7 +19,7 @@ from benchmarks.scale.checkpoint import TINY, LlamaSizes, make_llama
 from benchmarks.scale.row import ScaleRow
 
 _MEMORY, _TIME = 0.8e9, 1.25
-_EVERY = 0.02  # seconds between two looks at the memory
+_EVERY = 0.1  # seconds between two looks at the memory
 # The process that looks at the model imports transformers, which may need torchvision's operators.
 _STARTED = """import sys
 if sys.argv[:1] == ["-c"]:

@@ -1,8 +1,11 @@
-"""What is refused before anything is written, since it could not be loaded again."""
+"""What is refused, since it could not be loaded again, or is not there to be loaded."""
+
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
+from tdecomp.checkpoint.description import CONFIG
 from tdecomp.layers.chain import Chain
 from tdecomp.model.weights import refuse_lazy
 from tdecomp.plans.plan import Plan
@@ -41,6 +44,24 @@ def refuse_changed(model: nn.Module, plan: Plan, *, resized: bool = False) -> No
                 "first (merge_and_unload), or save the adapter by itself"
             )
     refuse_lazy(model, "save")
+
+
+def refuse_missing_factors(model: nn.Module, stored: Collection[str]) -> None:
+    """Raise a ValueError if nothing is stored for a factor: it would stay random.
+
+    The names that are stored may be those of a larger model that has this one in it.
+    """
+    parts = (name.split(".") for name in stored)
+    ends = {".".join(part[at:]) for part in parts for at in range(len(part))}
+    held = dict(model.named_parameters(remove_duplicate=False))
+    found = {id(parameter) for name, parameter in held.items() if name in ends}
+    chains = [f"{path}." for path, m in model.named_modules() if isinstance(m, Chain)]
+    lost = [n for n, p in held.items() if id(p) not in found and n.startswith(tuple(chains))]
+    if lost:
+        raise ValueError(
+            f"{CONFIG} says that these are factors of chains, and no file of weights has them: "
+            f"{', '.join(lost)}; expected what tdecomp saved (adapters merged, no layer replaced)"
+        )
 
 
 def _is_resized(chain: Chain) -> bool:

@@ -16,8 +16,8 @@ METHOD = "tdecomp"
 CONFIG, README = "config.json", "README.md"
 _KIND = "decomposition"
 _LOAD = (
-    "import tdecomp.integrations.transformers before from_pretrained, or tdecomp.load(folder, "
-    "model) into a model of the undecomposed architecture"
+    "import tdecomp.integrations.transformers (or diffusers) before from_pretrained, or "
+    "tdecomp.load(folder, model) into a model of the undecomposed architecture"
 )
 _HEADING = "## Decomposed by tdecomp"
 
@@ -49,7 +49,8 @@ def plan_in(described: Any) -> Plan:
 
 def is_description(found: Any) -> bool:
     """Whether what a configuration has under `KEY` is that of a decomposed model."""
-    return isinstance(found, Mapping) and found.get("quant_method") == METHOD
+    held = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
+    return bool(held.get("quant_method") == METHOD)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -100,11 +101,10 @@ _LOADING = {
 from transformers import {architecture}
 
 model = {architecture}.from_pretrained("this folder")""",
-    "diffusers": """import tdecomp
+    "diffusers": """import tdecomp.integrations.diffusers  # before from_pretrained
 from diffusers import {architecture}
 
-fresh = {architecture}.from_config({architecture}.load_config("this folder"))
-model = tdecomp.load("this folder", fresh)""",
+model = {architecture}.from_pretrained("this folder")""",
     "timm": """import timm
 import tdecomp
 

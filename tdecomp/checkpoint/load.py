@@ -13,6 +13,7 @@ from tdecomp.checkpoint.folder import BUFFERS, names_in, read_weights, weight_fi
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import Stored, rebuilt
 from tdecomp.checkpoint.save import library_of
+from tdecomp.checkpoint.standing import decomposed_part
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.model.sites import Site, find_sites
@@ -65,9 +66,8 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             with opened_for(model, names=names):
                 sites: dict[str, Site] = find_sites(model)
                 if folder.is_dir():  # whose plan may be silent about other layers
-                    wanted = [row for row in plan if row.method is not None]
-                    plan = Plan(wanted, plan.everything_else, plan.decomposers)
-                    sites = {r.name: sites[r.name] for r in wanted if r.name in sites}
+                    plan = decomposed_part(plan)
+                    sites = {row.name: sites[row.name] for row in plan if row.name in sites}
                 twin = rebuilt(plan, stored, model, sites)
             remember(twin, plan)
             return twin

@@ -1,6 +1,6 @@
 """The plan that the chains of a model follow now, and that of a part of the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,3 +91,16 @@ def part_of(plan: Plan, path: str) -> Plan:
         return plan
     inner = f"{path}."
     return renamed(plan, lambda name: name.removeprefix(inner) if name.startswith(inner) else None)
+
+
+def decomposed_part(plan: Plan) -> Plan:
+    """The plan without the layers that are left alone."""
+    rows = [row for row in plan if row.method is not None]
+    return Plan(rows, plan.everything_else, plan.decomposers, notes=plan.notes)
+
+
+def without_whole(plan: Plan, stored: Collection[str]) -> Plan:
+    """The plan without the layers that were put back, whose weights are stored as they were."""
+    factors = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
+    whole = [r for r in plan if r.method and f"{r.name}.weight" in stored and r.name not in factors]
+    return plan.without({row.name: "it is a layer again" for row in whole})

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tdecomp.calibration.opening import opened_for
-from tdecomp.checkpoint.description import CONFIG, KEY, METHOD, plan_in, read_config
+from tdecomp.checkpoint.checks import refuse_missing_factors
+from tdecomp.checkpoint.description import KEY, METHOD, plan_in, read_config
 from tdecomp.checkpoint.folder import NAMES, indexed_files, names_in
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
-from tdecomp.checkpoint.standing import renamed
+from tdecomp.checkpoint.standing import renamed, without_whole
 from tdecomp.layers.chain import Chain
 from tdecomp.model.fused import with_parts
 from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.surgery import swap
 from tdecomp.model.weights import spec_of
 from tdecomp.plans.plan import Plan
+
+if int(__version__.partition(".")[0]) < 5:
+    raise ImportError(f"tdecomp.integrations.transformers: got transformers {__version__}, needs 5")
 
 
 @register_quantization_config(METHOD)
@@ -128,16 +132,14 @@ def put_chains(model: Any, plan: Plan, stored: Collection[str] | None = None) ->
                 f"({', '.join(r.name for r in plan if r.method)}); expected a model of the "
                 "architecture that was saved"
             )
-        mine = _without_whole(found, stored or ())
+        mine = without_whole(found, stored or ())
         layers = {row.name: held[row.name] for row in mine if row.method is not None}
         _check_layers(mine, layers)
         swap(model, empty_chains(layers, mine))
     close_unchanged(model)
     _check_ties(model)
     if stored is not None:
-        _check_stored(model, stored)
-    for chain in (module for module in model.modules() if isinstance(module, Chain)):
-        chain._is_hf_initialized = True  # its stages are; it has no values of its own
+        refuse_missing_factors(model, stored)
     return mine
 
 
@@ -146,13 +148,6 @@ def _tie(model: Any) -> None:
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         path, _, part = target.rpartition(".")
         setattr(model.get_submodule(path), part, model.get_parameter(source))
-
-
-def _without_whole(plan: Plan, stored: Collection[str]) -> Plan:
-    """The plan without the layers that were put back, whose weights are there as they were."""
-    factors = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
-    whole = [r for r in plan if r.method and f"{r.name}.weight" in stored and r.name not in factors]
-    return plan.without({row.name: "it is a layer again" for row in whole})
 
 
 def _check_layers(plan: Plan, layers: Mapping[str, nn.Module]) -> None:
@@ -192,19 +187,6 @@ def _stored(model: Any, files: Sequence[Path]) -> set[str]:
         names = {name for file in files for name in names_in(file)}
     prefix = _prefix(model)
     return names | {name.removeprefix(prefix) for name in names} | {prefix + name for name in names}
-
-
-def _check_stored(model: Any, stored: Collection[str]) -> None:
-    """Refuse a model with factors that nothing is loaded into: they would stay random."""
-    held = dict(model.named_parameters(remove_duplicate=False))
-    found = {id(parameter) for name, parameter in held.items() if name in stored}
-    chains = [f"{path}." for path, m in model.named_modules() if isinstance(m, Chain)]
-    lost = [n for n, p in held.items() if id(p) not in found and n.startswith(tuple(chains))]
-    if lost:
-        raise ValueError(
-            f"{CONFIG} says that these are factors of chains, and no file of weights has them: "
-            f"{', '.join(lost)}; expected what tdecomp saved (adapters merged, no layer replaced)"
-        )
 
 
 def _prefix(model: Any) -> str:

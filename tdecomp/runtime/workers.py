@@ -1,6 +1,9 @@
-"""Executors that a command line can name: processes of this machine, or a Dask cluster's."""
+"""The workers that a command line can name: processes of this machine, or a Dask cluster's."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +34,25 @@ def executor_of(
         spawn = multiprocessing.get_context("spawn")
         threads = max(1, thread_count() // workers)
         with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (threads,)) as pool:
+            with _interrupts_ignored():
+                for _ in range(workers):
+                    pool.submit(os.getpid)  # which starts one
             yield pool
     else:
         yield None
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """What is started inside never sees Ctrl-C, which a terminal sends to all processes of a job.
+
+    Only this process acts on it: it cancels what waits. Workers that act on it break their pool.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import listed_methods
 from tdecomp.plans.plan import Plan
@@ -53,6 +55,15 @@ def memory_size(text: str) -> int:
     if found is None or (nbytes := int(float(found[1]) * _UNITS[found[2].upper()])) < 1:
         raise ValueError(f"expected a size with its unit, such as 500MB, 4GB or 4GiB, got {text!r}")
     return nbytes
+
+
+def device(text: str) -> torch.device:
+    """The device of this name, if it can be used here."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # also where torch was built without CUDA
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {text!r} cannot be used here: {reason}") from error
 
 
 def count(text: str) -> int:

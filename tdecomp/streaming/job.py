@@ -79,12 +79,18 @@ def finished_report(target: Path, job: Mapping[str, Any], *, resume: bool) -> Re
             f"target: {target} is that of another job, which differs in {'; '.join(differing)}. "
             "Delete it, or choose another target"
         )
+    return report_in(target)
+
+
+def report_in(target: Path) -> Report | None:
+    """What the stream did that wrote this folder; None if none did, or none to its end."""
+    done = read_json(target / REPORT)
     if not isinstance(done, dict) or not (target / CONFIG).is_file():
         return None
-    rows = typed(tuple[Row, ...], done["rows"], "rows")
-    rest = typed(Cost, done["everything_else"], "everything_else")
+    rows = typed(tuple[Row, ...], done.get("rows"), "rows")
+    rest = typed(Cost, done.get("everything_else"), "everything_else")
     config = read_json(target / CONFIG)
-    methods = plan_in(config[KEY]).decomposers if any(row.method for row in rows) else {}
+    methods = plan_in(config.get(KEY)).decomposers if any(row.method for row in rows) else {}
     return Report(rows, rest, methods, notes=data_notes(rows, None))
 
 

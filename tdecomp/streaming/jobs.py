@@ -45,6 +45,7 @@ class Folders:
     records: str | None = None  # of what is done, if it is to be known to later runs
     device: str = "cpu"
     max_memory: int | None = None  # bytes that all jobs of a process together may take
+    keep_threads: bool = False  # whether jobs run with as many threads as torch has there
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _prepare(
     """The sites with their values; `inside` is left when the job is done."""
     inside.enter_context(freed_at_once())
     inside.enter_context(torch.no_grad())
-    if one_thread:
+    if one_thread and not folders.keep_threads:
         inside.enter_context(OneThread())
     if folders.max_memory is not None:
         needed = memory_needed(layers, methods)

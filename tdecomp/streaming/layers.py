@@ -123,6 +123,7 @@ class FolderLayers:
     consumed: Mapping[str, tuple[str, ...]]  # by a layer's name the stored tensors that are its own
     opened: Mapping[str, str]  # by a layer's name the module whose own weight it was, if it was one
     params: int  # of the whole model
+    architecture: str | None  # the class of transformers, if it knows the model
 
     def group(self, name: str) -> list[FileLayer]:
         """The layer of this name, and those that share its weight, in the order of the model."""
@@ -175,7 +176,7 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
             words = f"beside {other!r}, whose values cannot be read: {sites[other].reason}"
             sites[name] = replace(sites[name], reason=words)
     settle(sites)
-    return FolderLayers(sites, layers, consumed, opened, skeleton.params)
+    return FolderLayers(sites, layers, consumed, opened, skeleton.params, skeleton.architecture)
 
 
 _NO_MODULE = nn.Module()

@@ -15,8 +15,11 @@ from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.cost import count_in_words
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.plans.plan import Plan
-from tdecomp.plans.table import FORMAT
+from tdecomp.plans.report import Report
+from tdecomp.plans.table import FORMAT, Table
+from tdecomp.streaming.job import REPORT, report_in
 from tdecomp.streaming.source import PICKLED, open_folder
+from tdecomp.streaming.target import WorkFolder
 
 # The metadata under which `Decomposition.save` and `Moments.save` keep what is no tensor.
 _SAVED, _MOMENTS = "tdecomp", "tdecomp_moments"
@@ -29,13 +32,15 @@ class Contents:
     title: str  # what it is, in words
     plan: Plan | None = None  # of what was decomposed
     tensors: Mapping[str, Stored] = field(default_factory=dict)
+    report: Report | None = None  # of the stream that wrote it
 
     def __str__(self) -> str:
         parts = [self.title]
-        if self.plan is not None:
-            parts.append(str(self.plan))
+        table = self.plan if self.report is None else self.report
+        if table is not None:
+            parts.append(str(table))
         if self.tensors:
-            parts += [] if self.plan is not None else [_shapes(self.tensors)]
+            parts += [] if table is not None else [_shapes(self.tensors)]
             parts.append(_sizes(self.tensors))
         return "\n\n".join(parts)
 
@@ -81,15 +86,29 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
 
 
 def _folder(place: Path) -> Contents:
+    begun = WorkFolder(place)
+    if begun.job() is not None:
+        known = begun.plan()
+        words = "a stream that is not finished, the same command goes on with it"
+        return Contents(f"{place}: {words}", known and known[0])
     source = open_folder(place)
     if is_description(source.config.get(KEY)):
         with named_in_errors(place / CONFIG):
             plan = plan_in(source.config[KEY])
-        return Contents(_title(place, source.config[KEY]), plan, source.tensors)
+        with named_in_errors(place / REPORT):
+            report = report_in(place)
+        if report is not None and _choices(report) != _choices(plan):
+            report = None  # what was done afterwards made another model of it
+        title = _title(place, source.config[KEY])
+        return Contents(title, plan, source.tensors, report)
     made_for = source.config.get("architectures") or [source.config.get("model_type")]
     words = f" of {', '.join(map(str, made_for))}" if any(made_for) else ""
     title = f"{place}: an ordinary checkpoint{words}, nothing is decomposed"
     return Contents(title, None, source.tensors)
+
+
+def _choices(table: Table) -> list[tuple[Any, ...]]:
+    return [(row.name, row.method, row.rank) for row in table]
 
 
 def _title(place: Path, header: Mapping[str, Any]) -> str:

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdecomp.checkpoint.description import CONFIG, KEY, METHOD
 from tdecomp.checkpoint.folder import NAMES
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.plans.table import FORMAT
 
-CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-METHOD = "tdecomp"  # the `quant_method` of a folder that was decomposed
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 # Files with the same weights again, in other forms.
 _SAME_WEIGHTS = (
@@ -57,7 +56,7 @@ class Source:
     @property
     def quantizer(self) -> str | None:
         """The method by which it says to be quantized; None if it is not."""
-        said = self.config.get("quantization_config")
+        said = self.config.get(KEY)
         return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
 
     def other_files(self) -> list[str]:
@@ -143,7 +142,9 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
             f"{root}: its weights are pickled ({pickled[0]}), which runs code when it is read; "
             "expected safetensors: model.save_pretrained(folder) writes them"
         )
-    raise FileNotFoundError(f"{root}: no *.safetensors; expected a folder with weights")
+    inner = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    words = f"one of its folders: {', '.join(inner)}" if inner else "a folder with weights"
+    raise FileNotFoundError(f"{root}: no *.safetensors; expected {words}")
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -180,7 +181,7 @@ def _config(root: Path) -> dict[str, Any]:
 
 def _refuse_decomposed(source: Source) -> None:
     if source.quantizer == METHOD:
-        said = source.config["quantization_config"]
+        said = source.config[KEY]
         form = said.get("format")
         if isinstance(form, int) and form > FORMAT:
             raise ValueError(

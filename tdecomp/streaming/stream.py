@@ -135,7 +135,7 @@ def stream(
         _check_memory(found, methods_of(asked), max_memory)
         folders = Folders(
             str(given.folder.absolute()), str(work_folder.files), str(work_folder.records),
-            str(unit), max_memory,
+            str(unit), max_memory, keep_threads=executor is not None,
         )  # fmt: skip
         with said_if_full(into, given.nbytes):
             work_folder.begin(job)
@@ -150,7 +150,7 @@ def stream(
             work_folder.lay_out(work.layouts)
             rows = _carry_out(work, folders, executor, bar)
             report = _report(known[0], rows)
-            _finish(given, work_folder, work, known[0], report, job)
+            _finish(given, work_folder, work, known[0], report, job, found.architecture)
     return report
 
 
@@ -243,7 +243,7 @@ def _report(plan: Plan, fitted: Mapping[str, Row]) -> Report:
 
 def _finish(
     source: Source, folder: WorkFolder, work: Work, plan: Plan, report: Report,
-    job: Mapping[str, Any],
+    job: Mapping[str, Any], architecture: str | None,
 ) -> None:  # fmt: skip
     """Put everything in its place: the config last, without which nothing can be loaded."""
     target = folder.target
@@ -258,9 +258,17 @@ def _finish(
     config = dict(source.config)
     if any(row.method is not None for row in plan):
         config[KEY] = description(plan)
-        kinds = source.config.get("architectures") or [source.config.get("architecture", "Model")]
-        library = "transformers" if source.config.get("architectures") else ""
-        write_readme(target, readme(str(kinds[0]), library))
+        write_readme(target, readme(*_maker(source.config, architecture)))
     write_report(target, report, job)
     write_json(target / CONFIG, config)
     folder.remove()
+
+
+def _maker(config: Mapping[str, Any], architecture: str | None) -> tuple[str, str]:
+    """The class of the model and the library that it comes from, as the README names them."""
+    if architecture is not None:
+        return architecture, "transformers"
+    for name, library in (("_class_name", "diffusers"), ("architecture", "timm")):
+        if name in config:
+            return str(config[name]), library
+    return str(next(iter(config.get("architectures") or ()), "Model")), ""

@@ -13,6 +13,7 @@ from tdecomp.plans.plan import Plan
 from tdecomp.ranks.base import RankSelector
 from tdecomp.ranks.budget import Budget
 from tdecomp.runtime.progress import Progress
+from tdecomp.runtime.torch_state import restoring
 from tdecomp.streaming.choose import Asked, ask, offers_in, plan_folder
 from tdecomp.streaming.jobs import Folders
 from tdecomp.streaming.layers import FolderLayers, layers_of
@@ -49,8 +50,9 @@ def planned_folder(
 ) -> Plan:
     """The plan for a folder, with the errors to expect."""
     asked = Asked(methods, selector, expect=True, allow_expansion=allow_expansion)
-    found, folders = _opened(folder, filters, progress)
-    return plan_folder(found, asked, folders, executor=executor, progress=progress).plan
+    with restoring():
+        found, folders = _opened(folder, filters, progress)
+        return plan_folder(found, asked, folders, executor=executor, progress=progress).plan
 
 
 def folder_sensitivity(
@@ -62,13 +64,14 @@ def folder_sensitivity(
     progress: Progress,
 ) -> Sensitivity:
     """What each layer of a folder loses at each rank, by each method."""
-    found, folders = _opened(folder, filters, progress)
-    sites = list(found.sites.values())
-    able, left_alone = able_sites(sites, methods)
     # A budget is what curves are drawn for; its size plays no part in them.
     asked = Asked(methods, Budget(params=1.0))
-    known = ask(found, able, asked, folders, executor=executor, progress=progress)
-    return sensitivity_of(sites, offers_in(able, known, rounded=False), left_alone)
+    with restoring():
+        found, folders = _opened(folder, filters, progress)
+        sites = list(found.sites.values())
+        able, left_alone = able_sites(sites, methods)
+        known = ask(found, able, asked, folders, executor=executor, progress=progress)
+        return sensitivity_of(sites, offers_in(able, known, rounded=False), left_alone)
 
 
 def _opened(

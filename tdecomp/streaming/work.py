@@ -111,8 +111,9 @@ def _new_tensors(rows: Sequence[Row], plan: Plan, found: FolderLayers) -> dict[s
     order = {row.name: at for at, row in enumerate(plan)}
     for row, chain in sorted(zip(rows, chains, strict=True), key=lambda pair: order[pair[0].name]):
         named = [*chain.named_parameters(remove_duplicate=False), *chain.named_buffers()]
+        saved = chain.state_dict().keys()
         for part, value in named:
-            if id(value) not in seen:
+            if id(value) not in seen and part in saved:
                 seen.add(id(value))
                 nbytes = value.numel() * value.element_size()
                 tensors[f"{row.name}.{part}"] = name_of(value.dtype), tuple(value.shape), nbytes

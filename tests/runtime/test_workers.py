@@ -1,6 +1,6 @@
 """The executors that a command line names."""
 
-import multiprocessing
+import signal
 import sys
 
 import pytest
@@ -14,13 +14,15 @@ def test_none_without_a_word():
         assert executor is None
 
 
-def test_processes_that_share_the_threads():
+def test_processes_share_the_threads_and_leave_interrupts_to_this_one():
+    before = signal.getsignal(signal.SIGINT)
     with executor_of(workers=1) as executor:
         assert executor is not None
+        assert signal.getsignal(signal.SIGINT) is before
         threads = executor.submit(torch.get_num_threads)
-        name = executor.submit(multiprocessing.parent_process)
+        handler = executor.submit(signal.getsignal, signal.SIGINT)
         assert threads.result() == torch.get_num_threads()
-        assert name.result() is not None
+        assert handler.result() is signal.SIG_IGN
 
 
 def test_a_scheduler_without_dask(monkeypatch):

@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import torch
 from torch import nn
 
 import tdecomp
@@ -29,6 +30,13 @@ def test_sizes(text, nbytes):
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match="with its unit, such as 500MB"):
         arguments.memory_size(text)
+
+
+def test_devices():
+    assert arguments.device("cpu") == torch.device("cpu")
+    for text in ("none", "cuda:9999", ""):
+        with pytest.raises(ValueError, match=f"device '{text}' cannot be used here: "):
+            arguments.device(text)
 
 
 def test_counts():

@@ -9,9 +9,10 @@ import pytest
 from torch import nn
 
 import tdecomp
-from tdecomp.__main__ import EXAMPLES, main, parser
+from tdecomp.__main__ import main
 from tdecomp.decomposers.svd import SVD
 from tdecomp.plans.plan import Plan
+from tdecomp.streaming.parser import EXAMPLES, parser
 from tdecomp.streaming.show import contents_of
 from tests.docs.pages import ROOT
 from tests.streaming.folders import perceptron, unknown
@@ -102,6 +103,7 @@ def test_version(capsys):
         ("stream llama", "TARGET"),
         ("stream llama small", "expected --rank, or --layer-rank"),
         ("stream llama small --rank 4 --max-memory 4", "such as 500MB, 4GB or 4GiB, got '4'"),
+        ("stream llama small --rank 4 --device none", "device 'none' cannot be used here: "),
         ("stream llama small --plan none.json", "no such file: none.json"),
         ("stream llama small --plan plan.json --rank 4", "expected no other choice"),
         ("stream llama small --plan plan.json --exclude lm_head", "expected no other choice"),
@@ -175,6 +177,7 @@ def test_stream_and_show(here, capsys):
     assert capsys.readouterr().out == f"{result.report}\n"
     found = contents_of("small")
     assert found.plan.rows == result.plan.rows
+    assert f"\n\n{result.report}\n\n" in str(found)
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
         name: tuple(value.shape) for name, value in result.model.state_dict().items()
     }
@@ -192,6 +195,17 @@ def test_a_scheduler_needs_dask(here, monkeypatch, capsys, command):
     monkeypatch.setitem(sys.modules, "dask.distributed", None)
     assert main([*command.split(), "--scheduler", "tcp://127.0.0.1:1"]) == 1
     assert "pip install 'tdecomp-torch[dask]'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "options, said", [("--max-memory 1KB", "max_memory is 1.00kB"), ("--device meta", "meta")]
+)
+def test_what_the_stream_is_told(here, capsys, options, said):
+    unknown(here / "folder")
+    words = f"stream folder small --include * --rank 4 --no-progress {options}"
+    assert main(words.split()) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_stream_of_a_plan(here, plan, capsys):

@@ -11,6 +11,7 @@ from torch import nn
 import tdecomp
 from tdecomp.plans.table import FORMAT
 from tdecomp.streaming.show import bytes_in_words, contents_of
+from tdecomp.streaming.target import WorkFolder
 from tests.streaming.folders import INDEX, SINGLE, perceptron, unknown, write
 
 
@@ -62,6 +63,33 @@ def test_a_decomposed_folder(tmp_path, result):
     assert cells(str(found), "all")[0] == "all, in 2 files"
 
 
+def test_a_folder_that_was_streamed_and_saved_again(tmp_path, result):
+    """The report of the stream is no longer that of what is there."""
+    unknown(tmp_path / "large")
+    options = {"rank": 4, "include": "*", "progress": False}
+    report = tdecomp.stream(tmp_path / "large", tmp_path / "small", "svd", **options)
+    assert str(contents_of(tmp_path / "small").report) == str(report)
+    for file in (tmp_path / "small").glob("*.safetensors*"):
+        file.unlink()
+    decomposed_folder(tmp_path / "small", result)
+    found = contents_of(tmp_path / "small")
+    assert found.report is None
+    assert str(result.plan) in str(found)
+    (tmp_path / "small" / "tdecomp.json").write_text('{"rows": 3}')
+    with pytest.raises(ValueError, match=r"tdecomp\.json: rows: expected a list, got 3"):
+        contents_of(tmp_path / "small")
+
+
+def test_a_stream_that_is_not_finished(tmp_path, result):
+    folder = WorkFolder(tmp_path)
+    folder.begin({"rank": "4"})
+    assert str(contents_of(tmp_path)) == (
+        f"{tmp_path}: a stream that is not finished, the same command goes on with it"
+    )
+    folder.keep_plan(result.plan, frozenset())
+    assert str(contents_of(tmp_path)).endswith(f"goes on with it\n\n{result.plan}")
+
+
 def test_sizes_are_those_of_each_type(tmp_path):
     tensors = {
         "a": torch.zeros(1000, 3, dtype=torch.bfloat16), "b": torch.zeros(5, dtype=torch.bfloat16),
@@ -100,6 +128,15 @@ def test_layers_alike_but_for_their_number_are_one_line(tmp_path):
     assert cells(text, "*.up.weight")[1:] == ["6 × 8", "F32", "12", "576"]
     assert cells(text, "*.down.weight")[1:] == ["8 × 6", "F32", "12", "576"]
     assert cells(text, "12.up.weight")[1:] == ["4 × 4", "F32", "1", "16"]
+
+
+def test_types_have_lines_of_their_own(tmp_path):
+    tensors = {f"blocks.{i}.weight": torch.ones(2, 2) for i in range(3)}
+    tensors["blocks.3.weight"] = torch.ones(2, 2, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "file")
+    text = str(contents_of(tmp_path / "file"))
+    assert cells(text, "blocks.*.weight")[2:4] == ["F32", "3"]
+    assert cells(text, "blocks.3.weight")[2:4] == ["BF16", "1"]
 
 
 def test_numbers_within_words_stay(tmp_path):
@@ -172,6 +209,12 @@ def pickled(folder, result):
     torch.save(result.model.state_dict(), folder / "model.bin")
 
 
+def pipeline(folder, result):
+    for name in ("vae", "unet"):
+        (folder / name).mkdir()
+        decomposed_folder(folder / name, result)
+
+
 def empty(folder, result):
     del folder, result
 
@@ -187,7 +230,8 @@ def empty(folder, result):
         (other_plan, r"config\.json: methods: expected an object"),
         (later, r"config\.json: .*written by tdecomp 9\.9.*update tdecomp"),
         (pickled, r"model\.bin.*runs code"),
-        (empty, "no .*safetensors"),
+        (pipeline, "expected one of its folders: unet, vae"),
+        (empty, r"no \*\.safetensors; expected a folder with weights"),
     ],
 )
 def test_folders_that_cannot_be_told(tmp_path, result, make, words):

@@ -96,6 +96,23 @@ def test_sensitivities(folder, llamas, methods):
         assert any(layer.curves for layer in got.layers)
 
 
+@pytest.mark.parametrize(
+    "around",
+    [torch.inference_mode, lambda: torch.autocast("cpu"), lambda: torch.device("meta")],
+    ids=["inference mode", "autocast", "default device"],
+)
+def test_what_torch_is_set_to_changes_nothing(folder, around):
+    options = {"rank": tdecomp.Budget(params=0.8), "progress": False, **EVERY}
+    plan, table = (
+        tdecomp.plan(folder, "dense", **options),
+        tdecomp.sensitivity(folder, progress=False, **EVERY),
+    )
+    with around():
+        check_alike(tdecomp.plan(folder, "dense", **options), plan)
+        got = tdecomp.sensitivity(folder, progress=False, **EVERY)
+    assert got.to_dict() == table.to_dict()
+
+
 def test_the_folder_stays_as_it_is(folder):
     def contents():
         return {path.name: path.read_bytes() for path in folder.iterdir()}

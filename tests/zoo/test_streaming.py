@@ -84,6 +84,25 @@ def test_it_has_the_bits_of_decomposing_in_memory(source, tmp_path, rank):
     assert torch.equal(call(fresh), call(result.model))
 
 
+@pytest.mark.parametrize(
+    "methods, rank",
+    [("svd", tdecomp.Energy(0.8)), ("dense", tdecomp.Budget(params=0.6)), ("auto", 4)],
+)
+@pytest.mark.parametrize("source", MODELS, indirect=True)
+def test_its_plan_is_that_of_the_model_in_memory(source, methods, rank):
+    model = type(made_like(source)).from_pretrained(source, dtype="auto")
+    got, expected = (tdecomp.plan(one, methods, rank=rank, **QUIET) for one in (source, model))
+    assert got.to_dict() == expected.to_dict()
+    assert any(row.method is not None for row in got)
+
+
+@pytest.mark.parametrize("source", MODELS, indirect=True)
+def test_its_sensitivity_is_that_of_the_model_in_memory(source):
+    model = type(made_like(source)).from_pretrained(source, dtype="auto")
+    got, expected = (tdecomp.sensitivity(one, "dense", **QUIET) for one in (source, model))
+    assert got.to_dict() == expected.to_dict()
+
+
 def made_like(source):
     config = transformers.AutoConfig.from_pretrained(source)
     return getattr(transformers, config.architectures[0])(config).to(torch.bfloat16).eval()
