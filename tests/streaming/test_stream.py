@@ -149,7 +149,7 @@ def test_workers_write_the_same(source, tmp_path, rank):
 def test_an_executor_that_was_shut_down(source, tmp_path):
     with ThreadPoolExecutor(1) as executor:
         pass
-    with pytest.raises(ValueError, match="it was shut down before"):
+    with pytest.raises(ValueError, match="it was shut down"):
         stream(source, tmp_path / "target", executor=executor)
     assert not (tmp_path / "target").exists()
 
