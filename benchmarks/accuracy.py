@@ -30,7 +30,7 @@ from benchmarks.support.data import Dataset, image_folder
 from benchmarks.support.machine import describe_machine, describe_versions
 from benchmarks.support.models import input_format, load_model
 from benchmarks.support.output_error import lost_share
-from tdecomp.calibration.moments import FitCache
+from tdecomp.calibration.fit_cache import FitCache
 
 BATCH_SIZE = 128
 FITTED, REFITTED, DISTILLED = "fitted", "refitted", "distilled"

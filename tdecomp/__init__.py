@@ -59,6 +59,7 @@ from tdecomp.recovery.reconstruct import Reconstruct, reconstruct
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.refit import Refit, refit
 from tdecomp.result import Decomposition
+from tdecomp.streaming.stream import stream
 from tdecomp.timing.measure import profile
 from tdecomp.timing.profile import Profile
 
@@ -133,4 +134,5 @@ __all__ = [
     "registered",
     "sensitivity",
     "stage_names",
+    "stream",
 ]

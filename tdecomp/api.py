@@ -1,6 +1,8 @@
 """The public functions: their signatures and documentation."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +25,10 @@ from tdecomp.plans.plan import Plan, match_sites
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.recovery.steps import Recover, check_data, recovery_steps, use_variants
 from tdecomp.result import Decomposition
+from tdecomp.runtime.executors import check_executor
 from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
+from tdecomp.streaming.survey import folder_sensitivity, planned_folder, refuse_for_folders
 from tdecomp.timing.profile import Profile
 from tdecomp.timing.stopwatch import THIS_MACHINE
 
@@ -48,6 +52,7 @@ def decompose(
     optimizers: Optimizer | Sequence[Optimizer] = (),
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Decomposition:
     """Decompose a model's layers: `plan` and `apply` in one call.
 
@@ -109,6 +114,11 @@ def decompose(
         is drawn from fixed seeds.
     progress : bool
         Show bars.
+    executor : concurrent.futures.Executor, optional
+        What computes losses and fits, instead of threads of this process: a `ThreadPoolExecutor`,
+        a `ProcessPoolExecutor` whose workers are spawned, `client.get_executor()` of a Dask client.
+        Weights travel to it, never the model; it is not shut down. Its workers keep the number of
+        torch's threads that they have. Calibration, training and timing stay here.
 
     Returns
     -------
@@ -127,13 +137,14 @@ def decompose(
     steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
     with restoring(model, seed=seed), opened_for(model, example, batches) as opened:
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
-            example, allow_expansion, profile, only_if_faster, bar,
+            example, allow_expansion, profile, only_if_faster, bar, executor=executor,
         )  # fmt: skip
         planned = make_plan(model, request, batches, use_variants(steps), expect=False)
         weighs = request.selector.weighs_layers
@@ -156,11 +167,12 @@ def decompose(
             optimizers=listed,
             progress=bar,
             closed=opened.closed,
+            executor=executor,
         )
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     methods: Methods,
     *,
     rank: Any,
@@ -175,6 +187,7 @@ def plan(
     only_if_faster: bool = False,
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Plan:
     """Choose a method and a rank for every layer, without changing anything.
 
@@ -182,20 +195,38 @@ def plan(
     >>> plan(model, "svd", rank=4)["0"].params_after
     416
 
-    The parameters are those of `decompose`, and so are the errors.
+    The other parameters are those of `decompose`, and so are the errors.
+
+    Parameters
+    ----------
+    model : nn.Module or path
+        A model, or a folder of safetensors with its config.json, as `save_pretrained` writes it:
+        its tensors are then read one by one, and may be more than fit into memory. Only what needs
+        no call of the model can be asked of a folder.
 
     Returns
     -------
     Plan
         A row for every layer; those left alone say why.
     """
-    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
+    if isinstance(model, (str, os.PathLike)):
+        filters = Filters(include, exclude, where)
+        refuse_for_folders(
+            "plan", filters, example_inputs=example_inputs, data=data, forward=forward,
+            profile=profile, only_if_faster=only_if_faster,
+        )  # fmt: skip
+        return planned_folder(
+            model, listed_methods(methods), get_selector(rank), filters,
+            allow_expansion=allow_expansion, executor=executor, progress=bar,
+        )  # fmt: skip
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed), opened_for(model, example, batches):
         request = Request(
             listed_methods(methods), get_selector(rank), Filters(include, exclude, where),
-            example, allow_expansion, profile, only_if_faster, bar,
+            example, allow_expansion, profile, only_if_faster, bar, executor=executor,
         )  # fmt: skip
         return make_plan(model, request, batches, expect=True).plan
 
@@ -212,6 +243,7 @@ def apply(
     optimizers: Optimizer | Sequence[Optimizer] = (),
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Decomposition:
     """Decompose a model's layers as a plan says.
 
@@ -256,6 +288,7 @@ def apply(
     steps = recovery_steps(recover)
     listed = check_optimizers(optimizers, inplace)
     example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     check_data(steps, batches)
@@ -289,11 +322,12 @@ def apply(
             optimizers=listed,
             progress=bar,
             closed=opened.closed,
+            executor=executor,
         )
 
 
 def sensitivity(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     methods: Methods = "dense",
     *,
     example_inputs: Any = None,
@@ -304,6 +338,7 @@ def sensitivity(
     forward: Forward | None = None,
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Sensitivity:
     """What each layer loses at each rank, by each method: the table to look at before choosing.
 
@@ -316,17 +351,31 @@ def sensitivity(
     a later plan finds the fits that were made here. Where samples are held out errors are theirs,
     at a few ranks and interpolated between them.
 
-    The parameters are those of `decompose`.
+    The other parameters are those of `decompose`.
+
+    Parameters
+    ----------
+    model : nn.Module or path
+        A model, or a folder, as for `plan`.
 
     Returns
     -------
     Sensitivity
         A table, plain data, and a picture: `print(table)`, `table.to_dict()`, `table.plot()`.
     """
-    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    check_executor(executor)
     bar = Progress(progress)
-    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     filters = Filters(include, exclude, where)
+    if isinstance(model, (str, os.PathLike)):
+        refuse_for_folders(
+            "sensitivity", filters, example_inputs=example_inputs, data=data, forward=forward
+        )
+        listed = listed_methods(methods)
+        return folder_sensitivity(model, listed, filters, executor=executor, progress=bar)
+    example = None if example_inputs is None else Example.of(example_inputs, forward)
+    batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
     with restoring(model, seed=seed), opened_for(model, example, batches):
         listed = listed_methods(methods)
-        return measure_sensitivity(model, listed, filters, example, batches, progress=bar)
+        return measure_sensitivity(
+            model, listed, filters, example, batches, progress=bar, executor=executor
+        )

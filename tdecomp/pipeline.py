@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -12,26 +13,24 @@ from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.layers.chain import Chain
-from tdecomp.loss_curves.offers import fit_size
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.fast_path import has_fused_layers
 from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.optimizers import Closed, as_optimizers, unoptimized
 from tdecomp.model.surgery import copy_with, swap, tensors_in
-from tdecomp.model.ties import leader
 from tdecomp.model.trial import Run, broken_layers
 from tdecomp.model.weights import is_lazy
 from tdecomp.plans.data_notes import data_notes
-from tdecomp.plans.fit import fit_rows
+from tdecomp.plans.fit import Group, fit_groups
 from tdecomp.plans.make import Planned
 from tdecomp.plans.model_notes import model_notes
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
+from tdecomp.plans.rows import row_groups
 from tdecomp.recovery.recovery import RecoveryStep
 from tdecomp.recovery.steps import run_steps
 from tdecomp.result import Decomposition
-from tdecomp.runtime.parallel import parallel_map
 from tdecomp.runtime.progress import SILENT, Progress
 from tdecomp.runtime.torch_state import no_inference_mode
 from tdecomp.timing.speed import Speed
@@ -53,6 +52,7 @@ def carry_out(
     progress: Progress = SILENT,
     replan: Callable[[Mapping[str, str]], Planned] | None = None,
     closed: Closed | None = None,
+    executor: Executor | None = None,
 ) -> Decomposition:
     """Decompose the layers as planned, and put the chains in their places last of all.
 
@@ -61,7 +61,7 @@ def carry_out(
     are those that the optimizers know.
     """
     while True:
-        fitted = fit_all(planned, progress)
+        fitted = fit_all(planned, progress, executor)
         broken = _broken(model, planned, fitted, example, data, inplace=inplace)
         if not broken or replan is None:
             break
@@ -127,40 +127,22 @@ def _broken(
     return known | {names[layer]: reason for layer, reason in broken.items()}
 
 
-def fit_all(planned: Planned, progress: Progress) -> list[tuple[Row, Chain]]:
+def fit_all(
+    planned: Planned, progress: Progress, executor: Executor | None = None
+) -> list[tuple[Row, Chain]]:
     """The finished row and the chain of each layer that is to be decomposed, in their order."""
-    groups: dict[str, list[Row]] = {}
-    for row in planned.plan:
-        if row.method is not None:
-            groups.setdefault(row.tied_to or row.name, []).append(row)
-    todo = [_leader_first(rows) for rows in groups.values()]
-
-    def fit(rows: Sequence[Row]) -> list[tuple[Row, Chain]]:
-        method = planned.plan.decomposers[rows[0].method or ""]
-        known, draft = planned.fits.get(rows[0].name, (None, None))
-        sites = [planned.sites[row.name] for row in rows]
-        return fit_rows(sites, rows, method, planned.moments, known, draft)
-
-    def size(rows: Sequence[Row]) -> int:
-        return fit_size(planned.sites[rows[0].name], planned.moments)
-
-    errors = [0.0]
-
-    def show(rows: Sequence[Row], done: list[tuple[Row, Chain]]) -> None:
-        of_weight, of_output = done[0][0].weight_error, done[0][0].output_error
-        errors.append((of_weight if of_output is None else of_output) or 0.0)
-        step.advance(f"error at most {max(errors):.3g}", work=size(rows))
-
-    with progress.step("fit", len(todo), "layers", work=sum(map(size, todo))) as step:
-        found = [pair for pairs in parallel_map(fit, todo, size=size, done=show) for pair in pairs]
+    todo = [
+        Group(
+            [planned.sites[row.name] for row in rows],
+            rows,
+            planned.plan.decomposers[rows[0].method or ""],
+            *planned.fits.get(rows[0].name, ()),
+        )
+        for rows in row_groups(planned.plan)
+    ]
+    found = fit_groups(todo, planned.moments, "fit", progress, executor)
     places = {row.name: at for at, row in enumerate(planned.plan)}
     return sorted(found, key=lambda pair: places[pair[0].name])
-
-
-def _leader_first(rows: Sequence[Row]) -> list[Row]:
-    """Rows that share their factors, first the one that they are fitted as."""
-    first = rows[leader([row.layer for row in rows if row.layer is not None])]
-    return [first, *(row for row in rows if row is not first)]
 
 
 def _speed(

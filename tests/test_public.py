@@ -89,8 +89,9 @@ timing
 plans
 recovery checkpoint integrations
 result pipeline
-afterwards
+afterwards streaming
 api quality composer
+__main__
 """
 ROOMS = [line.split() for line in ORDER.strip().splitlines()]
 

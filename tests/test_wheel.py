@@ -63,3 +63,7 @@ def test_examples_that_need_no_checkout_run_and_print_what_the_readme_shows(
     lines = len(OUTPUT.splitlines())
     assert prints_the_output("\n".join(printed[:lines])), printed
     assert Path(printed[-1]).is_relative_to(python.parents[1])
+
+
+def test_the_command_is_installed(python: Path, tmp_path: Path) -> None:
+    assert run(python.with_name("tdecomp"), "--version", cwd=tmp_path).startswith("tdecomp ")

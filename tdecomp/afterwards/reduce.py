@@ -1,6 +1,7 @@
 """From a decomposed model on to lower ranks, with training in between."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -23,14 +24,15 @@ from tdecomp.model.surgery import copy_with, swap
 from tdecomp.model.ties import leader
 from tdecomp.pipeline import check_optimizers
 from tdecomp.plans.data_notes import data_notes
-from tdecomp.plans.fit import fit_rows
+from tdecomp.plans.fit import Group, fit_groups
 from tdecomp.plans.plan import Plan, planned_row
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
-from tdecomp.ranks.base import Candidate, RankSelector, checked_choices
+from tdecomp.ranks.base import Candidate, Choice, RankSelector, checked_choices
 from tdecomp.ranks.fixed import ByLayer, Fixed, exceeds
 from tdecomp.ranks.short_forms import get_selector
 from tdecomp.result import Decomposition
+from tdecomp.runtime.executors import check_executor
 from tdecomp.runtime.progress import Progress
 from tdecomp.runtime.torch_state import restoring
 
@@ -45,6 +47,7 @@ def reduce_ranks(
     optimizers: Optimizer | Sequence[Optimizer] = (),
     seed: int | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Decomposition:
     """Lower the ranks of a decomposed model, trained since or not.
 
@@ -63,7 +66,7 @@ def reduce_ranks(
         From `decompose`, `apply` or an earlier `reduce_ranks`.
     rank : int, tuple, float, str, RankSelector or dict
         As for `tdecomp.plan`; shares are of the chains and the model as they are now.
-    data, forward, seed, progress
+    data, forward, seed, progress, executor
         As for `tdecomp.decompose`; moments of the original say nothing of the chains.
     inplace : bool
         Change `decomposition.model` itself, wholly or, on an error, not at all.
@@ -86,6 +89,7 @@ def reduce_ranks(
         raise TypeError(f"reduce_ranks: {words}")
     model, plan = decomposition.model, decomposition.plan
     listed = check_optimizers(optimizers, inplace)
+    check_executor(executor)
     selector = get_selector(rank)
     bar = Progress(progress)
     batches = batches_or_moments(data, forward=forward, seed=seed, progress=bar)
@@ -93,25 +97,17 @@ def reduce_ranks(
         chains = _chains(model, plan)
         sites = _grouped({name: _site(chain, plan[name]) for name, chain in chains.items()}, plan)
         moments = _moments(model, chains, batches, gradients=selector.weighs_layers)
-        candidates = _candidates(plan, chains, sites, moments, selector, bar)
+        candidates = _candidates(plan, chains, sites, moments, selector, bar, executor)
         rest = plan.after - total(mine.before for mine in candidates)
         choices = checked_choices(selector, [[mine] for mine in candidates], rest)
         replacements: dict[nn.Module, Chain] = {}
         rows = {row.name: row for row in plan}
         pairs = zip(candidates, choices, strict=True)
-        for mine, choice in bar.over(pairs, "reduce", len(candidates), "layers"):
-            rank, method = choice.rank, mine.decomposer
-            if rank is not None and rank != rows[mine.layer].rank:
-                group = [rows[site.name] for site in _group(sites[mine.layer])]
-                planned = [
-                    replace(planned_row(row, method, rank), note=f"from rank {row.rank}",
-                            expected_error=choice.error if row.name == mine.layer else None)
-                    for row in group
-                ]  # fmt: skip
-                fitted = fit_rows([sites[r.name] for r in group], planned, method, moments)
-                for row, new in fitted:
-                    rows[row.name], old = row, chains[row.name]
-                    replacements[old] = new.train(old.training)
+        todo = [_to_fit(mine, choice, sites, plan) for mine, choice in pairs]
+        changed = [group for group in todo if group is not None]
+        for row, new in fit_groups(changed, moments, "reduce", bar, executor):
+            rows[row.name], old = row, chains[row.name]
+            replacements[old] = new.train(old.training)
         unfitted = [
             replace(row, weight_error=None, output_error=None, output_error_se=None,
                     output_error_margin=None)
@@ -134,6 +130,23 @@ def reduce_ranks(
                 swap(model, replacements, listed)
             undo.pop_all()
         return result
+
+
+def _to_fit(mine: Candidate, choice: Choice, sites: Mapping[str, Site], plan: Plan) -> Group | None:
+    """The chains to fit again with this one, as they share its factors; None if it stays."""
+    rank, method = choice.rank, mine.decomposer
+    if rank is None or rank == plan[mine.layer].rank:
+        return None
+    group = _group(sites[mine.layer])
+    rows = [
+        replace(
+            planned_row(plan[site.name], method, rank),
+            note=f"from rank {plan[site.name].rank}",
+            expected_error=choice.error if site.name == mine.layer else None,
+        )
+        for site in group
+    ]
+    return Group([sites[site.name] for site in group], rows, method)
 
 
 def _chains(model: nn.Module, plan: Plan) -> dict[str, Chain]:
@@ -197,6 +210,7 @@ def _candidates(
     moments: Moments | None,
     selector: RankSelector,
     progress: Progress,
+    executor: Executor | None,
 ) -> list[Candidate]:
     """For each chain its own method, at no more than the ranks it has now."""
     able = [
@@ -204,7 +218,9 @@ def _candidates(
         for name, site in sites.items()
         if site.name == _group(site)[0].name
     ]
-    offers = offer_ranks(able, moments, curves=selector.weighs_layers, progress=progress)
+    offers = offer_ranks(
+        able, moments, curves=selector.weighs_layers, progress=progress, executor=executor
+    )
     candidates = [_limited(offer.candidates[0], plan[offer.site.name]) for offer in offers]
     for mine in candidates:
         named: RankSelector | None = selector

@@ -49,5 +49,5 @@ def _product(rows: Tensor, kernel: Tensor) -> Tensor:
     """The outputs (patches, out) of a kernel (out, fan_in) for some patches, or looked-up rows."""
     if rows.dim() == 1:
         return kernel.T.index_select(0, rows)
-    outputs: Tensor = rows.double() @ kernel.T
-    return outputs
+    outputs: Tensor = rows.to(kernel.dtype) @ kernel.T
+    return outputs.double()

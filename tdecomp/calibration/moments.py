@@ -1,8 +1,8 @@
 """The moments of the inputs of one layer, and of all layers of a model."""
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.estimate import Estimate
+from tdecomp.calibration.fit_cache import FitCache
 from tdecomp.calibration.held_patches import HeldPatches
+from tdecomp.calibration.precision import difference, precision_of, products
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
@@ -56,6 +58,10 @@ class LayerMoments:
     def sampled(self) -> bool:
         """Whether the rows are a sample of the patches."""
         return self.patches < self.count
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: what `single` keeps is computed again where it is needed."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the name of the field."""
@@ -108,7 +114,8 @@ class LayerMoments:
             return self.second_moments()[0].lost(centred)
         if second is None or not self.spec.bias:
             second = replace(self, spec=replace(self.spec, bias=True)).second_moments()
-        return sum(m.lost(k) for m, k in zip(second, self.kernels(weight), strict=True))
+        kernels = self._kernels(weight)
+        return sum(m.lost(k) for m, k in zip(second, kernels, strict=True))
 
     def lost(
         self, weight: Tensor, difference: Tensor, second: Sequence[SecondMoment]
@@ -118,37 +125,44 @@ class LayerMoments:
         D is a difference of weights in the layer's own layout, with the bias corrected for the
         mean. Also ``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment, None without.
         """
-        kernels, blocks = self.kernels(difference), self.gradient_blocks()
+        kernels, blocks = self._kernels(difference), self.gradient_blocks()
         lost = sum(m.lost(d) for m, d in zip(second, kernels, strict=True))
         variance = self.output_variance(weight, second)
         share = lost / variance if variance > 0 else float(lost > 0)
         if blocks is None:
             return share, None
         groups = zip(blocks, second, kernels, strict=True)
-        loss = sum(float((block * m.between(d)).sum()) for block, m, d in groups)
+        loss = sum(float((block * m.between(d.double())).sum()) for block, m, d in groups)
         return share, max(loss, 0.0)
 
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """The share of the outputs' variance that another weight in this one's place loses."""
-        gone = weight.detach().double() - approximation.detach().double()
+        gone = difference(weight, approximation)
         return self.lost(weight, gone, self.second_moments())[0]
 
     def held_error(self, weight: Tensor, approximation: Tensor) -> Estimate | None:
         """`output_error` on samples that are held out, the bias corrected; None without any."""
         if self.held is None:
             return None
-        gone = weight.detach().double() - approximation.detach().double()
+        gone = difference(weight, approximation)
         shift = self.mean_output(gone) if self.spec.bias else None
-        return self.held.error(self.kernels(weight), self.kernels(gone), shift)
+        return self.held.error(self._kernels(weight), self._kernels(gone), shift)
 
     def mean_output(self, weight: Tensor) -> Tensor:
         """``W E[x]`` (out_channels,), without the bias."""
-        kernels = self.kernels(weight)
-        return torch.cat([k @ mean for k, mean in zip(kernels, self.mean, strict=True)])
+        kernels = self._kernels(weight)
+        return torch.cat([products(k, mean) for k, mean in zip(kernels, self.mean, strict=True)])
 
     def kernels(self, weight: Tensor) -> list[Tensor]:
         """Each group's kernel as a float64 matrix (out / groups, fan_in)."""
-        kernel = self.spec.to_forward_layout(weight.detach().double())
+        return self._matrices(weight.detach().double())
+
+    def _kernels(self, weight: Tensor) -> list[Tensor]:
+        """`kernels`, which large layers keep in float32."""
+        return self._matrices(weight.detach().to(precision_of(weight)))
+
+    def _matrices(self, weight: Tensor) -> list[Tensor]:
+        kernel = self.spec.to_forward_layout(weight)
         return list(kernel.flatten(1).chunk(self.spec.groups))
 
     def gradient_blocks(self) -> list[Tensor] | None:
@@ -211,24 +225,6 @@ def _sample_of_both(mine: Tensor, others: Tensor, share: float) -> Tensor:
         places = torch.linspace(0, rows.shape[1] - 1, max(1, round(part * most))).long()
         parts.append(rows[:, places.to(rows.device)])
     return torch.cat(parts, dim=1)
-
-
-class FitCache:
-    """Values by key, each computed at most once (twice if two threads ask at the same time)."""
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Any] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """The value of a key, computed if it is not known yet."""
-        if key not in self._known:
-            self._known[key] = compute()
-        value: Value = self._known[key]
-        return value
-
-    def known(self, key: Hashable) -> Any:
-        """The value of a key if it was computed, else None."""
-        return self._known.get(key)
 
 
 @dataclass(eq=False, repr=False)

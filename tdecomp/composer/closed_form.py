@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
+from tdecomp.linalg.leading_outputs import leading_outputs
+from tdecomp.linalg.second_moment import SecondMoment
 
 # Multiplies the inputs by a matrix (fan_in, m).
 Times = Callable[[Tensor], Tensor]

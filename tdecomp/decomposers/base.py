@@ -40,6 +40,9 @@ class Decomposer(ABC):
     fits_in_float64 : bool
         Whether fits run in float64. Normal equations square a condition number, so methods that
         solve them need it.
+    fits_large_in_float32 : bool
+        Whether `fit_to` takes the kernels of large layers in float32, and computes in float64 only
+        what needs it, a part at a time: a copy would take most of the memory of a fit.
     iterative : bool
         Whether the fit iterates. Only such a method is ever asked for a draft.
     takes_lookups : bool
@@ -60,6 +63,7 @@ class Decomposer(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     fits_in_float64: ClassVar[bool] = False
+    fits_large_in_float32: ClassVar[bool] = False
     iterative: ClassVar[bool] = False
     takes_lookups: ClassVar[bool] = False
     int_rank_caps: ClassVar[bool] = False
@@ -110,9 +114,10 @@ class Decomposer(ABC):
     ) -> Factors | None:
         """Fit one group's kernel in the norm of its inputs; None for methods that cannot.
 
-        The kernel is float64; the moment may be held in float32. `start` holds factors of this
-        rank to improve on, such as a chain's own; by default those that `fit` finds. Except for a
-        draft, the result is never worse than the start.
+        The kernel is float64, but for large ones of methods with `fits_large_in_float32`; the
+        moment may be held in float32. `start` holds factors of this rank to improve on, such as a
+        chain's own; by default those that `fit` finds. Except for a draft, the result is never
+        worse than the start.
         """
         return None
 

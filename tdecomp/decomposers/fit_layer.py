@@ -11,13 +11,16 @@ from torch import Tensor
 
 from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.precision import difference
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization, Factors
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.leading_outputs import is_large_kernel
 from tdecomp.linalg.second_moment import SecondMoment, is_wide
 from tdecomp.linalg.spectrum import Spectrum, spectra
 from tdecomp.linalg.svd import frobenius_norm
+from tdecomp.runtime.parallel import on_cpu
 from tdecomp.runtime.torch_state import full_precision
 
 
@@ -89,7 +92,8 @@ def measured(
         weight_error = relative_error(weight, approximation)
         output_error = loss = shift = note = None
         if moments is not None and second is not None:
-            gone = weight.detach().double() - approximation.double()
+            gone = difference(weight, approximation)
+            del approximation
             output_error, loss = moments.lost(weight, gone, second)
             shift = moments.mean_output(gone) if spec.bias else None
             if not method.uses_moments:
@@ -103,6 +107,15 @@ def measured(
         norms /= frobenius_norm(weight) or 1.0
     errors, notes = (weight_error, output_error, loss), (note,) if note else ()
     return FittedLayer(factors, *errors, shift, norms, seconds, notes)
+
+
+def fit_size(weight: Tensor, spec: LayerSpec, moments: LayerMoments | None) -> int:
+    """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
+    size = on_cpu(weight)
+    if not size or moments is None or spec.lookup:
+        return size
+    # A fit to data makes many small steps on a moment where one to weights makes few large ones.
+    return max(size, spec.fan_in**2 // 4)
 
 
 def _second_moments(
@@ -134,13 +147,14 @@ def factorize(
     dtype, starts = fit_dtype(method, weight), start.groups if start else [None] * spec.groups
     seconds: Sequence[SecondMoment | None] = [None] * spec.groups
     if moments is not None and method.uses_moments:
-        dtype, seconds = torch.float64, moments
+        dtype, seconds = fit_to_dtype(method, weight, spec), moments
     groups: list[Factors] = []
     with full_precision(weight.device):
-        kernels = group_kernels(weight.detach().to(dtype), spec)
-        for kernel, second, near in zip(kernels, seconds, starts, strict=True):
+        kernels = list(group_kernels(weight.detach().to(dtype), spec))
+        for second, near in zip(seconds, starts, strict=True):
+            kernel = kernels.pop(0)  # whose memory is free once it has been fitted
             # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
-            largest = float(kernel.abs().max())
+            largest = float(torch.maximum(*map(torch.abs, torch.aminmax(kernel))))
             scale = largest or 1.0
             if largest == 0 and (zero := _zero_factors(method, kernel, rank)) is not None:
                 groups.append(zero)
@@ -151,7 +165,10 @@ def factorize(
                 options = {"start": begin, "draft": draft}
             fitted: Factors | None
             if second is None or second.trace <= 0:  # inputs that never vary say nothing
-                fitted = method.fit(kernel / scale, rank, **options)
+                # What is a copy already needs no second one.
+                scaled = kernel / scale if dtype == weight.dtype else kernel.div_(scale)
+                fitted = method.fit(scaled, rank, **options)
+                del scaled
             elif method.iterative and not draft and weight.dtype.itemsize < 4:
                 start_of_group = options["start"]
                 fitted = _fit_to_be_rounded(
@@ -159,6 +176,7 @@ def factorize(
                 )
             else:
                 fitted = method.fit_to(kernel / scale, rank, second, **options)
+            del kernel
             if fitted is None:
                 return factorize(method, weight, spec, rank, None, start, draft=draft)
             groups.append(fitted.scaled(scale))
@@ -233,9 +251,12 @@ def fit_dtype(method: Decomposer, weight: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def fit_to_dtype(method: Decomposer, weight: Tensor, spec: LayerSpec) -> torch.dtype:
+    """float64 but for the large kernels of methods that take these in float32."""
+    large = is_large_kernel(spec.to_forward_layout(weight).chunk(spec.groups)[0])
+    return fit_dtype(method, weight) if large and method.fits_large_in_float32 else torch.float64
+
+
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − W̃‖ / ‖W‖ in the Frobenius norm; 0 for a zero weight that is met exactly."""
-    if torch.float64 not in (weight.dtype, approximation.dtype):
-        # A difference of float32 numbers has as many correct digits as they have.
-        weight, approximation = weight.float(), approximation.float()
-    return frobenius_norm(weight - approximation) / (frobenius_norm(weight) or 1.0)
+    return frobenius_norm(weight, approximation) / (frobenius_norm(weight) or 1.0)

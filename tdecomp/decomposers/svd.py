@@ -12,7 +12,8 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factors, squared_norm_of_product
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
-from tdecomp.linalg.second_moment import SecondMoment, leading_outputs, nested_losses
+from tdecomp.linalg.leading_outputs import leading_outputs
+from tdecomp.linalg.second_moment import SecondMoment, nested_losses
 from tdecomp.linalg.spectrum import tails
 from tdecomp.linalg.svd import svd, truncated_svd
 
@@ -81,6 +82,7 @@ class SVD(Decomposer):
     name = "svd"
     source = "Denton et al. 2014"
     takes_lookups = True
+    fits_large_in_float32 = True
 
     orthogonal: bool = False
 
@@ -111,8 +113,8 @@ class SVD(Decomposer):
             return self._orthogonal(u, s[:, None] * vh, kernel)
         # Both share the singular values, so that neither layer's gradients dwarf the other's.
         root = s.sqrt()
-        first = (root[:, None] * vh).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
-        return _with_zeros_of(kernel, LowRankFactors(first, u * root))
+        first = vh.mul_(root[:, None]).reshape(len(s), *kernel.shape[1:])  # (rank, in, *kernel)
+        return _with_zeros_of(kernel, LowRankFactors(first, u.mul_(root)))
 
     def fit_to(
         self,
@@ -158,5 +160,7 @@ class SVD(Decomposer):
 def _with_zeros_of(kernel: Tensor, factors: LowRankFactors) -> LowRankFactors:
     """The factors, exactly zero for inputs and outputs of which all weights are, as for padding."""
     nonzero = kernel != 0
-    first = factors.first * nonzero.any(dim=0)
-    return LowRankFactors(first, factors.second * nonzero.flatten(1).any(dim=1)[:, None])
+    inputs, outputs = nonzero.any(dim=0), nonzero.flatten(1).any(dim=1)
+    if inputs.all() and outputs.all():
+        return factors
+    return LowRankFactors(factors.first * inputs, factors.second * outputs[:, None])

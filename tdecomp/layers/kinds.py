@@ -5,7 +5,7 @@ from typing import Any
 from tdecomp.layers.conv1d import Conv1D
 from tdecomp.layers.embedding import Bag, Table
 from tdecomp.layers.grouped_linear import GroupedLinearKind
-from tdecomp.layers.spec import KINDS, LayerKind
+from tdecomp.layers.spec import KINDS, LayerKind, LayerSpec
 from tdecomp.layers.stock import STOCK_KINDS
 
 
@@ -46,6 +46,16 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
         raise TypeError(f"register_layer_kind: expected an instance of LayerKind, got {got}")
     enter_under_its_name("register_layer_kind", kind, KINDS)
     return kind
+
+
+def check_registered(spec: LayerSpec, where: str) -> None:
+    """Refuse a layer of a kind that this process does not know, as a worker may not."""
+    if spec.kind not in KINDS:
+        raise ValueError(
+            f"{where}: no layer kind of this name is registered in the process that fits it; "
+            "expected tdecomp.register_layer_kind to have run in every worker: "
+            "ProcessPoolExecutor(initializer=...), Client.run(...) or a preload script with Dask"
+        )
 
 
 def enter_under_its_name(caller: str, entry: Any, registry: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tdecomp.linalg.cholesky import triangle_of
 from tdecomp.linalg.features import Features, Metric
 from tdecomp.linalg.lbfgs import minimise
-from tdecomp.linalg.second_moment import SecondMoment, is_wide, leading_eigenvectors
+from tdecomp.linalg.leading_eigenvectors import leading_eigenvectors
+from tdecomp.linalg.second_moment import SecondMoment, is_wide
 
 # On the normal equations of the eliminated factor, whose columns may be nearly dependent: a share
 # of their diagonal.

@@ -13,6 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tdecomp.linalg.svd import gram_matrix
+
 # Added to the diagonal, as a share of the mean input power, so that the weights themselves decide
 # in directions that the data never showed. Far below the precision of float32 inputs, and far above
 # the round-off of float64.
@@ -22,6 +24,7 @@ _LEAST = 1e-290
 # The factor by which the ridge grows until a matrix is positive definite.
 _RIDGE_GROWTH = 4.0
 _WIDE = 512
+_BLOCK_ROWS = 512  # of a large kernel that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,12 @@ class SecondMoment:
         return ridge
 
     def lost(self, difference: Tensor) -> float:
-        """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge."""
+        """``tr(D G Dᵀ)`` of a difference of kernels (out, fan_in), without the ridge.
+
+        Of one in float32, which only large kernels have, no copy in float64 is made.
+        """
+        if difference.dtype == torch.float32 and self.diagonal is None:
+            return self._lost_by_blocks(difference)
         difference = difference.to(self._held.dtype)
         if self.rows is not None:
             lost = (difference @ self.rows.T).square().sum()
@@ -185,6 +193,18 @@ class SecondMoment:
             return float((difference.square() @ self.diagonal).sum())
         # Round-off can make the loss of an exact fit slightly negative.
         return max(float(((difference @ self._matrix) * difference).sum()), 0.0)
+
+    def _lost_by_blocks(self, difference: Tensor) -> float:
+        if self.rows is not None:
+            # A sum of squares, of which float32 products of float32 numbers lose no digits.
+            rows, lost = self.rows.to(difference.dtype), 0.0
+            for block in difference.split(_BLOCK_ROWS):
+                lost += float((block @ rows.T).double().square().sum())
+                lost += self.added * float(block.double().square().sum())
+            return lost
+        # Half of the products of ``D G``: both matrices are symmetric.
+        gram = gram_matrix(difference.T).mul_(self._matrix).tril_()
+        return max(float(2 * gram.sum() - gram.diagonal().sum()), 0.0)
 
 
 def is_wide(fan_in: int) -> bool:
@@ -200,28 +220,6 @@ def _ridged(matrix: Tensor, ridge: float) -> Tensor:
 
 def _solution(definite: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(definite))
-
-
-def leading_outputs(kernel: Tensor, moment: SecondMoment, rank: int) -> Tensor:
-    """The `rank` leading principal directions (out, rank) of the outputs ``K x``.
-
-    ``U Uᵀ K`` is the best approximation of that rank in the norm of the moment (Zhang et al. 2016,
-    equations 4 to 6). Whitening the inputs, truncating an SVD and undoing the whitening gives the
-    same, but has to invert a matrix.
-    """
-    out, fan_in = kernel.shape
-    if out <= fan_in:
-        return leading_eigenvectors(moment.between(kernel), rank)
-    # With more outputs than inputs, the outputs lie in the span of the kernel's columns.
-    basis, triangle = torch.linalg.qr(kernel)  # (out, fan_in), (fan_in, fan_in)
-    outputs: Tensor = basis @ leading_eigenvectors(moment.between(triangle), rank)
-    return outputs
-
-
-def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """The eigenvectors (n, rank) of the largest eigenvalues of a symmetric matrix (n, n)."""
-    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors.flip(1)
-    return vectors[:, :rank]
 
 
 def nested_losses(outputs: Tensor, ranks: int, importance: Tensor | None = None) -> Tensor:

@@ -8,15 +8,19 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from tdecomp.linalg.leading_eigenvectors import leading_eigenvectors
 from tdecomp.linalg.randomized_svd import randomized_vectors
 
 # The leading left singular vectors of a matrix, or None where an SVD is better.
 Sketch = Callable[[Tensor, int], Tensor | None]
 
-# Columns that are converted to float64 at a time when a Gram matrix is summed up.
-_GRAM_CHUNK = 8192
+# Columns that are converted to float64 at a time when a Gram matrix is summed up, and the entries
+# in them, as far as there are not fewer than the least columns.
+_GRAM_CHUNK, _GRAM_ENTRIES, _GRAM_LEAST = 8192, 2**21, 512
 # Rows of its lower triangle that are computed at a time: with fewer, less of the upper one is.
 _GRAM_ROWS = 128
+# Entries whose norms are computed at a time.
+_NORM_ENTRIES = 2**20
 # A Gram matrix does not resolve squared singular values below this share of their sum.
 _UNRESOLVED = 1e-12
 # Above these norms no entry that matters has a square that underflows.
@@ -35,18 +39,39 @@ def svd(matrix: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Te
     return u, s, vh
 
 
-def frobenius_norm(tensor: Tensor) -> float:
-    """The root of the sum of squares, even where the squares leave the range of float64."""
-    values = tensor.detach()
-    if values.numel() and values.dtype in _SMALLEST_NORMS:
+def frobenius_norm(tensor: Tensor, other: Tensor | None = None) -> float:
+    """The root of the sum of squares, even where the squares leave the range of float64.
+
+    Of the tensor, or of its difference from another one, of which no copies are made.
+    """
+    if tensor.numel():
         # Row by row: a float32 sum over millions of entries would lose four digits.
-        rows = values.reshape(1 if values.dim() < 2 else len(values), -1)
-        norm = float(torch.linalg.vector_norm(rows, dim=1).double().norm())
-        if norm > _SMALLEST_NORMS[values.dtype] and math.isfinite(norm):
+        norms = _row_norms(tensor.detach(), None if other is None else other.detach())
+        norm = float(norms.double().norm())
+        if norm > _SMALLEST_NORMS[norms.dtype] and math.isfinite(norm):
             return norm
-    values = values.double()
+    values = tensor.detach().double()
+    if other is not None:
+        values = values - other.detach().double()
     scale = float(values.abs().max()) if values.numel() else 0.0
     return scale * float((values / scale).norm()) if scale else 0.0
+
+
+def _row_norms(tensor: Tensor, other: Tensor | None) -> Tensor:
+    """Of some rows at a time, in single precision, or in double if one of the tensors is."""
+    both = [tensor] if other is None else [tensor, other]
+    double = any(part.dtype == torch.float64 for part in both)
+    dtype = torch.float64 if double else torch.float32
+    mine, *its = (part.reshape(1 if part.dim() < 2 else len(part), -1) for part in both)
+    # In one tensor from the beginning: small ones in between would keep memory from being reused.
+    norms = torch.empty(len(mine), dtype=dtype, device=mine.device)
+    count = max(1, _NORM_ENTRIES // max(1, mine.shape[1]))
+    for at in range(0, len(mine), count):
+        rows = mine[at : at + count].to(dtype)
+        if its:
+            rows = rows - its[0][at : at + count].to(dtype)
+        norms[at : at + count] = torch.linalg.vector_norm(rows, dim=1)
+    return norms
 
 
 def truncated_svd(
@@ -74,11 +99,10 @@ def _gram_svd(matrix: Tensor, rank: int, randomized: Sketch) -> tuple[Tensor, Te
         return uh.T, s, v.T
     u = randomized(matrix, rank)  # (rows, rank)
     if u is None:
-        vectors = torch.linalg.eigh(gram_matrix(matrix)).eigenvectors
-        u = vectors.flip(1)[:, :rank].to(matrix.dtype)
+        u = leading_eigenvectors(gram_matrix(matrix), rank).to(matrix.dtype)
     projected = u.T @ matrix  # (rank, columns)
     s = projected.norm(dim=1)
-    return u, s, projected / torch.where(s > 0, s, 1.0)[:, None]
+    return u, s, projected.div_(torch.where(s > 0, s, 1.0)[:, None])
 
 
 def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
@@ -88,7 +112,8 @@ def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
     """
     rows = matrix.shape[0]
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
-    for chunk in matrix.split(_GRAM_CHUNK, dim=1):
+    columns = min(_GRAM_CHUNK, max(_GRAM_LEAST, _GRAM_ENTRIES // max(rows, 1)))
+    for chunk in matrix.split(columns, dim=1):
         block = chunk.double() if scale == 1.0 else chunk.double() / scale
         for start in range(0, rows, _GRAM_ROWS):
             stop = start + _GRAM_ROWS

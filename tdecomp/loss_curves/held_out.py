@@ -1,14 +1,25 @@
 """The errors of a curve on samples that are held out."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from tdecomp.loss_curves.curve import LossCurve
+from tdecomp.decomposers.base import Decomposer
+from tdecomp.loss_curves.curve import LossCurve, layer_curves
 from tdecomp.loss_curves.losses import LayerLosses
+from tdecomp.ranks.grid import Rounding
 
 _PLACES = 7  # at which a curve that needs no fits is fitted
 _TINY = 1e-12
+
+
+def curves_on_held_out(
+    losses: LayerLosses, methods: Sequence[Decomposer], rounding: Rounding
+) -> dict[str, LossCurve]:
+    """`layer_curves`, with errors on samples that are held out where there are some."""
+    curves = layer_curves(losses, methods, rounding)
+    return {name: on_held_out(curve, losses) for name, curve in curves.items()}
 
 
 def on_held_out(curve: LossCurve, losses: LayerLosses) -> LossCurve:

@@ -8,11 +8,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdecomp.calibration.moments import FitCache, LayerMoments
+from tdecomp.calibration.fit_cache import LayerFits
+from tdecomp.calibration.moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, group_kernels, spectra_of
+from tdecomp.decomposers.fit_layer import (
+    FittedLayer,
+    fit_layer,
+    fit_size,
+    group_kernels,
+    spectra_of,
+)
 from tdecomp.decomposers.tied import Member, group_cost
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
@@ -51,24 +58,20 @@ class KnownRanks:
 
 @dataclass(frozen=True)
 class LayerLosses:
-    """What the ranks of one layer lose."""
+    """What the ranks of one layer lose; plain data, which can be pickled."""
 
-    weight: nn.Parameter
+    weight: Tensor
     spec: LayerSpec
     moments: LayerMoments | None = None  # None: losses are those of the weights
     calls: tuple[Call, ...] | None = None  # in one pass of the example inputs
     unit: float = 1.0  # the loss of the whole output, for a layer whose gradients are not known
-    cache: FitCache = field(default_factory=FitCache)
-    key: Hashable = None  # this layer's part of the cache
+    cache: LayerFits = field(default_factory=LayerFits)
     group: tuple[Member, ...] = ()  # the layers that are to share its factors, itself included
 
     def cost(self, method: Decomposer, rank: Rank) -> Cost:
         """The cost of the chain on the observed calls."""
-        return self._cached(
-            method,
-            ("cost", rank, self.calls, self.group),
-            lambda: group_cost(method, rank, self._members),
-        )
+        key = key_of(method, ("cost", rank, self.calls, self.group))
+        return self.cache.get(key, lambda: group_cost(method, rank, self._members), cheap=True)
 
     @property
     def _members(self) -> tuple[Member, ...]:
@@ -86,11 +89,12 @@ class LayerLosses:
         return chain.amount < chain_cost([self.spec], once).amount
 
     def _cached(self, method: Decomposer, what: Hashable, compute: Callable[[], Value]) -> Value:
-        return self.cache.get(self._key(method, what), compute)
+        return self.cache.get(key_of(method, what), compute)
 
-    def _key(self, method: Decomposer, what: Hashable) -> Hashable:
-        # The repr has the method's options; methods need not be hashable.
-        return self.key, type(method), method.name, repr(method), what
+    @property
+    def work(self) -> int:
+        """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
+        return fit_size(self.weight, self.spec, self.moments)
 
     @cached_property
     def before(self) -> Cost:
@@ -218,7 +222,7 @@ class LayerLosses:
 
     def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit, or the draft, at this rank if one was made."""
-        fit: FittedLayer | None = self.cache.known(self._key(method, (rank, draft)))
+        fit: FittedLayer | None = self.cache.known(key_of(method, (rank, draft)))
         return fit
 
     def _in_unit(self, measured: Measured) -> Lost:
@@ -263,6 +267,12 @@ class LayerLosses:
             return list(zip(weighted.tolist(), shares, strict=True))
 
 
+def key_of(method: Decomposer, what: Hashable) -> Hashable:
+    """Under which the caches of losses know what was asked of a method."""
+    # The repr has the method's options; methods need not be hashable.
+    return type(method), method.name, repr(method), what
+
+
 def _total(groups: Iterable[Tensor | None]) -> Tensor | None:
     """The sum over the groups, or None where a group has none."""
     total: Tensor | None = None
@@ -273,7 +283,7 @@ def _total(groups: Iterable[Tensor | None]) -> Tensor | None:
     return total
 
 
-def whole_loss(weight: nn.Parameter, moments: LayerMoments) -> float | None:
+def whole_loss(weight: Tensor, moments: LayerMoments) -> float | None:
     """The loss of a layer's whole output, or None where its gradients are not known."""
     blocks = moments.gradient_blocks()
     if blocks is None:

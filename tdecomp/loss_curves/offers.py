@@ -2,24 +2,27 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from tdecomp.calibration.moments import FitCache, Moments
+from tdecomp.calibration.fit_cache import FitCache
+from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.chain import Rank
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve, layer_curves
+from tdecomp.loss_curves.held_out import curves_on_held_out
 from tdecomp.loss_curves.losses import LayerLosses, whole_loss
+from tdecomp.loss_curves.query import Query, answers
 from tdecomp.model.sites import Site, check_weight
 from tdecomp.model.ties import leader
 from tdecomp.ranks.base import Candidate, Choice
 from tdecomp.ranks.grid import ANY_RANK, Rounding
-from tdecomp.runtime.parallel import on_cpu, parallel_map
 from tdecomp.runtime.progress import SILENT, Progress
 
 # A site that may be decomposed, with the methods that can.
@@ -64,9 +67,14 @@ def able_sites(
         elif not taking:
             left_alone[site.name] = Choice(reason="; ".join(why for why in refusals if why))
         elif site is group[leader(specs)]:
-            check_weight(site)
             able.append((replace(site, group=tuple(group)) if site.tied else site, taking))
     return able, left_alone
+
+
+def check_weights(able: Sequence[Able]) -> None:
+    """Refuse weights that cannot be factorized."""
+    for site, _ in able:
+        check_weight(site)
 
 
 _NO_MACS = (
@@ -81,36 +89,41 @@ def offer_ranks(
     *,
     curves: bool,
     rounding: Rounding = ANY_RANK,
+    held_out: bool = False,
     progress: Progress = SILENT,
     words: str = "",
+    executor: Executor | None = None,
 ) -> list[Offer]:
-    """For each layer its candidates; with `curves` the losses along their ranks, side by side."""
+    """For each layer its candidates; with `curves` the losses along their ranks, side by side.
+
+    With `held_out` the errors of curves are those on samples that are held out, if there are any.
+    """
     losses = layer_losses([site for site, _ in able], moments)
-    work = list(zip(able, losses, strict=True))
-
-    def draw(item: tuple[Able, LayerLosses]) -> dict[str, LossCurve]:
-        (_, methods), mine = item
-        # What its fits share is kept by a copy of the moments, and forgotten with it.
-        copy = mine.moments and replace(mine.moments)
-        return layer_curves(replace(mine, moments=copy), methods, rounding=rounding)
-
-    def size(item: tuple[Able, LayerLosses]) -> int:
-        return fit_size(item[0][0], moments)
-
-    drawn: list[dict[str, LossCurve]] = [{}] * len(work)
+    drawn: list[dict[str, LossCurve]] = [{}] * len(able)
     if curves:
-        sizes = sum(map(size, work))
-        with progress.step("plan", len(work), "layers", work=sizes, words=words) as step:
+        drawing = curves_on_held_out if held_out else layer_curves
+        queries = [
+            Query(site.name, mine, partial(drawing, methods=methods, rounding=rounding))
+            for (site, methods), mine in zip(able, losses, strict=True)
+        ]
+        sizes = sum(query.losses.work for query in queries)
+        with progress.step("plan", len(queries), "layers", work=sizes, words=words) as step:
+            drawn = answers(queries, step, executor)
+    return offers_of(able, losses, drawn, rounded=rounding != ANY_RANK)
 
-            def advance(item: tuple[Able, LayerLosses], _: object) -> None:
-                step.words = ""  # from now on the bar knows better
-                step.advance(work=size(item))
 
-            drawn = parallel_map(draw, work, size=size, done=advance)
-    rounded = rounding != ANY_RANK
+def offers_of(
+    able: Sequence[Able],
+    losses: Sequence[LayerLosses],
+    drawn: Sequence[dict[str, LossCurve]],
+    *,
+    rounded: bool = False,
+) -> list[Offer]:
+    """For each layer its candidates, with the curves that were drawn of it."""
     offers = []
-    for ((site, methods), mine), found in zip(work, drawn, strict=True):
-        candidates = [candidate(site, m, mine, found, rounded=rounded) for m in methods]
+    for (site, methods), mine, found in zip(able, losses, drawn, strict=True):
+        layer = OfferedLayer.of(site, rounded=rounded)
+        candidates = [candidate(layer, m, mine, found) for m in methods]
         offers.append(Offer(site, methods, mine, candidates, found))
     return offers
 
@@ -127,16 +140,16 @@ def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLo
         assert isinstance(weight, nn.Parameter)
         assert spec is not None
         seen = None if moments is None else moments.layers.get(site.name)
-        key = site.name if moments is None else (site.name, _digest(weight))
+        known = cache.of(site.name if moments is None else (site.name, _digest(weight)))
         if seen is not None:
             seen = seen.to(weight.device)
             wholes.append(whole_loss(weight, seen))
         members = [(mine.spec, mine.calls) for mine in site.group if mine.spec is not None]
         found.append(LayerLosses(
-            weight, spec, seen, site.calls, cache=cache, key=key, group=tuple(members)
+            weight.detach(), spec, seen, site.calls, cache=known, group=tuple(members)
         ))  # fmt: skip
-    known = [whole for whole in wholes if whole is not None]
-    unit = sum(known) / len(known) if known else 1.0
+    weighed = [whole for whole in wholes if whole is not None]
+    unit = sum(weighed) / len(weighed) if weighed else 1.0
     return [replace(losses, unit=unit) for losses in found]
 
 
@@ -147,9 +160,10 @@ def fits_before(
     weight, spec = site.module.weight, site.spec
     if moments is None or spec is None or not isinstance(weight, nn.Parameter):
         return None, None
-    losses = LayerLosses(weight, spec, cache=moments.fits, key=(site.name, _digest(weight)))
-    known = partial(losses.known_fit, method, rank)
-    return known(draft=False), known(draft=True)
+    known = moments.fits.of((site.name, _digest(weight)))
+    losses = LayerLosses(weight.detach(), spec, cache=known)
+    found = partial(losses.known_fit, method, rank)
+    return found(draft=False), found(draft=True)
 
 
 def _digest(weight: nn.Parameter) -> bytes:
@@ -158,25 +172,37 @@ def _digest(weight: nn.Parameter) -> bytes:
     return hashlib.blake2b(values.numpy().data, digest_size=16).digest()
 
 
+@dataclass(frozen=True)
+class OfferedLayer:
+    """What candidates say of a layer, besides what it loses."""
+
+    name: str
+    aliases: tuple[str, ...]
+    rounded: bool  # whether ranks are multiples that the hardware runs efficiently
+
+    @classmethod
+    def of(cls, site: Site, *, rounded: bool) -> "OfferedLayer":
+        others = (n for s in site.group if s.name != site.name for n in s.names)
+        return cls(site.name, (*site.names[1:], *others), rounded)
+
+
 def candidate(
-    site: Site,
+    layer: OfferedLayer,
     method: Decomposer,
     losses: LayerLosses,
     curves: Mapping[str, LossCurve],
-    *,
-    rounded: bool = False,
 ) -> Candidate:
-    """The site and the method as selectors see them; `curves` where a selector weighs layers."""
+    """The layer and the method as selectors see them; `curves` where a selector weighs layers."""
     return Candidate(
-        layer=site.name,
+        layer=layer.name,
         method=method.name,
         max_rank=method.max_rank(losses.spec),
         before=losses.before,
         cost=partial(losses.cost, method),
-        spectra=partial(_spectra, site.name, method, losses),
+        spectra=partial(_spectra, layer.name, method, losses),
         options=partial(tuple, curves[method.name].points if curves else ()),
-        aliases=(*site.names[1:], *(n for s in site.group if s.name != site.name for n in s.names)),
-        rounded=rounded,
+        aliases=layer.aliases,
+        rounded=layer.rounded,
         decomposer=method,
         errors=partial(losses.nested_errors, method),
         error_at=partial(losses.error_at, method),
@@ -195,16 +221,3 @@ def _spectra(name: str, method: Decomposer, losses: LayerLosses) -> tuple[Spectr
             f"layer {name!r} ({losses.spec}): its singular values cannot be computed ({error}); "
             f"give it a rank of its own, or leave it alone with exclude=[{name!r}]"
         ) from error
-
-
-def fit_size(site: Site, moments: Moments | None) -> int:
-    """How many numbers a fit of this layer works on; 0 where a GPU does the work."""
-    weight, spec = site.module.weight, site.spec
-    assert isinstance(weight, nn.Parameter)
-    size = on_cpu(weight)
-    if not size or moments is None or spec is None or site.name not in moments:
-        return size
-    if spec.lookup:
-        return size
-    # A fit to data makes many small steps on a moment where one to weights makes few large ones.
-    return max(size, spec.fan_in**2 // 4)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,12 @@ from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.loss_curves.columns import filled_columns
 from tdecomp.loss_curves.curve import LossCurve
-from tdecomp.loss_curves.held_out import on_held_out
-from tdecomp.loss_curves.offers import able_sites, offer_ranks
+from tdecomp.loss_curves.offers import Offer, able_sites, check_weights, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters
-from tdecomp.model.sites import find_sites
+from tdecomp.model.sites import Site, find_sites
 from tdecomp.pictures.style import largest, needs_matplotlib
-from tdecomp.ranks.base import Option
+from tdecomp.ranks.base import Choice, Option
 from tdecomp.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -172,25 +172,36 @@ def measure_sensitivity(
     data: Batches | Moments | None,
     *,
     progress: Progress,
+    executor: Executor | None = None,
 ) -> Sensitivity:
     """Find the layers and draw the curve of every method."""
     sites = list(find_sites(model, filters, example).values())
     able, left_alone = able_sites(sites, methods)
+    check_weights(able)
     wanted = {site.name for site, _ in able}
     moments = site_moments(model, sites, wanted, data, gradients=True)
-    offers = {o.site.name: o for o in offer_ranks(able, moments, curves=True, progress=progress)}
+    offers = offer_ranks(
+        able, moments, curves=True, held_out=True, progress=progress, executor=executor
+    )
+    return sensitivity_of(sites, offers, left_alone)
+
+
+def sensitivity_of(
+    sites: Sequence[Site], offers: Sequence[Offer], left_alone: Mapping[str, Choice]
+) -> Sensitivity:
+    """The table of all layers, from what is offered to those that may be decomposed."""
+    by_name = {offer.site.name: offer for offer in offers}
     layers = []
     for site in sites:
-        offer = offers.get(site.name)
+        offer = by_name.get(site.name)
         if offer is None:
-            others = [name for name in site.tied if name in offers]
+            others = [name for name in site.tied if name in by_name]
             known = left_alone.get(site.name)
             reason = known.reason if known else f"shares its factors with {others[0]!r}"
             layers.append(LayerSensitivity(site.name, site.spec, Cost(0), {}, reason=reason))
         else:
             before, of_outputs = offer.losses.before, offer.losses.moments is not None
-            curves = {n: on_held_out(c, offer.losses) for n, c in offer.curves.items()}
-            layers.append(LayerSensitivity(site.name, site.spec, before, curves, of_outputs))
+            layers.append(LayerSensitivity(site.name, site.spec, before, offer.curves, of_outputs))
     return Sensitivity(layers)
 
 

@@ -45,12 +45,12 @@ class Filters:
         for pattern in self.exclude:
             if any(matches(name, pattern) for name in names):
                 return f"excluded by {pattern!r}"
-        if self.where is None or self.where(module, names[0]):
-            return None
-        if isinstance(self.where, AtLeast):
+        if isinstance(self.where, AtLeast):  # which needs no module
             narrow = min(spec.in_channels, spec.out_channels)
-            return f"narrower than where={self.where}: its narrower side has {narrow}"
-        return "not wanted by where"
+            words = f"narrower than where={self.where}: its narrower side has {narrow}"
+            return None if self.where.takes(spec) else words
+        wanted = self.where is None or self.where(module, names[0])
+        return None if wanted else "not wanted by where"
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class AtLeast:
 
     def __call__(self, module: nn.Module, name: str = "") -> bool:
         del name
-        if kind_of(module) is None:
-            return False
-        spec = LayerSpec.of(module)
+        return kind_of(module) is not None and self.takes(LayerSpec.of(module))
+
+    def takes(self, spec: LayerSpec) -> bool:
+        """Whether a layer of these sizes is wide enough."""
         least = self.channels if spec.ndim else self.features
         return min(spec.in_channels, spec.out_channels) >= least
 

@@ -121,9 +121,9 @@ def _own_hooks(holder: nn.Module | nn.Parameter) -> bool:
 
 def _memory(parameter: nn.Parameter) -> tuple[int, range]:
     """The address of its storage, and the range of elements there from its first to its last."""
-    if parameter.is_meta or nn.parameter.is_lazy(parameter) or not parameter.numel():
+    if nn.parameter.is_lazy(parameter) or not parameter.numel():
         return 0, range(0)
-    if not is_plain(parameter):  # its storage is its own affair
+    if parameter.is_meta or not is_plain(parameter):  # no storage, or one that is its own affair
         return id(parameter), range(1)
     strided = zip(parameter.shape, parameter.stride(), strict=True)
     first, length = parameter.storage_offset(), 1 + sum((n - 1) * step for n, step in strided)

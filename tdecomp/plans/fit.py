@@ -1,43 +1,165 @@
-"""What a row plans, carried out: the fit, the row with its errors, and the chain."""
+"""What a row plans, carried out: the fit, the row with its errors, and the chain.
+
+The fit itself is a job: plain data in, plain data out, done by any worker. The row and the chain
+are made where the model is.
+"""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor
 
 from tdecomp.calibration.calibrate import unwatched
+from tdecomp.calibration.estimate import Estimate
 from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.decomposers.assemble import assemble
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, measured
+from tdecomp.decomposers.factors import Factorization
+from tdecomp.decomposers.fit_layer import FittedLayer, fit_layer, fit_size, measured
 from tdecomp.decomposers.tied import factors_as, tied_chains
-from tdecomp.layers.chain import Chain
+from tdecomp.layers.chain import Chain, Rank
+from tdecomp.layers.kinds import check_registered
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.sites import Site
 from tdecomp.plans.row import Row
+from tdecomp.runtime.parallel import parallel_each
+from tdecomp.runtime.progress import SILENT, Progress
+
+# A fit, and its error on samples that are held out, or on those that it was fitted to.
+Fit = tuple[FittedLayer, Estimate | None]
 
 
-def fit_rows(
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    method: Decomposer,
+@dataclass(frozen=True)
+class LayerData:
+    """What a fit needs of a layer."""
+
+    weight: Tensor
+    spec: LayerSpec
+    moments: LayerMoments | None
+
+    @classmethod
+    def of(cls, site: Site, moments: Moments | None) -> "LayerData":
+        """The layer's weight, and what is known of its inputs, on one device."""
+        assert site.spec is not None
+        weight = site.module.get_parameter("weight").detach()
+        seen = None if moments is None else moments.layers.get(site.name)
+        return cls(weight, site.spec, None if seen is None else seen.to(weight.device))
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """A layer to fit, with those that share its factors; of which a worker needs no model."""
+
+    name: str
+    layers: tuple[LayerData, ...]  # the one that is fitted, then those that follow
+    method: Decomposer
+    rank: Rank
+    known: FittedLayer | None = None  # the fit, if it was made to choose ranks
+    start: Factorization | None = None
+
+    def __str__(self) -> str:
+        return f"layer {self.name!r} ({self.layers[0].spec})"
+
+    @property
+    def work(self) -> int:
+        """How many numbers the fit works on; 0 where a GPU does the work."""
+        first = self.layers[0]
+        return fit_size(first.weight, first.spec, first.moments)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share their factors, most often one alone; the first is the one that is fitted.
+
+    With the fit and the draft that were made to choose its rank, if there are any.
+    """
+
+    sites: Sequence[Site]
+    rows: Sequence[Row]
+    method: Decomposer
+    known: FittedLayer | None = None
+    draft: FittedLayer | None = None
+
+    def job(self, moments: Moments | None) -> FitJob:
+        """What a worker needs to fit it."""
+        name, rank, draft = self.rows[0].name, self.rows[0].rank, self.draft
+        assert rank is not None
+        layers = tuple(LayerData.of(site, moments) for site in self.sites)
+        start = None if draft is None or self.known is not None else draft.factors
+        return FitJob(name, layers, self.method, rank, self.known, start)
+
+
+def fit_groups(
+    groups: Sequence[Group],
     moments: Moments | None,
-    known: FittedLayer | None = None,
-    draft: FittedLayer | None = None,
+    title: str,
+    progress: Progress = SILENT,
+    executor: Executor | None = None,
 ) -> list[tuple[Row, Chain]]:
-    """`fit_row` for layers that share their factors: the first is fitted, the others follow."""
-    fitted = known or _fit(sites[0], rows[0], method, moments, draft)
-    found = [fit_row(sites[0], rows[0], method, moments, fitted)]
-    for site, row in zip(sites[1:], rows[1:], strict=True):
-        weight, spec = site.module.weight, site.spec
-        assert isinstance(weight, nn.Parameter)
-        assert spec is not None
-        seen = _seen(site, moments)
-        factors = factors_as(fitted.factors, weight, spec, method, seen)
-        follows = measured(weight, spec, method, factors, seen)
-        found.append(fit_row(site, row, method, moments, follows))
+    """The finished row and the chain of every layer; fits run side by side, or on an executor."""
+    jobs = [group.job(moments) for group in groups]
+    of_job = dict(zip((job.name for job in jobs), groups, strict=True))
+    found: list[tuple[Row, Chain]] = []
+    errors = [0.0]
+
+    def finish(job: FitJob, fits: list[Fit]) -> None:
+        rows = _finished_group(of_job[job.name], moments, fits)
+        found.extend(rows)
+        of_weight, of_output = rows[0][0].weight_error, rows[0][0].output_error
+        errors.append((of_weight if of_output is None else of_output) or 0.0)
+        step.advance(f"error at most {max(errors):.3g}", work=job.work)
+
+    def size(job: FitJob) -> int:
+        return 0 if executor is not None and job.known is not None else job.work  # it stays here
+
+    with progress.step(title, len(jobs), "layers", work=sum(job.work for job in jobs)) as step:
+        parallel_each(fit, jobs, size=size, done=finish, executor=executor)
+    return found
+
+
+def fit(job: FitJob) -> list[Fit]:
+    """The fit of each layer of the job; an error names the first."""
+    first = job.layers[0]
+    check_registered(first.spec, str(job))
+    fitted = job.known or _fitted(job)
+    found = [fitted]
+    for layer in job.layers[1:]:
+        weight, spec, seen = layer.weight, layer.spec, layer.moments
+        factors = factors_as(fitted.factors, weight, spec, job.method, seen)
+        found.append(measured(weight, spec, job.method, factors, seen))
+    pairs = zip(found, job.layers, strict=True)
+    return [(mine, mine.held_out_error(layer.weight, layer.moments)) for mine, layer in pairs]
+
+
+def _fitted(job: FitJob) -> FittedLayer:
+    layer, method, rank = job.layers[0], job.method, job.rank
+    try:
+        return fit_layer(layer.weight, layer.spec, method, rank, layer.moments, job.start)
+    except Exception as error:
+        raise ValueError(
+            f"{job}: {method.name} at rank {rank} failed with {type(error).__name__}: {error}. "
+            f"Leave the layer alone with exclude=[{job.name!r}], or choose another method or rank "
+            "for it"
+        ) from error
+
+
+def fit_rows(group: Group, moments: Moments | None = None) -> list[tuple[Row, Chain]]:
+    """The same of one group, here and now."""
+    return _finished_group(group, moments, fit(group.job(moments)))
+
+
+def _finished_group(
+    group: Group, moments: Moments | None, fits: Sequence[Fit]
+) -> list[tuple[Row, Chain]]:
+    """The rows with their errors and the time of the fits, and the chains for the layers."""
+    found = [
+        _finished(site, row, group.method, moments, fit)
+        for site, row, fit in zip(group.sites, group.rows, fits, strict=True)
+    ]
     if len(found) == 1:
         return found
-    words = f"fitted as {rows[0].name!r}, which has the same weight"
+    words = f"fitted as {group.rows[0].name!r}, which has the same weight"
     noted = [row if row.tied_to or row is found[0][0] else _noted(row, words) for row, _ in found]
     return list(zip(noted, tied_chains([chain for _, chain in found]), strict=True))
 
@@ -46,31 +168,15 @@ def _noted(row: Row, words: str) -> Row:
     return replace(row, note="; ".join(filter(None, (row.note, words))))
 
 
-def _seen(site: Site, moments: Moments | None) -> LayerMoments | None:
-    """What is known of the layer's inputs, on its device."""
-    seen = None if moments is None else moments.layers.get(site.name)
-    weight = site.module.get_parameter("weight")
-    return None if seen is None else seen.to(weight.device)
-
-
-def fit_row(
-    site: Site,
-    row: Row,
-    method: Decomposer,
-    moments: Moments | None,
-    known: FittedLayer | None = None,
-    draft: FittedLayer | None = None,
+def _finished(
+    site: Site, row: Row, method: Decomposer, moments: Moments | None, fit: Fit
 ) -> tuple[Row, Chain]:
-    """The row with its errors and the time the fit took, and the chain for the layer."""
-    weight, spec, rank = site.module.weight, site.spec, row.rank
-    assert isinstance(weight, nn.Parameter)
-    assert spec is not None
+    (fitted, estimate), rank = fit, row.rank
+    assert site.spec is not None
     assert rank is not None
-    seen = _seen(site, moments)
-    fitted = known or _fit(site, row, method, moments, draft)
     notes = [row.note, *fitted.notes]
-    if moments is not None and seen is None:
-        notes.append(f"fitted by its weights: {unwatched(spec) or 'no batch reached it'}")
+    if moments is not None and site.name not in moments:
+        notes.append(f"fitted by its weights: {unwatched(site.spec) or 'no batch reached it'}")
     row = replace(
         row,
         weight_error=fitted.weight_error,
@@ -78,7 +184,7 @@ def fit_row(
         fit_seconds=fitted.seconds,
         component_norms=fitted.component_norms,
     )
-    if estimate := fitted.held_out_error(weight, seen):
+    if estimate:
         row = replace(
             row,
             output_error=estimate.value,
@@ -86,21 +192,3 @@ def fit_row(
             output_error_margin=estimate.margin,
         )
     return row, assemble(site.module, method, rank, fitted.factors, fitted.shift)
-
-
-def _fit(
-    site: Site, row: Row, method: Decomposer, moments: Moments | None, draft: FittedLayer | None
-) -> FittedLayer:
-    weight, spec, rank = site.module.weight, site.spec, row.rank
-    assert isinstance(weight, nn.Parameter)
-    assert spec is not None
-    assert rank is not None
-    start = None if draft is None else draft.factors
-    try:
-        return fit_layer(weight, spec, method, rank, _seen(site, moments), start)
-    except Exception as error:
-        raise ValueError(
-            f"layer {row.name!r} ({spec}): {row.method} at rank {rank} failed with "
-            f"{type(error).__name__}: {error}. Leave the layer alone with "
-            f"exclude=[{row.name!r}], or choose another method or rank for it"
-        ) from error

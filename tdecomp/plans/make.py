@@ -1,6 +1,7 @@
 """How a plan is made: find the layers, look at them, offer ranks, choose, guard."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,22 +15,20 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.estimate import expected_time
-from tdecomp.loss_curves.offers import Offer, able_sites, fit_size, offer_ranks
+from tdecomp.loss_curves.offers import Offer, able_sites, check_weights, offer_ranks
 from tdecomp.model.example import Example
 from tdecomp.model.filters import Filters, matches, no_match
 from tdecomp.model.sites import Site, Sites, find_sites
 from tdecomp.model.ties import settle
 from tdecomp.plans.data_notes import data_notes
-from tdecomp.plans.expected_loss import ExpectedLoss
 from tdecomp.plans.guard import guarded
-from tdecomp.plans.left_alone import largest_left_alone
+from tdecomp.plans.look_up import look_up_choices, look_up_errors
 from tdecomp.plans.model_notes import model_notes
-from tdecomp.plans.plan import Plan, planned_row
-from tdecomp.plans.row import Row
+from tdecomp.plans.plan import Plan
+from tdecomp.plans.rows import expected_loss, rows_of, settled_choices, with_largest
 from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
 from tdecomp.ranks.fixed import ByLayer
 from tdecomp.ranks.grid import ANY_RANK, Rounding
-from tdecomp.runtime.parallel import parallel_map
 from tdecomp.runtime.progress import SILENT, Progress
 from tdecomp.timing.choose import TimedChoices, choose_with_times
 from tdecomp.timing.layout_times import LayoutTimes
@@ -50,6 +49,7 @@ class Request:
     only_if_faster: bool = False
     progress: Progress = SILENT
     left_alone: Mapping[str, str] = field(default_factory=dict)  # layers that broke the model, why
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def make_plan(
     found = find_sites(model, request.filters, request.example)
     sites = _leave(found, request.left_alone)
     able, choices = able_sites(sites, request.methods, selector.wants_lookup)
+    check_weights(able)
     if isinstance(selector, ByLayer):
-        _check_keys(selector, sites, choices)
+        check_keys(selector, sites, choices)
     wanted = {name for site, _ in able for name in (site.name, *site.tied)}
     weighs = selector.weighs_layers
     moments = site_moments(model, sites, wanted, data, gradients=weighs, variants=variants)
@@ -91,9 +92,11 @@ def make_plan(
     times = _profile(model, request, sites)
     words = expected_time(able, moments) if weighs and request.progress.shown else ""
     offers = offer_ranks(
-        able, moments, curves=weighs, rounding=_rounding(selector, times),
-        progress=request.progress, words=words,
+        able, moments, curves=weighs, rounding=rounding_of(selector, times),
+        progress=request.progress, words=words, executor=request.executor,
     )  # fmt: skip
+    if request.executor is not None and not weighs:
+        look_up_choices(offers, selector, request.progress, request.executor, expect=expect)
     params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     whole = Cost(params)
     if found.trace is not None:
@@ -102,60 +105,26 @@ def make_plan(
         with request.progress.step("choose ranks"):
             chosen = _choose(model, request, times, offers, whole, expect=expect)
     except UnmetError as unmet:
-        largest = _largest(sites, choices, whole, unmet.unit)
-        raise UnmetError(f"{unmet}{largest}", unmet.unit, unmet.least) from unmet
-    if expect and isinstance(data, Moments):  # which keep the fits for `apply`
-        _fit_chosen(offers, chosen.choices, moments, request.progress)
+        raise with_largest(unmet, sites, choices, whole) from unmet
+    if expect:  # moments keep the fits for `apply`
+        fit = isinstance(data, Moments)
+        look_up_errors(offers, chosen.choices, request.progress, request.executor, fit=fit)
+    choices |= settled_choices(offers, chosen.choices, expect=expect)
     fits: dict[str, tuple[FittedLayer | None, FittedLayer | None]] = {}
     for offer, choice in zip(offers, chosen.choices, strict=True):
-        name, losses = offer.site.name, offer.losses
-        choices[name] = replace(choice, error=None)
         if choice.candidate is not None and choice.rank is not None:
             method, rank = choice.candidate.decomposer, choice.rank
-            if expect:
-                # Exact or a bound where the method has one; else what the selector's own fits say.
-                error = losses.expected_error(method, rank)
-                choices[name] = choice if error is None else replace(choice, error=error)
-            known = partial(losses.known_fit, method, rank)
-            fits[name] = known(draft=False), known(draft=True)
-        # Without data, layers that have one weight lose the same of it.
-        error = choices[name].error if losses.moments is None else None
-        others = (other for other in offer.site.tied if other != name)
-        choices |= dict.fromkeys(others, replace(choices[name], error=error))
-    counted: set[int] = set()
-    kinds = {site.name: site.spec is not None and site.spec.lookup for site in sites}
-    rows = [
-        _row(site, choices[site.name], counted, chosen.seconds, _tie(site, kinds)) for site in sites
-    ]
+            known = partial(offer.losses.known_fit, method, rank)
+            fits[offer.site.name] = known(draft=False), known(draft=True)
+    rows = rows_of(sites, choices, chosen.seconds)
     rest = replace(whole - total(row.before for row in rows), latency=chosen.rest)
     loss = None
     if chosen.least_loss is not None:
-        lost = sum(choice.loss for choice in chosen.choices)
-        # Round-off may lift the bound a little above what is lost, or drop it below 0.
-        loss = ExpectedLoss(lost, min(max(chosen.least_loss, 0.0), lost))
+        loss = expected_loss(chosen.choices, chosen.least_loss)
     methods = {method.name: method for method in request.methods}
     notes = (*data_notes(rows, moments), *model_notes(model, rows))
     plan = Plan(rows, rest, methods, chosen.speed, loss, notes)
     return Planned(plan, found, moments, fits)
-
-
-def _fit_chosen(
-    offers: Sequence[Offer], choices: Sequence[Choice], moments: Moments | None, progress: Progress
-) -> None:
-    """Fit what was chosen, so that the rows' errors are those of the result."""
-    pairs = zip(offers, choices, strict=True)
-    todo = [(offer, choice) for offer, choice in pairs if choice.candidate is not None]
-
-    def fit(item: tuple[Offer, Choice]) -> None:
-        offer, choice = item
-        if choice.candidate is not None and choice.rank is not None:
-            offer.losses.fit(choice.candidate.decomposer, choice.rank, draft=False)
-
-    def size(item: tuple[Offer, Choice]) -> int:
-        return fit_size(item[0].site, moments)
-
-    with progress.step("fit", len(todo), "layers", work=sum(map(size, todo))) as step:
-        parallel_map(fit, todo, size=size, done=lambda item, _: step.advance(work=size(item)))
 
 
 def _leave(found: Sites, reasons: Mapping[str, str]) -> list[Site]:
@@ -217,22 +186,7 @@ def _as_it_is(choice: Choice) -> Choice:
     return choice
 
 
-def _largest(
-    sites: Sequence[Site], left_alone: Mapping[str, Choice], whole: Cost, unit: str
-) -> str:
-    """In words, what is left alone and costs most in a unit, and why."""
-    counted: set[int] = set()
-    rows = [_row(site, left_alone.get(site.name, Choice()), counted, {}) for site in sites]
-    rest = whole - total(row.before for row in rows)
-    found = [
-        (row.before, repr(row.name), row.reason or "") for row in rows if row.name in left_alone
-    ]
-    found.append((rest, "everything else", "no layer's, such as attention's scores"))
-    words = largest_left_alone(found, whole, unit)
-    return f". Left alone, {words}" if words else ""
-
-
-def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]) -> None:
+def check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[str, Choice]) -> None:
     """Refuse keys that match no layer, or only layers that cannot be decomposed."""
     for pattern in selector.selectors:
         named = [site for site in sites if any(matches(name, pattern) for name in site.names)]
@@ -252,40 +206,8 @@ def _check_keys(selector: ByLayer, sites: Sequence[Site], left_alone: Mapping[st
             )
 
 
-def _rounding(selector: RankSelector, profile: Profile | None) -> Rounding:
+def rounding_of(selector: RankSelector, profile: Profile | None) -> Rounding:
+    """The multiples of ranks that the selector asks for, or else that suit the machine."""
     if selector.round_to is not None:
         return Rounding(selector.round_to, forced=True)
     return ANY_RANK if profile is None else profile.rounding
-
-
-def _row(
-    site: Site,
-    choice: Choice,
-    counted: set[int],
-    seconds: Mapping[str, tuple[float, float]],
-    tie: tuple[str | None, bool] = (None, False),
-) -> Row:
-    """The site's row; a parameter that it shares with an earlier row is counted there only."""
-    own = {id(p): p.numel() for p in site.parameters if not is_lazy(p)}
-    params = sum(numel for key, numel in own.items() if key not in counted)
-    counted.update(own)
-    macs = site.macs
-    latency_before, latency_after = seconds.get(site.name, (None, None))
-    row = Row(
-        site.name, site.names, site.spec, params, params, macs, macs, reason=choice.reason,
-        note=choice.note, expected_error=choice.error, latency_before=latency_before,
-        latency_after=latency_after, calls=site.calls,
-        tied_to=tie[0], shares_all=tie[1],
-    )  # fmt: skip
-    if choice.candidate is None or choice.rank is None:
-        return row
-    return planned_row(row, choice.candidate.decomposer, choice.rank)
-
-
-def _tie(site: Site, kinds: Mapping[str, bool]) -> tuple[str | None, bool]:
-    """The first row that shares factors with this later one, and whether one is of its kind.
-
-    `kinds` says of each row whether it is a lookup.
-    """
-    before = site.tied[: site.tied.index(site.name)] if site.tied and not site.reason else ()
-    return next(iter(before), None), any(kinds[name] == kinds[site.name] for name in before)

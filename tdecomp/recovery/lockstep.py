@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tdecomp.runtime.parallel import OneThread
 from tdecomp.runtime.scope import Scope, interrupts_deferred
-from tdecomp.runtime.torch_state import give_one_thread, hooks
+from tdecomp.runtime.torch_state import give_one_thread, hooks, thread_count
 
 Place = TypeVar("Place")
 # What is taken of the arguments, and of the named ones, that a module is called with.
@@ -43,6 +43,7 @@ class _Pass(Generic[Place]):
         self.over = False
         self._error: BaseException | None = None
         self._leaving = False
+        self._threads = thread_count()  # of torch, in the thread that makes it
         # Each is free only for the moment in which one side tells the other to go on.
         self._go, self._back = threading.Lock(), threading.Lock()
         self._go.acquire()
@@ -91,7 +92,7 @@ class _Pass(Generic[Place]):
             self._go.acquire()
             if not self._leaving:
                 # Many threads with helpers of their own would slow down those of the caller.
-                give_one_thread()
+                give_one_thread(self._threads)
                 with Scope() as scope:
                     for setting in settings:
                         scope.undo.enter_context(setting())

@@ -18,8 +18,9 @@ from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.layers.patches import channels_last, dense
 from tdecomp.layers.spec import LayerSpec
+from tdecomp.linalg.leading_outputs import leading_outputs
 from tdecomp.linalg.least_of import least_of
-from tdecomp.linalg.second_moment import SecondMoment, leading_outputs
+from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.recovery.checks import Checks
 from tdecomp.recovery.replaced import ReplacedLayer
 from tdecomp.recovery.walk import Item

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from tqdm import TqdmWarning
+from tqdm import TqdmWarning, tqdm
 
 Item = TypeVar("Item")
 
@@ -100,8 +100,8 @@ class Step:
     @property
     def counted(self) -> str:
         """How much of it is done."""
-        of = f"/{self._count}" if self._count else ""
-        return f"{self._done}{of} {self._unit}" if self._unit else ""
+        of = f"/{_amount(self._count, self._unit)}" if self._count else ""
+        return f"{_amount(self._done, self._unit)}{of} {self._unit}" if self._unit else ""
 
     def advance(self, words: str = "", *, count: int = 1, work: int = 0) -> None:
         """One more is done; words, such as the error so far, replace those before."""
@@ -118,9 +118,14 @@ class Step:
 SILENT = Progress(False)
 
 
+def _amount(number: int, unit: str) -> str:
+    """The number itself; of bytes, three digits and a prefix."""
+    return tqdm.format_sizeof(number) if unit == "B" else str(number)
+
+
 def _bar_class() -> Any:
     """The bar of tqdm for notebooks where it can be shown, else that for terminals."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TqdmWarning)  # a notebook without ipywidgets
-        from tqdm.autonotebook import tqdm
-    return tqdm
+        from tqdm.autonotebook import tqdm as bar
+    return bar

@@ -295,14 +295,15 @@ def thread_count() -> int:
         return torch.get_num_threads()
 
 
-def give_one_thread() -> None:
-    """Leave torch one thread in the calling, new thread; others made later have as many as before.
+def give_one_thread(others: int) -> None:
+    """Leave torch one thread in the calling, new thread; others made later have so many.
 
-    Torch hands the last number set in any thread on to all threads that are made afterwards.
+    Torch hands the last number set in any thread on to all threads that are made afterwards. What
+    this one got may be the number that some other thread has set for a while.
     """
     with _THREADS:
-        before = torch.get_num_threads()
+        torch.get_num_threads()  # a thread's first call takes over the number of the process
         torch.set_num_threads(1)
-        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restore = threading.Thread(target=torch.set_num_threads, args=(others,))
         restore.start()
         restore.join()

@@ -6,6 +6,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,13 @@ def reader(
     KINDS.update(kinds)
 
 
-def _no_network(host: object, *_: object, **__: object) -> None:
+_look_up = socket.getaddrinfo
+_THIS_MACHINE = (None, "localhost", "127.0.0.1", "0.0.0.0", "::1", "::")
+
+
+def _no_network(host: Any, *args: Any, **options: Any) -> Any:
+    if host in _THIS_MACHINE:  # where a local cluster is
+        return _look_up(host, *args, **options)
     raise OSError(f"a page must not need the network, and looked up {host!r}")
 
 

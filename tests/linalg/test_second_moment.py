@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tdecomp.linalg.second_moment import SecondMoment, leading_outputs, nested_losses
+from tdecomp.linalg.leading_outputs import leading_outputs
+from tdecomp.linalg.second_moment import SecondMoment, nested_losses
 from tests.decomposers.oracle import distance
 
 

@@ -12,7 +12,7 @@ from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.loss_curves.curve import layer_curves
 from tdecomp.loss_curves.losses import LayerLosses
-from tdecomp.loss_curves.offers import candidate, layer_losses
+from tdecomp.loss_curves.offers import OfferedLayer, candidate, layer_losses
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
 from tests.recovery.networks import QUIET, convnet, images, mlp, vectors, whole
@@ -64,7 +64,7 @@ def test_losses_are_the_errors_of_the_outputs_in_the_norm_of_their_gradients():
         # Fits lean a little less on few samples than those that lose least of them.
         fitted = losses.fitted(decomposer, rank)
         assert fitted == pytest.approx((loss, error), rel=0.05, abs=1e-8)
-        assert fitted[1] >= error * (1 - 1e-6)
+        assert fitted[1] >= error * (1 - 1e-6) - 1e-12  # at full rank both are round-off
         # Where nothing is held out:
         assert losses.expected_error(decomposer, rank) == pytest.approx(fitted[1], rel=1e-6)
 
@@ -274,7 +274,8 @@ def test_a_zero_layer_loses_nothing():
 def test_a_candidate_computes_losses_when_asked_and_once():
     method = Counted()
     losses = losses_of(convnet(), "3")
-    one = candidate(find_sites(convnet())["3"], method, losses, {})
+    layer = OfferedLayer.of(find_sites(convnet())["3"], rounded=False)
+    one = candidate(layer, method, losses, {})
     assert method.ranks == []
     assert one.errors() is None
     assert one.error_at(3) == one.error_at(3) > 0

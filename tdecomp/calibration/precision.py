@@ -1,0 +1,25 @@
+"""The precision in which a layer's errors are computed."""
+
+import torch
+from torch import Tensor
+
+from tdecomp.linalg.leading_outputs import is_large_kernel
+
+_ROWS = 512  # of a large kernel that are converted at a time
+
+
+def precision_of(weight: Tensor) -> torch.dtype:
+    """Of a layer's kernels, in which its errors are computed: float64 but for large layers."""
+    large = weight.dtype != torch.float64 and is_large_kernel(weight)
+    return torch.float32 if large else torch.float64
+
+
+def difference(weight: Tensor, approximation: Tensor) -> Tensor:
+    """What a weight loses with another in its place, in the precision of its kernels."""
+    precision = precision_of(weight)
+    return weight.detach().to(precision) - approximation.detach().to(precision)
+
+
+def products(kernel: Tensor, mean: Tensor) -> Tensor:
+    """``K m`` (out,) in float64, of which a large kernel gets no copy."""
+    return torch.cat([block.double() @ mean for block in kernel.split(_ROWS)])

@@ -1,0 +1,1 @@
+"""Models larger than memory: folders of safetensors, read and written tensor by tensor."""

@@ -1,0 +1,194 @@
+"""A folder of safetensors as it is published: which tensors it has, and where they lie."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tdecomp.checkpoint.description import CONFIG, KEY, METHOD
+from tdecomp.checkpoint.folder import NAMES
+from tdecomp.files.shards import Stored, read_header
+from tdecomp.files.typed import typed
+from tdecomp.files.whole_file import named_in_errors
+from tdecomp.plans.table import FORMAT
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+# Files with the same weights again, in other forms.
+_SAME_WEIGHTS = (
+    "*.safetensors", "*.index.json", "pytorch_model*.bin", "consolidated*", "tf_model*.h5",
+    "flax_model*.msgpack",
+)  # fmt: skip
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with weights.
+
+    Attributes
+    ----------
+    folder : Path
+    config : dict
+        What its config.json says.
+    tensors : mapping of str to Stored
+        By its name where each tensor lies, in the order of the files.
+    shards : tuple of str
+        The names of the files that hold them.
+    marks : dict of str to list
+        By the name of each of these files its size, when it was changed, and a hash of its header.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    shards: tuple[str, ...]
+    marks: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    @property
+    def quantizer(self) -> str | None:
+        """The method by which it says to be quantized; None if it is not."""
+        said = self.config.get(KEY)
+        return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
+
+    def other_files(self) -> list[str]:
+        """The files, also in folders, that have nothing to do with weights."""
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder) for path in paths if path != self.folder / CONFIG]
+        shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        return [
+            name.as_posix() for name in shown
+            if len(name.parts) > 1 or not any(map(name.match, _SAME_WEIGHTS))
+        ]  # fmt: skip
+
+
+def open_source(folder: str | os.PathLike[str]) -> Source:
+    """Look at a folder of safetensors that is to be decomposed.
+
+    A FileNotFoundError where files are missing, a ValueError where they are damaged, do not fit
+    together, or are none that can be decomposed; both name the file.
+    """
+    source = open_folder(folder)
+    if not (source.folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{source.folder}: no {CONFIG}, which says what the model is")
+    _refuse_decomposed(source)
+    return source
+
+
+def open_folder(folder: str | os.PathLike[str]) -> Source:
+    """Look at any folder of safetensors: its config, its index and the headers of its files."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no such folder: {root}; expected one with *.safetensors and config.json, as "
+            "huggingface_hub.snapshot_download(...) returns it"
+        )
+    shards, said = _shards(root)
+    tensors: dict[str, Stored] = {}
+    marks: dict[str, list[Any]] = {}
+    for file in shards:
+        header, found = read_header(root, file)
+        if twice := tensors.keys() & found.keys():
+            name = min(twice)
+            raise ValueError(f"{root / file}: it has {name!r}, as {tensors[name].file} has already")
+        tensors |= found
+        stat = (root / file).stat()
+        marks[file] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+    _check_index(root, said, tensors)
+    config = _config(root)
+    return Source(root, config, tensors, shards, marks)
+
+
+def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """The names of the files with weights, and what an index says of each tensor."""
+    indices = sorted(path.name for path in root.glob(f"*{_INDEX_SUFFIX}"))
+    names = sorted(path.name for path in root.glob(f"*{_SUFFIX}"))
+    if len(indices) > 1:
+        raise ValueError(
+            f"{root}: it has several indices, {', '.join(indices)}; expected the files of one model"
+        )
+    if indices:
+        with named_in_errors(root / indices[0]):
+            said = _index(root / indices[0])
+            listed = tuple(dict.fromkeys(sorted(said.values())))
+            if odd := [name for name in listed if Path(name).name != name]:
+                raise ValueError(f"expected names of files beside it, got {', '.join(odd)}")
+        if missing := [name for name in listed if name not in names]:
+            raise FileNotFoundError(
+                f"{root}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, of "
+                f"the {len(listed)} files that {indices[0]} names; download the folder again"
+            )
+        return listed, said
+    # Beside a file of such a name the others hold what is no state, or the same once more.
+    single = [name for name in NAMES if name in names] or (names if len(names) == 1 else [])
+    if single:
+        return (single[0],), None
+    if names:
+        raise ValueError(
+            f"{root}: {len(names)} files of safetensors without {INDEX}, which says where each "
+            "tensor lies; download the index, too, or keep one of the files in the folder"
+        )
+    pickled = sorted(path.name for path in root.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise ValueError(
+            f"{root}: its weights are pickled ({pickled[0]}), which runs code when it is read; "
+            "expected safetensors: model.save_pretrained(folder) writes them"
+        )
+    inner = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    words = f"one of its folders: {', '.join(inner)}" if inner else "a folder with weights"
+    raise FileNotFoundError(f"{root}: no *.safetensors; expected {words}")
+
+
+def _index(path: Path) -> dict[str, str]:
+    data: dict[str, Any] = typed(dict[str, Any], json.loads(path.read_text("utf-8")), "index")
+    found: dict[str, str] = typed(dict[str, str], data.get("weight_map"), "weight_map")
+    return found
+
+
+def _check_index(root: Path, said: Mapping[str, str] | None, tensors: Mapping[str, Stored]) -> None:
+    """Refuse an index that does not speak of the tensors that the files have."""
+    if said is None:
+        return
+    found = {name: stored.file for name, stored in tensors.items()}
+    wrong = sorted(name for name in {*said, *found} if said.get(name) != found.get(name))
+    if wrong:
+        name, more = wrong[0], f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{root}: the index has {name!r} in {said.get(name, 'no file')}, it is in "
+            f"{found.get(name, 'no file')}{more}; expected the index of these files: download both "
+            "again"
+        )
+
+
+def _config(root: Path) -> dict[str, Any]:
+    path = root / CONFIG
+    if not path.is_file():
+        return {}
+    with named_in_errors(path):
+        config: dict[str, Any] = typed(
+            dict[str, Any], json.loads(path.read_text("utf-8")), "config"
+        )
+    return config
+
+
+def _refuse_decomposed(source: Source) -> None:
+    if source.quantizer == METHOD:
+        said = source.config[KEY]
+        form = said.get("format")
+        if isinstance(form, int) and form > FORMAT:
+            raise ValueError(
+                f"{source.folder}: decomposed by tdecomp {said.get('version', 'later')}, in format "
+                f"{form}; this version knows format {FORMAT}: update tdecomp"
+            )
+        raise ValueError(
+            f"{source.folder}: it is decomposed already; expected the original: a stream starts "
+            "from whole layers. tdecomp.reduce_ranks lowers the ranks of a decomposed model"
+        )

@@ -1,0 +1,157 @@
+"""Checkpoints of transformers, streamed: layers, ties and experts as the library has them."""
+
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import tdecomp
+import tdecomp.integrations.transformers
+from tdecomp.streaming.of_transformers import asked_elsewhere, looked_at, skeleton_of
+from tdecomp.streaming.source import open_source
+
+pytestmark = pytest.mark.slow
+QUIET = {"progress": False}
+_LLAMA = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+_T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+_BERT = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+MODELS = {
+    "llama": ("Llama", "ForCausalLM", _LLAMA),
+    "tied": ("Llama", "ForCausalLM", {**_LLAMA, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2", "LMHeadModel", {**_GPT2, "bos_token_id": 1, "eos_token_id": 2}),
+    "t5": ("T5", "ForConditionalGeneration", _T5),
+    "mixtral": ("Mixtral", "ForCausalLM", {**_LLAMA, "num_local_experts": 4}),
+    "gpt-oss": ("GptOss", "ForCausalLM", {**_LLAMA, "num_local_experts": 4, "head_dim": 8}),
+    "bert": ("Bert", "ForMaskedLM", _BERT),
+}
+
+
+def made(name):
+    family, head, sizes = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**sizes)
+        return getattr(transformers, f"{family}{head}")(config).to(torch.bfloat16).eval()
+
+
+@pytest.fixture
+def source(request, tmp_path):
+    made(request.param).save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    return tmp_path / "source"
+
+
+def tensors_in(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def call(model):
+    ids = torch.arange(6).reshape(1, 6) + 1
+    names = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        names["decoder_input_ids"] = ids
+    with torch.no_grad():
+        return model(**names).logits
+
+
+@pytest.mark.parametrize("rank", [tdecomp.Ratio(0.6, of="params"), tdecomp.Budget(params=0.6)])
+@pytest.mark.parametrize("source", MODELS, indirect=True)
+def test_it_has_the_bits_of_decomposing_in_memory(source, tmp_path, rank):
+    report = tdecomp.stream(source, tmp_path / "target", "svd", rank=rank, **QUIET)
+    family = type(made_like(source))
+    original = family.from_pretrained(source, dtype="auto")
+    result = tdecomp.decompose(original, "svd", rank=rank, **QUIET)
+    assert [(row.name, row.method, row.rank, row.tied_to) for row in report] == [
+        (row.name, row.method, row.rank, row.tied_to) for row in result.report
+    ]
+    assert (report.before, report.after) == (result.report.before, result.report.after)
+    written, wanted, given = (
+        tensors_in(tmp_path / "target"), result.model.state_dict(), tensors_in(source)
+    )  # fmt: skip
+    for name, value in written.items():
+        assert torch.equal(value, wanted[name] if name in wanted else given[name]), name
+    loaded = family.from_pretrained(tmp_path / "target", dtype="auto")
+    assert torch.equal(call(loaded), call(result.model))
+    fresh = tdecomp.load(tmp_path / "target", made_like(source))
+    assert torch.equal(call(fresh), call(result.model))
+
+
+@pytest.mark.parametrize(
+    "methods, rank",
+    [("svd", tdecomp.Energy(0.8)), ("dense", tdecomp.Budget(params=0.6)), ("auto", 4)],
+)
+@pytest.mark.parametrize("source", MODELS, indirect=True)
+def test_its_plan_is_that_of_the_model_in_memory(source, methods, rank):
+    model = type(made_like(source)).from_pretrained(source, dtype="auto")
+    got, expected = (tdecomp.plan(one, methods, rank=rank, **QUIET) for one in (source, model))
+    assert got.to_dict() == expected.to_dict()
+    assert any(row.method is not None for row in got)
+
+
+@pytest.mark.parametrize("source", MODELS, indirect=True)
+def test_its_sensitivity_is_that_of_the_model_in_memory(source):
+    model = type(made_like(source)).from_pretrained(source, dtype="auto")
+    got, expected = (tdecomp.sensitivity(one, "dense", **QUIET) for one in (source, model))
+    assert got.to_dict() == expected.to_dict()
+
+
+def made_like(source):
+    config = transformers.AutoConfig.from_pretrained(source)
+    return getattr(transformers, config.architectures[0])(config).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("source", ["mixtral"], indirect=True)
+def test_a_process_of_its_own_says_the_same(source, tmp_path, monkeypatch):
+    # That process, too, needs the operators of torchvision.
+    code = (
+        "from benchmarks.support.torchvision_import import import_torchvision\nimport_torchvision()"
+    )
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = open_source(source)
+    assert asked_elsewhere(found) == looked_at(found) == skeleton_of(found)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # without anything to import
+    with pytest.raises(ValueError, match="transformers cannot look at it"):
+        asked_elsewhere(found)
+
+
+@pytest.mark.parametrize("source", ["tied"], indirect=True)
+def test_a_tied_weight_that_is_stored_twice(source, tmp_path):
+    (file,) = source.glob("*.safetensors")
+    state = load_file(file)
+    table = state["model.embed_tokens.weight"]
+    save_file({**state, "lm_head.weight": table.clone()}, file, metadata={"format": "pt"})
+    report = tdecomp.stream(source, tmp_path / "same", "svd", rank=0.5, include="lm_head", **QUIET)
+    assert report["lm_head"].reason is not None  # not without the table, which include leaves out
+    both = ["lm_head", "model.embed_tokens"]
+    options = {"rank": tdecomp.Ratio(0.5, of="params"), **QUIET}
+    report = tdecomp.stream(source, tmp_path / "both", "svd", include=both, **options)
+    assert report["lm_head"].tied_to == "model.embed_tokens"
+    assert "lm_head.weight" not in tensors_in(tmp_path / "both")
+    save_file({**state, "lm_head.weight": table + 1}, file, metadata={"format": "pt"})
+    report = tdecomp.stream(source, tmp_path / "other", "svd", include=both, exclude=(), **options)
+    assert "tie_word_embeddings=false" in report["lm_head"].reason
+    assert torch.equal(tensors_in(tmp_path / "other")["lm_head.weight"], table + 1)
+
+
+@pytest.mark.parametrize("source", ["llama"], indirect=True)
+def test_tensors_that_do_not_fit_the_config(source, tmp_path):
+    (file,) = source.glob("*.safetensors")
+    state = load_file(file)
+    del state["model.layers.0.mlp.up_proj.weight"]
+    state["model.layers.0.mlp.gate_proj.weight"] = torch.ones(4, 4)
+    state["model.layers.1.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.int8)
+    save_file(state, file, metadata={"format": "pt"})
+    report = tdecomp.stream(source, tmp_path / "target", "svd", rank=2, **QUIET)
+    assert report["model.layers.0.mlp.up_proj"].reason == "the checkpoint has no values for it"
+    assert "the shape (4, 4)" in report["model.layers.0.mlp.gate_proj"].reason
+    assert "stored as I8" in report["model.layers.1.mlp.up_proj"].reason
+    assert report["model.layers.1.mlp.gate_proj"].rank == 2
