@@ -22,6 +22,9 @@ from tdecomp.linalg.spectrum import Spectrum, spectra
 from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.runtime.torch_state import full_precision
 
+# The squares of these, and their sums over a large kernel, are well in the range of float32.
+_USUAL_ENTRIES = 1e-6, 1e6
+
 
 @dataclass(frozen=True)
 class FittedLayer:
@@ -142,7 +145,7 @@ def factorize(
         for kernel, second, near in zip(kernels, seconds, starts, strict=True):
             # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
             largest = float(kernel.abs().max())
-            scale = largest or 1.0
+            scale = _scale(method, kernel, largest)
             if largest == 0 and (zero := _zero_factors(method, kernel, rank)) is not None:
                 groups.append(zero)
                 continue
@@ -150,20 +153,29 @@ def factorize(
             if method.iterative:  # other methods need not know these
                 begin = None if near is None else near.to(dtype).scaled(1 / scale)
                 options = {"start": begin, "draft": draft}
+            scaled = kernel if scale == 1.0 else kernel / scale
             fitted: Factors | None
             if second is None or second.trace <= 0:  # inputs that never vary say nothing
-                fitted = method.fit(kernel / scale, rank, **options)
+                fitted = method.fit(scaled, rank, **options)
             elif method.iterative and not draft and weight.dtype.itemsize < 4:
                 start_of_group = options["start"]
                 fitted = _fit_to_be_rounded(
                     method, kernel, scale, rank, second, start_of_group, weight.dtype
                 )
             else:
-                fitted = method.fit_to(kernel / scale, rank, second, **options)
+                fitted = method.fit_to(scaled, rank, second, **options)
             if fitted is None:
                 return factorize(method, weight, spec, rank, None, start, draft=draft)
             groups.append(fitted.scaled(scale))
         return Factorization(spec, tuple(groups)).to(weight.dtype)
+
+
+def _scale(method: Decomposer, kernel: Tensor, largest: float) -> float:
+    """What a kernel is divided by: its largest entry, unless a copy would cost too much for it."""
+    usual = _USUAL_ENTRIES[0] < largest < _USUAL_ENTRIES[1]
+    if usual and kernel.dtype == torch.float32 and method.fits_large_in_float32:
+        return 1.0 if is_large_kernel(kernel) else largest
+    return largest or 1.0
 
 
 def _fit_to_be_rounded(
