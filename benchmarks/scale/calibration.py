@@ -13,8 +13,9 @@ from torch import nn
 
 import tdecomp
 from benchmarks.scale.row import ScaleRow
-from benchmarks.support.fresh_process import in_fresh_process
+from benchmarks.support.fresh_process import in_fresh_process, in_this_process
 from benchmarks.support.torchvision_import import import_torchvision
+from tdecomp.runtime.parallel import OneThread
 
 _BOUND = 3.0
 _WIDTH, _BLOCKS, _BATCHES, _SENTENCES, _LENGTH = 384, 6, 16, 32, 128
@@ -23,9 +24,10 @@ _QUICK = (16, 2, 3, 2, 8)
 
 def run(options: argparse.Namespace) -> list[ScaleRow]:
     """One row without gradients, and one that says what these add."""
+    measure = in_this_process if options.quick else in_fresh_process
     sizes = _QUICK if options.quick else (_WIDTH, _BLOCKS, _BATCHES, _SENTENCES, _LENGTH)
     width, blocks, batches, sentences, length = sizes
-    plain, without, added = in_fresh_process(calibrated, sizes)
+    plain, without, added = measure(calibrated, sizes)
     what = f"calibrating a BERT of {blocks} blocks of {width}, {batches} batches of {sentences} "
     what += f"sentences of {length} tokens"
     return [
@@ -40,7 +42,6 @@ def run(options: argparse.Namespace) -> list[ScaleRow]:
 
 def calibrated(sizes: tuple[int, ...]) -> tuple[float, float, float]:
     """Seconds of a plain pass; calibrating without gradients and what they add, in such passes."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     width, blocks, batches, sentences, length = sizes
     model = bert(width, blocks)
@@ -54,12 +55,13 @@ def calibrated(sizes: tuple[int, ...]) -> tuple[float, float, float]:
     def moments(gradients: bool) -> tdecomp.Moments:
         return tdecomp.calibrate(model, tokens, gradients=gradients, progress=False)
 
-    model(tokens[0])
-    seconds = [_seconds(plain)]  # before and after: what else runs meets all alike
-    without = _seconds(lambda: moments(gradients=False))
-    seconds.append(_seconds(plain))
-    complete = _seconds(lambda: moments(gradients=True))
-    seconds.append(_seconds(plain))
+    with OneThread():
+        model(tokens[0])
+        seconds = [_seconds(plain)]  # before and after: what else runs meets all alike
+        without = _seconds(lambda: moments(gradients=False))
+        seconds.append(_seconds(plain))
+        complete = _seconds(lambda: moments(gradients=True))
+        seconds.append(_seconds(plain))
     passes = without / (sum(seconds[:2]) / 2), complete / (sum(seconds[1:]) / 2)
     return min(seconds), passes[0], passes[1] - passes[0]
 

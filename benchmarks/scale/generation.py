@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.scale.row import ScaleRow
-from benchmarks.support.fresh_process import in_fresh_process
+from benchmarks.support.fresh_process import in_fresh_process, in_this_process
 from benchmarks.support.torchvision_import import import_torchvision
 from tdecomp.decomposers.assemble import empty_chain_like
 from tdecomp.decomposers.svd import SVD
@@ -41,10 +41,11 @@ class Speed:
 
 def run(options: argparse.Namespace) -> list[ScaleRow]:
     """A row for each dtype."""
+    measure = in_this_process if options.quick else in_fresh_process
     sizes = _QUICK if options.quick else (_WIDTH, _INNER, _BLOCKS, _VOCABULARY, _TOKENS, _ROUNDS)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        whole, half = in_fresh_process(generated, sizes, dtype)
+        whole, half = measure(generated, sizes, dtype)
         name = str(dtype).removeprefix("torch.")
         rows.append(ScaleRow(
             f"generation, batch 1, {name}: Llama of {sizes[2]} blocks of {sizes[0]} at half of its "

@@ -13,7 +13,8 @@ from torch import nn
 
 import tdecomp
 from benchmarks.scale.row import ScaleRow
-from benchmarks.support.fresh_process import PrivatePeak, in_fresh_process
+from benchmarks.support.fresh_process import PrivatePeak, in_fresh_process, in_this_process
+from tdecomp.runtime.parallel import OneThread
 
 _SIDES, _RANK, _ROWS = (4096, 11008), 1024, 5000
 _QUICK_SIDES, _QUICK_RANK, _QUICK_ROWS = (64, 96), 8, 200
@@ -23,13 +24,14 @@ _BY_WEIGHTS, _BY_MOMENTS = (15.0, 3.0), (35.0, 5.0)
 
 def run(options: argparse.Namespace) -> list[ScaleRow]:
     """Two layers, each by weights and by moments."""
+    measure = in_this_process if options.quick else in_fresh_process
     narrow, wide = _QUICK_SIDES if options.quick else _SIDES
     rank = _QUICK_RANK if options.quick else _RANK
     rows = _QUICK_ROWS if options.quick else _ROWS
     found = []
     for into, out in ((narrow, wide), (wide, narrow)):
         for seen, bound in ((0, _BY_WEIGHTS), (rows, _BY_MOMENTS)):
-            calibrating, passed, seconds, multiple = in_fresh_process(fit, into, out, rank, seen)
+            calibrating, passed, seconds, multiple = measure(fit, into, out, rank, seen)
             by = f"moments of {seen:,} rows" if seen else "weights"
             measured = (
                 f"{seconds:.1f} s ({passed:.1f} by the clock), {multiple:.1f} times the weights"
@@ -45,17 +47,17 @@ def run(options: argparse.Namespace) -> list[ScaleRow]:
 
 def fit(into: int, out: int, rank: int, rows: int) -> tuple[float, float, float, float]:
     """Seconds of calibrating; of decomposing by the clock and of the processor, and its memory."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(into, out, bias=False))
-    data, calibrating = None, 0.0
-    if rows:
-        inputs = torch.randn(rows, into) * torch.linspace(0.1, 3.0, into)
-        batches = tdecomp.Data(list(inputs.split(500)), held_out=0)
-        began = time.thread_time()
-        data = tdecomp.calibrate(model, batches, gradients=False, progress=False)
-        calibrating = time.thread_time() - began
-        del inputs, batches
-    with PrivatePeak() as watched:
-        tdecomp.decompose(model, "svd", rank=rank, data=data, inplace=True, progress=False)
+    with OneThread():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(into, out, bias=False))
+        data, calibrating = None, 0.0
+        if rows:
+            inputs = torch.randn(rows, into) * torch.linspace(0.1, 3.0, into)
+            batches = tdecomp.Data(list(inputs.split(500)), held_out=0)
+            began = time.thread_time()
+            data = tdecomp.calibrate(model, batches, gradients=False, progress=False)
+            calibrating = time.thread_time() - began
+            del inputs, batches
+        with PrivatePeak() as watched:
+            tdecomp.decompose(model, "svd", rank=rank, data=data, inplace=True, progress=False)
     return calibrating, watched.seconds, watched.processor, watched.extra / (4 * into * out)

@@ -61,7 +61,20 @@ def several_calls(model, x, number):
     return model.on(model.v, x)
 
 
-CALLS = [attention, later_apart, at_times_left_out, changed_in_place, several_calls]
+def first_called_later(model, x, number):
+    if number > 2:
+        model.on(model.v, x)
+    return model.on(model.q, x) + (model.on(model.k, x).sum() if number > 1 else 0.0)
+
+
+CALLS = [
+    attention,
+    later_apart,
+    first_called_later,
+    at_times_left_out,
+    changed_in_place,
+    several_calls,
+]
 
 
 def batches():
