@@ -90,7 +90,8 @@ def measured(
             second = moments.second_moments()
         # The factors have the weight's dtype by now; their product is not rounded once more.
         precise = factors.to(fit_dtype(method, weight))
-        gone = difference(weight, precise.to_kernel())
+        owned = method.fits_large_in_float32  # whose factors make a new kernel each time
+        gone = difference(weight, precise.to_kernel(), overwrite=owned)
         weight_error = frobenius_norm(gone) / (frobenius_norm(weight) or 1.0)
         output_error = loss = shift = note = None
         if moments is not None and second is not None:
@@ -166,7 +167,7 @@ def factorize(
                 fitted = method.fit_to(scaled, rank, second, **options)
             if fitted is None:
                 return factorize(method, weight, spec, rank, None, start, draft=draft)
-            groups.append(fitted.scaled(scale))
+            groups.append(fitted if scale == 1.0 else fitted.scaled(scale))
         return Factorization(spec, tuple(groups)).to(weight.dtype)
 
 
