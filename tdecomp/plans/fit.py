@@ -40,11 +40,16 @@ class LayerData:
 
     @classmethod
     def of(cls, site: Site, moments: Moments | None) -> "LayerData":
-        """The layer's weight, and what is known of its inputs, on one device."""
+        """The layer's weight, and what is known of its inputs, on one device.
+
+        Gradients say which ranks to choose, and are as large as weights: no row has what they tell.
+        """
         assert site.spec is not None
         weight = site.module.get_parameter("weight").detach()
         seen = None if moments is None else moments.layers.get(site.name)
-        return cls(weight, site.spec, None if seen is None else seen.to(weight.device))
+        if seen is not None:
+            seen = replace(seen, gradient=None).to(weight.device)
+        return cls(weight, site.spec, seen)
 
 
 @dataclass(frozen=True)
@@ -120,28 +125,30 @@ def fit_groups(
 
 def fit(job: FitJob) -> list[Fit]:
     """The fit of each layer of the job; an error names the first."""
-    first = job.layers[0]
-    check_registered(first.spec, str(job))
-    fitted = job.known or _fitted(job)
+    check_registered(job.layers[0].spec, str(job))
+    try:
+        fits = _fits(job)
+        pairs = zip(fits, job.layers, strict=True)
+        return [(mine, mine.held_out_error(layer.weight, layer.moments)) for mine, layer in pairs]
+    except Exception as error:
+        raise ValueError(
+            f"{job}: {job.method.name} at rank {job.rank} failed with {type(error).__name__}: "
+            f"{error}. Leave the layer alone with exclude=[{job.name!r}], or choose another method "
+            "or rank for it"
+        ) from error
+
+
+def _fits(job: FitJob) -> list[FittedLayer]:
+    first, method = job.layers[0], job.method
+    fitted = job.known or fit_layer(
+        first.weight, first.spec, method, job.rank, first.moments, job.start
+    )
     found = [fitted]
     for layer in job.layers[1:]:
         weight, spec, seen = layer.weight, layer.spec, layer.moments
-        factors = factors_as(fitted.factors, weight, spec, job.method, seen)
-        found.append(measured(weight, spec, job.method, factors, seen))
-    pairs = zip(found, job.layers, strict=True)
-    return [(mine, mine.held_out_error(layer.weight, layer.moments)) for mine, layer in pairs]
-
-
-def _fitted(job: FitJob) -> FittedLayer:
-    layer, method, rank = job.layers[0], job.method, job.rank
-    try:
-        return fit_layer(layer.weight, layer.spec, method, rank, layer.moments, job.start)
-    except Exception as error:
-        raise ValueError(
-            f"{job}: {method.name} at rank {rank} failed with {type(error).__name__}: {error}. "
-            f"Leave the layer alone with exclude=[{job.name!r}], or choose another method or rank "
-            "for it"
-        ) from error
+        factors = factors_as(fitted.factors, weight, spec, method, seen)
+        found.append(measured(weight, spec, method, factors, seen))
+    return found
 
 
 def fit_rows(group: Group, moments: Moments | None = None) -> list[tuple[Row, Chain]]:
