@@ -160,11 +160,13 @@ def one_in_each_batch(model, x, number):
 def test_the_same_tensor_in_the_next_batch_is_another_input():
     x = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
     masks = [torch.arange(6) < 2, torch.arange(6) >= 2]
+    data = tdecomp.Data(masks, mask=lambda mask: mask, held_out=0)
 
     def found(*, apart):
-        data = tdecomp.Data([{"x": x, "mask": mask} for mask in masks], mask=lambda b: b["mask"])
         model = Model(one_in_each_batch, apart)
-        options = {"forward": lambda m, b: m(b["x"]), "gradients": False, "progress": False}
+        options = {"forward": lambda m, _: m(x), "gradients": False, "progress": False}
         return tdecomp.calibrate(model, data, **options)
 
-    check_equal(found(apart=False), found(apart=True))
+    shared = found(apart=False)
+    check_equal(shared, found(apart=True))
+    assert (shared["k"].count, shared["q"].count) == (2, 4)
