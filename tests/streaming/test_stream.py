@@ -146,6 +146,14 @@ def test_workers_write_the_same(source, tmp_path, rank):
     assert digests(tmp_path / "alone") == digests(tmp_path / "shared")
 
 
+def test_an_executor_that_was_shut_down(source, tmp_path):
+    with ThreadPoolExecutor(1) as executor:
+        pass
+    with pytest.raises(ValueError, match="it was shut down"):
+        stream(source, tmp_path / "target", executor=executor)
+    assert not (tmp_path / "target").exists()
+
+
 def test_bounded_memory_changes_nothing(source, tmp_path):
     stream(source, tmp_path / "free")
     stream(source, tmp_path / "bounded", max_memory=30_000)
