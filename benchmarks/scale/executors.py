@@ -23,6 +23,7 @@ from benchmarks.scale.row import ScaleRow
 from benchmarks.support.pairs import spread
 
 _ROUNDS = 5
+_OF_DASK = ("one worker of Dask", "two workers of Dask")
 _LEAST = 1.5
 
 
@@ -40,6 +41,7 @@ class Task:
 
     do: Callable[[Executor | None], object]
     least: float | None = None  # times faster, two of Dask's workers against one
+    only: tuple[str, ...] = ()  # of the ways; empty for all
 
     def run(self, way: Way) -> float:
         """The seconds it takes this way."""
@@ -58,7 +60,8 @@ def run(options: Namespace) -> list[ScaleRow]:
     rows: list[ScaleRow] = []
     with ways() as all_ways:
         for name, task in tasks(options).items():
-            seconds = in_rounds(task, all_ways, 1 if options.quick else _ROUNDS)
+            some = {way: all_ways[way] for way in task.only or all_ways}
+            seconds = in_rounds(task, some, 1 if options.quick else _ROUNDS)
             rows += rows_of(name, seconds, task.least)
     return rows
 
@@ -75,7 +78,7 @@ def ways() -> Iterator[dict[str, Way]]:
             "two threads": Way(2),
             "two spawned processes": Way(executor=stack.enter_context(pool)),
         }
-        for workers, name in ((1, "one worker of Dask"), (2, "two workers of Dask")):
+        for workers, name in enumerate(_OF_DASK, start=1):
             cluster = stack.enter_context(
                 distributed.LocalCluster(
                     workers, threads_per_worker=1, processes=True, dashboard_address=":0"
@@ -98,10 +101,10 @@ def tasks(options: Namespace) -> dict[str, Task]:
     inputs = torch.randn(4 * width, width // 2) @ torch.randn(width // 2, width // 2)
     data = tdecomp.calibrate(narrow, [inputs], gradients=False, progress=False)
     small = _linears(48, 48, 8 if quick else 200)
-    sizes = TINY if quick else LlamaSizes(vocabulary=2_000, blocks=4, shards=4)
+    sizes = TINY if quick else LlamaSizes(vocabulary=2_000, blocks=2, shards=2)
     of_llama = f"stream, {sizes.blocks} blocks of a Llama of {sizes.hidden:,}"
     return {
-        of_llama: Task(_stream(options.folder, sizes), _LEAST),
+        of_llama: Task(_stream(options.folder, sizes), _LEAST, ("one thread", *_OF_DASK)),
         f"{_named(large)}, svd by their weights": Task(_decompose(large), _LEAST),
         f"{_named(narrow)}, svd to moments": Task(_decompose(narrow, data=data), _LEAST),
         f"{_named(small)}, svd by their weights": Task(_decompose(small)),
@@ -160,7 +163,7 @@ def rows_of(task: str, seconds: Mapping[str, list[float]], least: float | None) 
         ratios = _times_faster(seconds[first], seconds[name])
         measured = f"{spread(seconds[name], 2)} s, {spread(ratios, 2)} times faster"
         rows.append(ScaleRow(f"{task}: {name}", "", measured))
-    one, two = (seconds[f"{number} of Dask"] for number in ("one worker", "two workers"))
+    one, two = (seconds[way] for way in _OF_DASK)
     ratios = _times_faster(one, two)
     within = None if least is None else statistics.median(ratios) >= least
     bound = "" if least is None else f"≥ {least} times faster"

@@ -1,5 +1,6 @@
 """Sums over batches: of a layer's input patches and outputs, and of gradients at its outputs."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -148,6 +149,16 @@ class Accumulator:
         cross, total = self.output_sums
         cross.add_(targets.transpose(1, 2) @ rows, alpha=weight)
         total.add_(targets.sum(dim=1), alpha=weight)
+
+    def copied(self) -> "Accumulator":
+        """The same sums, which go on apart from these."""
+        other = copy.copy(self)
+        other.sizes, other.rows = {*self.sizes}, [*self.rows]
+        other.total = None if self.total is None else self.total.clone()
+        other.matrix = None if self.matrix is None else self.matrix.clone()
+        other.output_sums = tuple(total.clone() for total in self.output_sums)
+        other._generator = copy.deepcopy(self._generator)
+        return other
 
     def sees_few(self, each: int) -> bool:
         """Whether there are fewer patches than so many for each entry of a patch."""

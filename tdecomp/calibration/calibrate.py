@@ -14,11 +14,13 @@ from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients
 from tdecomp.calibration.augment import Augment
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.data import PASSES, Batches, batches_for
+from tdecomp.calibration.held_patches import HeldPatches
 from tdecomp.calibration.held_sample import HeldSample
 from tdecomp.calibration.memory import free_memory
 from tdecomp.calibration.moments import LayerMoments, Moments
 from tdecomp.calibration.opening import opened_for
 from tdecomp.calibration.row_counts import RowCounts
+from tdecomp.calibration.shared_sums import SharedSums
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
@@ -177,19 +179,24 @@ def _add_pass(
     gradients: bool,
 ) -> None:
     """Add what one pass over the batches, and further ones over variants, show of these layers."""
-    sums = {name: _accumulator(spec) for name, (_, spec) in layers.items()}
+    specs = {name: spec for name, (_, spec) in layers.items()}
+    keys = {name: _inputs_key(spec) for name, spec in specs.items()}
+    sums = SharedSums(keys, lambda name: _accumulator(specs[name]))
+    held = SharedSums(keys, lambda name: HeldSample(specs[name], batches.seed or 0))
     slopes = OutputGradients(layers, batches) if gradients else None
     uses = OddUses({name: layer for name, (layer, _) in layers.items()})
     moments.samples, outside = 0, 0
-    held = {name: HeldSample(spec, batches.seed or 0) for name, (_, spec) in layers.items()}
 
     def add(name: str, x: Tensor) -> None:
-        sums[name].add(rows.of_layer(x, sums[name].spec))
+        sums.add(name, x, lambda total: total.add(rows.of_layer(x, specs[name])))
 
     def draw(batch: Any, first: int) -> None:
         samples = range(first, first + count_samples(batch))
         rows.begin(batch)
-        keep = partial(_keep, held, rows, samples)
+
+        def keep(name: str, x: Tensor) -> None:
+            held.add(name, x, lambda sample: sample.add(x, rows, samples))
+
         with _shown(keep, layers), torch.no_grad(), uses:
             batches.run(model, batch)
 
@@ -197,7 +204,7 @@ def _add_pass(
         rows.begin(batch)
         with _shown(add, {name: layers[name] for name in names}), torch.no_grad(), uses:
             batches.run(model, batch)
-        moments.peak_bytes = max(moments.peak_bytes, sum(s.nbytes for s in sums.values()))
+        moments.peak_bytes = max(moments.peak_bytes, sum(s.nbytes for s in sums.sums()))
 
     device = device_of(model)
     with evaluating(model), exact_passes(), no_inference_mode():
@@ -216,34 +223,41 @@ def _add_pass(
                     warnings.warn(f"calibrate: {words}: budgets weigh layers alike", stacklevel=4)
             moments.samples += count_samples(batch)
         for batch in batches.variants(device):
-            few = [name for name, s in sums.items() if s.sees_few(_ENOUGH)]
+            few = [name for name in layers if sums.of(name).sees_few(_ENOUGH)]
             if not few:
                 break
             run(batch, few)
     moments.held_out = outside
     moments.oddities |= uses.found
     importance = {} if slopes is None else slopes.finish()
+    outsides: dict[str, HeldPatches | None] = {}
+    for sample, names in held.taken():
+        outsides |= dict.fromkeys(names, sample.finish())
+    taken: dict[str, LayerMoments] = {}
+    for total, names in sums.taken():
+        if (found := total.finish()) is not None:
+            taken |= dict.fromkeys(names, found)
     for name in layers:
-        found = sums.pop(name).finish(importance.get(name))
-        if found is not None:
-            found = replace(found, held=held.pop(name).finish(), samples=moments.samples)
-            _check_finite(name, found)
-            moments.layers[name] = found
+        if name in taken:
+            moments.layers[name] = replace(
+                taken.pop(name), spec=specs[name], gradient=importance.get(name),
+                held=outsides.get(name), samples=moments.samples,
+            )  # fmt: skip
+            _check_finite(name, moments.layers[name])
 
 
 def _accumulator(spec: LayerSpec) -> Accumulator | RowCounts:
     return RowCounts(spec) if spec.lookup else Accumulator(spec, _useful(spec))
 
 
+def _inputs_key(spec: LayerSpec) -> tuple[int, int] | None:
+    """Layers with the same key see the same patches of the same input; None for what may not."""
+    return None if spec.ndim or spec.lookup else (spec.in_channels, spec.groups)
+
+
 def _useful(spec: LayerSpec) -> int:
     """The number of patches beyond which a fit hardly gains: their sums cost fan_in² each."""
     return min(enough(spec), max(_MOST, _ENOUGH * spec.fan_in))
-
-
-def _keep(
-    held: Mapping[str, HeldSample], rows: CountedRows, samples: range, name: str, x: Tensor
-) -> None:
-    held[name].add(x, rows, samples)
 
 
 def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:

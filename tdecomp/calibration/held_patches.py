@@ -47,7 +47,6 @@ class HeldPatches:
 
 def _product(rows: Tensor, kernel: Tensor) -> Tensor:
     """The outputs (patches, out) of a kernel (out, fan_in) for some patches, or looked-up rows."""
-    if rows.dim() == 1:
-        return kernel.T.index_select(0, rows)
-    outputs: Tensor = rows.to(kernel.dtype) @ kernel.T
+    looked_up = rows.dim() == 1
+    outputs = kernel.T.index_select(0, rows) if looked_up else rows.to(kernel.dtype) @ kernel.T
     return outputs.double()

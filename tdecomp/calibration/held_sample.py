@@ -1,5 +1,7 @@
 """Drawing the patches of held-out samples that are kept."""
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,6 +52,12 @@ class HeldSample:
         chosen = torch.from_numpy(self._generator.permutation(count)[: (count + 1) // 2])
         chosen = chosen.to(kept.owners.device)
         return HeldPatches(kept.rows[:, chosen], kept.owners[chosen])
+
+    def copied(self) -> "HeldSample":
+        """The same sample, which is drawn on apart from this one."""
+        other = copy.copy(self)
+        other._generator, other._kept = copy.deepcopy(self._generator), [*self._kept]
+        return other
 
     def finish(self) -> HeldPatches | None:
         """All that were kept; None if the layer never ran."""

@@ -324,16 +324,23 @@ class Moments(Mapping[str, LayerMoments]):
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the moments to a safetensors file; `Moments.load` reads it."""
         tensors, layers = {}, {}
+        # Layers that saw the same inputs share tensors, which safetensors has no way to say.
+        first: dict[int, str] = {}
+        shared: dict[str, str] = {}
         for name, layer in self.layers.items():
-            tensors.update(
-                {f"{name}/{part}": t.contiguous() for part, t in layer.tensors().items()}
-            )
+            for part, tensor in layer.tensors().items():
+                key = f"{name}/{part}"
+                if first.setdefault(id(tensor), key) == key:
+                    tensors[key] = tensor.contiguous()
+                else:
+                    shared[key] = first[id(tensor)]
             layers[name] = {
                 "spec": layer.spec.to_dict(),
                 "count": layer.count,
                 "sizes": layer.sizes,
             }
         header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
+        header |= {"shared": shared} if shared else {}
         header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities", "held_out")}
         write_tensors(file, _KEY, header, tensors)
 
@@ -343,6 +350,10 @@ class Moments(Mapping[str, LayerMoments]):
         with named_in_errors(file):
             header, tensors = read_tensors(file, _KEY, "moments", _FORMAT)
             layers = {}
+            shared = typed(dict[str, str], header.get("shared", {}), "shared")
+            if lost := [key for key, first in shared.items() if first not in tensors]:
+                raise ValueError(f"damaged: it lacks what is shared by the moments {lost}")
+            tensors |= {key: tensors[first] for key, first in shared.items()}
             samples, peak = (typed(int, header.get(n), n) for n in ("samples", "peak_bytes"))
             for name, entry in typed(dict[str, _Entry], header.get("layers"), "layers").items():
                 keys = {part: f"{name}/{part}" for part in (*_TENSORS, *_HELD)}

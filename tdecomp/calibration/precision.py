@@ -14,9 +14,14 @@ def precision_of(weight: Tensor) -> torch.dtype:
     return torch.float32 if large else torch.float64
 
 
-def difference(weight: Tensor, approximation: Tensor) -> Tensor:
-    """What a weight loses with another in its place, in the precision of its kernels."""
+def difference(weight: Tensor, approximation: Tensor, *, overwrite: bool = False) -> Tensor:
+    """What a weight loses with another in its place, in the precision of its kernels.
+
+    With `overwrite` it may take the memory of the other one.
+    """
     precision = precision_of(weight)
+    if overwrite and approximation.dtype == precision == torch.float32:
+        return approximation.detach().neg_().add_(weight.detach())
     return weight.detach().to(precision) - approximation.detach().to(precision)
 
 

@@ -1,5 +1,7 @@
 """How often a lookup reads each of its rows, over batches."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,12 @@ class RowCounts:
             self._counts = ones.new_zeros(self.spec.in_channels)
         self._counts.index_add_(0, rows, ones)
         self.count += len(rows)
+
+    def copied(self) -> "RowCounts":
+        """The same counts, which go on apart from these."""
+        other = copy.copy(self)
+        other._counts = None if self._counts is None else self._counts.clone()
+        return other
 
     def sees_few(self, each: int) -> bool:
         """Never: rows that no input names need no further inputs."""

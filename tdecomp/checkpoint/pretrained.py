@@ -21,10 +21,13 @@ _CONVERSIONS = "_weight_conversions"  # to the names of tensors that transformer
 
 
 class Refusal:
-    """The `save_pretrained` of a model that could not be loaded again."""
+    """The `save_pretrained` of a model that could not be loaded again.
 
-    def __init__(self, words: str) -> None:
-        self.words = words
+    One that is `lasting` is of what cannot be mended, such as batch norm that was folded in.
+    """
+
+    def __init__(self, words: str, lasting: bool = False) -> None:
+        self.words, self.lasting = words, lasting
 
     def __call__(self, *_: Any, **__: Any) -> None:
         raise ValueError(f"save_pretrained: {self.words}")
@@ -34,14 +37,22 @@ def remember(model: nn.Module, plan: Plan) -> Callable[[], None]:
     """Let the model, and those in it, say the plan where they are saved; returns what undoes it."""
     with ExitStack() as undo:
         changed = any(row.method is not None for row in plan)
-        done: set[int] = set()
+        known: dict[int, str | None] = {}  # by configurations that models share: why they refuse
         for path, module in _savable(model) if changed else ():
             config = _config_of(module)
             if config is None:
-                undo.callback(_refuse(module, _NO_CONFIGURATION))
-            elif id(config) not in done:
-                done.add(id(config))
-                undo.callback(_describe(module, path, model, plan))
+                words: str | None = _NO_CONFIGURATION
+            elif id(config) in known:
+                words = known[id(config)]
+            else:
+                entry, words = _entry(module, path, model, plan)
+                if entry is not None:
+                    undo.callback(_say(module, entry))
+                known[id(_config_of(module))] = words
+            if words is not None:
+                undo.callback(_refuse(module, words))
+            else:
+                undo.callback(_let(module))
         return undo.pop_all().close
 
 
@@ -61,10 +72,10 @@ def forget(model: nn.Module) -> Callable[[], None]:
 
 
 def refuse_saving(model: nn.Module, words: str) -> None:
-    """Let a decomposed model of a library refuse to be saved, in these words."""
+    """Let a decomposed model of a library refuse for good to be saved, in these words."""
     for _, module in _savable(model):
         if is_description(_said(module)):
-            _refuse(module, words)
+            _refuse(module, words, lasting=True)
 
 
 def has_own(model: nn.Module) -> bool:
@@ -73,9 +84,9 @@ def has_own(model: nn.Module) -> bool:
 
 
 def refusal_of(model: nn.Module) -> Refusal | None:
-    """What refuses to save the model."""
+    """What refuses for good to save the model."""
     held = vars(model).get(_METHOD)
-    return held if isinstance(held, Refusal) and held.words != _NO_CONFIGURATION else None
+    return held if isinstance(held, Refusal) and held.lasting else None
 
 
 _NO_CONFIGURATION = (
@@ -84,17 +95,26 @@ _NO_CONFIGURATION = (
 )
 
 
-def _describe(module: nn.Module, path: str, model: nn.Module, plan: Plan) -> Callable[[], None]:
+def _entry(
+    module: nn.Module, path: str, model: nn.Module, plan: Plan
+) -> tuple[dict[str, Any] | None, str | None]:
+    """What the configuration of a model at this path is to say; or why it cannot."""
     said = _said(module)
     if said is not None and not is_description(said):
-        words = f"the model is quantized, too, which its {KEY} has to say: decompose first"
-        return _refuse(module, words)
+        return None, f"the model is quantized, too, which its {KEY} has to say: decompose first"
     try:
-        entry = description(part_of(with_earlier(model, plan), path))
+        return description(part_of(with_earlier(model, plan), path)), None
     except ValueError as error:  # as of methods that cannot be read back
-        return _refuse(module, str(error))
+        return None, str(error)
+
+
+def _let(module: nn.Module) -> Callable[[], None]:
+    """Let its own `save_pretrained` write it, with the names that tensors have in it."""
     with ExitStack() as undo:
-        undo.callback(_say(module, entry))
+        held = vars(module).get(_METHOD)
+        if isinstance(held, Refusal) and not held.lasting:
+            undo.callback(partial(setattr, module, _METHOD, held))
+            delattr(module, _METHOD)
         if not isinstance(_config_of(module), Mapping):
             # Of transformers: the names of other formats are made from those of whole layers.
             undo.callback(_set(module, _CONVERSIONS, []))
@@ -107,20 +127,18 @@ def _savable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _refuse(module: nn.Module, words: str) -> Callable[[], None]:
-    return _set(module, _METHOD, Refusal(words))
+def _refuse(module: nn.Module, words: str, lasting: bool = False) -> Callable[[], None]:
+    if refusal_of(module) is not None:
+        return lambda: None
+    return _set(module, _METHOD, Refusal(words, lasting))
 
 
 def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
     """Set an attribute of the module itself; returns what undoes it."""
     held = vars(module)
-    undo = (
-        partial(setattr, module, name, held[name])
-        if name in held
-        else partial(delattr, module, name)
-    )
+    before = [held[name]] if name in held else []
     setattr(module, name, value)
-    return undo
+    return partial(setattr, module, name, *before) if before else partial(delattr, module, name)
 
 
 # Configurations ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Writing a folder, by the model's own library or without one."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,15 @@ from typing import Any
 from torch import nn
 
 from tdecomp.checkpoint.checks import refuse_changed
-from tdecomp.checkpoint.description import describe_in_config, description, readme, write_readme
+from tdecomp.checkpoint.description import (
+    KEY,
+    describe_in_config,
+    description,
+    is_description,
+    read_config,
+    readme,
+    write_readme,
+)
 from tdecomp.checkpoint.pretrained import has_own, refusal_of, remember
 from tdecomp.checkpoint.shards import write_buffers, write_weights
 from tdecomp.checkpoint.standing import plan_of
@@ -38,7 +47,13 @@ def save_pretrained(
         remember(model, plan)
         place.mkdir(parents=True, exist_ok=True)
         write_readme(place, readme(type(model).__name__, library))  # before it may be uploaded
-        model.save_pretrained(folder, max_shard_size=max_shard_size, **options)  # type: ignore[operator]
+        save: Any = model.save_pretrained
+        if "max_shard_size" in inspect.signature(save).parameters:
+            options = {"max_shard_size": max_shard_size, **options}
+        save(folder, **options)
+        # Some classes write another configuration than the one that they have.
+        if not is_description(read_config(place).get(KEY)):
+            describe_in_config(place, described)
     else:
         if options:
             words = f"{type(model).__name__} has no save_pretrained that takes them"

@@ -42,7 +42,8 @@ class Decomposer(ABC):
         solve them need it.
     fits_large_in_float32 : bool
         Whether `fit_to` takes the kernels of large layers in float32, and computes in float64 only
-        what needs it, a part at a time: a copy would take most of the memory of a fit.
+        what needs it, a part at a time: a copy would take most of the memory of a fit. The kernel
+        that its factors make shares no memory with them: it is overwritten by its error.
     iterative : bool
         Whether the fit iterates. Only such a method is ever asked for a draft.
     takes_lookups : bool

@@ -23,6 +23,9 @@ from tdecomp.linalg.svd import frobenius_norm
 from tdecomp.runtime.parallel import on_cpu
 from tdecomp.runtime.torch_state import full_precision
 
+# The squares of these, and their sums over a large kernel, are well in the range of float32.
+_USUAL_ENTRIES = 1e-6, 1e6
+
 
 @dataclass(frozen=True)
 class FittedLayer:
@@ -92,7 +95,8 @@ def measured(
         weight_error = relative_error(weight, approximation)
         output_error = loss = shift = note = None
         if moments is not None and second is not None:
-            gone = difference(weight, approximation)
+            # Factors of these methods make a new kernel each time.
+            gone = difference(weight, approximation, overwrite=method.fits_large_in_float32)
             del approximation
             output_error, loss = moments.lost(weight, gone, second)
             shift = moments.mean_output(gone) if spec.bias else None
@@ -150,12 +154,13 @@ def factorize(
         dtype, seconds = fit_to_dtype(method, weight, spec), moments
     groups: list[Factors] = []
     with full_precision(weight.device):
+        copied = dtype != weight.dtype
         kernels = list(group_kernels(weight.detach().to(dtype), spec))
         for second, near in zip(seconds, starts, strict=True):
             kernel = kernels.pop(0)  # whose memory is free once it has been fitted
             # The squares inside a fit leave the range of float32 for entries of 1e-30 or 1e+30.
             largest = float(torch.maximum(*map(torch.abs, torch.aminmax(kernel))))
-            scale = largest or 1.0
+            scale = _scale(method, kernel, largest)
             if largest == 0 and (zero := _zero_factors(method, kernel, rank)) is not None:
                 groups.append(zero)
                 continue
@@ -165,22 +170,36 @@ def factorize(
                 options = {"start": begin, "draft": draft}
             fitted: Factors | None
             if second is None or second.trace <= 0:  # inputs that never vary say nothing
-                # What is a copy already needs no second one.
-                scaled = kernel / scale if dtype == weight.dtype else kernel.div_(scale)
-                fitted = method.fit(scaled, rank, **options)
-                del scaled
+                fitted = method.fit(_scaled(kernel, scale, overwrite=copied), rank, **options)
             elif method.iterative and not draft and weight.dtype.itemsize < 4:
                 start_of_group = options["start"]
                 fitted = _fit_to_be_rounded(
                     method, kernel, scale, rank, second, start_of_group, weight.dtype
                 )
             else:
-                fitted = method.fit_to(kernel / scale, rank, second, **options)
+                scaled = _scaled(kernel, scale, overwrite=copied)
+                fitted = method.fit_to(scaled, rank, second, **options)
+                del scaled
             del kernel
             if fitted is None:
                 return factorize(method, weight, spec, rank, None, start, draft=draft)
-            groups.append(fitted.scaled(scale))
+            groups.append(fitted if scale == 1.0 else fitted.scaled(scale))
         return Factorization(spec, tuple(groups)).to(weight.dtype)
+
+
+def _scale(method: Decomposer, kernel: Tensor, largest: float) -> float:
+    """What a kernel is divided by: its largest entry, unless a copy would cost too much for it."""
+    usual = _USUAL_ENTRIES[0] < largest < _USUAL_ENTRIES[1]
+    if usual and kernel.dtype == torch.float32 and method.fits_large_in_float32:
+        return 1.0 if is_large_kernel(kernel) else largest
+    return largest or 1.0
+
+
+def _scaled(kernel: Tensor, scale: float, *, overwrite: bool) -> Tensor:
+    """``kernel / scale``; with `overwrite` in the kernel's own memory."""
+    if scale == 1.0:
+        return kernel
+    return kernel.div_(scale) if overwrite else kernel / scale
 
 
 def _fit_to_be_rounded(

@@ -39,7 +39,7 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     size = len(symmetric)
     wanted = rank <= _LARGEST_SHARE * size and size >= _LEAST_SIZE
     if wanted and symmetric.dtype == torch.float64 and symmetric.device.type == "cpu":
-        symmetric = symmetric.contiguous()
+        symmetric = symmetric.detach().contiguous()
         found = _some_eigenvectors(symmetric, rank)
         if found is not None:
             return found

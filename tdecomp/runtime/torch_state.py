@@ -302,6 +302,7 @@ def give_one_thread(others: int) -> None:
     this one got may be the number that some other thread has set for a while.
     """
     with _THREADS:
+        torch.get_num_threads()  # a thread's first call takes over the number of the process
         torch.set_num_threads(1)
         restore = threading.Thread(target=torch.set_num_threads, args=(others,))
         restore.start()

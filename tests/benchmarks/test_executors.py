@@ -29,5 +29,5 @@ def test_the_bound_is_that_of_two_workers_of_dask(least, within):
 @pytest.mark.slow
 def test_every_way_is_measured(tmp_path):
     rows = run(Namespace(quick=True, folder=tmp_path))
-    assert len(rows) == 4 * 6
+    assert len(rows) == 4 + 3 * 6
     assert all("times faster" in row.measured for row in rows if "one thread" not in row.what)

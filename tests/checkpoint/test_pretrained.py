@@ -279,7 +279,7 @@ def test_two_steps_with_other_options_of_one_method_refuse(tmp_path):
 
 
 class Own(tdecomp.SVD):
-    """A method that no plan can bring back: it is no dataclass, and nobody registered it."""
+    """A method that no plan can bring back."""
 
     name = "own"
 
@@ -288,11 +288,23 @@ class Own(tdecomp.SVD):
 
 
 def test_methods_that_cannot_be_read_back_refuse(tmp_path):
-    result = tdecomp.decompose(plain(), Own({}), **OPTIONS)
-    for save in (result.model.save_pretrained, result.save_pretrained):
+    result = tdecomp.decompose(network(), Own({}), **OPTIONS)
+    for saved in (result.model, result.model.encoder, result):
         with pytest.raises(ValueError, match="method 'own' cannot be rebuilt"):
-            save(tmp_path / "small")
+            saved.save_pretrained(tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+def test_class_that_writes_another_configuration(tmp_path):
+    class Other(Plain):
+        def save_pretrained(self, save_directory):
+            super().save_pretrained(save_directory)
+            (Path(save_directory) / "config.json").write_text('{"of": "another"}')
+
+    result = decomposed(Other().eval())
+    result.save_pretrained(tmp_path)
+    assert written(tmp_path)["of"] == "another"
+    assert_same(tdecomp.load(tmp_path, Other().eval()), result.model)
 
 
 def test_models_that_are_quantized_beside_refuse(tmp_path):
@@ -302,6 +314,9 @@ def test_models_that_are_quantized_beside_refuse(tmp_path):
     with pytest.raises(ValueError, match="the model is quantized, too"):
         result.model.save_pretrained(tmp_path / "small")
     assert result.model.config.quantization_config == {"quant_method": "other"}
+    del result.model.config.quantization_config
+    result.save_pretrained(tmp_path / "small")
+    comes_back(result.model, tmp_path)  # plainly, too, from then on
 
 
 def test_lower_ranks(tmp_path):

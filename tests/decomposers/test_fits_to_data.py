@@ -419,3 +419,22 @@ def test_fits_to_few_samples_lean_less_on_them_and_lose_less_of_others(method, r
         gains.append(1 - lost[0] / lost[1])
     assert sum(gains) > 0, gains
     assert min(gains) > -0.05
+
+
+@pytest.mark.parametrize("sizes", [(1024, 1100), (1100, 1024)])
+@pytest.mark.parametrize("count", [300, 1500])
+def test_large_layers_in_float32_lose_the_least_and_say_so(sizes, count):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    layer = nn.Linear(*sizes)
+    x = torch.randn(count, sizes[0], generator=generator) * torch.linspace(0.1, 2.0, sizes[0]) + 0.3
+    moments = calibrate(layer, whole([x]), progress=False)[""]
+    moments = replace(moments, samples=None)  # so that fits lean on all that was seen
+    fitted = fit_layer(layer.weight, moments.spec, get_decomposer("svd"), 200, moments)
+    centred = (x - x.mean(dim=0)).double()
+    outputs = centred @ layer.weight.detach().double().T
+    gone = layer.weight.detach().double() - fitted.factors.to_kernel().double()
+    variance, lost = outputs.square().sum(), (centred @ gone.T).square().sum()
+    assert fitted.output_error == pytest.approx(float(lost / variance), rel=1e-5)
+    best = torch.linalg.svdvals(outputs)[200:].square().sum()
+    assert float(lost) <= float(best) * (1 + 1e-6) + 1e-9 * float(variance)

@@ -45,6 +45,24 @@ def test_threads_made_afterwards_have_all_threads():
     assert seen == [2]
 
 
+def test_threads_made_afterwards_have_all_threads_beside_another_that_has_one():
+    inside, leave = threading.Event(), threading.Event()
+
+    def alone():
+        with OneThread():
+            inside.set()
+            leave.wait(30)
+
+    other = threading.Thread(target=alone)
+    other.start()
+    inside.wait(30)
+    parallel_map(torch.trace, matrices(), size=on_cpu)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
+    leave.set()
+    other.join()
+
+
 def test_two_at_once():
     # Neither gets past the barrier alone.
     barrier = threading.Barrier(2, timeout=30)

@@ -100,11 +100,13 @@ def test_from_pretrained_brings_back_every_bit_and_tie_and_saves_it_again(
     assert_same(from_pretrained(name, tmp_path), saved)
 
 
-def test_experts_are_among_the_chains(folder_of):
+def test_experts_are_among_the_chains(folder_of, tmp_path):
     loaded = from_pretrained("mixtral", folder_of("mixtral"))
     experts = loaded.model.layers[0].mlp.experts
     assert isinstance(experts.gate_up_proj, tdecomp.Chain)
     assert isinstance(experts.down_proj, tdecomp.Chain)
+    loaded.model.save_pretrained(tmp_path)
+    assert_same(hf.AutoModel.from_pretrained(tmp_path), loaded.model)
 
 
 FRESH = """
