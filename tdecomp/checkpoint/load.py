@@ -65,7 +65,7 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             names = {name for row in plan for name in row.names}
             with opened_for(model, names=names):
                 sites: dict[str, Site] = find_sites(model)
-                if folder.is_dir():  # whose plan may be silent about other layers
+                if {row.name for row in plan} != {*sites}:  # it may be silent about other layers
                     plan = decomposed_part(plan)
                     sites = {row.name: sites[row.name] for row in plan if row.name in sites}
                 twin = rebuilt(plan, stored, model, sites)

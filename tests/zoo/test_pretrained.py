@@ -232,6 +232,29 @@ def test_trainer_trains_saves_and_goes_on(folder_of, tmp_path):
     assert_same(type(model).from_pretrained(tmp_path / "checkpoint-3"), again)
 
 
+def test_folder_that_held_another_model_in_one_file(tmp_path):
+    original, result = CASES["llama"].build(), decomposed("llama")
+    original.save_pretrained(tmp_path)
+    result.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert_same(from_pretrained("llama", tmp_path), result.model)
+    original.save_pretrained(tmp_path)
+    result.model.save_pretrained(tmp_path, max_shard_size="60KB")  # which leaves the single file
+    refused(tmp_path, "and in the shards", "remove those that are older", name="llama")
+
+
+def test_code_for_first_values_finds_what_moved_into_layers(tmp_path):
+    """That of SigLIP gives the bias of its pooling attention first values, also where loaded."""
+    config = hf.SiglipVisionConfig(**_WIDE, image_size=32, patch_size=8)
+    result = tdecomp.decompose(hf.SiglipVisionModel(config), "svd", rank=8, progress=False)
+    result.save_pretrained(tmp_path)
+    loaded = hf.SiglipVisionModel.from_pretrained(tmp_path)
+    assert_same(loaded, result.model)
+    attention = next(m for m in loaded.modules() if isinstance(m, torch.nn.MultiheadAttention))
+    assert isinstance(attention.in_proj_weight, tdecomp.Chain)
+    assert attention.in_proj_bias is None
+    assert "in_proj_bias" not in vars(attention)
+
+
 def test_what_is_done_after_loading(folder_of, tmp_path):
     model = from_pretrained("llama", folder_of("llama"))
     for size in (104, 88):  # the vocabulary grows, and shrinks
@@ -396,10 +419,10 @@ def folder(folder_of, tmp_path):
     return Path(shutil.copytree(folder_of("bert"), tmp_path / "small"))
 
 
-def refused(folder, *words):
+def refused(folder, *words, name="bert"):
     for load in (from_pretrained, lambda name, folder: tdecomp.load(folder, CASES[name].build())):
         with pytest.raises((ValueError, OSError)) as caught:
-            load("bert", folder)
+            load(name, folder)
         for word in words:
             assert str(word) in str(caught.value)
 
