@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tdecomp.calibration.opening import opened_for
-from tdecomp.checkpoint.checks import refuse_missing_factors
+from tdecomp.checkpoint.checks import refuse_other_factors
 from tdecomp.checkpoint.description import KEY, METHOD, plan_in, read_config
 from tdecomp.checkpoint.folder import NAMES, indexed_files, names_in, refuse_shards_beside
 from tdecomp.checkpoint.pretrained import remember
@@ -143,7 +143,7 @@ def put_chains(model: Any, plan: Plan, stored: Collection[str] | None = None) ->
     close_unchanged(model)
     _check_ties(model)
     if stored is not None:
-        refuse_missing_factors(model, stored)
+        refuse_other_factors(model, stored)
     return mine
 
 

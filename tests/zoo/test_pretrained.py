@@ -278,6 +278,42 @@ def test_what_is_done_after_loading(folder_of, tmp_path):
     assert_same(from_pretrained("llama", tmp_path / "two"), two.model)
 
 
+def test_layers_added_after_decomposing(tmp_path):
+    result = decomposed("llama")
+    deeper = copy.deepcopy(result.model)
+    deeper.model.layers.append(copy.deepcopy(deeper.model.layers[0]))
+    deeper.config.num_hidden_layers = 3
+    deeper.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"nothing of chains .*layers\.2\.self_attn\.q_proj.*save what"
+    ):
+        from_pretrained("llama", tmp_path)
+    tdecomp.Decomposition(deeper, result.report, result.plan).save_pretrained(tmp_path)
+    loaded = from_pretrained("llama", tmp_path)
+    assert_same(loaded, deeper)
+    loaded.save_pretrained(tmp_path)
+    assert_same(from_pretrained("llama", tmp_path), deeper)
+
+
+@pytest.mark.parametrize(
+    "path, layer",
+    [
+        ("lm_head", torch.nn.Linear(64, 96, bias=False)),
+        ("model.embed_tokens", torch.nn.Embedding(96, 64)),
+    ],
+)
+def test_layer_put_in_the_place_of_a_chain_that_shared_factors(path, layer, tmp_path):
+    model, inputs = copy.deepcopy(decomposed("llama").model), CASES["llama"].inputs()
+    model.set_submodule(path, layer)
+    model.save_pretrained(tmp_path / "tied")
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "apart")
+    loaded = from_pretrained("llama", tmp_path / "apart")
+    assert torch.equal(outputs(loaded, inputs)[0], outputs(model, inputs)[0])
+    with pytest.raises(ValueError, match=r"have one weight.*tie_word_embeddings = False"):
+        from_pretrained("llama", tmp_path / "tied")
+
+
 def test_model_made_from_the_configuration_of_a_decomposed_one(tmp_path):
     saved = decomposed("llama").model
     ordinary = type(saved)(copy.deepcopy(saved.config))
