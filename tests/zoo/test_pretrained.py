@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -312,6 +313,26 @@ def test_layer_put_in_the_place_of_a_chain_that_shared_factors(path, layer, tmp_
     assert torch.equal(outputs(loaded, inputs)[0], outputs(model, inputs)[0])
     with pytest.raises(ValueError, match=r"have one weight.*tie_word_embeddings = False"):
         from_pretrained("llama", tmp_path / "tied")
+
+
+class OfTheHub(torch.nn.Module, huggingface_hub.PyTorchModelHubMixin):
+    """Has a configuration, which is not what the mixin writes."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.config = hf.BertConfig(hidden_size=width)
+        self.layer = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_mixin_of_the_hub(tmp_path):
+    result = tdecomp.decompose(OfTheHub(), "svd", rank=4, progress=False)
+    with pytest.raises(ValueError, match=r"writes no configuration.*result\.save_pretrained"):
+        result.model.save_pretrained(tmp_path)
+    result.save_pretrained(tmp_path)
+    assert_same(tdecomp.load(tmp_path, OfTheHub()), result.model)
 
 
 def test_model_made_from_the_configuration_of_a_decomposed_one(tmp_path):
