@@ -42,7 +42,9 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Returns
     -------
     nn.Module
-        A copy with the chains in place and the weights loaded; nothing is fitted.
+        A copy with the chains in place and the weights loaded, in the dtype that they were saved
+        in; nothing is fitted. Where a folder is of transformers, its `from_pretrained` makes the
+        model, with the folder's configuration.
 
     Raises
     ------

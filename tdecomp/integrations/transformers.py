@@ -94,7 +94,24 @@ def load_pretrained(folder: Path, model: Any) -> Any:
     places = {} if device.type in ("meta", "cpu") else {"device_map": {"": device}}
     loaded = type(model).from_pretrained(folder, local_files_only=True, **places)
     _freeze_as(model, loaded)
+    _take_buffers(model, loaded)
     return loaded.train(model.training)
+
+
+def _take_buffers(model: nn.Module, loaded: nn.Module) -> None:
+    """Fill the buffers that no folder has, in modules of which transformers knows no values.
+
+    It makes all models without values, and has values for such buffers of its own classes alone.
+    """
+    for path, module in model.named_modules():
+        names = module._non_persistent_buffers_set
+        if not names or type(module).__module__.partition(".")[0] == "transformers":
+            continue
+        held = loaded.get_submodule(path)._buffers
+        for name in names:
+            old, new = module._buffers.get(name), held.get(name)
+            if old is not None and new is not None and not old.is_meta and old.shape == new.shape:
+                held[name] = old.to(new.device, new.dtype, copy=True)
 
 
 def _freeze_as(model: nn.Module, loaded: nn.Module) -> None:

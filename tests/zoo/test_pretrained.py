@@ -410,6 +410,31 @@ def test_load_takes_folders_and_files_into_models_with_and_without_values(
                 assert torch.equal(mine, its)
 
 
+class OfOnesOwn(hf.PreTrainedModel):
+    """A class that does not tell transformers the values of a buffer that is not saved."""
+
+    config_class = hf.BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert, self.head = hf.BertModel(config), torch.nn.Linear(64, 8)
+        self.register_buffer("scales", torch.arange(8.0), persistent=False)
+        self.post_init()
+
+    def forward(self, **inputs):
+        return self.head(self.bert(**inputs).last_hidden_state) * self.scales
+
+
+def test_load_takes_buffers_that_are_not_saved_from_the_given_model(tmp_path):
+    config = hf.BertConfig(**_WIDE, **_TEXT)
+    result = tdecomp.decompose(OfOnesOwn(config), "svd", rank=8, progress=False)
+    result.save_pretrained(tmp_path)
+    fresh, inputs = OfOnesOwn(config), CASES["bert"].inputs()
+    loaded = tdecomp.load(tmp_path, fresh)
+    assert torch.equal(outputs(loaded, inputs)[0], outputs(result.model, inputs)[0])
+    assert loaded.scales.data_ptr() != fresh.scales.data_ptr()
+
+
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 def test_diffusers(form, tmp_path):
     case = of_diffusers.MODELS["unet"]
