@@ -39,7 +39,7 @@ class Decomposition:
 
         >>> result.save("small.safetensors")  # doctest: +SKIP
 
-        A ValueError is raised if the model was decomposed in several steps or its state dict holds
+        A ValueError is raised if it could not be loaded again, as where its state dict holds
         something that is not a tensor, a FileNotFoundError if the file's folder does not exist.
         """
         single_file.save(file, self.model, self.plan)

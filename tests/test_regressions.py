@@ -121,13 +121,6 @@ def test_spectra_fall_back_and_name_their_layer(monkeypatch):
         tdecomp.plan(model, "svd", rank=tdecomp.Energy(0.9))
 
 
-def test_a_model_decomposed_in_two_steps_is_not_saved_as_one(tmp_path):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    once = full(model, include="0").model
-    with pytest.raises(ValueError, match="several steps"):
-        full(once, include="1").save(tmp_path / "file")
-
-
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
 @pytest.mark.parametrize("selector", [tdecomp.Energy(0.9), tdecomp.VBMF()])
 def test_spectra_do_not_depend_on_the_scale(scale, selector):

@@ -46,11 +46,21 @@ def refuse_changed(model: nn.Module, plan: Plan, *, resized: bool = False) -> No
     refuse_lazy(model, "save")
 
 
-def refuse_missing_factors(model: nn.Module, stored: Collection[str]) -> None:
-    """Raise a ValueError if nothing is stored for a factor: it would stay random.
+def refuse_other_factors(model: nn.Module, stored: Collection[str]) -> None:
+    """Raise a ValueError if a weight would stay random, since chains and what is stored differ.
 
     The names that are stored may be those of a larger model that has this one in it.
     """
+    layers = [path for path, m in model.named_modules() if m._parameters.get("weight") is not None]
+    if beside := [
+        path for path in layers if f"{path}.weight" not in stored and f"{path}.0.weight" in stored
+    ]:
+        raise ValueError(
+            f"{CONFIG} says nothing of chains in the place of these layers, and only factors are "
+            f"stored for them: {', '.join(beside)}; as where layers were added or exchanged after "
+            "decomposing: save what has them by tdecomp.Decomposition(model, report, plan)"
+            ".save_pretrained(folder), with the report and the plan of the result"
+        )
     parts = (name.split(".") for name in stored)
     ends = {".".join(part[at:]) for part in parts for at in range(len(part))}
     held = dict(model.named_parameters(remove_duplicate=False))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tdecomp._distribution import VERSION
 from tdecomp.checkpoint.checks import refuse_changed
 from tdecomp.checkpoint.rebuild import Stored
+from tdecomp.checkpoint.standing import plan_of
 from tdecomp.checkpoint.tensors import alone, buffers_beside, refuse_odd, strides_of
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
-from tdecomp.layers.chain import Chain
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.table import FORMAT
 
@@ -26,12 +26,7 @@ _KEY = "tdecomp"
 
 def save(file: str | os.PathLike[str], model: nn.Module, plan: Plan) -> None:
     """Write a decomposed model's weights and its plan; a crash leaves an older file as it was."""
-    chains = sum(isinstance(module, Chain) for module in model.modules())
-    if chains != sum(row.method is not None for row in plan):
-        raise ValueError(
-            f"the model has {chains} chains and the plan another number, so it was decomposed in "
-            "several steps; a file holds one plan: decompose the original in one step to save it"
-        )
+    plan = plan_of(model, plan)
     refuse_changed(model, plan)
     state = model.state_dict()
     refuse_odd(state)

@@ -25,11 +25,30 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """
     for name in NAMES:
         if (folder / name).is_file():
+            refuse_shards_beside(folder / name)
             return dict.fromkeys(names_in(folder / name), folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             return indexed_files(index)
-    raise ValueError(f"{folder} has no weights; expected {NAMES[0]}, or shards with an index")
+    raise ValueError(
+        f"{folder} has no weights; expected {' or '.join(NAMES)}, or shards with an index; those "
+        "of a variant, and other formats, are for from_pretrained"
+    )
+
+
+def refuse_shards_beside(single: Path) -> None:
+    """Raise a ValueError if there are shards, too: one or the other is of an earlier model."""
+    index = single.with_name(f"{single.name}.index.json")
+    if not index.is_file():
+        return
+    try:
+        indexed_files(index)
+    except ValueError:  # libraries leave an index where they have removed its shards
+        return
+    raise ValueError(
+        f"{single.parent} has weights in {single.name} and in the shards of {index.name}, as where "
+        "one model was saved over another; remove those that are older"
+    )
 
 
 def indexed_files(index: Path) -> dict[str, Path]:

@@ -42,7 +42,9 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Returns
     -------
     nn.Module
-        A copy with the chains in place and the weights loaded; nothing is fitted.
+        A copy with the chains in place and the weights loaded, in the dtype that they were saved
+        in; nothing is fitted. Where a folder is of transformers, its `from_pretrained` makes the
+        model, with the folder's configuration.
 
     Raises
     ------
@@ -65,7 +67,7 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             names = {name for row in plan for name in row.names}
             with opened_for(model, names=names):
                 sites: dict[str, Site] = find_sites(model)
-                if folder.is_dir():  # whose plan may be silent about other layers
+                if {row.name for row in plan} != {*sites}:  # it may be silent about other layers
                     plan = decomposed_part(plan)
                     sites = {row.name: sites[row.name] for row in plan if row.name in sites}
                 twin = rebuilt(plan, stored, model, sites)

@@ -19,7 +19,7 @@ from tdecomp.checkpoint.description import (
     write_readme,
 )
 from tdecomp.checkpoint.pretrained import has_own, refusal_of, remember
-from tdecomp.checkpoint.shards import write_buffers, write_weights
+from tdecomp.checkpoint.shards import replacing_weights, write_buffers, write_weights
 from tdecomp.checkpoint.standing import plan_of
 from tdecomp.checkpoint.tensors import refuse_odd, strides_of
 from tdecomp.plans.plan import Plan
@@ -38,6 +38,12 @@ def save_pretrained(
     place, library, own = Path(folder), library_of(model), has_own(model)
     if place.is_file():
         raise NotADirectoryError(f"{place} is a file; expected the name of a folder")
+    if options.get("push_to_hub"):
+        raise ValueError(
+            "push_to_hub: a card of the library's own would take the place of the README.md that "
+            "says how the folder is loaded; save the folder, then push it with "
+            "huggingface_hub.upload_folder(repo_id=..., folder_path=...)"
+        )
     if (refusal := refusal_of(model)) is not None:
         refusal()
     plan = plan_of(model, plan)
@@ -46,11 +52,12 @@ def save_pretrained(
     if own:
         remember(model, plan)
         place.mkdir(parents=True, exist_ok=True)
-        write_readme(place, readme(type(model).__name__, library))  # before it may be uploaded
+        write_readme(place, readme(type(model).__name__, library))
         save: Any = model.save_pretrained
         if "max_shard_size" in inspect.signature(save).parameters:
             options = {"max_shard_size": max_shard_size, **options}
-        save(folder, **options)
+        with replacing_weights(place):
+            save(folder, **options)
         # Some classes write another configuration than the one that they have.
         if not is_description(read_config(place).get(KEY)):
             describe_in_config(place, described)

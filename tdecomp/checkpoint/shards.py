@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -35,6 +36,28 @@ def write_buffers(folder: Path, model: nn.Module) -> None:
         _write(folder / BUFFERS, found)
     else:
         (folder / BUFFERS).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_weights(folder: Path) -> Iterator[None]:
+    """Remove earlier weights that a library leaves beside those that it writes meanwhile.
+
+    It may write shards beside a single file of an earlier model, and load the single file.
+    """
+    before = _written(folder)
+    yield
+    now = _written(folder)
+    for name in NAMES:
+        pair = [found for found in (name, f"{name}.index.json") if found in now]
+        new = [found for found in pair if now[found] != before.get(found)]
+        if len(pair) == 2 and len(new) == 1:
+            (folder / next(found for found in pair if found not in new)).unlink()
+
+
+def _written(folder: Path) -> dict[str, tuple[int, int]]:
+    """When each file was written, in nanoseconds, and its inode."""
+    stats = {file.name: file.stat() for file in folder.iterdir()}
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
 def _shards(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]]:

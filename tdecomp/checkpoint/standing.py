@@ -103,4 +103,22 @@ def without_whole(plan: Plan, stored: Collection[str]) -> Plan:
     """The plan without the layers that were put back, whose weights are stored as they were."""
     factors = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
     whole = [r for r in plan if r.method and f"{r.name}.weight" in stored and r.name not in factors]
-    return plan.without({row.name: "it is a layer again" for row in whole})
+    shared = {row.tied_to or row.name for row in plan if row.name in factors}
+    alone = {row.name for row in whole if (row.tied_to or row.name) in shared}
+    return _apart(plan, alone).without({row.name: "it is a layer again" for row in whole})
+
+
+def _apart(plan: Plan, names: Collection[str]) -> Plan:
+    """The plan in which these layers share factors with no other; the others still do."""
+    if not names:
+        return plan
+    first: dict[str, str] = {}
+
+    def row_of(row: Row) -> Row:
+        group = row.tied_to or row.name
+        if row.name in names or first.setdefault(group, row.name) == row.name:
+            return replace(row, tied_to=None, shares_all=False) if row.tied_to else row
+        return replace(row, tied_to=first[group])
+
+    rows = [row_of(row) for row in plan]
+    return Plan(rows, plan.everything_else, plan.decomposers, notes=plan.notes)

@@ -29,4 +29,6 @@ def named_in_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(source)}: {error}") from error
+        place, words = os.fspath(source), str(error)
+        named = words.startswith(place)  # or a file in it
+        raise ValueError(words if named else f"{place}: {words}") from error

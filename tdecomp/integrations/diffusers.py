@@ -13,7 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from tdecomp.calibration.opening import opened_for
-from tdecomp.checkpoint.checks import refuse_missing_factors
+from tdecomp.checkpoint.checks import refuse_other_factors
 from tdecomp.checkpoint.description import METHOD, plan_in
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
@@ -67,7 +67,7 @@ class ChainsQuantizer(DiffusersQuantizer):
             layers = {name: site.module for name, site in matched.items()}
             swap(model, empty_chains(layers, plan))
         close_unchanged(model)
-        refuse_missing_factors(model, self._stored)
+        refuse_other_factors(model, self._stored)
         self._plan = plan
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -16,15 +16,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tdecomp.calibration.opening import opened_for
-from tdecomp.checkpoint.checks import refuse_missing_factors
+from tdecomp.checkpoint.checks import refuse_other_factors
 from tdecomp.checkpoint.description import KEY, METHOD, plan_in, read_config
-from tdecomp.checkpoint.folder import NAMES, indexed_files, names_in
+from tdecomp.checkpoint.folder import NAMES, indexed_files, names_in, refuse_shards_beside
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
 from tdecomp.checkpoint.standing import renamed, without_whole
-from tdecomp.layers.chain import Chain
+from tdecomp.layers.chain import Chain, Described
 from tdecomp.model.fused import with_parts
-from tdecomp.model.opened.base import close_unchanged
+from tdecomp.model.opened.base import Opened, close_unchanged
 from tdecomp.model.surgery import swap
 from tdecomp.model.weights import spec_of
 from tdecomp.plans.plan import Plan
@@ -48,6 +48,7 @@ class ChainsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ChainsConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._plan = plan_in(quantization_config.to_dict())
+        self._stand_ins: list[tuple[nn.Module, str]] = []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -56,10 +57,13 @@ class ChainsQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             stored = _stored(model, [Path(file) for file in checkpoint_files])
         self._plan = put_chains(model, self._plan, stored)
+        self._stand_ins = _put_stand_ins(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for chain in (module for module in model.modules() if isinstance(module, Chain)):
             chain.mirror_weight()
+        for module, name in self._stand_ins:
+            del vars(module)[name]
         # transformers would refuse to convert and to train it.
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for marked in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
@@ -90,7 +94,24 @@ def load_pretrained(folder: Path, model: Any) -> Any:
     places = {} if device.type in ("meta", "cpu") else {"device_map": {"": device}}
     loaded = type(model).from_pretrained(folder, local_files_only=True, **places)
     _freeze_as(model, loaded)
+    _take_buffers(model, loaded)
     return loaded.train(model.training)
+
+
+def _take_buffers(model: nn.Module, loaded: nn.Module) -> None:
+    """Fill the buffers that no folder has, in modules of which transformers knows no values.
+
+    It makes all models without values, and has values for such buffers of its own classes alone.
+    """
+    for path, module in model.named_modules():
+        names = module._non_persistent_buffers_set
+        if not names or type(module).__module__.partition(".")[0] == "transformers":
+            continue
+        held = loaded.get_submodule(path)._buffers
+        for name in names:
+            old, new = module._buffers.get(name), held.get(name)
+            if old is not None and new is not None and not old.is_meta and old.shape == new.shape:
+                held[name] = old.to(new.device, new.dtype, copy=True)
 
 
 def _freeze_as(model: nn.Module, loaded: nn.Module) -> None:
@@ -139,8 +160,21 @@ def put_chains(model: Any, plan: Plan, stored: Collection[str] | None = None) ->
     close_unchanged(model)
     _check_ties(model)
     if stored is not None:
-        refuse_missing_factors(model, stored)
+        refuse_other_factors(model, stored)
     return mine
+
+
+def _put_stand_ins(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Let parameters that moved into layers be found, by code that gives them first values.
+
+    transformers runs that code after loading, and what stands in is taken for loaded, too.
+    """
+    put: list[tuple[nn.Module, str]] = []
+    for module in (module for module in model.modules() if isinstance(module, Opened)):
+        for name in [name for name, held in module._parameters.items() if held is None]:
+            vars(module)[name] = Described.like(next(module.parameters()), ())
+            put.append((module, name))
+    return put
 
 
 def _tie(model: Any) -> None:
@@ -173,8 +207,8 @@ def _check_ties(model: Any) -> None:
                 layers = " and ".join(n.rpartition(".")[0] for n in (target, source))
                 raise ValueError(
                     f"{layers} have one weight in a {type(model).__name__}, and what was saved has "
-                    "a chain for one of them alone; expected a model of the class that was saved, "
-                    "or config.tie_word_embeddings = False"
+                    "no chains that share their factors for them; expected a model of the class "
+                    "that was saved, or config.tie_word_embeddings = False"
                 ) from error
 
 
@@ -184,6 +218,8 @@ def _stored(model: Any, files: Sequence[Path]) -> set[str]:
     if len(files) > 1 and index.is_file():
         names = {*indexed_files(index)}
     else:
+        if len(files) == 1:
+            refuse_shards_beside(files[0])
         names = {name for file in files for name in names_in(file)}
     prefix = _prefix(model)
     return names | {name.removeprefix(prefix) for name in names} | {prefix + name for name in names}

@@ -54,6 +54,7 @@ def refused(folder, *words, model=None, error=ValueError):
         tdecomp.load(folder, model)
     for word in words:
         assert str(word) in str(caught.value)
+    assert str(caught.value).count(f"{folder}:") + str(caught.value).count(f"{folder} ") <= 1
 
 
 # -- round trips --------------------------------------------------------------------------------
@@ -153,29 +154,34 @@ def test_tokenizer_writes_its_files_too(tmp_path):
     assert (tmp_path / "tokenizer.json").exists()
 
 
+def both(result, folder):
+    """What a folder and a file bring back."""
+    result.save_pretrained(folder / "small")
+    result.save(folder / "small.safetensors")
+    return [tdecomp.load(folder / name, net(seed=5)) for name in ("small", "small.safetensors")]
+
+
 def test_model_decomposed_in_two_steps(tmp_path):
     first = tdecomp.decompose(net(), "svd", rank={"point": 4}, progress=False)
     result = tdecomp.decompose(first.model, "tucker2", rank={"up": 4}, progress=False)
-    result.save_pretrained(tmp_path)
-    assert_same(tdecomp.load(tmp_path, net(seed=5)), result.model, batch())
+    for loaded in both(result, tmp_path):
+        assert_same(loaded, result.model, batch())
 
 
 def test_layer_that_was_put_back_by_hand(tmp_path):
     result = decomposed()
     result.model.point = result.model.point.to_layer()
-    result.save_pretrained(tmp_path)
-    loaded = tdecomp.load(tmp_path, net(seed=5))
-    assert type(loaded.point) is nn.Conv2d
-    assert_same(loaded, result.model, batch())
+    for loaded in both(result, tmp_path):
+        assert type(loaded.point) is nn.Conv2d
+        assert_same(loaded, result.model, batch())
 
 
 def test_part_that_was_decomposed_by_itself(tmp_path):
     whole = net()
     part = tdecomp.decompose(whole.stem, "lowrank", rank=4, progress=False)
     whole.stem = part.model
-    result = tdecomp.Decomposition(whole, part.report, part.plan)
-    result.save_pretrained(tmp_path)
-    assert_same(tdecomp.load(tmp_path, net(seed=5)), whole, batch())
+    for loaded in both(tdecomp.Decomposition(whole, part.report, part.plan), tmp_path):
+        assert_same(loaded, whole, batch())
 
 
 @dataclass(frozen=True)
@@ -291,7 +297,7 @@ def test_folder_without_weights_or_without_a_configuration(folder, tmp_path):
     refused(tmp_path, "has no config.json")
     for file in (folder / INDEX, *shards_of(folder)):
         file.unlink()
-    refused(folder, "has no weights", ONE)
+    refused(folder, "has no weights", ONE, "variant")
 
 
 @pytest.mark.parametrize("text", ["", "{junk", "[]", "3"])
@@ -324,6 +330,14 @@ def test_configuration_without_a_plan(folder):
 
 def test_another_architecture(folder):
     refused(folder, "layer 'stem.0'", model=net(width=24))
+
+
+def test_layer_left_alone_of_another_stride(tmp_path):
+    result = tdecomp.decompose(net(), "svd", rank={"point": 4}, progress=False)
+    result.save_pretrained(tmp_path)
+    fresh = net(seed=5)
+    fresh.up.stride = (1, 1)
+    refused(tmp_path, "layer 'up': got ConvTranspose2d", model=fresh)
 
 
 def test_tensors_of_another_shape_and_missing_ones(folder):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import pickle
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from tests.checkpoint.networks import assert_same
 from tests.unchanged import unchanged
 
 KEY = "quantization_config"
+ONE = "model.safetensors"
 OPTIONS = {"rank": 4, "progress": False}
 
 
@@ -305,6 +307,48 @@ def test_class_that_writes_another_configuration(tmp_path):
     result.save_pretrained(tmp_path)
     assert written(tmp_path)["of"] == "another"
     assert_same(tdecomp.load(tmp_path, Other().eval()), result.model)
+
+
+class InShards(Plain):
+    """As transformers does, it leaves an earlier single file beside shards, or their index."""
+
+    def save_pretrained(self, save_directory, max_shard_size="5GB"):
+        folder, shard = Path(save_directory), "model-00001-of-00001.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.as_dict()))
+        (folder / shard).unlink(missing_ok=True)
+        if max_shard_size == "1KB":
+            where = dict.fromkeys(self.state_dict(), shard)
+            (folder / f"{ONE}.index.json").write_text(json.dumps({"weight_map": where}))
+        save_file(self.state_dict(), folder / (shard if max_shard_size == "1KB" else ONE))
+
+
+@pytest.mark.parametrize("sizes", [*itertools.product(["5GB", "1KB"], repeat=2)])
+def test_saving_over_an_earlier_model_leaves_none_of_its_weights(tmp_path, sizes):
+    torch.manual_seed(0)
+    given = InShards().eval()
+    given.save_pretrained(tmp_path, sizes[0])
+    result = decomposed(given)
+    result.save_pretrained(tmp_path, max_shard_size=sizes[1])
+    assert_same(tdecomp.load(tmp_path, given), result.model)
+    weights = {file.name for file in tmp_path.glob("model*")}
+    shards = {"model-00001-of-00001.safetensors", f"{ONE}.index.json"}
+    assert weights == (shards if sizes[1] == "1KB" else {ONE})
+
+
+def test_weights_of_two_models_in_one_folder_are_refused(tmp_path):
+    torch.manual_seed(0)
+    given = InShards().eval()
+    given.save_pretrained(tmp_path)
+    decomposed(given).model.save_pretrained(tmp_path, "1KB")
+    with pytest.raises(ValueError, match=r"weights in model\.safetensors and in the shards.*older"):
+        tdecomp.load(tmp_path, given)
+
+
+def test_pushing_is_refused_since_the_readme_would_be_lost(tmp_path):
+    with pytest.raises(ValueError, match=r"README\.md.*huggingface_hub\.upload_folder"):
+        decomposed(plain()).save_pretrained(tmp_path / "small", push_to_hub=True)
+    assert not (tmp_path / "small").exists()
 
 
 def test_models_that_are_quantized_beside_refuse(tmp_path):

@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -232,6 +233,29 @@ def test_trainer_trains_saves_and_goes_on(folder_of, tmp_path):
     assert_same(type(model).from_pretrained(tmp_path / "checkpoint-3"), again)
 
 
+def test_folder_that_held_another_model_in_one_file(tmp_path):
+    original, result = CASES["llama"].build(), decomposed("llama")
+    original.save_pretrained(tmp_path)
+    result.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert_same(from_pretrained("llama", tmp_path), result.model)
+    original.save_pretrained(tmp_path)
+    result.model.save_pretrained(tmp_path, max_shard_size="60KB")  # which leaves the single file
+    refused(tmp_path, "and in the shards", "remove those that are older", name="llama")
+
+
+def test_code_for_first_values_finds_what_moved_into_layers(tmp_path):
+    """That of SigLIP gives the bias of its pooling attention first values, also where loaded."""
+    config = hf.SiglipVisionConfig(**_WIDE, image_size=32, patch_size=8)
+    result = tdecomp.decompose(hf.SiglipVisionModel(config), "svd", rank=8, progress=False)
+    result.save_pretrained(tmp_path)
+    loaded = hf.SiglipVisionModel.from_pretrained(tmp_path)
+    assert_same(loaded, result.model)
+    attention = next(m for m in loaded.modules() if isinstance(m, torch.nn.MultiheadAttention))
+    assert isinstance(attention.in_proj_weight, tdecomp.Chain)
+    assert attention.in_proj_bias is None
+    assert "in_proj_bias" not in vars(attention)
+
+
 def test_what_is_done_after_loading(folder_of, tmp_path):
     model = from_pretrained("llama", folder_of("llama"))
     for size in (104, 88):  # the vocabulary grows, and shrinks
@@ -253,6 +277,62 @@ def test_what_is_done_after_loading(folder_of, tmp_path):
     )  # fmt: skip
     two.model.save_pretrained(tmp_path / "two")
     assert_same(from_pretrained("llama", tmp_path / "two"), two.model)
+
+
+def test_layers_added_after_decomposing(tmp_path):
+    result = decomposed("llama")
+    deeper = copy.deepcopy(result.model)
+    deeper.model.layers.append(copy.deepcopy(deeper.model.layers[0]))
+    deeper.config.num_hidden_layers = 3
+    deeper.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"nothing of chains .*layers\.2\.self_attn\.q_proj.*save what"
+    ):
+        from_pretrained("llama", tmp_path)
+    tdecomp.Decomposition(deeper, result.report, result.plan).save_pretrained(tmp_path)
+    loaded = from_pretrained("llama", tmp_path)
+    assert_same(loaded, deeper)
+    loaded.save_pretrained(tmp_path)
+    assert_same(from_pretrained("llama", tmp_path), deeper)
+
+
+@pytest.mark.parametrize(
+    "path, layer",
+    [
+        ("lm_head", torch.nn.Linear(64, 96, bias=False)),
+        ("model.embed_tokens", torch.nn.Embedding(96, 64)),
+    ],
+)
+def test_layer_put_in_the_place_of_a_chain_that_shared_factors(path, layer, tmp_path):
+    model, inputs = copy.deepcopy(decomposed("llama").model), CASES["llama"].inputs()
+    model.set_submodule(path, layer)
+    model.save_pretrained(tmp_path / "tied")
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "apart")
+    loaded = from_pretrained("llama", tmp_path / "apart")
+    assert torch.equal(outputs(loaded, inputs)[0], outputs(model, inputs)[0])
+    with pytest.raises(ValueError, match=r"have one weight.*tie_word_embeddings = False"):
+        from_pretrained("llama", tmp_path / "tied")
+
+
+class OfTheHub(torch.nn.Module, huggingface_hub.PyTorchModelHubMixin):
+    """Has a configuration, which is not what the mixin writes."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.config = hf.BertConfig(hidden_size=width)
+        self.layer = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_mixin_of_the_hub(tmp_path):
+    result = tdecomp.decompose(OfTheHub(), "svd", rank=4, progress=False)
+    with pytest.raises(ValueError, match=r"writes no configuration.*result\.save_pretrained"):
+        result.model.save_pretrained(tmp_path)
+    result.save_pretrained(tmp_path)
+    assert_same(tdecomp.load(tmp_path, OfTheHub()), result.model)
 
 
 def test_model_made_from_the_configuration_of_a_decomposed_one(tmp_path):
@@ -330,6 +410,31 @@ def test_load_takes_folders_and_files_into_models_with_and_without_values(
                 assert torch.equal(mine, its)
 
 
+class OfOnesOwn(hf.PreTrainedModel):
+    """A class that does not tell transformers the values of a buffer that is not saved."""
+
+    config_class = hf.BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert, self.head = hf.BertModel(config), torch.nn.Linear(64, 8)
+        self.register_buffer("scales", torch.arange(8.0), persistent=False)
+        self.post_init()
+
+    def forward(self, **inputs):
+        return self.head(self.bert(**inputs).last_hidden_state) * self.scales
+
+
+def test_load_takes_buffers_that_are_not_saved_from_the_given_model(tmp_path):
+    config = hf.BertConfig(**_WIDE, **_TEXT)
+    result = tdecomp.decompose(OfOnesOwn(config), "svd", rank=8, progress=False)
+    result.save_pretrained(tmp_path)
+    fresh, inputs = OfOnesOwn(config), CASES["bert"].inputs()
+    loaded = tdecomp.load(tmp_path, fresh)
+    assert torch.equal(outputs(loaded, inputs)[0], outputs(result.model, inputs)[0])
+    assert loaded.scales.data_ptr() != fresh.scales.data_ptr()
+
+
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 def test_diffusers(form, tmp_path):
     case = of_diffusers.MODELS["unet"]
@@ -396,10 +501,10 @@ def folder(folder_of, tmp_path):
     return Path(shutil.copytree(folder_of("bert"), tmp_path / "small"))
 
 
-def refused(folder, *words):
+def refused(folder, *words, name="bert"):
     for load in (from_pretrained, lambda name, folder: tdecomp.load(folder, CASES[name].build())):
         with pytest.raises((ValueError, OSError)) as caught:
-            load("bert", folder)
+            load(name, folder)
         for word in words:
             assert str(word) in str(caught.value)
 
