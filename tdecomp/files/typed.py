@@ -29,6 +29,8 @@ def parsed(text: str | bytes, kind: str, form: int) -> dict[str, Any]:
 
 def checked_format(data: Mapping[str, Any], kind: str, form: int) -> None:
     """Refuse data whose `format` is not `form`, in words."""
+    if "format" not in data:
+        raise ValueError(f"format: it has none, so that it is no {kind} of tdecomp; expected one")
     found = typed(int, data.get("format"), "format")
     if found != form:
         version, remedy = ("0.1", "make it anew") if found < form else ("later", "update tdecomp")

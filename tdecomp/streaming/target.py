@@ -148,12 +148,12 @@ def write_index(target: Path, work: Work) -> None:
         write_json(target / INDEX, index_of(work))
 
 
-def check_room(work: Work, work_folder: WorkFolder) -> None:
-    """Refuse, before anything is written, a disk that has too little room."""
+def check_room(nbytes: int, work_folder: WorkFolder) -> None:
+    """Refuse, before anything is written, a disk that has too little room for so much."""
     there = sum(
         512 * getattr(f.stat(), "st_blocks", 0) for f in work_folder.files.glob("*") if f.is_file()
     )
-    needed, free = work.nbytes - there, shutil.disk_usage(work_folder.path).free
+    needed, free = nbytes - there, shutil.disk_usage(work_folder.path).free
     if needed > free and not work_folder.is_moving():
         raise OSError(errno.ENOSPC, _no_room(work_folder.target, needed, free))
 

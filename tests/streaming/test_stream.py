@@ -186,3 +186,12 @@ def test_the_report_can_be_printed(source, tmp_path):
     report = stream(source, tmp_path / "target")
     assert "3 of 3 layers decomposed" in str(report)
     assert report["0"].fit_seconds > 0
+
+
+def test_a_model_card_in_another_encoding(source, tmp_path):
+    card = "größer".encode("latin-1")
+    (source / "README.md").write_bytes(card)
+    stream(source, tmp_path / "target")
+    written = (tmp_path / "target" / "README.md").read_bytes()
+    assert written.startswith(card + b"\n\n")
+    assert b"tdecomp.load" in written
