@@ -15,7 +15,6 @@ from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.plans.table import FORMAT
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 # Files with the same weights again, in other forms.
 _SAME_WEIGHTS = (
@@ -58,6 +57,11 @@ class Source:
         """The method by which it says to be quantized; None if it is not."""
         said = self.config.get(KEY)
         return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
+
+    @property
+    def written_name(self) -> str:
+        """The name of a single file with weights where the library of this model looks for it."""
+        return NAMES["_class_name" in self.config]  # which diffusers writes
 
     def other_files(self) -> list[str]:
         """The files, also in folders, that have nothing to do with weights."""
@@ -146,8 +150,8 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
         return (single[0],), None
     if names:
         raise ValueError(
-            f"{root}: {len(names)} files of safetensors without {INDEX}, which says where each "
-            "tensor lies; download the index, too, or keep one of the files in the folder"
+            f"{root}: {len(names)} files of safetensors without {NAMES[0]}.index.json, which says "
+            "where each tensor lies; download it, too, or keep one of the files in the folder"
         )
     pickled = sorted(path.name for path in root.iterdir() if path.suffix in PICKLED)
     if pickled:

@@ -253,7 +253,7 @@ def _finish(
     for draft in target.rglob(".*.draft"):  # of a run that was killed here
         draft.unlink()
     folder.move_out(work.layouts)
-    write_index(target, work)
+    write_index(target, work, source.written_name)
     for name in source.other_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if name != REPORT:

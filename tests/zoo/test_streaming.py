@@ -182,3 +182,22 @@ def test_tensors_that_do_not_fit_the_config(source, tmp_path):
     assert "the shape (4, 4)" in report["model.layers.0.mlp.gate_proj"].reason
     assert "stored as I8" in report["model.layers.1.mlp.up_proj"].reason
     assert report["model.layers.1.mlp.gate_proj"].rank == 2
+
+
+def test_a_folder_of_diffusers(tmp_path):
+    import diffusers
+
+    import tdecomp.integrations.diffusers
+
+    model = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "source")
+    options = {"rank": 8, "include": "*to_q", **QUIET}
+    tdecomp.stream(tmp_path / "source", tmp_path / "target", "svd", **options)
+    loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "target")
+    wanted = tdecomp.decompose(model, "svd", **options).model.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
