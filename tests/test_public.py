@@ -68,6 +68,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     names = {"torch": torch, "nn": torch.nn, "tdecomp": tdecomp}
     names |= {n: getattr(package, n) for n in package.__all__}
     with torch.random.fork_rng():
+        torch.manual_seed(0)
         results = doctest.testmod(
             module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False
         )

@@ -193,6 +193,7 @@ def _add_pass(
     def draw(batch: Any, first: int) -> None:
         samples = range(first, first + count_samples(batch))
         rows.begin(batch)
+        held.begin()
 
         def keep(name: str, x: Tensor) -> None:
             held.add(name, x, lambda sample: sample.add(x, rows, samples))
@@ -202,6 +203,7 @@ def _add_pass(
 
     def run(batch: Any, names: Iterable[str]) -> None:
         rows.begin(batch)
+        sums.begin()
         with _shown(add, {name: layers[name] for name in names}), torch.no_grad(), uses:
             batches.run(model, batch)
         moments.peak_bytes = max(moments.peak_bytes, sum(s.nbytes for s in sums.sums()))

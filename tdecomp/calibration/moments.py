@@ -20,7 +20,10 @@ from tdecomp.layers.spec import Call, LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.model.sites import Site
 
-_FORMAT, _KEY = 1, "tdecomp_moments"
+_KEY = "tdecomp_moments"
+# Of a file that names each tensor once, and of one in which layers share tensors: versions that
+# know only the first say of the other that it is a later one's.
+_FORMAT, _FORMAT_SHARED = 1, 2
 _TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
 _HELD = ("held_rows", "held_owners")  # in its HeldPatches
 # Entries of a matrix above which a sample of the patches is held instead, and entries of that.
@@ -175,24 +178,37 @@ class LayerMoments:
 
     def merged(self, other: "LayerMoments", share: float) -> "LayerMoments":
         """The moments of both sets of inputs; `share` is this one's share of all samples."""
+        gradient = self.merged_gradient(other, share)
+        return replace(self.merged_inputs(other), gradient=gradient)
+
+    def merged_inputs(self, other: "LayerMoments") -> "LayerMoments":
+        """`merged`, without gradients."""
         other = other.to(self.mean.device)
         count = self.count + other.count
-        mine, matrix, rows, gradient = self.count / count, None, None, None
+        mine, matrix, rows = self.count / count, None, None
         if self.rows is not None and other.rows is not None and is_widest(self.spec):
             rows = _sample_of_both(self.rows, other.rows, mine)
         elif self.rows is not None and other.rows is not None and count < self.spec.fan_in:
             rows = torch.cat([self.rows, other.rows], dim=1)
         elif not self.spec.lookup:
             matrix = mine * self._as_matrix() + (1 - mine) * other._as_matrix()
-        if self.gradient is not None and other.gradient is not None:
-            gradient = share * self.gradient + (1 - share) * other.gradient
         mean = mine * self.mean + (1 - mine) * other.mean
         sizes = tuple(sorted({*self.sizes, *other.sizes}))
         held = self.held or other.held
         if self.held is not None and other.held is not None:
             held = self.held.merged(other.held)
         samples = self.samples and other.samples and self.samples + other.samples
-        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, gradient, held, samples)
+        return LayerMoments(self.spec, count, mean, matrix, rows, sizes, None, held, samples)
+
+    def merged_gradient(self, other: "LayerMoments", share: float) -> Tensor | None:
+        """That of both sets of inputs; `share` is this one's share of all samples."""
+        if self.gradient is None or other.gradient is None:
+            return None
+        return share * self.gradient + (1 - share) * other.gradient.to(self.gradient.device)
+
+    def of_inputs(self) -> tuple[int, ...]:
+        """What says which tensors, but for gradients, it has: layers may share them."""
+        return tuple(id(t) for name, t in self.tensors().items() if name != "gradient")
 
     def _as_matrix(self) -> Tensor:
         if self.rows is not None:
@@ -288,12 +304,18 @@ class Moments(Mapping[str, LayerMoments]):
         if not isinstance(other, Moments):
             return NotImplemented
         both = {**self.layers, **other.layers}
+        share = self.samples / max(self.samples + other.samples, 1)
+        merged: dict[tuple[int, ...], LayerMoments] = {}  # what layers share they share afterwards
         for name in self.layers.keys() & other.layers.keys():
             mine, others = self.layers[name], other.layers[name]
             if mine.spec != others.spec:
                 words = f"moments of {mine.spec} and of {others.spec} cannot be merged"
                 raise ValueError(f"layer {name!r}: {words}; expected calibrations of one model")
-            both[name] = mine.merged(others, self.samples / max(self.samples + other.samples, 1))
+            tensors = (*mine.of_inputs(), *others.of_inputs())
+            if tensors not in merged:
+                merged[tensors] = mine.merged_inputs(others)
+            gradient = mine.merged_gradient(others, share)
+            both[name] = replace(merged[tensors], spec=mine.spec, gradient=gradient)
         unreached = tuple(name for name in self.unreached if name not in both)
         peak = max(self.peak_bytes, other.peak_bytes)
         odd = self.oddities | other.oddities
@@ -339,7 +361,8 @@ class Moments(Mapping[str, LayerMoments]):
                 "count": layer.count,
                 "sizes": layer.sizes,
             }
-        header = {"format": _FORMAT, "layers": layers, "unreached": self.unreached}
+        header: dict[str, Any] = {"format": _FORMAT_SHARED if shared else _FORMAT}
+        header |= {"layers": layers, "unreached": self.unreached}
         header |= {"shared": shared} if shared else {}
         header |= {n: getattr(self, n) for n in ("samples", "peak_bytes", "oddities", "held_out")}
         write_tensors(file, _KEY, header, tensors)
@@ -348,7 +371,7 @@ class Moments(Mapping[str, LayerMoments]):
     def load(cls, file: str | os.PathLike[str]) -> "Moments":
         """Read what `save` wrote; a ValueError for a file that is damaged or another's."""
         with named_in_errors(file):
-            header, tensors = read_tensors(file, _KEY, "moments", _FORMAT)
+            header, tensors = read_tensors(file, _KEY, "moments", _FORMAT_SHARED, oldest=_FORMAT)
             layers = {}
             shared = typed(dict[str, str], header.get("shared", {}), "shared")
             if lost := [key for key, first in shared.items() if first not in tensors]:

@@ -43,6 +43,10 @@ class _Group(Generic[Summed]):
         self.calls += 1
         add(self.total)
 
+    def forget_input(self) -> None:
+        """Whoever has not made the latest call does not make it any more."""
+        self._seen = None
+
     def sees(self, x: Tensor) -> bool:
         """Whether the latest call got this very tensor, unchanged since."""
         if self._seen is None:
@@ -60,6 +64,17 @@ class SharedSums(Generic[Summed]):
     def __init__(self, keys: Mapping[str, Hashable | None], start: Callable[[str], Summed]) -> None:
         self._keys, self._start = keys, start
         self._groups: dict[str, _Group[Summed]] = {}
+        # By the key and the input, where a call of this batch was the first of its layer.
+        self._begun: dict[tuple[Hashable, int], _Group[Summed]] = {}
+
+    def begin(self) -> None:
+        """The next batch begins: its calls are others, even if their input is the same tensor.
+
+        Other rows of it may count.
+        """
+        self._begun.clear()
+        for group in self._groups.values():
+            group.forget_input()
 
     def add(self, name: str, x: Tensor, add: Callable[[Summed], Any]) -> None:
         """Have `add` add the input x of a layer's call to its sum, if no other call just has."""
@@ -104,15 +119,16 @@ class SharedSums(Generic[Summed]):
             yield group.total, sorted(group.members)
 
     def _joined(self, name: str, x: Tensor) -> _Group[Summed]:
-        """The group whose only call until now got x, or a new one."""
+        """The group that began in this batch, and whose only call got x; or a new one."""
         key = self._keys[name]
-        for group in self._groups.values() if key is not None else ():
-            if group.key == key and group.calls == 1 and group.sees(x):
-                group.members.add(name)
-                group.arrived.add(name)
-                self._groups[name] = group
-                return group
-        group = self._groups[name] = _Group(self._start(name), name, key)
+        place = key, id(x)
+        group = self._begun.get(place)
+        if group is not None and key is not None and group.calls == 1 and group.sees(x):
+            group.members.add(name)
+            group.arrived.add(name)
+        else:
+            group = self._begun[place] = _Group(self._start(name), name, key)
+        self._groups[name] = group
         return group
 
     def _leave(self, group: _Group[Summed], names: set[str]) -> _Group[Summed]:

@@ -29,12 +29,12 @@ def write_tensors(
 
 
 def read_tensors(
-    file: str | os.PathLike[str], key: str, kind: str, form: int
+    file: str | os.PathLike[str], key: str, kind: str, form: int, *, oldest: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors that `write_tensors` wrote with this key.
 
-    A ValueError for any other file, for one whose `format` is not `form`, and for one that is not
-    as it was written.
+    A ValueError for any other file, for one whose `format` is not `form` (nor between that and the
+    `oldest`), and for one that is not as it was written.
     """
     path = Path(file)
     if not path.is_file():
@@ -51,7 +51,7 @@ def read_tensors(
         raise ValueError(f"damaged or no safetensors file: {error}") from error
     if key not in metadata:
         raise ValueError(f"its metadata has no {kind}; expected a file that tdecomp saved")
-    header = parsed(metadata[key], kind, form)
+    header = parsed(metadata[key], kind, form, oldest=oldest)
     if header.get(_HASH) != _content_hash(header, tensors):
         raise ValueError(
             "damaged: its SHA-256 is not the one that was written with it; save or copy it anew"

@@ -17,22 +17,27 @@ _IN_WORDS = {
 }  # fmt: skip
 
 
-def parsed(text: str | bytes, kind: str, form: int) -> dict[str, Any]:
-    """The JSON object in a text; refuses one whose `format` is not `form`, in words."""
+def parsed(text: str | bytes, kind: str, form: int, *, oldest: int | None = None) -> dict[str, Any]:
+    """The JSON object in a text; refuses one whose `format` is not `form`, in words.
+
+    With an `oldest` format, that one and those between are read, too.
+    """
     try:
         data: dict[str, Any] = typed(dict[str, Any], json.loads(text), kind)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
-    checked_format(data, kind, form)
+    checked_format(data, kind, form, oldest=oldest)
     return data
 
 
-def checked_format(data: Mapping[str, Any], kind: str, form: int) -> None:
-    """Refuse data whose `format` is not `form`, in words."""
+def checked_format(
+    data: Mapping[str, Any], kind: str, form: int, *, oldest: int | None = None
+) -> None:
+    """Refuse data whose `format` is not `form`, nor between that and the `oldest`, in words."""
     if "format" not in data:
         raise ValueError(f"format: it has none, so that it is no {kind} of tdecomp; expected one")
     found = typed(int, data.get("format"), "format")
-    if found != form:
+    if not (form if oldest is None else oldest) <= found <= form:
         version, remedy = ("0.1", "make it anew") if found < form else ("later", "update tdecomp")
         version = data["version"] if isinstance(data.get("version"), str) else version
         raise ValueError(

@@ -33,8 +33,8 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """The eigenvectors (n, rank) of the largest eigenvalues of a symmetric matrix (n, n).
 
     The upper triangle is not read, and may be written to, as the matrix is often as large as all
-    else together. Large matrices in double precision on the processor are reduced
-    by SciPy on one thread, so that the result does not depend on the number of threads there.
+    else together. Large matrices in double precision on the processor are reduced by SciPy on one
+    thread: its own number of threads changes nothing, and torch's only how products are rounded.
     """
     size = len(symmetric)
     wanted = rank <= _LARGEST_SHARE * size and size >= _LEAST_SIZE

@@ -23,7 +23,7 @@ from tdecomp.layers.kinds import check_registered
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.sites import Site
 from tdecomp.plans.row import Row
-from tdecomp.runtime.parallel import parallel_each
+from tdecomp.runtime.parallel import on_cpu, parallel_each
 from tdecomp.runtime.progress import SILENT, Progress
 
 # A fit, and its error on samples that are held out, or on those that it was fitted to.
@@ -40,11 +40,20 @@ class LayerData:
 
     @classmethod
     def of(cls, site: Site, moments: Moments | None) -> "LayerData":
-        """The layer's weight, and what is known of its inputs, on one device."""
+        """The layer's weight, and what is known of its inputs; for the processor, in its memory.
+
+        Gradients say which ranks to choose, and are as large as weights: no row has what they tell.
+        """
         assert site.spec is not None
-        weight = site.module.get_parameter("weight").detach()
         seen = None if moments is None else moments.layers.get(site.name)
-        return cls(weight, site.spec, None if seen is None else seen.to(weight.device))
+        known = None if seen is None else replace(seen, gradient=None)
+        layer = cls(site.module.get_parameter("weight").detach(), site.spec, known)
+        return layer.on_one_device() if on_cpu(layer.weight) else layer
+
+    def on_one_device(self) -> "LayerData":
+        """All of it where the weight is: a GPU may not hold the moments of all layers at once."""
+        seen = self.moments
+        return self if seen is None else replace(self, moments=seen.to(self.weight.device))
 
 
 @dataclass(frozen=True)
@@ -120,28 +129,30 @@ def fit_groups(
 
 def fit(job: FitJob) -> list[Fit]:
     """The fit of each layer of the job; an error names the first."""
-    first = job.layers[0]
-    check_registered(first.spec, str(job))
-    fitted = job.known or _fitted(job)
-    found = [fitted]
-    for layer in job.layers[1:]:
-        weight, spec, seen = layer.weight, layer.spec, layer.moments
-        factors = factors_as(fitted.factors, weight, spec, job.method, seen)
-        found.append(measured(weight, spec, job.method, factors, seen))
-    pairs = zip(found, job.layers, strict=True)
-    return [(mine, mine.held_out_error(layer.weight, layer.moments)) for mine, layer in pairs]
-
-
-def _fitted(job: FitJob) -> FittedLayer:
-    layer, method, rank = job.layers[0], job.method, job.rank
+    check_registered(job.layers[0].spec, str(job))
     try:
-        return fit_layer(layer.weight, layer.spec, method, rank, layer.moments, job.start)
+        layers = [layer.on_one_device() for layer in job.layers]
+        pairs = zip(_fits(job, layers), layers, strict=True)
+        return [(mine, mine.held_out_error(layer.weight, layer.moments)) for mine, layer in pairs]
     except Exception as error:
         raise ValueError(
-            f"{job}: {method.name} at rank {rank} failed with {type(error).__name__}: {error}. "
-            f"Leave the layer alone with exclude=[{job.name!r}], or choose another method or rank "
-            "for it"
+            f"{job}: {job.method.name} at rank {job.rank} failed with {type(error).__name__}: "
+            f"{error}. Leave the layer alone with exclude=[{job.name!r}], or choose another method "
+            "or rank for it"
         ) from error
+
+
+def _fits(job: FitJob, layers: Sequence[LayerData]) -> list[FittedLayer]:
+    first, method = layers[0], job.method
+    fitted = job.known or fit_layer(
+        first.weight, first.spec, method, job.rank, first.moments, job.start
+    )
+    found = [fitted]
+    for layer in layers[1:]:
+        weight, spec, seen = layer.weight, layer.spec, layer.moments
+        factors = factors_as(fitted.factors, weight, spec, method, seen)
+        found.append(measured(weight, spec, method, factors, seen))
+    return found
 
 
 def fit_rows(group: Group, moments: Moments | None = None) -> list[tuple[Row, Chain]]:

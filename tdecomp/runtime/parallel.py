@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdecomp.runtime.executors import is_lost, most_ahead, submit
 from tdecomp.runtime.parcel import Parcel
-from tdecomp.runtime.scope import Scope, interrupts_deferred
+from tdecomp.runtime.scope import Scope, interrupts_deferred, raise_pending_interrupt
 from tdecomp.runtime.torch_state import give_one_thread, thread_count
 
 Item = TypeVar("Item")
@@ -125,15 +125,16 @@ def _share(
     with Scope() as submitted:
         submitted.undo.callback(_finish, begun)
         while waiting or begun:
-            running = [future for _, future in begun if not future.done()] if waiting else []
-            with interrupts_deferred():  # a thread interrupted at its start would be on its own
-                while waiting and (most is None or len(running) < most):
+            running = [] if most is None else [f for _, f in begun if not f.done()]
+            if waiting and (most is None or len(running) < most) and not _caught_up(begun):
+                with interrupts_deferred():  # a thread interrupted at its start would be on its own
                     place = waiting.popleft()
                     begun.append((place, send(_opened, function, Parcel(items[place]))))
-                    running.append(begun[-1][1])
+                raise_pending_interrupt()  # which came while `submit` itself ran the item
+                continue
             place, future = begun[0]
             if waiting and not future.done():
-                wait([future for _, future in begun if not future.done()], None, FIRST_COMPLETED)
+                wait(running, None, FIRST_COMPLETED)
                 continue
             try:
                 result = future.result().open()
@@ -174,6 +175,11 @@ class OneThread(Scope):
 def on_cpu(tensor: Tensor) -> int:
     """The number of the tensor's entries if it is in the processor's memory, else 0."""
     return tensor.numel() if tensor.device.type == "cpu" else 0
+
+
+def _caught_up(begun: Sequence[tuple[int, Future[Any]]]) -> bool:
+    """Whether results are there, the latest too: always so where `submit` itself runs the item."""
+    return bool(begun) and begun[0][1].done() and begun[-1][1].done()
 
 
 def _finish(begun: Iterable[tuple[int, Future[Any]]]) -> None:

@@ -97,28 +97,46 @@ def _pickler() -> Any:
         base = importlib.import_module("cloudpickle").Pickler
 
     class TensorPickler(base):  # type: ignore[misc]
-        """Pickles the values of tensors, and nothing else of their storage."""
+        """Pickles the values of tensors, and nothing else of their storage; tied ones once."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._written: dict[Any, Tensor] = {}  # by their place in memory
 
         def reducer_override(self, value: Any) -> Any:
             if type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu":
-                return _tensor, _plain(value)
+                flat, shape, order = _flattened(value)
+                place = flat.data_ptr(), flat.numel(), flat.dtype
+                written = self._written.setdefault(place, flat)
+                if written is value:
+                    return _flat, (value.dtype, _bytes_of(written))
+                return _shaped, (written, shape, order)
             other = getattr(super(), "reducer_override", None)
             return NotImplemented if other is None else other(value)
 
     return TensorPickler
 
 
-def _plain(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[int], pickle.PickleBuffer]:
+def _flattened(tensor: Tensor) -> tuple[Tensor, tuple[int, ...], list[int]]:
     """The values in the order of their memory: strides decide how products are rounded."""
     values = tensor.detach()
     order = sorted(range(values.dim()), key=values.stride, reverse=True)
     ordered = values.permute(order).contiguous()
-    data: Any = ordered.view(-1).view(torch.uint8).numpy()
-    return values.dtype, tuple(ordered.shape), order, pickle.PickleBuffer(data)
+    return ordered.view(-1), tuple(ordered.shape), order
 
 
-def _tensor(dtype: torch.dtype, shape: tuple[int, ...], order: list[int], data: Any) -> Tensor:
+def _bytes_of(flat: Tensor) -> pickle.PickleBuffer:
+    data: Any = flat.view(torch.uint8).numpy()
+    return pickle.PickleBuffer(data)
+
+
+def _flat(dtype: torch.dtype, data: Any) -> Tensor:
     """In memory of torch's own, as aligned as the original's."""
-    values = torch.empty(shape, dtype=dtype, device="cpu")
-    values.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
-    return values.permute([order.index(place) for place in range(len(order))])
+    taken = np.frombuffer(data, dtype=np.uint8)
+    values = torch.empty(len(taken) // dtype.itemsize, dtype=dtype, device="cpu")
+    values.view(torch.uint8).numpy()[:] = taken
+    return values
+
+
+def _shaped(flat: Tensor, shape: tuple[int, ...], order: list[int]) -> Tensor:
+    return flat.view(shape).permute([order.index(place) for place in range(len(order))])

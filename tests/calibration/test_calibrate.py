@@ -429,7 +429,7 @@ def test_file_that_holds_no_moments(tmp_path):
         with pytest.raises(ValueError, match=r"other\.safetensors: "):
             Moments.load(file)
     save_file({"x": torch.zeros(1)}, file, {"tdecomp_moments": '{"format": 99}'})
-    with pytest.raises(ValueError, match=r"moments format 99, .*this version reads format 1"):
+    with pytest.raises(ValueError, match=r"moments format 99, .*this version reads format 2"):
         Moments.load(file)
     with pytest.raises(FileNotFoundError):
         Moments.load(tmp_path / "nowhere.safetensors")

@@ -1,7 +1,10 @@
 """Linears that see the same inputs share what is summed up, and have what they would have alone."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import tdecomp
@@ -131,6 +134,39 @@ def test_saved_once_and_shared_again(tmp_path):
     loaded = tdecomp.Moments.load(tmp_path / "moments.safetensors")
     check_equal(loaded, moments)
     assert loaded["q"].matrix is loaded["v"].matrix
+    both = loaded + moments
+    assert both["q"].matrix is both["v"].matrix
+    assert both["q"].gradient.shape == (4, 4)
+    assert both["v"].spec == moments["v"].spec
+    check_equal(both, moments_of(attention, apart=True) + moments)
     moments_of(attention, apart=True).save(tmp_path / "apart.safetensors")
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("moments", "apart")]
     assert sizes[0] < sizes[1] - 2 * moments["q"].matrix.nbytes
+
+
+def test_a_version_that_shares_nothing_is_told_that_a_file_is_a_later_ones(tmp_path):
+    forms = {}
+    for call in (attention, changed_in_place):
+        moments_of(call).save(tmp_path / "moments.safetensors")
+        with safe_open(tmp_path / "moments.safetensors", "pt") as file:
+            forms[call] = json.loads(file.metadata()["tdecomp_moments"])["format"]
+    assert forms == {attention: 2, changed_in_place: 1}
+
+
+def one_in_each_batch(model, x, number):
+    return model.on((model.q, model.k)[number % 2], x)
+
+
+def test_the_same_tensor_in_the_next_batch_is_another_input():
+    x = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
+    masks = [torch.arange(6) < 2, torch.arange(6) >= 2]
+    data = tdecomp.Data(masks, mask=lambda mask: mask, held_out=0)
+
+    def found(*, apart):
+        model = Model(one_in_each_batch, apart)
+        options = {"forward": lambda m, _: m(x), "gradients": False, "progress": False}
+        return tdecomp.calibrate(model, data, **options)
+
+    shared = found(apart=False)
+    check_equal(shared, found(apart=True))
+    assert (shared["k"].count, shared["q"].count) == (2, 4)

@@ -1,5 +1,6 @@
+import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -157,6 +158,41 @@ def test_an_executor_runs_every_item_of_the_processor():
         with pytest.raises(ValueError, match="no"):
             parallel_map(work, matrices(40), size=on_cpu, executor=executor)
         assert executor.submit(int, "3").result() == 3  # it is still open
+
+
+class InPlace(Executor):
+    """`submit` runs the item itself."""
+
+    def submit(self, function, *items):
+        future = Future()
+        future.set_result(function(*items))
+        return future
+
+
+def test_an_executor_that_works_in_place_holds_one_result_at_a_time():
+    order = []
+
+    def work(m):
+        order.append(("worked", len(m)))
+
+    def done(m, _):
+        order.append(("done", len(m)))
+
+    parallel_map(work, matrices(3), size=on_cpu, done=done, executor=InPlace())
+    assert order == [(what, n) for n in (2, 3, 4) for what in ("worked", "done")]
+
+
+def test_ctrl_c_stops_an_executor_that_works_in_place():
+    begun = []
+
+    def work(m):
+        begun.append(len(m))
+        if len(m) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        parallel_map(work, matrices(), size=on_cpu, executor=InPlace())
+    assert begun == [2, 3]
 
 
 def test_threads_of_torch_are_those_of_before_in_every_thread():

@@ -42,6 +42,16 @@ def test_only_values_travel_not_the_storage_that_they_are_a_part_of():
     assert len(pickle.dumps(Parcel([whole[:, :2]]), 5)) < 20_000
 
 
+def test_the_same_values_travel_once_and_stay_the_same():
+    weight = torch.randn(64, 128)
+    value = [weight.detach(), weight.T, weight.view(-1), weight[:2]]
+    assert len(pickle.dumps(Parcel(value), 5)) < 1.2 * weight.nbytes
+    found = posted(value)
+    assert all(map(torch.equal, found, value))
+    assert [t.stride() for t in found] == [t.stride() for t in value]
+    assert len({t.data_ptr() for t in found[:3]}) == 1
+
+
 def test_parameters_are_sent_detached_and_stay_where_they_are():
     layer = nn.Linear(8, 8)
     found = posted({"weight": layer.weight, "again": layer.weight})
