@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -13,9 +13,9 @@ from tdecomp import api
 from tdecomp.files.whole_file import whole_file
 from tdecomp.plans.plan import Plan
 from tdecomp.runtime.workers import executor_of
-from tdecomp.streaming import arguments
-from tdecomp.streaming.parser import parser
-from tdecomp.streaming.show import contents_of
+from tdecomp.streaming.command import arguments
+from tdecomp.streaming.command.parser import parser
+from tdecomp.streaming.command.show import contents_of
 from tdecomp.streaming.stream import stream
 
 # What is wrong with what was asked for, or with what there is to do it; other errors are faults.
@@ -27,10 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser().parse_args(argv)
     try:
         _COMMANDS[given.command](given)
-        sys.stdout.flush()  # while an error of it can still be told
     except KeyboardInterrupt:
         how = "; the same command goes on where this one stopped"
-        print(f"tdecomp: interrupted{how * (given.command == 'stream')}", file=sys.stderr)
+        _say(f"tdecomp: interrupted{how * (given.command == 'stream')}", sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,9 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.traceback:
             traceback.print_exc()
         words = " ".join(str(error).split()) or type(error).__name__
-        print(f"tdecomp: error: {words}", file=sys.stderr)
+        _say(f"tdecomp: error: {words}", sys.stderr)
         return 1
     return 0
+
+
+def _say(text: str, where: TextIO | None = None) -> None:
+    """Print a text, with ? for what the encoding of a terminal or a pipe does not have."""
+    where = sys.stdout if where is None else where
+    encoding = getattr(where, "encoding", None) or "utf-8"
+    words = text.encode(encoding, "replace").decode(encoding)
+    print(words, file=where, flush=True)  # while an error of it can still be told
 
 
 def _plan(given: argparse.Namespace) -> None:
@@ -51,8 +58,8 @@ def _plan(given: argparse.Namespace) -> None:
             given.source, **choice, allow_expansion=given.allow_expansion,
             executor=executor, progress=given.progress,
         )  # fmt: skip
-    print(plan)
-    _write(given, plan)
+    _write(given, plan)  # before a reader such as `head` has seen enough
+    _say(str(plan))
 
 
 def _stream(given: argparse.Namespace) -> None:
@@ -62,16 +69,16 @@ def _stream(given: argparse.Namespace) -> None:
             given.source, given.target, **choice, max_memory=given.max_memory,
             device=given.device, executor=executor, resume=given.resume, progress=given.progress,
         )  # fmt: skip
-    print(report)
+    _say(str(report))
 
 
 def _show(given: argparse.Namespace) -> None:
     contents = contents_of(given.path)
     if contents.plan is None and (given.save or given.html):
         raise ValueError(f"{contents.title}, so that there is no plan to write")
-    print(contents)
     if contents.plan is not None:
         _write(given, contents.plan)
+    _say(str(contents))
 
 
 def _choice(given: argparse.Namespace) -> dict[str, Any]:

@@ -20,12 +20,6 @@ from benchmarks.scale.row import ScaleRow
 
 _MEMORY, _TIME = 0.8e9, 1.25
 _EVERY = 0.1  # seconds between two looks at the memory
-# The process that looks at the model imports transformers, which may need torchvision's operators.
-_STARTED = """import sys
-if sys.argv[:1] == ["-c"]:
-    from benchmarks.support.torchvision_import import import_torchvision
-    import_torchvision()
-"""
 
 
 @dataclass(frozen=True)
@@ -61,10 +55,7 @@ def run(options: Namespace) -> list[ScaleRow]:
 
 def taken(how: str, source: Path, target: Path) -> Taken:
     """What a process of its own takes to stream, or to loop."""
-    started = target.parent / "started"
-    started.mkdir(parents=True, exist_ok=True)
-    (started / "sitecustomize.py").write_text(_STARTED)
-    paths = os.pathsep.join([str(started), *filter(None, sys.path)])
+    paths = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "benchmarks.scale.streamed", how, str(source), str(target)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

@@ -126,7 +126,9 @@ layers in chains are random.
 def write_readme(folder: Path, text: str) -> None:
     """Write the README, below what another one, such as a model card, says already."""
     file = folder / README
-    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    # In whatever encoding the other text is, it stays as it is.
+    bytewise = {"encoding": "utf-8", "errors": "surrogateescape"}
+    before = file.read_text(**bytewise) if file.is_file() else ""
     others = before.partition(_HEADING)[0].rstrip()
     with whole_file(file) as draft:
-        draft.write_text(f"{others}\n\n{text}".lstrip(), encoding="utf-8")
+        draft.write_text(f"{others}\n\n{text}".lstrip(), **bytewise)

@@ -34,6 +34,8 @@ def checked_format(
     data: Mapping[str, Any], kind: str, form: int, *, oldest: int | None = None
 ) -> None:
     """Refuse data whose `format` is not `form`, nor between that and the `oldest`, in words."""
+    if "format" not in data:
+        raise ValueError(f"format: it has none, so that it is no {kind} of tdecomp; expected one")
     found = typed(int, data.get("format"), "format")
     if not (form if oldest is None else oldest) <= found <= form:
         version, remedy = ("0.1", "make it anew") if found < form else ("later", "update tdecomp")

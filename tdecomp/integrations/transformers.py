@@ -23,6 +23,7 @@ from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
 from tdecomp.checkpoint.standing import renamed, without_whole
 from tdecomp.layers.chain import Chain, Described
+from tdecomp.layers.lookup_chain import EmbeddingChain
 from tdecomp.model.fused import with_parts
 from tdecomp.model.opened.base import Opened, close_unchanged
 from tdecomp.model.surgery import swap
@@ -157,6 +158,8 @@ def put_chains(model: Any, plan: Plan, stored: Collection[str] | None = None) ->
         layers = {row.name: held[row.name] for row in mine if row.method is not None}
         _check_layers(mine, layers)
         swap(model, empty_chains(layers, mine))
+        for table in (m for m in model.modules() if isinstance(m, EmbeddingChain)):
+            table.describe_layer()  # while models compute tables that are then not used
     close_unchanged(model)
     _check_ties(model)
     if stored is not None:

@@ -62,11 +62,23 @@ class EmbeddingChain(Chain, nn.Embedding):
             self.add_module(str(at), stage)
 
     def mirror_weight(self) -> None:
-        """Nothing: the weight is made when it is asked for."""
+        """From here on the weight is made when it is asked for."""
+        vars(self).pop("_layer_weight", None)
+
+    def describe_layer(self) -> None:
+        """Let the weight have the shape of the layer's own, until `mirror_weight`.
+
+        As code expects that computes a table, such as one of sines, before values are loaded.
+        """
+        described = Described.like(self._table.weight, self.shapes()["weight"])
+        vars(self)["_layer_weight"] = described
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The shape (rows, rank), dtype and device of the first stage's, and its `data`."""
+        whole: Tensor | None = vars(self).get("_layer_weight")
+        if whole is not None:
+            return whole
         table: Tensor = self._table.weight
         found = TableWeight.like(table, tuple(table.shape))
         found.table = table

@@ -109,6 +109,8 @@ def matches(name: str, pattern: str) -> bool:
 
 def no_match(option: str, pattern: str, names: Sequence[str]) -> ValueError:
     """The error for a pattern that matches no layer."""
+    if not names:
+        return ValueError(f"{option}: {pattern!r} matches none of the layers: the model has none")
     near = difflib.get_close_matches(pattern, names, n=3) or names[:3]
     return ValueError(
         f"{option}: {pattern!r} matches no Linear or convolution of the model. Expected a layer's "

@@ -20,7 +20,7 @@ from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
 from tdecomp.streaming.choose import Asked, methods_of
-from tdecomp.streaming.source import Source
+from tdecomp.streaming.source import Source, open_folder
 from tdecomp.streaming.target import WORK, WorkFolder, read_json, write_json
 
 REPORT = "tdecomp.json"  # what was done: the job, and the rows with their errors
@@ -79,7 +79,15 @@ def finished_report(target: Path, job: Mapping[str, Any], *, resume: bool) -> Re
             f"target: {target} is that of another job, which differs in {'; '.join(differing)}. "
             "Delete it, or choose another target"
         )
-    return report_in(target)
+    if (report := report_in(target)) is not None:
+        try:
+            open_folder(target)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"target: {target} was finished, and is damaged: {error}. Delete all of it, and "
+                "call again"
+            ) from error
+    return report
 
 
 def report_in(target: Path) -> Report | None:

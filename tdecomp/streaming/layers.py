@@ -161,7 +161,7 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
         sites[name] = Site(
             row.names, module, spec, reason, None, None, tuple(own.values()), row.tied
         )
-        if spec is None or unread is not None:
+        if spec is None or unread is not None or "weight" not in held:  # computed from others
             continue
         values = {p: Values.of(h.recipe, tensors) for p, h in held.items() if h.recipe is not None}
         layers[name] = FileLayer(row.names, spec, values["weight"], values.get("bias"))
@@ -193,10 +193,12 @@ def _quantized(source: Source) -> str | None:
 
 
 def _unknown(source: Source, names: Sequence[str]) -> ValueError:
-    kind = source.config.get("model_type") or source.config.get("architecture") or "no model type"
+    config = source.config
+    asked = ["architecture"] if "architecture" in config else ["model_type", "architectures"]
+    kind = ", ".join(f"{key} {config[key]!r}" if config.get(key) else f"no {key}" for key in asked)
     shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
     return ValueError(
-        f"{source.folder}: no library here knows this architecture (config.json: {kind!r}), so "
+        f"{source.folder}: no library here knows this architecture (config.json: {kind}), so "
         "that it is not known which matrices are Linear layers and which are tables; expected "
         f"include= with the names of Linear layers, or globs, of {shown or 'which there are none'}"
     )

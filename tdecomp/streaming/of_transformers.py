@@ -41,10 +41,11 @@ def skeleton_of(source: Source) -> Skeleton:
 
 def asked_elsewhere(source: Source) -> Skeleton:
     """The skeleton, by a process that ends afterwards."""
-    asked = json.dumps({"folder": str(source.folder.resolve()), "path": sys.path})
+    path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
     done = subprocess.run(
-        [sys.executable, "-c", _CODE], input=asked, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        [sys.executable, "-P", "-c", _CODE], input=json.dumps(str(source.folder.resolve())),
+        capture_output=True, encoding="utf-8", errors="replace", check=False,
+        env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -56,8 +57,22 @@ def asked_elsewhere(source: Source) -> Skeleton:
 
 def answer() -> None:
     """Of the process that imports transformers: the skeleton of a folder that it is told."""
-    asked = json.load(sys.stdin)
-    print("\n" + json.dumps(looked_at(open_source(asked["folder"])).to_dict()), end="")
+    source = open_source(json.load(sys.stdin))
+    _leave_out_torchvision_if_broken()
+    print("\n" + json.dumps(looked_at(source).to_dict()), end="")
+
+
+def _leave_out_torchvision_if_broken() -> None:
+    """Make a torchvision that was built for another torch look absent, for all of this process.
+
+    transformers imports it where it is installed, also for models that need nothing of it.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # a RuntimeError, an OSError or an ImportError, as the two do not fit
+        for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # to Python: not there
 
 
 def _may_know(kind: Any) -> bool:
@@ -115,9 +130,9 @@ def looked_at(source: Source) -> Skeleton:
 
 
 def _named(site: Site) -> dict[str, nn.Parameter]:
-    """The parameters of a row by their names: in its module, or that of the row where it is one."""
+    """The parameters of a row by their names in its module, be a weight computed from them."""
     wanted = {id(parameter) for parameter in site.parameters}
-    return {name: p for name, p in site.module.named_parameters(recurse=False) if id(p) in wanted}
+    return {name: p for name, p in site.module.named_parameters() if id(p) in wanted}
 
 
 def _opened(site: Site, inner: Mapping[nn.Module, str]) -> str | None:

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tdecomp.checkpoint.description import CONFIG, KEY, METHOD
+from tdecomp.checkpoint.description import CONFIG, KEY, METHOD, read_config
 from tdecomp.checkpoint.folder import NAMES
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.plans.table import FORMAT
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 # Files with the same weights again, in other forms.
 _SAME_WEIGHTS = (
@@ -59,6 +58,11 @@ class Source:
         said = self.config.get(KEY)
         return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
 
+    @property
+    def written_name(self) -> str:
+        """The name of a single file with weights where the library of this model looks for it."""
+        return NAMES["_class_name" in self.config]  # which diffusers writes
+
     def other_files(self) -> list[str]:
         """The files, also in folders, that have nothing to do with weights."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -85,7 +89,7 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
 
 def open_folder(folder: str | os.PathLike[str]) -> Source:
     """Look at any folder of safetensors: its config, its index and the headers of its files."""
-    root = Path(folder)
+    root = folder_at(folder, "source")
     if not root.is_dir():
         raise FileNotFoundError(
             f"no such folder: {root}; expected one with *.safetensors and config.json, as "
@@ -103,8 +107,21 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
         stat = (root / file).stat()
         marks[file] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
     _check_index(root, said, tensors)
-    config = _config(root)
+    config = config_in(root)
     return Source(root, config, tensors, shards, marks)
+
+
+def folder_at(path: str | os.PathLike[str], argument: str) -> Path:
+    """The folder that a user names, be it below their home (~); a TypeError for anything else."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"{argument}: expected the name of a folder, got {type(path).__name__}; a model in "
+            "memory is for tdecomp.decompose"
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # nobody has that name
+        raise FileNotFoundError(f"{argument}: no such folder: {path} ({error})") from error
 
 
 def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -133,8 +150,8 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
         return (single[0],), None
     if names:
         raise ValueError(
-            f"{root}: {len(names)} files of safetensors without {INDEX}, which says where each "
-            "tensor lies; download the index, too, or keep one of the files in the folder"
+            f"{root}: {len(names)} files of safetensors without {NAMES[0]}.index.json, which says "
+            "where each tensor lies; download it, too, or keep one of the files in the folder"
         )
     pickled = sorted(path.name for path in root.iterdir() if path.suffix in PICKLED)
     if pickled:
@@ -168,15 +185,9 @@ def _check_index(root: Path, said: Mapping[str, str] | None, tensors: Mapping[st
         )
 
 
-def _config(root: Path) -> dict[str, Any]:
-    path = root / CONFIG
-    if not path.is_file():
-        return {}
-    with named_in_errors(path):
-        config: dict[str, Any] = typed(
-            dict[str, Any], json.loads(path.read_text("utf-8")), "config"
-        )
-    return config
+def config_in(folder: Path) -> dict[str, Any]:
+    """What the config.json of a folder says; nothing if there is none."""
+    return read_config(folder) if (folder / CONFIG).is_file() else {}
 
 
 def _refuse_decomposed(source: Source) -> None:

@@ -18,6 +18,7 @@ from tdecomp.checkpoint.description import (
     write_readme,
 )
 from tdecomp.decomposers.registry import Methods
+from tdecomp.files.whole_file import whole_file
 from tdecomp.layers.cost import count_in_words
 from tdecomp.model.filters import Filters
 from tdecomp.plans.data_notes import data_notes
@@ -34,7 +35,7 @@ from tdecomp.streaming.job import REPORT, finished_report, job_of, write_report
 from tdecomp.streaming.jobs import Copy, Fit, Folders, Rewrite, memory_needed
 from tdecomp.streaming.layers import FolderLayers, layers_of
 from tdecomp.streaming.of_transformers import skeleton_of
-from tdecomp.streaming.source import Source, open_source
+from tdecomp.streaming.source import Source, folder_at, open_source
 from tdecomp.streaming.target import (
     WorkFolder,
     check_room,
@@ -120,8 +121,8 @@ def stream(
     asked, filters = asked_for(methods, rank, Filters(include, exclude))
     check_executor(executor)
     bar = Progress(progress)
-    into = Path(target).absolute()
-    _check_places(Path(source), into)
+    into = folder_at(target, "target").absolute()
+    _check_places(folder_at(source, "source"), into)
     given = open_source(source)
     unit = _device(device, executor)
     job = job_of(given, asked, filters, unit)
@@ -145,8 +146,9 @@ def stream(
                 known = chosen.plan, chosen.drafted
                 work_folder.keep_plan(*known)
         work = work_of(given, found, *known)
-        check_room(work, work_folder)
-        with said_if_full(into, work.nbytes):
+        others = sum((given.folder / name).stat().st_size for name in given.other_files())
+        check_room(work.nbytes + others, work_folder)
+        with said_if_full(into, work.nbytes + others):
             work_folder.lay_out(work.layouts)
             rows = _carry_out(work, folders, executor, bar)
             report = _report(known[0], rows)
@@ -162,8 +164,9 @@ def _check_places(source: Path, target: Path) -> None:
             f"target: {target} and the source {source} are one folder, or one is in the other; "
             "expected a folder of its own"
         )
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"target: {target} is a file; expected a folder, or none")
+    for folder in (target, *target.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"target: {folder} is a file; expected a folder, or none")
 
 
 def _device(given: str | torch.device | None, executor: Executor | None) -> torch.device:
@@ -175,7 +178,7 @@ def _device(given: str | torch.device | None, executor: Executor | None) -> torc
     except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"device: expected one that torch can compute on here, such as 'cpu' or 'cuda', got "
-            f"{given!r} ({error})"
+            f"{given!r} ({str(error).partition(chr(10))[0]})"
         ) from error
     return device
 
@@ -247,14 +250,15 @@ def _finish(
 ) -> None:  # fmt: skip
     """Put everything in its place: the config last, without which nothing can be loaded."""
     target = folder.target
-    for draft in target.glob(".*.draft"):  # of a run that was killed here
+    for draft in target.rglob(".*.draft"):  # of a run that was killed here
         draft.unlink()
     folder.move_out(work.layouts)
-    write_index(target, work)
+    write_index(target, work, source.written_name)
     for name in source.other_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if name != REPORT:
-            shutil.copy2(source.folder / name, target / name)
+            with whole_file(target / name) as draft:  # also over one that may not be written
+                shutil.copy2(source.folder / name, draft)
     config = dict(source.config)
     if any(row.method is not None for row in plan):
         config[KEY] = description(plan)

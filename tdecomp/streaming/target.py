@@ -23,7 +23,6 @@ from tdecomp.files.shards import Layout
 from tdecomp.files.whole_file import whole_file
 from tdecomp.layers.cost import count_in_words
 from tdecomp.plans.plan import Plan
-from tdecomp.streaming.source import INDEX, SINGLE
 from tdecomp.streaming.work import Work
 
 WORK = ".tdecomp-stream"  # within the target
@@ -142,18 +141,18 @@ def index_of(work: Work) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
-def write_index(target: Path, work: Work) -> None:
-    """Write the index, where there is more than one file."""
-    if list(work.layouts) != [SINGLE]:
-        write_json(target / INDEX, index_of(work))
+def write_index(target: Path, work: Work, whole: str) -> None:
+    """Write the index, unless there is one file, of the name of a whole one."""
+    if list(work.layouts) != [whole]:
+        write_json(target / f"{whole}.index.json", index_of(work))
 
 
-def check_room(work: Work, work_folder: WorkFolder) -> None:
-    """Refuse, before anything is written, a disk that has too little room."""
+def check_room(nbytes: int, work_folder: WorkFolder) -> None:
+    """Refuse, before anything is written, a disk that has too little room for so much."""
     there = sum(
         512 * getattr(f.stat(), "st_blocks", 0) for f in work_folder.files.glob("*") if f.is_file()
     )
-    needed, free = work.nbytes - there, shutil.disk_usage(work_folder.path).free
+    needed, free = nbytes - there, shutil.disk_usage(work_folder.path).free
     if needed > free and not work_folder.is_moving():
         raise OSError(errno.ENOSPC, _no_room(work_folder.target, needed, free))
 

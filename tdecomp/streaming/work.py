@@ -16,7 +16,7 @@ from tdecomp.plans.rows import row_groups
 from tdecomp.runtime.parallel import in_single_threads
 from tdecomp.streaming.jobs import Copy, Fit, Rewrite
 from tdecomp.streaming.layers import FolderLayers, Values
-from tdecomp.streaming.source import SINGLE, Source
+from tdecomp.streaming.source import Source
 
 _COPIED_AT_ONCE = 2**28  # bytes of a file that are copied by one job
 
@@ -59,7 +59,7 @@ def work_of(source: Source, found: FolderLayers, plan: Plan, drafted: frozenset[
         if name not in gone:
             home[stored.file][name] = stored.dtype, stored.shape, stored.nbytes
     files = [file for file in source.shards if home.get(file)]
-    names = _shard_names(len(files), single=len(source.shards) == 1)
+    names = _file_names(source.written_name, len(files), single=len(source.shards) == 1)
     # As safetensors orders them itself, so that every tensor is aligned to its dtype.
     ordered = {
         new: dict(sorted(home[old].items(), key=lambda item: (-_width(item[1]), item[0])))
@@ -120,10 +120,11 @@ def _new_tensors(rows: Sequence[Row], plan: Plan, found: FolderLayers) -> dict[s
     return tensors
 
 
-def _shard_names(count: int, *, single: bool) -> list[str]:
+def _file_names(whole: str, count: int, *, single: bool) -> list[str]:
     if single:
-        return [SINGLE][:count]
-    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        return [whole][:count]
+    stem, suffix = whole.split(".")
+    return [f"{stem}-{i + 1:05}-of-{count:05}.{suffix}" for i in range(count)]
 
 
 def _width(described: _Described) -> int:

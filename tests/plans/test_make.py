@@ -332,7 +332,10 @@ def test_json_may_leave_a_layer_alone():
 
 REFUSED = {
     "a newer format": (lambda d: d.update(format=3), "plan format 3, .*reads format 2; update"),
-    "no format": (lambda d: d.pop("format"), "plan: format: expected a whole number, got None"),
+    "no format": (
+        lambda d: d.pop("format"),
+        "format: it has none, so that it is no plan of tdecomp",
+    ),
     "no rows": (lambda d: d.pop("rows"), "plan: rows: expected a list, got None"),
     "no methods": (lambda d: d.pop("methods"), "plan: methods: expected an object, got None"),
     "rows of another kind": (lambda d: d.update(rows=[1]), r"rows\[0\]: expected an object, got 1"),

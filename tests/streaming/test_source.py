@@ -1,6 +1,7 @@
 """Folders that cannot be streamed are refused in words that name the file and the remedy."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +191,45 @@ def test_a_single_file_of_any_name(tmp_path):
     stream(tmp_path / "source")
     assert (tmp_path / "target" / SINGLE).exists()
     assert not (tmp_path / "target/mine.safetensors").exists()
+
+
+def test_the_home_of_the_user(tmp_path, monkeypatch):
+    unknown(tmp_path / "source")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    report = tdecomp.stream(
+        "~/source", Path("~/small"), "svd", rank=2, include="*", progress=False
+    )  # fmt: skip
+    assert (tmp_path / "small" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
+    plan = tdecomp.plan(Path("~/source"), "svd", rank=2, include="*", progress=False)
+    assert [row.rank for row in plan] == [row.rank for row in report]
+    with pytest.raises(FileNotFoundError, match="source: no such folder: ~nobody-here/source"):
+        tdecomp.plan("~nobody-here/source", "svd", rank=2, progress=False)
+
+
+@pytest.mark.parametrize("argument", ["source", "target"])
+def test_what_is_no_folder(source, argument):
+    given = {"source": source, "target": source.parent / "small"} | {argument: nn.Linear(4, 4)}
+    with pytest.raises(TypeError, match=rf"^{argument}: expected the name .* got Linear; a model"):
+        tdecomp.stream(**given, methods="svd", rank=2, progress=False)
+
+
+def test_what_config_says_of_the_architecture(source):
+    (source / "config.json").write_text(json.dumps({"model_type": "of-mine"}))
+    with pytest.raises(
+        ValueError, match=r"\(config\.json: model_type 'of-mine', no architectures\)"
+    ):
+        tdecomp.plan(source, "svd", rank=2, progress=False)
+    (source / "config.json").write_text(json.dumps({"architecture": "net"}))
+    with pytest.raises(ValueError, match=r"\(config\.json: architecture 'net'\)"):
+        tdecomp.plan(source, "svd", rank=2, progress=False)
+
+
+def test_a_model_without_layers(tmp_path):
+    write(tmp_path / "source", {"scale": torch.ones(3)})
+    (tmp_path / "source" / "config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"^include: '\*' matches none of the layers: .* has none$"
+    ):
+        stream(tmp_path / "source")

@@ -186,3 +186,26 @@ def test_the_report_can_be_printed(source, tmp_path):
     report = stream(source, tmp_path / "target")
     assert "3 of 3 layers decomposed" in str(report)
     assert report["0"].fit_seconds > 0
+
+
+def test_a_model_card_in_another_encoding(source, tmp_path):
+    card = "größer".encode("latin-1")
+    (source / "README.md").write_bytes(card)
+    stream(source, tmp_path / "target")
+    written = (tmp_path / "target" / "README.md").read_bytes()
+    assert written.startswith(card + b"\n\n")
+    assert b"tdecomp.load" in written
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_files_are_named_as_diffusers_names_them(tmp_path, shards):
+    unknown(tmp_path / "source", shards=shards)
+    (tmp_path / "source" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    stream(tmp_path / "source", tmp_path / "target")
+    stem = "diffusion_pytorch_model"
+    parts = {f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    many = {*parts, f"{stem}.safetensors.index.json"}
+    names = {file.name for file in (tmp_path / "target").glob("*.safetensors*")}
+    assert names == (many if shards == 2 else {f"{stem}.safetensors"})
+    loaded = tdecomp.load(tmp_path / "target", perceptron())
+    assert same(loaded.state_dict(), tensors_in(tmp_path / "target"))

@@ -42,8 +42,8 @@ CASES = {name: MODELS[name] for name in NAMES} | {"qwen2_tied": TIED_QWEN2}
 @functools.cache
 def decomposed(name):
     """A result that no test changes: everything that can be is a chain, tables and experts too."""
-    # This table transformers fills with sines itself, wherever it has no values yet.
-    rank = {"model.encoder.embed_positions": 8} if name == "whisper" else {}
+    # This table transformers fills with sines itself, for which its width has to be even.
+    rank = {"model.encoder.embed_positions": 7} if name == "whisper" else {}
     return tdecomp.decompose(CASES[name].build(), "svd", rank={**rank, "*": 8}, progress=False)
 
 

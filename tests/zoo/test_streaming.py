@@ -1,5 +1,7 @@
 """Checkpoints of transformers, streamed: layers, ties and experts as the library has them."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -110,17 +112,42 @@ def made_like(source):
 
 @pytest.mark.parametrize("source", ["mixtral"], indirect=True)
 def test_a_process_of_its_own_says_the_same(source, tmp_path, monkeypatch):
-    # That process, too, needs the operators of torchvision.
-    code = (
-        "from benchmarks.support.torchvision_import import import_torchvision\nimport_torchvision()"
-    )
-    (tmp_path / "sitecustomize.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
     found = open_source(source)
     assert asked_elsewhere(found) == looked_at(found) == skeleton_of(found)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # without anything to import
-    with pytest.raises(ValueError, match="transformers cannot look at it"):
+    (tmp_path / "transformers.py").write_text("raise ImportError('it is broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"transformers cannot look at it, .* it is broken"):
         asked_elsewhere(found)
+
+
+@pytest.mark.parametrize("source", ["tied"], indirect=True)
+def test_the_command_where_torchvision_cannot_be_imported(source, tmp_path):
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "part.py").write_text("")
+    code = "import torchvision.part\nraise RuntimeError('operator torchvision::nms does not exist')"
+    (package / "__init__.py").write_text(code)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "tdecomp", "plan", str(source), "--rank", "4", "--no-progress"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths},
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tdecomp.plan(source, 'svd', rank=4, **QUIET)}\n"
+
+
+def test_weights_that_are_computed_from_others(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = transformers.Wav2Vec2Config(
+        **sizes, vocab_size=32, num_hidden_layers=1, conv_dim=(16,), conv_stride=(2,),
+        conv_kernel=(3,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForCTC(config)
+    model.save_pretrained(tmp_path)
+    got, expected = (tdecomp.plan(one, "svd", rank=4, **QUIET) for one in (tmp_path, model))
+    assert "parametrized" in got["wav2vec2.encoder.pos_conv_embed.conv"].reason
+    assert got.to_dict() == expected.to_dict()
 
 
 @pytest.mark.parametrize("source", ["tied"], indirect=True)
@@ -155,3 +182,22 @@ def test_tensors_that_do_not_fit_the_config(source, tmp_path):
     assert "the shape (4, 4)" in report["model.layers.0.mlp.gate_proj"].reason
     assert "stored as I8" in report["model.layers.1.mlp.up_proj"].reason
     assert report["model.layers.1.mlp.gate_proj"].rank == 2
+
+
+def test_a_folder_of_diffusers(tmp_path):
+    import diffusers
+
+    import tdecomp.integrations.diffusers
+
+    model = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "source")
+    options = {"rank": 8, "include": "*to_q", **QUIET}
+    tdecomp.stream(tmp_path / "source", tmp_path / "target", "svd", **options)
+    loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "target")
+    wanted = tdecomp.decompose(model, "svd", **options).model.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())

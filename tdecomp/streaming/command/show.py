@@ -18,7 +18,7 @@ from tdecomp.plans.plan import Plan
 from tdecomp.plans.report import Report
 from tdecomp.plans.table import FORMAT, Table
 from tdecomp.streaming.job import REPORT, report_in
-from tdecomp.streaming.source import PICKLED, open_folder
+from tdecomp.streaming.source import PICKLED, config_in, open_folder
 from tdecomp.streaming.target import WorkFolder
 
 # The metadata under which `Decomposition.save` and `Moments.save` keep what is no tensor.
@@ -48,7 +48,7 @@ class Contents:
 def contents_of(path: str | os.PathLike[str]) -> Contents:
     """What there is at a path.
 
-    >>> from tdecomp.streaming.show import contents_of
+    >>> from tdecomp.streaming.command.show import contents_of
     >>> result = tdecomp.decompose(nn.Linear(64, 64), "svd", rank=8, progress=False)
     >>> result.save("small.safetensors")
     >>> found = contents_of("small.safetensors")
@@ -82,6 +82,9 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
             return Contents(_title(place, saved), plan, tensors)
     if _MOMENTS in metadata:
         return Contents(f"{place}: moments, which tdecomp.Moments.load reads", None, tensors)
+    if is_description(config_in(place.parent).get(KEY)):
+        words = f"one file of a decomposed folder, `tdecomp show {place.parent}` shows its plan"
+        return Contents(f"{place}: {words}", None, tensors)
     return Contents(f"{place}: an ordinary checkpoint, nothing is decomposed", None, tensors)
 
 
@@ -160,7 +163,7 @@ def _line(title: str, tensors: Iterable[Stored]) -> list[str]:
 def bytes_in_words(nbytes: int) -> str:
     """Three significant digits with a unit of powers of 1,000.
 
-    >>> from tdecomp.streaming.show import bytes_in_words
+    >>> from tdecomp.streaming.command.show import bytes_in_words
     >>> bytes_in_words(2_200_000_000), bytes_in_words(12)
     ('2.20 GB', '12 B')
     """

@@ -6,7 +6,7 @@ from functools import partial
 from tdecomp._distribution import VERSION
 from tdecomp.decomposers.registry import registered
 from tdecomp.ranks.spelled import FORMS, spelled_rank
-from tdecomp.streaming import arguments
+from tdecomp.streaming.command import arguments
 
 _SOURCE = "a folder of safetensors with its config.json, as save_pretrained writes it"
 _CHOICE = (

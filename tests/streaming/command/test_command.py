@@ -12,8 +12,8 @@ import tdecomp
 from tdecomp.__main__ import main
 from tdecomp.decomposers.svd import SVD
 from tdecomp.plans.plan import Plan
-from tdecomp.streaming.parser import EXAMPLES, parser
-from tdecomp.streaming.show import contents_of
+from tdecomp.streaming.command.parser import EXAMPLES, parser
+from tdecomp.streaming.command.show import contents_of
 from tests.docs.pages import ROOT
 from tests.streaming.folders import perceptron, unknown
 
@@ -154,6 +154,34 @@ def test_a_reader_who_has_seen_enough(monkeypatch, capfd):
         assert main(["show", "plan.json"]) == 1
         print("what follows goes nowhere, without an error", flush=True)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("here")
+def test_a_plan_is_kept_whoever_reads(here, monkeypatch):
+    unknown(here / "folder")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", closefd=True) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        words = "plan folder --include * --rank 4 --save made.json --no-progress"
+        assert main(words.split()) == 1
+    assert Plan.from_json((here / "made.json").read_text(encoding="utf-8"))["0"].rank == 4
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_some_characters(here, plan, monkeypatch, encoding):
+    with (here / "said").open("w", encoding=encoding) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["show", "plan.json"]) == 0
+    expected = f"plan.json: a plan\n\n{plan}\n".encode(encoding, "replace")
+    assert (here / "said").read_bytes() == expected
+    assert b"Linear(24?32)" in expected
+
+
+@pytest.mark.usefixtures("here")
+def test_no_output_at_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as where it is closed
+    assert main(["show", "plan.json"]) == 0
 
 
 def test_plan(here, capsys):

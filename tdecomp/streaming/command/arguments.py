@@ -47,7 +47,7 @@ def methods(text: str) -> list[Decomposer]:
 def memory_size(text: str) -> int:
     """The bytes in a text such as ``4GB``.
 
-    >>> from tdecomp.streaming.arguments import memory_size
+    >>> from tdecomp.streaming.command.arguments import memory_size
     >>> memory_size("4GB"), memory_size("1.5 GiB")
     (4000000000, 1610612736)
     """

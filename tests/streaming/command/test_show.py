@@ -10,7 +10,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.plans.table import FORMAT
-from tdecomp.streaming.show import bytes_in_words, contents_of
+from tdecomp.streaming.command.show import bytes_in_words, contents_of
 from tdecomp.streaming.target import WorkFolder
 from tests.streaming.folders import INDEX, SINGLE, perceptron, unknown, write
 
@@ -266,3 +266,20 @@ def test_bytes():
     assert [bytes_in_words(n) for n in (0, 999, 1000, 123_456, 2_200_000_000)] == [
         "0 B", "999 B", "1.00 kB", "123 kB", "2.20 GB"
     ]  # fmt: skip
+
+
+def test_one_file_of_a_decomposed_folder(tmp_path):
+    unknown(tmp_path / "large", shards=2)
+    options = {"rank": 4, "include": "*", "progress": False}
+    tdecomp.stream(tmp_path / "large", tmp_path / "small", "svd", **options)
+    file = tmp_path / "small" / "model-00001-of-00002.safetensors"
+    words = f"one file of a decomposed folder, `tdecomp show {file.parent}` shows its plan"
+    assert str(contents_of(file)).startswith(f"{file}: {words}\n\n")
+
+
+def test_json_that_is_no_plan(tmp_path):
+    unknown(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"config\.json: format: it has none, .* no plan of tdecomp"
+    ):
+        contents_of(tmp_path / "config.json")

@@ -8,7 +8,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.ranks.ratio import Ratio
-from tdecomp.streaming import arguments
+from tdecomp.streaming.command import arguments
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The command line: the words that it takes, its help, and what it shows."""
