@@ -366,7 +366,9 @@ def test_json_that_is_refused(kind):
      pytest.param("[" * 100_000, id="deep")],
 )  # fmt: skip
 def test_junk_is_no_plan(text):
-    with pytest.raises(ValueError, match=r"^plan: (not JSON: |format: |plan: |methods: |expected an object)"):
+    with pytest.raises(
+        ValueError, match=r"^plan: (not JSON: |format: |plan: |methods: |expected an object)"
+    ):
         Plan.from_json(text)
 
 
