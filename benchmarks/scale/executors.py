@@ -81,7 +81,7 @@ def ways() -> Iterator[dict[str, Way]]:
         for workers, name in enumerate(_OF_DASK, start=1):
             cluster = stack.enter_context(
                 distributed.LocalCluster(
-                    workers, threads_per_worker=1, processes=True, dashboard_address=":0"
+                    n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0"
                 )
             )
             client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
