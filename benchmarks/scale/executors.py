@@ -105,8 +105,8 @@ def tasks(options: Namespace) -> dict[str, Task]:
     of_llama = f"stream, {sizes.blocks} blocks of a Llama of {sizes.hidden:,}"
     return {
         of_llama: Task(_stream(options.folder, sizes), _LEAST, ("one thread", *_OF_DASK)),
-        f"{_named(large)}, svd by their weights": Task(_decompose(large), _LEAST),
-        f"{_named(narrow)}, svd to moments": Task(_decompose(narrow, data=data), _LEAST),
+        f"{_named(large)}, svd by their weights": Task(_decompose(large)),
+        f"{_named(narrow)}, svd to moments": Task(_decompose(narrow, data=data)),
         f"{_named(small)}, svd by their weights": Task(_decompose(small)),
     }
 
