@@ -147,9 +147,7 @@ def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
 def _config_of(module: nn.Module) -> Any:
     """An object with `to_dict`, as of transformers, or diffusers' mapping; None for others."""
     roots = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
-    if (
-        "huggingface_hub" in roots
-    ):  # whose mixin writes the arguments that the class was called with
+    if "huggingface_hub" in roots:  # its mixin writes the arguments of the class
         return None
     frozen = vars(module).get("_internal_dict")
     if isinstance(frozen, Mapping):
