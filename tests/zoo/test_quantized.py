@@ -76,7 +76,9 @@ def test_stages_are_quantized_and_outputs_stay_close(name, way, tmp_path):
     again = quantize(other)
     with warnings.catch_warnings(action="ignore"):  # torch's own, of how it saves packed weights
         # Packed weights are objects of torch's classes, which `weights_only` refuses.
-        state = torch.load(tmp_path / "int8.pt", weights_only=way != "dynamic")
+        # The first releases of Python 3.11 pickle an enum's member, as torchao has, by `getattr`.
+        with torch.serialization.safe_globals([getattr]):
+            state = torch.load(tmp_path / "int8.pt", weights_only=way != "dynamic")
         again.load_state_dict(state, assign=way != "dynamic")
     torch.testing.assert_close(outputs(again, inputs), found)
 
