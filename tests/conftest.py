@@ -28,6 +28,17 @@ def interrupts():
 
 
 @pytest.fixture
+def one_thread():
+    """Torch has one thread, as most workers have."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def own_methods():
     """Forget afterwards the methods that a test registers."""
     from tdecomp.decomposers.registry import registered, unregister

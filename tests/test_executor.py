@@ -19,6 +19,7 @@ from tdecomp.layers.spec import KINDS
 from tests.posting import Posting
 from tests.unchanged import changes, state_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as each worker has
 QUIET = {"progress": False}
 
 
@@ -38,15 +39,6 @@ class Net(nn.Module):
         x = self.table(tokens)[:, None]
         y = self.deeper(self.conv(x).relu()).mean(1) + x[:, 0]
         return self.head(self.narrow(self.mix(y).relu()))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As each worker has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches():

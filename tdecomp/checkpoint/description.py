@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tdecomp._distribution import VERSION
+from tdecomp.files.json_file import write_json
 from tdecomp.files.typed import checked_format, typed
 from tdecomp.files.whole_file import whole_file
 from tdecomp.plans.plan import Plan
@@ -72,9 +73,7 @@ def describe_in_config(folder: Path, *entries: Mapping[str, Any]) -> None:
     for new in others:
         config |= new
     config[KEY] = dict(described)
-    with whole_file(folder / CONFIG) as draft:
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        draft.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
 
 
 def readme(architecture: str, library: str = "") -> str:

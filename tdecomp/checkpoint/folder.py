@@ -17,6 +17,12 @@ NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 BUFFERS = "buffers_without_state.safetensors"  # what no state dict has, such as rotary frequencies
 
 
+def shard_names(whole: str, count: int) -> list[str]:
+    """The names of so many files in the place of a whole one, as transformers gives them."""
+    stem, suffix = whole.split(".")
+    return [f"{stem}-{at:05}-of-{count:05}.{suffix}" for at in range(1, count + 1)]
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor in a folder, all of them there and as the index says.
 

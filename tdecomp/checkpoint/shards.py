@@ -1,6 +1,5 @@
 """Writing weights for a model whose library does not."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tdecomp.checkpoint.folder import BUFFERS, NAMES
+from tdecomp.checkpoint.folder import BUFFERS, NAMES, shard_names
 from tdecomp.checkpoint.tensors import alone, buffers_beside
+from tdecomp.files.json_file import write_json
 from tdecomp.files.whole_file import whole_file
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -76,23 +76,20 @@ def _shards(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tenso
 def _write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
     stem = NAMES[0].removesuffix(".safetensors")
     count, index = len(shards), folder / f"{NAMES[0]}.index.json"
-    names = [f"{stem}-{at:05}-of-{count:05}.safetensors" for at in range(1, count + 1)]
-    files = dict(zip(names if count > 1 else NAMES, shards, strict=False))
+    names = shard_names(NAMES[0], count) if count > 1 else NAMES[:count]
+    files = dict(zip(names, shards, strict=True))
     for name, tensors in files.items():
         _write(folder / name, tensors)
     if count > 1:
         size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
         where = {name: file for file, tensors in files.items() for name in tensors}
         content = {"metadata": {"total_size": size}, "weight_map": where}
-        with whole_file(index) as draft:
-            draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(index, content)
     # Last: until then what was there before is whole.
     earlier = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    kept = {*files, index.name} if count > 1 else {*files}
     for file in folder.iterdir():
-        if earlier.fullmatch(file.name) and file.name not in {
-            *files,
-            *([index.name] * (count > 1)),
-        }:
+        if earlier.fullmatch(file.name) and file.name not in kept:
             file.unlink()
 
 

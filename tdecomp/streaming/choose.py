@@ -75,8 +75,6 @@ class FolderPlan:
 
     plan: Plan
     drafted: frozenset[str]
-    offers: Sequence[Offer]
-    left_alone: Mapping[str, Choice]
 
 
 def plan_folder(
@@ -89,7 +87,7 @@ def plan_folder(
     """
     if isinstance(asked, Plan):
         match_sites(found.sites, asked)
-        return FolderPlan(asked, frozenset(), (), {})
+        return FolderPlan(asked, frozenset())
     selector = asked.selector
     _check(selector)
     sites = list(found.sites.values())
@@ -192,12 +190,10 @@ def _decided(
         offer.site.name
         for offer, choice in zip(offers, chosen, strict=True)
         if choice.candidate is not None
-        and choice.rank in offer.curves.get(choice.candidate.method, _NO_CURVE).fitted
+        and (curve := offer.curves.get(choice.candidate.method)) is not None
+        and choice.rank in curve.fitted
     )
-    return FolderPlan(plan, drafted, offers, left_alone)
-
-
-_NO_CURVE: Any = LossCurve(None)  # type: ignore[arg-type]
+    return FolderPlan(plan, drafted)
 
 
 def _check(selector: RankSelector) -> None:

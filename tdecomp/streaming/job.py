@@ -12,6 +12,7 @@ import torch
 
 from tdecomp._distribution import VERSION
 from tdecomp.checkpoint.description import CONFIG, KEY, plan_in
+from tdecomp.files.json_file import read_json, write_json
 from tdecomp.files.typed import typed
 from tdecomp.layers.cost import Cost
 from tdecomp.model.filters import Filters
@@ -21,7 +22,7 @@ from tdecomp.plans.report import Report
 from tdecomp.plans.row import Row
 from tdecomp.streaming.choose import Asked, methods_of
 from tdecomp.streaming.source import Source, open_folder
-from tdecomp.streaming.target import WORK, WorkFolder, read_json, write_json
+from tdecomp.streaming.target import WORK, WorkFolder
 
 REPORT = "tdecomp.json"  # what was done: the job, and the rows with their errors
 _FORM = 1

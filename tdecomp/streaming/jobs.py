@@ -4,7 +4,6 @@ A job reads the tensors of its layers itself and writes its results itself, last
 that says so. Done twice, it writes the same again.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,8 +16,8 @@ from torch import nn
 
 from tdecomp.calibration.memory import freed_at_once
 from tdecomp.decomposers.base import Decomposer
+from tdecomp.files.json_file import read_json, write_json
 from tdecomp.files.shards import Stored, copy_bytes, write_tensor
-from tdecomp.files.whole_file import whole_file
 from tdecomp.loss_curves.curve import layer_curves
 from tdecomp.loss_curves.offers import layer_losses, offers_of
 from tdecomp.model.sites import Site, check_weight
@@ -182,10 +181,9 @@ def _rewrite(folders: Folders, job: Rewrite) -> dict[str, Any]:
 
 def known_record(folders: Folders, record: str) -> dict[str, Any] | None:
     """What a job returned that was done before; None if it was not, or not to its end."""
-    path = None if folders.records is None else Path(folders.records, record)
-    if path is None or not path.is_file():
+    if folders.records is None:
         return None
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    found: dict[str, Any] | None = read_json(Path(folders.records, record))
     return found
 
 
@@ -233,11 +231,5 @@ def _synced(folders: Folders, places: Any) -> None:
 
 def _recorded(folders: Folders, record: str, found: dict[str, Any]) -> dict[str, Any]:
     if folders.records is not None:
-        with (
-            whole_file(Path(folders.records, record)) as draft,
-            draft.open("w", encoding="utf-8") as opened,
-        ):
-            opened.write(json.dumps(found))
-            opened.flush()
-            os.fsync(opened.fileno())
+        write_json(Path(folders.records, record), found)
     return found

@@ -18,6 +18,7 @@ from tdecomp.checkpoint.description import (
     write_readme,
 )
 from tdecomp.decomposers.registry import Methods
+from tdecomp.files.json_file import write_json
 from tdecomp.files.whole_file import whole_file
 from tdecomp.layers.cost import count_in_words
 from tdecomp.model.filters import Filters
@@ -41,7 +42,6 @@ from tdecomp.streaming.target import (
     check_room,
     said_if_full,
     write_index,
-    write_json,
 )
 from tdecomp.streaming.work import Work, work_of
 

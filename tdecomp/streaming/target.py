@@ -5,7 +5,6 @@ headers from the beginning, so that every job knows its places.
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,8 @@ try:
 except ImportError:  # of Windows: nothing there tells whether another process is at work
     fcntl = None  # type: ignore[assignment]
 
+from tdecomp.files.json_file import read_json, write_json
 from tdecomp.files.shards import Layout
-from tdecomp.files.whole_file import whole_file
 from tdecomp.layers.cost import count_in_words
 from tdecomp.plans.plan import Plan
 from tdecomp.streaming.work import Work
@@ -119,19 +118,6 @@ class WorkFolder:
                     self.remove()
                     with suppress(OSError):  # it holds something else
                         self.target.rmdir()
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write plain data, wholly or not at all."""
-    with whole_file(path) as draft, draft.open("w", encoding="utf-8") as opened:
-        opened.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def read_json(path: Path) -> Any:
-    """What a file of plain data holds; None if there is none."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def index_of(work: Work) -> dict[str, Any]:

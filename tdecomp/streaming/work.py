@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 
+from tdecomp.checkpoint.folder import shard_names
 from tdecomp.decomposers.assemble import empty_chain
 from tdecomp.decomposers.tied import tied_chains
 from tdecomp.files.shards import Layout, Stored, layout_of, name_of
@@ -59,7 +60,8 @@ def work_of(source: Source, found: FolderLayers, plan: Plan, drafted: frozenset[
         if name not in gone:
             home[stored.file][name] = stored.dtype, stored.shape, stored.nbytes
     files = [file for file in source.shards if home.get(file)]
-    names = _file_names(source.written_name, len(files), single=len(source.shards) == 1)
+    whole = source.written_name
+    names = [whole][: len(files)] if len(source.shards) == 1 else shard_names(whole, len(files))
     # As safetensors orders them itself, so that every tensor is aligned to its dtype.
     ordered = {
         new: dict(sorted(home[old].items(), key=lambda item: (-_width(item[1]), item[0])))
@@ -118,13 +120,6 @@ def _new_tensors(rows: Sequence[Row], plan: Plan, found: FolderLayers) -> dict[s
                 nbytes = value.numel() * value.element_size()
                 tensors[f"{row.name}.{part}"] = name_of(value.dtype), tuple(value.shape), nbytes
     return tensors
-
-
-def _file_names(whole: str, count: int, *, single: bool) -> list[str]:
-    if single:
-        return [whole][:count]
-    stem, suffix = whole.split(".")
-    return [f"{stem}-{i + 1:05}-of-{count:05}.{suffix}" for i in range(count)]
 
 
 def _width(described: _Described) -> int:

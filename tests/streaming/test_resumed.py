@@ -18,6 +18,10 @@ from tests.streaming.folders import SINGLE, unknown
 QUIET = {"progress": False}
 JOBS = 6  # a question to each of three layers, a copy, and two fits
 
+# Bits are equal at one number of threads: those of an executor, of the stream and of what it is
+# compared with.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

@@ -12,17 +12,8 @@ from torch import nn
 import tdecomp
 from tdecomp.decomposers.svd import SVD
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as Dask's workers have
 QUIET = {"progress": False}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As Dask's workers have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
