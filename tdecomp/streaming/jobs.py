@@ -192,7 +192,7 @@ def memory_needed(layers: Sequence[FileLayer], methods: Sequence[Decomposer]) ->
     weight = layers[0].weight
     taking = [method for method in methods if method.refuses(layers[0].spec) is None]
     wide = weight.dtype.itemsize == 8 or any(method.fits_in_float64 for method in taking)
-    stored = weight.nbytes * (2 if weight.stacked else 1)
+    stored = weight.nbytes * (2 if weight.stacked else 1) + 4 * weight.numel * weight.wide
     return stored + _COPIES * weight.numel * (8 if wide else 4)
 
 

@@ -35,12 +35,13 @@ class Values:
     parts: tuple[tuple[Stored, ...], ...]
     stacked: bool = False
     transposed: bool = False
+    wide: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, tensors: Mapping[str, Stored]) -> "Values":
         """Those of a recipe for these tensors."""
         parts = tuple(tuple(tensors[name] for name in part) for part in recipe.parts)
-        return cls(parts, recipe.stacked, recipe.transposed)
+        return cls(parts, recipe.stacked, recipe.transposed, recipe.wide)
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +63,15 @@ class Values:
         return (*first[:-2], first[-1], first[-2]) if self.transposed else first
 
     @property
+    def pieces(self) -> list[Stored]:
+        """The stored tensors in the order of the values' bytes, unless these are transposed."""
+        return [stored for pieces in zip(*self.parts, strict=True) for stored in pieces]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all of them."""
+        if self.wide:
+            return torch.float32
         found = self.parts[0][0].torch_dtype
         assert found is not None
         return found
@@ -75,7 +83,7 @@ class Values:
         else:
             parts = [torch.stack([read_tensor(folder, s) for s in part]) for part in self.parts]
             values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return values.transpose(-1, -2) if self.transposed else values
+        return (values.transpose(-1, -2) if self.transposed else values).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,8 @@ class FolderLayers:
     opened: Mapping[str, str]  # by a layer's name the module whose own weight it was, if it was one
     params: int  # of the whole model
     architecture: str | None  # the class of transformers, if it knows the model
+    arranged: Mapping[str, Recipe]  # by their names in the model what is stored in another way
+    shared_biases: frozenset[str]  # the layers with a bias that something that is no layer has, too
 
     def group(self, name: str) -> list[FileLayer]:
         """The layer of this name, and those that share its weight, in the order of the model."""
@@ -145,6 +155,7 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
         for held, dtype in zip(skeleton.parameters, dtypes, strict=True)
     ]
     sites, layers, consumed = Sites(), dict[str, FileLayer](), dict[str, tuple[str, ...]]()
+    shared = []
     for row in skeleton.sites:
         held = {part: skeleton.parameters[place] for part, place in row.parameters.items()}
         name, spec, reason = row.names[0], row.spec, row.reason
@@ -169,6 +180,8 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
             stored for h in held.values() if h.recipe is not None and not h.kept
             for stored in (*h.recipe.names, *h.copies)
         )  # fmt: skip
+        if "bias" in held and held["bias"].kept:
+            shared.append(name)
     opened = {row.names[0]: row.opened for row in skeleton.sites if row.opened is not None}
     for name, path in opened.items():
         others = (n for n, p in opened.items() if p == path and sites[n].spec and n not in layers)
@@ -176,7 +189,10 @@ def layers_of(source: Source, skeleton: Skeleton, filters: Filters) -> FolderLay
             words = f"beside {other!r}, whose values cannot be read: {sites[other].reason}"
             sites[name] = replace(sites[name], reason=words)
     settle(sites)
-    return FolderLayers(sites, layers, consumed, opened, skeleton.params, skeleton.architecture)
+    return FolderLayers(
+        sites, layers, consumed, opened, skeleton.params, skeleton.architecture,
+        skeleton.arranged, frozenset(shared),
+    )  # fmt: skip
 
 
 _NO_MODULE = nn.Module()

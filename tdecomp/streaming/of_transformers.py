@@ -13,17 +13,17 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdecomp.files.shards import Stored, same_bytes
+from tdecomp.files.shards import same_bytes
 from tdecomp.model.opened.base import Opened
 from tdecomp.model.opened.scope import opened
 from tdecomp.model.sites import Site, find_sites
+from tdecomp.streaming.conversions import HALVES, arranged, recipes_of, stored_shape
 from tdecomp.streaming.skeleton import Held, Recipe, Skeleton, SkeletonSite, of_names, quantized
 from tdecomp.streaming.source import Source, open_source
 
@@ -98,11 +98,12 @@ def looked_at(source: Source) -> Skeleton:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         closed[id(parameter)].append(name)
     alive = dict(model.named_parameters(remove_duplicate=False))  # ids stay theirs
-    recipes = _recipes(model, source)
+    recipes = recipes_of(model, source)
     held: dict[int, Held] = {}
     for key, names in closed.items():
         held[key] = _held(tuple(alive[names[0]].shape), names, recipes, source)
     params = sum(parameter.numel() for parameter in model.parameters())
+    written = arranged(model, recipes, source)
     with opened(model):
         sites = find_sites(model)
         layers = {name for site in sites.values() if site.spec for name in site.names}
@@ -126,7 +127,7 @@ def looked_at(source: Source) -> Skeleton:
                     site.names, site.spec, site.reason, site.tied, own, _opened(site, inner)
                 )
             )  # fmt: skip
-    return Skeleton(type(model).__name__, tuple(found), tuple(table), params)
+    return Skeleton(type(model).__name__, tuple(found), tuple(table), params, written)
 
 
 def _named(site: Site) -> dict[str, nn.Parameter]:
@@ -157,55 +158,22 @@ def _on_meta(source: Source) -> nn.Module | None:
         return None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        model: nn.Module = kind(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_dtype(config, source))
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind(config)
+    finally:
+        torch.set_default_dtype(before)
     return model
 
 
-def _recipes(model: Any, source: Source) -> dict[str, Recipe | str]:
-    """By the name of a parameter in the model how it is read, or why it is not known how."""
-    loading: Any = importlib.import_module("transformers.core_model_loading")
-    mapping: Any = importlib.import_module("transformers.conversion_mapping")
-    weights = mapping.get_model_conversion_mapping(model)
-    renamings = [entry for entry in weights if isinstance(entry, loading.WeightRenaming)]
-    converters = [entry for entry in weights if isinstance(entry, loading.WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    state = model.state_dict()
-    found: dict[str, Recipe | str] = {}
-    collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(source.tensors, key=loading.dot_natural_key):
-        rename = loading.rename_source_key
-        target, pattern = rename(name, renamings, converters, model.base_model_prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename(name, [], [], model.base_model_prefix, state)
-        if pattern is None:
-            if target in found:
-                found[target] = f"the checkpoint has it twice, once as {name!r}"
-            else:
-                found[target] = Recipe(((name,),))
-        else:
-            collected[target][pattern].append(name)
-    for target, parts in collected.items():
-        converter = by_pattern[next(iter(parts))]
-        found |= _converted(target, converter, parts)
-    return found
-
-
-def _converted(
-    target: str, converter: Any, parts: Mapping[str, list[str]]
-) -> dict[str, Recipe | str]:
-    """The recipe of what transformers puts together from several tensors; the reason if unknown."""
-    steps = [type(step).__name__ for step in converter.operations]
-    names = [[*parts.get(pattern, ())] for pattern in converter.source_patterns]
-    single = len(converter.target_patterns) == 1
-    merged = steps[:1] == ["MergeModulelist"] and converter.operations[0].dim == 0
-    joined = steps[1:] == ["Concatenate"] and converter.operations[1].dim == 1
-    alike = len({len(part) for part in names}) == 1 and all(names)
-    if single and merged and alike and (joined or (len(steps) == 1 and len(names) == 1)):
-        return {target: Recipe(tuple(tuple(part) for part in names), stacked=True)}
-    words = f"the checkpoint stores it in another form ({', '.join(steps)}): decompose it in memory"
-    targets = [target.replace(converter.target_patterns[0], t) for t in converter.target_patterns]
-    return dict.fromkeys(targets, words)
+def _dtype(config: Any, source: Source) -> torch.dtype:
+    """The one that transformers loads a model in: some of its parameters have another one."""
+    stored = (one.torch_dtype for one in source.tensors.values())
+    first = next((dtype for dtype in stored if dtype is not None and dtype.is_floating_point), None)
+    found = getattr(config, "dtype", None) or first
+    return found if found in HALVES else torch.float32
 
 
 def _held(
@@ -242,21 +210,6 @@ def _checked(held: Held, source: Source) -> Held:
     if len({source.tensors[name].dtype for name in recipe.names}) > 1:
         return replace(held, recipe=None, reason="its parts are stored in several dtypes")
     return held
-
-
-def stored_shape(recipe: Recipe, tensors: Mapping[str, Stored]) -> tuple[int, ...] | None:
-    """The shape of what a recipe reads; None if its parts do not fit together."""
-    shapes = [[tensors[name].shape for name in part] for part in recipe.parts]
-    if not recipe.stacked:
-        shape = shapes[0][0]
-    else:
-        if any(a != b for part in shapes for a, b in pairwise(part)):
-            return None
-        inner = [part[0] for part in shapes]
-        if len({(len(part), size[1:]) for part, size in zip(shapes, inner, strict=True)}) > 1:
-            return None
-        shape = (len(shapes[0]), sum(size[0] for size in inner), *inner[0][1:])
-    return (*shape[:-2], shape[-1], shape[-2]) if recipe.transposed else shape
 
 
 def _of_opened(

@@ -5,7 +5,7 @@ afterwards, with the library that it comes from.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from tdecomp.files.shards import Stored
@@ -27,11 +27,14 @@ class Recipe:
         first dimension, and the parts joined along the second.
     transposed : bool
         Whether the last two dimensions are then exchanged.
+    wide : bool
+        Whether the model has them in float32 although they are stored in fewer bits.
     """
 
     parts: tuple[tuple[str, ...], ...]
     stacked: bool = False
     transposed: bool = False
+    wide: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,12 +82,17 @@ class SkeletonSite:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The rows of a model, its parameters, and how many numbers these have."""
+    """The rows of a model, its parameters, and how many numbers these have.
+
+    `arranged` are, by their names in the model, the tensors that are stored under other names or
+    in several parts.
+    """
 
     architecture: str | None  # the class of transformers; None if no library knows the model
     sites: tuple[SkeletonSite, ...]
     parameters: tuple[Held, ...]
     params: int
+    arranged: dict[str, Recipe] = field(default_factory=dict)
     later: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:

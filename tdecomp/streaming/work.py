@@ -1,7 +1,7 @@
 """All that a stream has to do once there is a plan: what is fitted, copied, and where it goes."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,7 @@ from tdecomp.plans.rows import row_groups
 from tdecomp.runtime.parallel import in_single_threads
 from tdecomp.streaming.jobs import Copy, Fit, Rewrite
 from tdecomp.streaming.layers import FolderLayers, Values
+from tdecomp.streaming.skeleton import Recipe
 from tdecomp.streaming.source import Source
 
 _COPIED_AT_ONCE = 2**28  # bytes of a file that are copied by one job
@@ -52,13 +53,13 @@ def work_of(source: Source, found: FolderLayers, plan: Plan, drafted: frozenset[
         gone.update(name for row in rows for name in found.consumed[row.name])
     moved = dict(_moved(plan, found))
     for name, values in moved.items():
-        home[values.parts[0][0].file][name] = (
-            values.parts[0][0].dtype, values.shape, values.nbytes
-        )  # fmt: skip
+        nbytes = values.numel * values.dtype.itemsize
+        home[values.parts[0][0].file][name] = name_of(values.dtype), values.shape, nbytes
         gone.update(found.consumed[name.rpartition(".")[0]])
-    for name, stored in source.tensors.items():
-        if name not in gone:
-            home[stored.file][name] = stored.dtype, stored.shape, stored.nbytes
+    copied = _copied(source, found if groups else None, gone)
+    for name, values in copied.items():
+        one = values.parts[0][0]
+        home[one.file][name] = one.dtype, values.shape, values.nbytes
     files = [file for file in source.shards if home.get(file)]
     whole = source.written_name
     names = [whole][: len(files)] if len(source.shards) == 1 else shard_names(whole, len(files))
@@ -82,7 +83,7 @@ def work_of(source: Source, found: FolderLayers, plan: Plan, drafted: frozenset[
         Rewrite(f"rewrite-{i:06}.json", values, places[name])
         for i, (name, values) in enumerate(moved.items())
     ]
-    return Work(layouts, fits, list(_copies(source, gone, places)), rewrites)
+    return Work(layouts, fits, list(_copies(copied, places)), rewrites)
 
 
 def _moved(plan: Plan, found: FolderLayers) -> Iterator[tuple[str, Values]]:
@@ -114,6 +115,8 @@ def _new_tensors(rows: Sequence[Row], plan: Plan, found: FolderLayers) -> dict[s
     for row, chain in sorted(zip(rows, chains, strict=True), key=lambda pair: order[pair[0].name]):
         named = [*chain.named_parameters(remove_duplicate=False), *chain.named_buffers()]
         saved = chain.state_dict().keys()
+        if row.name in found.shared_biases:  # it is stored as that of the other
+            seen.add(id(chain[-1].bias))
         for part, value in named:
             if id(value) not in seen and part in saved:
                 seen.add(id(value))
@@ -128,17 +131,35 @@ def _width(described: _Described) -> int:
     return nbytes // (prod(shape) or 1)
 
 
-def _copies(source: Source, gone: set[str], places: Mapping[str, Stored]) -> Iterator[Copy]:
+def _copied(
+    source: Source, found: FolderLayers | None, gone: Collection[str]
+) -> dict[str, Values]:  # fmt: skip
+    """By their new names the tensors that stay.
+
+    In a model with chains they have the names and the form that they have in the model, else
+    those of the checkpoint.
+    """
+    stay = {name: Recipe(((name,),)) for name in source.tensors if name not in gone}
+    for name, recipe in (found.arranged if found else {}).items():
+        if stay.keys() >= {*recipe.names}:
+            for part in recipe.names:
+                del stay[part]
+            stay[name] = recipe
+    return {name: Values.of(recipe, source.tensors) for name, recipe in stay.items()}
+
+
+def _copies(copied: Mapping[str, Values], places: Mapping[str, Stored]) -> Iterator[Copy]:
     """Jobs that copy what stays, some bytes at a time."""
     runs: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
-    for name, stored in source.tensors.items():
-        if name not in gone:
-            place = places[name]
+    for name, values in copied.items():
+        place, offset = places[name], 0
+        for stored in values.pieces:
             for done in range(0, stored.nbytes, _COPIED_AT_ONCE):
                 length = min(_COPIED_AT_ONCE, stored.nbytes - done)
                 runs[stored.file, place.file].append(
-                    (stored.begin + done, place.begin + done, length)
+                    (stored.begin + done, place.begin + offset + done, length)
                 )
+            offset += stored.nbytes
     number = 0
     for (old, new), listed in runs.items():
         batch: list[tuple[int, int, int]] = []
