@@ -33,13 +33,27 @@ def executor_of(
     elif workers is not None:
         spawn = multiprocessing.get_context("spawn")
         threads = max(1, thread_count() // workers)
-        with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(workers, spawn, _begin, (threads,)) as pool:
             with _interrupts_ignored():
                 for _ in range(workers):
                     pool.submit(os.getpid)  # which starts one
             yield pool
     else:
         yield None
+
+
+def _begin(threads: int) -> None:
+    """What a worker does first."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker where the process that it works for was killed: it would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
