@@ -127,7 +127,7 @@ class Plan(Table):
 
         A ValueError names a method that cannot be rebuilt from its options.
         """
-        options = {name: _options(d) for name, d in self.decomposers.items()}
+        options = {name: options_of(d) for name, d in self.decomposers.items()}
         loss = None if self.loss is None else self.loss.to_dict()
         return {"methods": options, **super().to_dict(), "loss": loss}
 
@@ -254,7 +254,7 @@ def _counted_anew(row: Row, decomposers: Mapping[str, Decomposer]) -> Row:
     return replace(planned, expected_error=None, latency_after=None)
 
 
-def _options(decomposer: Decomposer) -> dict[str, Any]:
+def options_of(decomposer: Decomposer) -> dict[str, Any]:
     """The options that make the method again, as plain data; a ValueError if they do not."""
     name, kind = decomposer.name, type(decomposer)
     options: dict[str, Any] = {}

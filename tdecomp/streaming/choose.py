@@ -7,7 +7,7 @@
 `ask` and `offers_in` give the curves of all layers where the selector weighs layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 
 from tdecomp.calibration.fit_cache import KnownFits, LayerFits, NotKnownError
 from tdecomp.decomposers.base import Decomposer
-from tdecomp.decomposers.registry import Methods, listed_methods
+from tdecomp.decomposers.registry import Methods, listed_methods, registered
 from tdecomp.layers.cost import Cost, total
 from tdecomp.loss_curves.curve import LossCurve
 from tdecomp.loss_curves.offers import Able, Offer, able_sites, layer_losses, offers_of
@@ -24,7 +24,7 @@ from tdecomp.model.ties import leader
 from tdecomp.plans.data_notes import data_notes
 from tdecomp.plans.guard import guarded
 from tdecomp.plans.make import check_keys, rounding_of
-from tdecomp.plans.plan import Plan, match_sites
+from tdecomp.plans.plan import Plan, match_sites, options_of
 from tdecomp.plans.rows import expected_loss, rows_of, settled_choices, with_largest
 from tdecomp.ranks.base import Choice, RankSelector, UnmetError, checked_choices
 from tdecomp.ranks.fixed import ByLayer
@@ -55,13 +55,28 @@ def asked_for(
 ) -> tuple[Asked | Plan, Filters]:  # fmt: skip
     """What a user asks for, and of which layers: a plan is of all, and says everything."""
     if not isinstance(methods, Plan):
-        return Asked(listed_methods(methods), get_selector(rank)), filters
+        listed = listed_methods(methods)
+        _check_kept(listed)
+        return Asked(listed, get_selector(rank)), filters
+    _check_kept(methods.decomposers.values())
     if rank is not None or filters.include or filters.exclude:
         raise ValueError(
             "stream: a plan says which layers get which methods and ranks; expected no rank, "
             "include or exclude beside it, Plan.edit and Plan.without change it"
         )
     return methods, Filters(include="*")
+
+
+def _check_kept(methods: Collection[Decomposer]) -> None:
+    """Refuse methods with which a plan that is kept in the target could not be read again."""
+    for method in methods:
+        if method.name not in registered():
+            kind = type(method).__name__
+            raise ValueError(
+                f"stream: the plan is kept in the target, and cannot be read with the method "
+                f"{method.name!r}, which is not registered: tdecomp.register({kind}) before"
+            )
+        options_of(method)
 
 
 def methods_of(asked: Asked | Plan) -> list[Decomposer]:

@@ -2,7 +2,9 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import pytest
 import torch
@@ -152,6 +154,39 @@ def test_an_executor_that_was_shut_down(source, tmp_path):
     with pytest.raises(ValueError, match="it was shut down"):
         stream(source, tmp_path / "target", executor=executor)
     assert not (tmp_path / "target").exists()
+
+
+@dataclass(frozen=True)
+class Named(tdecomp.SVD):
+    """A method of one's own, known to nobody by its name."""
+
+    name: ClassVar[str] = "svd-of-mine"
+
+
+class Unknown(tdecomp.SVD):
+    """A method that takes the name of another."""
+
+
+@pytest.mark.parametrize(
+    "method, words", [(Named(), r"tdecomp.register\(Named\)"), (Unknown(), "use a name of its own")]
+)
+def test_methods_that_nobody_could_read_the_plan_with(source, tmp_path, method, words):
+    whole = tdecomp.Budget(params=0.5)  # for which all layers would be read before there is a plan
+    calls = Calls()
+    with pytest.raises(ValueError, match=words):
+        stream(source, tmp_path / "target", method, whole, executor=calls)
+    assert calls.number == 0
+    assert not (tmp_path / "target").exists()
+
+
+class Calls(ThreadPoolExecutor):
+    """Counts what it is asked to run."""
+
+    number = 0
+
+    def submit(self, function, /, *args, **kwargs):
+        self.number += bool(args)
+        return super().submit(function, *args, **kwargs)
 
 
 def test_bounded_memory_changes_nothing(source, tmp_path):
