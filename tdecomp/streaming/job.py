@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -51,9 +52,11 @@ def _choices(plan: Plan) -> str:
 
 
 def _described(what: Any) -> str:
-    """Its repr, or what it consists of where that only says where it is in memory."""
+    """Its repr, or what it consists of, without where it is in memory: that differs each time."""
     words = repr(what)
-    return f"{type(what).__qualname__} {vars(what)}" if " object at 0x" in words else words
+    if " object at 0x" in words:
+        words = f"{type(what).__qualname__} {vars(what)}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", words)
 
 
 def finished_report(target: Path, job: Mapping[str, Any], *, resume: bool) -> Report | None:

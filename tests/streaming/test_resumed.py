@@ -139,6 +139,23 @@ def test_another_job_is_refused(source, tmp_path, finished):
     assert digests(target) == before
 
 
+class Chosen(tdecomp.RankSelector):
+    """Takes the rank that a function says."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def select(self, sites, *_):
+        return [tdecomp.Choice(site[0], self.rank()) for site in sites]
+
+
+def test_where_a_selector_is_in_memory_makes_no_other_job(source, tmp_path):
+    first, second = (Chosen(lambda: 4) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        stream(source, tmp_path / "target", rank=first, executor=Interrupted(1))
+    assert all(row.rank == 4 for row in stream(source, tmp_path / "target", rank=second))
+
+
 def test_a_source_that_changed_is_refused(tmp_path):
     unknown(tmp_path / "source")
     source, target = tmp_path / "source", tmp_path / "target"
