@@ -146,7 +146,9 @@ def _share(
                 done(place, result)
             begun.popleft()
     if lost:
-        reasons = {f"{type(error).__name__}: {error}": None for error in lost.values()}
+        reasons = {
+            f"{type(error).__name__}: {error}".removesuffix(": "): None for error in lost.values()
+        }
         warnings.warn(
             f"executor: workers were lost ({'; '.join(reasons)}); what {len(lost)} of "
             f"{len(places)} items needed is done in this process",
