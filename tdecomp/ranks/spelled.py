@@ -22,13 +22,13 @@ _SELECTORS: dict[str, tuple[type[RankSelector], tuple[str, ...], int]] = {
 }
 # How each form is written, and what it means.
 FORMS = {
-    "64": "this rank in every layer; 16,8 for a method of two ranks",
+    "64": "this rank in every layer; 16,8 for a method with two, as tucker2",
     "0.25": "this share of each layer's largest useful rank",
-    "breakeven": "the largest rank that still saves something",
+    "breakeven": "the largest rank at which the chain is smaller than the layer",
     "vbmf": "the rank that variational Bayes finds; vbmf:weaken=0.5 takes a larger one",
     "energy:0.9": "the smallest rank that keeps this share of the squared singular values",
     "ratio:0.5,of=params": "at most this share of each layer's parameters",
-    "budget:params=0.6": "at most this share of the whole model's, where it loses least",
+    "budget:params=0.6": "at most this share of all parameters, taken where it loses least",
 }
 _INT, _FLOAT = re.compile(r"[0-9]{1,18}"), re.compile(r"[0-9]+\.[0-9]*|\.[0-9]+")
 

@@ -90,6 +90,8 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
 def open_folder(folder: str | os.PathLike[str]) -> Source:
     """Look at any folder of safetensors: its config, its index and the headers of its files."""
     root = folder_at(folder, "source")
+    if root.is_file():
+        raise ValueError(f"source: {root} is a file; expected the folder that it is in")
     if not root.is_dir():
         raise FileNotFoundError(
             f"no such folder: {root}; expected one with *.safetensors and config.json, as "

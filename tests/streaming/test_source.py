@@ -31,6 +31,9 @@ def edit(file, **entries):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such folder: .*snapshot_download"):
         stream(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file; expected the folder that it is in"):
+        stream(tmp_path / "model.safetensors")
 
 
 def test_missing_files_are_named(source):

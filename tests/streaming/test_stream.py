@@ -215,6 +215,10 @@ def test_nothing_to_decompose_is_a_copy(source, tmp_path):
     assert not any(row.method for row in report)
     assert same(tensors_in(tmp_path / "target"), tensors_in(source))
     assert (tmp_path / "target/config.json").read_text().count("quantization_config") == 0
+    with pytest.raises(
+        ValueError, match=r"target: config\.json has .* nothing is decomposed there"
+    ):
+        tdecomp.load(tmp_path / "target", perceptron())
 
 
 def test_the_report_can_be_printed(source, tmp_path):

@@ -138,6 +138,14 @@ def test_its_sensitivity_is_that_of_the_model_in_memory(source):
     assert got.to_dict() == expected.to_dict()
 
 
+@pytest.mark.parametrize("source", ["llama"], indirect=True)
+def test_a_folder_without_chains_is_none_to_load(source):
+    with pytest.raises(
+        ValueError, match=r"source: config\.json has .* nothing is decomposed there"
+    ):
+        tdecomp.load(source, made_like(source))
+
+
 def made_like(source):
     config = transformers.AutoConfig.from_pretrained(source)
     return getattr(transformers, config.architectures[0])(config).to(torch.bfloat16).eval()

@@ -12,7 +12,12 @@ _SOURCE = "a folder of safetensors with its config.json, as save_pretrained writ
 _CHOICE = (
     "how RANK is written:\n"
     + "\n".join(f"  {written:<21} {words}" for written, words in FORMS.items())
-    + f"\n\nMETHODS are auto, dense, or some of\n  {','.join(registered())}"
+    + f"\n\nMETHODS are some of\n  {','.join(registered())}\n"
+    "or auto, which is all of them, or dense, those whose chains are of ordinary dense layers"
+)
+_LOADED = (
+    "TARGET is loaded as other models are: its README.md says how. Interrupted or killed, the\n"
+    "same command goes on where it stopped."
 )
 EXAMPLES = {
     "plan": (
@@ -55,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     _fill_plan(command("plan", "choose a method and a rank for each layer", _CHOICE))
     words = "write a folder with its layers decomposed, tensor by tensor"
-    _fill_stream(command("stream", words, _CHOICE))
+    _fill_stream(command("stream", words, f"{_LOADED}\n\n{_CHOICE}"))
     _fill_show(command("show", "say what a file or a folder holds, decomposed or not"))
     return whole
 
@@ -64,7 +69,9 @@ def _fill_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("source", metavar="SOURCE", help=_SOURCE)
     _add_choice(plan)
     plan.add_argument(
-        "--allow-expansion", action="store_true", help="also decompose where that saves nothing"
+        "--allow-expansion",
+        action="store_true",
+        help="also decompose layers whose chains save nothing",
     )
     _add_work(plan)
     _add_outputs(plan)
@@ -104,17 +111,24 @@ def _fill_show(show: argparse.ArgumentParser) -> None:
 
 def _add_choice(made: argparse.ArgumentParser) -> None:
     made.add_argument(
-        "--rank", type=arguments.readable(spelled_rank), help="of every layer, see below"
+        "--rank",
+        type=arguments.readable(spelled_rank),
+        help="the rank of every layer, in one of the forms below",
     )
     made.add_argument(
         "--layer-rank", metavar="GLOB=RANK", type=arguments.readable(arguments.layer_rank),
-        action="append", default=[], help="of some layers, repeatable; --rank is for the others",
+        action="append", default=[],
+        help="the rank of the layers that GLOB names, repeatable; --rank is for all others",
     )  # fmt: skip
     made.add_argument(
         "--methods", type=arguments.readable(arguments.methods),
-        help="of which each layer takes the first that can, a budget the best (default: svd)",
+        help="with commas between them: each layer takes the first that can decompose it, or with "
+        "a budget the one that loses least (default: svd)",
     )  # fmt: skip
-    for option, words in (("--include", "only these layers"), ("--exclude", "not these layers")):
+    for option, words in (
+        ("--include", "decompose only these layers"),
+        ("--exclude", "leave these layers alone"),
+    ):
         made.add_argument(
             option, metavar="GLOB", action="append", default=[],
             help=f"{words}: a name, a glob, or the name of a block of layers; repeatable",
@@ -125,10 +139,12 @@ def _add_work(made: argparse.ArgumentParser) -> None:
     workers = made.add_mutually_exclusive_group()
     workers.add_argument(
         "--workers", metavar="N", type=arguments.readable(arguments.count),
-        help="share the work among this many processes (default: threads of this one)",
+        help="do the work in this many processes (default: in threads of this one)",
     )  # fmt: skip
     workers.add_argument(
-        "--scheduler", metavar="ADDRESS", help="share it among the workers of a Dask scheduler"
+        "--scheduler",
+        metavar="ADDRESS",
+        help="do the work on the workers of the Dask scheduler there",
     )
     made.add_argument("--no-progress", action="store_false", dest="progress", help="show no bars")
     _add_traceback(made)

@@ -64,6 +64,11 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
     if not place.exists():
         raise FileNotFoundError(f"no such file or folder: {place}")
     if place.suffix == ".json":
+        if place.name in (CONFIG, REPORT) or place.name.endswith(".index.json"):
+            raise ValueError(
+                f"{place}: a part of a folder, and no plan; expected the folder: `tdecomp show "
+                f"{place.parent}` says what is in it"
+            )
         with named_in_errors(place):
             plan = Plan.from_dict(parsed(place.read_bytes(), "plan", FORMAT))
         return Contents(f"{place}: a plan", plan)

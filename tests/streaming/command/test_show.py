@@ -278,8 +278,12 @@ def test_one_file_of_a_decomposed_folder(tmp_path):
 
 
 def test_json_that_is_no_plan(tmp_path):
-    unknown(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"config\.json: format: it has none, .* no plan of tdecomp"
-    ):
-        contents_of(tmp_path / "config.json")
+    unknown(tmp_path, shards=2)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: format: .* no plan of tdecomp"):
+        contents_of(tmp_path / "tokenizer.json")
+    for part in ("config.json", INDEX):
+        with pytest.raises(
+            ValueError, match=rf"{part}: a part of a folder, .*`tdecomp show {tmp_path}`"
+        ):
+            contents_of(tmp_path / part)
