@@ -194,12 +194,14 @@ class Described(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        if not all(isinstance(tensor, cls) for tensor in tensors):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        weights = [x for x in tensors if isinstance(x, cls)]
+        if len(weights) < len(tensors):
+            shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
             raise ValueError(
-                "something needs the values of a decomposed layer's weight, which are gone: leave "
-                "that layer alone (exclude=[...]); with example_inputs those of the model's own "
-                "forward are found"
+                f"something needs the values of a decomposed layer's weight (of shape {shapes}), "
+                "which are gone: leave that layer alone (exclude=[...]); with example_inputs those "
+                "of the model's own forward are found"
             )
         described: Any = super().__torch_function__
         if not torch.jit.is_tracing():
