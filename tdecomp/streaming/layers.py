@@ -212,9 +212,13 @@ def _unknown(source: Source, names: Sequence[str]) -> ValueError:
     config = source.config
     asked = ["architecture"] if "architecture" in config else ["model_type", "architectures"]
     kind = ", ".join(f"{key} {config[key]!r}" if config.get(key) else f"no {key}" for key in asked)
+    added = ""
+    if config.get("model_type") and not config.get("architectures"):
+        added = ', or in config.json a class of transformers: "architectures": ["..."]'
     shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
     return ValueError(
         f"{source.folder}: no library here knows this architecture (config.json: {kind}), so "
         "that it is not known which matrices are Linear layers and which are tables; expected "
-        f"include= with the names of Linear layers, or globs, of {shown or 'which there are none'}"
+        "include= with the names of Linear layers, or globs, of "
+        f"{shown or 'which there are none'}{added}"
     )

@@ -123,7 +123,7 @@ def of_names(tensors: Mapping[str, Stored]) -> Skeleton:
             continue
         layer = name.removesuffix(_SUFFIX)
         spec, own = None, {"weight": held(name)}
-        reason: str | None = f"no matrix named *{_SUFFIX}"
+        reason: str | None = f"only matrices named *{_SUFFIX} are taken for Linear layers"
         if len(stored.shape) == 2 and name.endswith(_SUFFIX):
             out, into = stored.shape
             bias = tensors.get(f"{layer}.bias")
