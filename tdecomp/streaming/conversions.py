@@ -21,6 +21,7 @@ def recipes_of(model: Any, source: Source) -> dict[str, Recipe | str]:
     """By the name of a parameter in the model how it is read, or why it is not known how."""
     loading: Any = importlib.import_module("transformers.core_model_loading")
     target_of, converters = _conversion(model)
+    is_wide = _wide_names(model)
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     found: dict[str, Recipe | str] = {}
     collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -30,15 +31,15 @@ def recipes_of(model: Any, source: Source) -> dict[str, Recipe | str]:
             if target in found:
                 found[target] = f"the checkpoint has it twice, once as {name!r}"
             else:
-                found[target] = Recipe(((name,),), wide=_is_wide(model, target, name, source))
+                found[target] = Recipe(((name,),))
         else:
             collected[target][pattern].append(name)
     for target, parts in collected.items():
         converter = by_pattern[next(iter(parts))]
-        for name, recipe in _converted(target, converter, parts).items():
-            if isinstance(recipe, Recipe):
-                recipe = replace(recipe, wide=_is_wide(model, name, recipe.names[0], source))
-            found[name] = recipe
+        found |= _converted(target, converter, parts)
+    for name, recipe in found.items():
+        if isinstance(recipe, Recipe) and is_wide(name, source.tensors[recipe.names[0]]):
+            found[name] = replace(recipe, wide=True)
     return found
 
 
@@ -113,13 +114,19 @@ def arranged(
     return found
 
 
-def _is_wide(model: Any, name: str, stored: str, source: Source) -> bool:
-    """Whether the model has a tensor of this name in float32 that is stored in fewer bits."""
-    dtype = source.tensors[stored].torch_dtype
-    if dtype not in HALVES or (own := model.state_dict().get(name)) is None:
-        return False
+def _wide_names(model: Any) -> Callable[[str, Stored], bool]:
+    """What tells whether the model has a tensor in float32 that is stored in fewer bits."""
     loading: Any = importlib.import_module("transformers.core_model_loading")
-    patterns = [*model._get_dtype_plan(dtype)]
-    if patterns and loading.build_glob_alternation(patterns)[0].search(name):
-        return True
-    return own.dtype == torch.float32 and model.dtype in HALVES
+    state = model.state_dict()
+    patterns = {dtype: [*model._get_dtype_plan(dtype)] for dtype in HALVES}
+    kept = {d: loading.build_glob_alternation(p)[0] for d, p in patterns.items() if p}
+
+    def is_wide(name: str, stored: Stored) -> bool:
+        if stored.torch_dtype not in HALVES or name not in state:
+            return False
+        pattern = kept.get(stored.torch_dtype)
+        if pattern is not None and pattern.search(name):
+            return True
+        return bool(state[name].dtype == torch.float32 and model.dtype in HALVES)
+
+    return is_wide
