@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.fit_cache import LayerFits
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import (
     FittedLayer,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import enough
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.memory import free_memory
+from tdecomp.calibration.passes import Batches
 from tdecomp.layers.patches import count_patches, dense
 from tdecomp.model.batches import copied, count_samples, in_parts
 from tdecomp.recovery.lockstep import (

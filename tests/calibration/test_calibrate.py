@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdecomp
-from tdecomp.calibration.accumulator import Accumulator, OutputGradients
+from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.calibrate import calibrate
-from tdecomp.calibration.data import batches_for
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.output_gradients import OutputGradients
+from tdecomp.calibration.passes import batches_for
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import call_model
 from tdecomp.model.opened.scope import opened

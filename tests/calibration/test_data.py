@@ -7,13 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tdecomp
 from tdecomp import Data, Moments, flip_and_shift
-from tdecomp.calibration.data import (
-    PASSES,
-    BatchError,
-    Batches,
-    batches_for,
-    batches_or_moments,
-)
+from tdecomp.calibration.passes import PASSES, BatchError, Batches, batches_for, batches_or_moments
 
 CPU = torch.device("cpu")
 ONE = torch.ones(2, 3)
