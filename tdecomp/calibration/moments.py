@@ -13,7 +13,8 @@ from tdecomp.calibration.layer_moments import TENSORS, LayerMoments, is_widest
 from tdecomp.files.tensors import read_tensors, write_tensors
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.sites import Site
 
 _KEY = "tdecomp_moments"

@@ -23,7 +23,8 @@ from tdecomp.decomposers.fit_layer import (
 from tdecomp.decomposers.tied import Member, group_cost
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum
