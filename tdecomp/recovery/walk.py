@@ -28,7 +28,7 @@ from tdecomp.recovery.lockstep import (
     take_turns,
 )
 from tdecomp.recovery.replaced import ReplacedLayer
-from tdecomp.runtime.torch_state import thread_count
+from tdecomp.runtime.threads import thread_count
 
 # Layers are fitted to at least this many samples, if there are so many.
 _SAMPLES = 512
