@@ -1,7 +1,7 @@
 """What one rank of one method loses on one layer: by singular values, or by a draft."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -17,6 +17,7 @@ from tdecomp.decomposers.fit_layer import (
     FittedLayer,
     fit_layer,
     fit_size,
+    fit_to_dtype,
     group_kernels,
     spectra_of,
 )
@@ -232,39 +233,49 @@ class LayerLosses:
 
     def _known_ranks_now(self, method: Decomposer, steps: Sequence[int]) -> KnownRanks | None:
         method = method.for_layer(self.spec)
-        moments = self.moments if self.fits_to_data(method) else None
         with full_precision(self.weight.device):
-            (kernel,) = group_kernels(self.weight.detach().double(), self.spec)
-            second = importance = None
-            if moments is not None:
-                (second,), blocks = moments.second_moments(), moments.gradient_blocks()
-                importance = None if blocks is None else blocks[0]
+            variance = self._variance(method)
+            (kernel,), (second,), (importance,) = self._norms(method)
             best = method.best_ranks(kernel, second, importance, steps)
             if best is None:
                 return None
-            whole = best.lost((0,) * len(steps))
-            variance = whole if moments is None else moments.output_variance(self.weight)
-            return KnownRanks(best, variance or 1.0)
+            whole = best.lost((0,) * len(steps)) if variance is None else variance
+            return KnownRanks(best, whole or 1.0)
 
     def _nested_now(self, method: Decomposer) -> list[Measured] | None:
         method = method.for_layer(self.spec)
-        moments = self.moments if self.fits_to_data(method) else None
         with full_precision(self.weight.device):
-            kernels = group_kernels(self.weight.detach().double(), self.spec)
-            second: Sequence[SecondMoment | None] = [None] * len(kernels)
-            blocks = None
-            if moments is not None:
-                second, blocks = moments.second_moments(), moments.gradient_blocks()
-            plain = _total(map(method.lost_at_every_rank, kernels, second))
-            if plain is None:
-                return None
-            variance = float(plain[0]) if moments is None else moments.output_variance(self.weight)
-            shares = (plain / (variance or 1.0)).tolist()
-            if blocks is None:
-                return [(None, share) for share in shares]
-            weighted = _total(map(method.lost_at_every_rank, kernels, second, blocks))
-            assert weighted is not None
-            return list(zip(weighted.tolist(), shares, strict=True))
+            variance = self._variance(method)
+            plain: Tensor | None = None
+            weighted: Tensor | None = None
+            for kernel, second, importance in zip(*self._norms(method), strict=True):
+                found = method.plain_and_weighted_losses(kernel, second, importance)
+                if found is None:
+                    return None
+                plain, weighted = _sum(plain, found[0]), _sum(weighted, found[1])
+            assert plain is not None
+            whole = float(plain[0]) if variance is None else variance
+            shares = (plain / (whole or 1.0)).tolist()
+            losses = [None] * len(shares) if weighted is None else weighted.tolist()
+            return list(zip(losses, shares, strict=True))
+
+    def _norms(
+        self, method: Decomposer
+    ) -> tuple[Sequence[Tensor], Sequence[SecondMoment | None], Sequence[Tensor | None]]:
+        """Each group's kernel, and by what its losses are measured: moments and importance."""
+        dtype = fit_to_dtype(method, self.weight, self.spec)
+        kernels = group_kernels(self.weight.detach().to(dtype), self.spec)
+        unknown = [None] * len(kernels)
+        if self.moments is None or not self.fits_to_data(method):
+            return kernels, unknown, unknown
+        blocks = self.moments.gradient_blocks()
+        return kernels, self.moments.second_moments(), unknown if blocks is None else blocks
+
+    def _variance(self, method: Decomposer) -> float | None:
+        """Of the layer's outputs; None where losses are those of the weights."""
+        if self.moments is None or not self.fits_to_data(method):
+            return None
+        return self.moments.output_variance(self.weight)
 
 
 def key_of(method: Decomposer, what: Hashable) -> Hashable:
@@ -273,24 +284,16 @@ def key_of(method: Decomposer, what: Hashable) -> Hashable:
     return type(method), method.name, repr(method), what
 
 
-def _total(groups: Iterable[Tensor | None]) -> Tensor | None:
-    """The sum over the groups, or None where a group has none."""
-    total: Tensor | None = None
-    for group in groups:
-        if group is None:
-            return None
-        total = group if total is None else total + group
-    return total
+def _sum(total: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if total is None or other is None else total + other
 
 
 def whole_loss(weight: Tensor, moments: LayerMoments) -> float | None:
     """The loss of a layer's whole output, or None where its gradients are not known."""
-    blocks = moments.gradient_blocks()
-    if blocks is None:
+    if moments.gradient is None:
         return None
     with full_precision(weight.device):
-        groups = zip(blocks, moments.second_moments(), moments.kernels(weight), strict=True)
-        return sum(float((block * moment.between(k)).sum()) for block, moment, k in groups)
+        return moments.weighted_loss(weight, moments.second_moments())
 
 
 def only_rank(rank: Rank) -> int:
