@@ -230,6 +230,11 @@ class Decomposer(ABC):
         return type(self).fit_to is not Decomposer.fit_to
 
     @property
+    def knows_losses(self) -> bool:
+        """Whether `lost_at_every_rank` is defined."""
+        return type(self).lost_at_every_rank is not Decomposer.lost_at_every_rank
+
+    @property
     def knows_best_ranks(self) -> bool:
         """Whether `best_ranks` is defined."""
         return type(self).best_ranks is not Decomposer.best_ranks

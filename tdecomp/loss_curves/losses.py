@@ -25,36 +25,13 @@ from tdecomp.decomposers.tied import Member, group_cost
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
 from tdecomp.layers.spec import Call, LayerSpec
-from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum
+from tdecomp.loss_curves.measured import KnownRanks, Lost, Measured
 from tdecomp.ranks.base import as_tuple
 from tdecomp.runtime.torch_state import full_precision
 
 Value = TypeVar("Value")
-# The loss weighted by gradients (None where they are not known), and the layer's own share of its
-# output's variance or of its squared weights.
-Measured = tuple[float | None, float]
-Lost = tuple[float, float]  # the loss, comparable from layer to layer, and the same share
-
-
-@dataclass(frozen=True)
-class KnownRanks:
-    """The ranks that lose least together, with losses that need no fit."""
-
-    best: BestRanks
-    variance: float  # of the output, or the sum of the squared weights
-
-    def share(self, rank: Rank) -> float:
-        """The lost share of any ranks."""
-        return self.best.lost(as_tuple(rank)) / self.variance
-
-    @property
-    def measured(self) -> dict[Rank, Measured]:
-        """By each of the ranks, ascending, what it loses."""
-        ranks, weighted = self.best.ranks, self.best.weighted
-        losses = [None] * len(ranks) if weighted is None else weighted.tolist()
-        return {r: (loss, self.share(r)) for r, loss in zip(ranks, losses, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -108,10 +85,9 @@ class LayerLosses:
         Else a bound or a draft's; or None. With moments the lost share of the output's variance, on
         held-out samples where there are some; without the relative weight error.
         """
-        fit = self._closest_fit(method, rank) if self.fits_to_data(method) else None
-        error = None if fit is None else fit.held_out_error(self.weight, self.moments)
+        error = self._error_of_fit(method, rank) if self.fits_to_data(method) else None
         if error is not None:
-            return error.value
+            return error
         nested, several = self.nested(method), self._known_ranks(method)
         if nested is not None:
             return self.row_error(method, nested[only_rank(rank)][1])
@@ -121,14 +97,32 @@ class LayerLosses:
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return None if outside is None else math.sqrt(min(sum(outside), 1.0))
 
-    def _closest_fit(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
-        """The fit, or the draft, that is known; the fit of a nested method is made now."""
-        if self.nested(method) is not None:
-            return self.fit(method, rank, draft=False)
-        for draft in (False, True):
+    def _error_of_fit(self, method: Decomposer, rank: Rank) -> float | None:
+        """Of the fit, or the draft, that is known; else of one made now and not kept.
+
+        The fits of many layers take as much memory as these. None for methods of one rank of which
+        no fit is exact.
+        """
+
+        def error_of(fit: FittedLayer | None) -> float | None:
+            error = None if fit is None else fit.held_out_error(self.weight, self.moments)
+            return None if error is None else error.value
+
+        exact = self._is_exact(method)
+        for draft in (False,) if exact else (False, True):
             if (fit := self.known_fit(method, rank, draft=draft)) is not None:
-                return fit
-        return self.fit(method, rank, draft=True) if isinstance(rank, tuple) else None
+                return error_of(fit)
+        if not exact and not isinstance(rank, tuple):
+            return None
+        return self._cached(
+            method, ("error", rank), lambda: error_of(self._fit_now(method, rank, draft=not exact))
+        )
+
+    def _is_exact(self, method: Decomposer) -> bool:
+        """Whether one fit, which is no draft, tells what there is to know of a rank."""
+        if not method.knows_losses:
+            return False
+        return not method.iterative or self.nested(method) is not None
 
     def least(self, method: Decomposer, rank: Rank) -> float | None:
         """A lower bound on the loss of any fit of these ranks, from singular values; or None."""
@@ -212,14 +206,14 @@ class LayerLosses:
 
     def fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit itself, or None if it fails; only methods that iterate have drafts."""
+        key = rank, draft and method.iterative
+        return self._cached(method, key, lambda: self._fit_now(method, rank, draft=draft))
 
-        def compute() -> FittedLayer | None:
-            try:
-                return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
-            except (ValueError, torch.linalg.LinAlgError):
-                return None
-
-        return self._cached(method, (rank, draft and method.iterative), compute)
+    def _fit_now(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
+        try:
+            return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
+        except (ValueError, torch.linalg.LinAlgError):
+            return None
 
     def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit, or the draft, at this rank if one was made."""

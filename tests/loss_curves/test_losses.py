@@ -373,3 +373,26 @@ def test_what_is_expected_is_the_error_of_samples_that_are_held_out(method, rank
     real = tdecomp.apply(model, plans[0], data=moments, **QUIET).report[row.name].output_error
     assert row.expected_error == pytest.approx(real, rel=1e-4 if method == "svd" else 0.1)
     assert row.expected_error != pytest.approx(plans[1][row.name].expected_error, rel=1e-3)
+
+
+def test_of_a_fit_that_tells_an_error_the_error_is_kept():
+    fits = []
+
+    class Plain(tdecomp.SVD):
+        name = "plain"
+
+        def fit_to(self, kernel, rank, moment):
+            fits.append(rank)
+            return super().fit_to(kernel, rank, moment)
+
+    model, method = mlp(), Plain()
+    losses = losses_of(model, "2", tdecomp.calibrate(model, vectors(), **QUIET))
+    with Recorded() as seen:
+        error = losses.expected_error(method, 3)
+    assert len(seen.decomposed) == 1  # of the fit itself
+    assert losses.expected_error(method, 3) == error
+    assert losses.known_fit(method, 3, draft=False) is None
+    assert fits == [3]
+    fit = losses.fit(method, 3, draft=False)
+    assert losses.expected_error(method, 3) == error
+    assert fit.held_out_error(losses.weight, losses.moments).value == error
