@@ -17,6 +17,7 @@ from tdecomp.linalg.second_moment import SecondMoment
 TENSORS = ("mean", "matrix", "rows", "gradient")  # in LayerMoments
 # Entries of a matrix above which a sample of the patches is held instead, and entries of that.
 _LARGEST_MATRIX, _SAMPLE, _LEAST_SAMPLE = 2**25, 2**24, 1024
+_COLUMNS = 2048  # of a lookup's kernel that are converted at a time
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ class LayerMoments:
     ) -> float:
         """``E‖y − E y‖²`` of the layer's outputs with this weight."""
         if self.spec.lookup:
-            centred = self.kernels(weight)[0] - self.mean_output(weight)[:, None]  # (out, rows)
-            return self.second_moments()[0].lost(centred)
+            (kernel,), about = self._kernels(weight), self.mean_output(weight)[:, None]
+            parts = zip(kernel.split(_COLUMNS, 1), self.mean[0].split(_COLUMNS), strict=True)
+            return sum(float(((k.double() - about).square() @ often).sum()) for k, often in parts)
         if second is None or not self.spec.bias:
             second = replace(self, spec=replace(self.spec, bias=True)).second_moments()
         kernels = self._kernels(weight)
@@ -116,15 +118,20 @@ class LayerMoments:
         D is a difference of weights in the layer's own layout, with the bias corrected for the
         mean. Also ``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment, None without.
         """
-        kernels, blocks = self._kernels(difference), self.gradient_blocks()
+        kernels = self._kernels(difference)
         lost = sum(m.lost(d) for m, d in zip(second, kernels, strict=True))
         variance = self.output_variance(weight, second)
         share = lost / variance if variance > 0 else float(lost > 0)
+        loss = self.weighted_loss(difference, second)
+        return share, None if loss is None else max(loss, 0.0)
+
+    def weighted_loss(self, difference: Tensor, second: Sequence[SecondMoment]) -> float | None:
+        """``tr(H E[D x xᵀ Dᵀ])`` with H the gradients' second moment; None without."""
+        blocks = self.gradient_blocks()
         if blocks is None:
-            return share, None
-        groups = zip(blocks, second, kernels, strict=True)
-        loss = sum(float((block * m.between(d.double())).sum()) for block, m, d in groups)
-        return share, max(loss, 0.0)
+            return None
+        groups = zip(blocks, second, self._kernels(difference), strict=True)
+        return sum(m.weighted_loss(d, block) for block, m, d in groups)
 
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """The share of the outputs' variance that another weight in this one's place loses."""
