@@ -9,8 +9,8 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.integrations.saving import teach_imported
 from tdecomp.layers.chain import Chain

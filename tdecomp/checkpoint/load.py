@@ -50,10 +50,9 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Raises
     ------
     FileNotFoundError
-        If there is no such file or folder.
+        If there is no such file or folder, or files that the folder's index names are missing.
     ValueError
-        If a file is damaged or missing, of a newer format, or of another architecture; names the
-        tensors.
+        If a file is damaged, of a newer format, or of another architecture; names the tensors.
     """
     teach_imported()  # `model` may be a part of another one
     with restoring(model), no_inference_mode():

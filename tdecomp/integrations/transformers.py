@@ -18,10 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tdecomp.calibration.opening import opened_for
 from tdecomp.checkpoint.checks import refuse_other_factors
 from tdecomp.checkpoint.description import KEY, METHOD, plan_in, read_config
-from tdecomp.checkpoint.folder import NAMES, indexed_files, names_in, refuse_shards_beside
+from tdecomp.checkpoint.folder import indexed_files, names_in, refuse_shards_beside
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
 from tdecomp.checkpoint.standing import renamed, without_whole
+from tdecomp.files.index import NAMES
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.integrations.saving import teach_imported
 from tdecomp.layers.chain import Chain, Described

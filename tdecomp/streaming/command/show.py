@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tdecomp.checkpoint.description import CONFIG, KEY, is_description, plan_in
+from tdecomp.files.index import INDEX_SUFFIX
 from tdecomp.files.shards import Stored, read_header
 from tdecomp.files.typed import parsed, typed
 from tdecomp.files.whole_file import named_in_errors
@@ -64,7 +65,7 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
     if not place.exists():
         raise FileNotFoundError(f"no such file or folder: {place}")
     if place.suffix == ".json":
-        if place.name in (CONFIG, REPORT) or place.name.endswith(".index.json"):
+        if place.name in (CONFIG, REPORT) or place.name.endswith(INDEX_SUFFIX):
             raise ValueError(
                 f"{place}: a part of a folder, and no plan; expected the folder: `tdecomp show "
                 f"{place.parent}` says what is in it"
