@@ -423,3 +423,15 @@ def test_folded_batchnorm_refuses(tmp_path, inplace):
     assert not (tmp_path / "small").exists()
     if not inplace:
         comes_back(result.model, tmp_path / "before")
+
+
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_batchnorm_folded_before_decomposing_refuses_but_for_parts_that_have_none(tmp_path, base):
+    ordinary = tdecomp.fuse_batchnorm(network(base), torch.ones(2, 16))
+    result = decomposed(ordinary)
+    for saved in (ordinary, result.model, result):
+        with pytest.raises(ValueError, match=r"batch norm was folded in.*save the model first"):
+            saved.save_pretrained(tmp_path / "small")
+    is_ordinary(ordinary.encoder, tmp_path / "part")
+    result.model.encoder.save_pretrained(tmp_path / "chains")
+    assert KEY in written(tmp_path / "chains")
