@@ -39,6 +39,11 @@ def description(plan: Plan, strides: Mapping[str, Any] | None = None) -> dict[st
 
 def plan_in(described: Any) -> Plan:
     """The inverse of `description`; an error in words if it is damaged or of a newer version."""
+    if described is None:
+        raise ValueError(
+            f"{CONFIG} says nothing of chains, it has no {KEY}; expected a folder that tdecomp "
+            "saved: others are loaded by their library alone"
+        )
     data = typed(dict[str, Any], described, KEY)
     if data.get("quant_method") != METHOD:
         raise ValueError(

@@ -22,6 +22,7 @@ from tdecomp.checkpoint.folder import NAMES, indexed_files, names_in, refuse_sha
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
 from tdecomp.checkpoint.standing import renamed, without_whole
+from tdecomp.files.whole_file import named_in_errors
 from tdecomp.layers.chain import Chain, Described
 from tdecomp.layers.lookup_chain import EmbeddingChain
 from tdecomp.model.fused import with_parts
@@ -82,7 +83,8 @@ class ChainsQuantizer(HfQuantizer):
 
 def load_pretrained(folder: Path, model: Any) -> Any:
     """What a folder holds as a model of this one's class, on its device, in its training mode."""
-    plan = plan_in(read_config(folder).get(KEY))
+    with named_in_errors(folder):
+        plan = plan_in(read_config(folder).get(KEY))
     names = {name for row in plan for name in row.names}
     with opened_for(model, names=names):
         held = dict(model.named_modules(remove_duplicate=False))

@@ -534,6 +534,12 @@ def test_newer_version(folder):
     refused(folder, "format 3, written by tdecomp 9.8.7", "update tdecomp")
 
 
+def test_ordinary_folder(tmp_path):
+    CASES["bert"].build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: .*says nothing of chains"):
+        tdecomp.load(tmp_path, CASES["bert"].build())
+
+
 def test_another_architecture(folder_of):
     with pytest.raises(ValueError, match=r"layer 'bert\.e.*the model has no such layer"):
         tdecomp.load(folder_of("bert"), CASES["llama"].build())
