@@ -22,7 +22,8 @@ from tqdm import tqdm
 from benchmarks.support.machine import describe_machine, describe_versions
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.cost import chain_cost
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.pictures.figure import as_svg
 from tdecomp.pictures.style import SMALL, WIDTH, looks_of
 from tdecomp.ranks.grid import Rounding

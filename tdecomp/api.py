@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tdecomp.calibration.calibrate import site_moments
-from tdecomp.calibration.data import batches_or_moments
 from tdecomp.calibration.opening import opened_for
+from tdecomp.calibration.passes import batches_or_moments
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.loss_curves.offers import fits_before
 from tdecomp.loss_curves.sensitivity import Sensitivity, measure_sensitivity

@@ -9,9 +9,10 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches
 from tdecomp.checkpoint.pretrained import remember
+from tdecomp.integrations.saving import teach_imported
 from tdecomp.layers.chain import Chain
 from tdecomp.model.example import Example, in_layout
 from tdecomp.model.fast_path import has_fused_layers
@@ -60,6 +61,7 @@ def carry_out(
     for ranks that depend on each other. `closed` has the parameters that open modules had, which
     are those that the optimizers know.
     """
+    teach_imported()  # `model` may be a part of another one
     while True:
         fitted = fit_all(planned, progress, executor)
         broken = _broken(model, planned, fitted, example, data, inplace=inplace)

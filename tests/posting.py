@@ -5,18 +5,18 @@ from concurrent.futures import Executor, Future
 
 
 class Posting(Executor):
-    """Runs at once, on copies; keeps what it was sent as bytes."""
+    """Runs at once, on copies; keeps what it was sent, and what it returned, as bytes."""
 
     def __init__(self, protocol=pickle.HIGHEST_PROTOCOL):
-        self.sent, self.protocol = [], protocol
+        self.sent, self.returned, self.protocol = [], [], protocol
 
     def submit(self, function, *items):
         future = Future()
         try:
             self.sent.append(pickle.dumps((function, items), self.protocol))
             function, items = pickle.loads(self.sent[-1])
-            result = pickle.dumps(function(*items), self.protocol)
-            future.set_result(pickle.loads(result))
+            self.returned.append(pickle.dumps(function(*items), self.protocol))
+            future.set_result(pickle.loads(self.returned[-1]))
         except Exception as error:
             future.set_exception(error)
         if not items:

@@ -144,6 +144,71 @@ def test_what_moments_know_of_earlier_calls_does_not_travel_again():
     assert same(result, tdecomp.apply(model, plan, data=batches(), **QUIET))
 
 
+@pytest.mark.parametrize("call", [tdecomp.sensitivity, tdecomp.plan])
+def test_of_fits_that_only_tell_errors_nothing_else_comes_back(call):
+    model, executor = nn.Sequential(nn.Linear(160, 160)), Posting()
+    data = tdecomp.Data([torch.randn(64, 160) for _ in range(4)], held_out=0.5)
+    options = {} if call is tdecomp.sensitivity else {"rank": tdecomp.Budget(params=0.5)}
+    call(model, "svd", data=data, **options, **QUIET, executor=executor)
+    assert 0 < sum(map(len, executor.returned)) < model[0].weight.nbytes / 2
+
+
+FITS = []  # the shape, the rank and whether it is to data, of each fit
+
+
+class Counted(SVD):
+    """Its fits are written down."""
+
+    name = "counted"
+
+    def fit(self, kernel, rank, *args, **options):
+        FITS.append((kernel.shape, rank, False))
+        return super().fit(kernel, rank, *args, **options)
+
+    def fit_to(self, kernel, rank, *args, **options):
+        FITS.append((kernel.shape, rank, True))
+        return super().fit_to(kernel, rank, *args, **options)
+
+
+class Drafted(Counted):
+    """Only its fits tell what a rank loses."""
+
+    name = "drafted"
+
+    def lost_at_every_rank(self, *_, **__):
+        return None
+
+
+@pytest.mark.parametrize("executor", [None, Posting()], ids=["in turn", "executor"])
+@pytest.mark.parametrize("data", ["none", "batches", "moments"])
+@pytest.mark.parametrize("method", [Counted(), Drafted()], ids=lambda method: method.name)
+@pytest.mark.parametrize("rank", [0.5, tdecomp.Budget(params=0.5)], ids=["ratio", "budget"])
+def test_no_layer_is_fitted_twice_at_one_rank(rank, method, data, executor):
+    torch.manual_seed(0)
+    model, given = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 20)), None
+    if data != "none":
+        given = [torch.randn(64, 32) for _ in range(2)]
+    if data == "moments":
+        given = tdecomp.calibrate(model, given, **QUIET)
+    call = {"rank": rank, "data": given, "executor": executor, **QUIET}
+    FITS.clear()
+    plan = tdecomp.plan(model, method, **call)
+    if data == "moments":  # which keep fits
+        report = tdecomp.apply(model, plan, data=given, executor=executor, **QUIET).report
+    else:
+        FITS.clear()
+        report = tdecomp.decompose(model, method, **call).report
+    assert len(FITS) == len(set(FITS))
+    layers = [(layer, row) for layer, row in zip(model[::2], report, strict=True) if row.method]
+    assert layers
+    for layer, row in layers:
+        assert (layer.weight.shape, row.rank, data != "none") in FITS
+    FITS.clear()
+    if data == "moments":
+        tdecomp.decompose(model, method, **call)
+    assert not FITS
+
+
 # What fails -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import tdecomp
 from benchmarks.scale.row import ScaleRow
-from benchmarks.support.fresh_process import PrivatePeak, in_fresh_process, in_this_process
+from benchmarks.support.fresh_process import in_fresh_process, in_this_process
+from benchmarks.support.private_memory import PrivatePeak
 from tdecomp.runtime.parallel import OneThread
 
 _SIDES, _RANK, _ROWS = (4096, 11008), 1024, 5000

@@ -10,13 +10,13 @@ Seconds are of the processor, which other work on the machine disturbs less.
 import os
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.scale.checkpoint import TINY, LlamaSizes, make_llama
 from benchmarks.scale.row import ScaleRow
+from benchmarks.support.private_memory import PrivatePeak
 
 _MEMORY, _TIME = 0.8e9, 1.25
 _EVERY = 0.1  # seconds between two looks at the memory
@@ -64,34 +64,15 @@ def taken(how: str, source: Path, target: Path) -> Taken:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
-        before, began = private(process.pid), time.perf_counter()
-        process.stdin.write("\n")
-        process.stdin.flush()
-        peak = before
-        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            peak = max(peak, private(process.pid))
-            time.sleep(_EVERY)
-        wall = time.perf_counter() - began
+        with PrivatePeak(process.pid, _EVERY) as watched:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise RuntimeError(f"{how} of {source} failed with exit status {process.returncode}")
-    return Taken(peak - before, used.ru_utime + used.ru_stime, wall)
-
-
-def private(process: int) -> int:
-    """The bytes that a process, and those that it started, share with no other."""
-    total, family = 0, [process]
-    while family:
-        one = family.pop()
-        try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            children = Path(f"/proc/{one}/task/{one}/children").read_text().split()
-        except OSError:  # it has ended
-            continue
-        total += sum(1024 * int(ln.split()[1]) for ln in lines if ln.startswith("Private_"))
-        family += map(int, children)
-    return total
+    return Taken(watched.extra, used.ru_utime + used.ru_stime, watched.seconds)
 
 
 def _parameters(source: Path) -> str:

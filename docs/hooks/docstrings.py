@@ -98,7 +98,8 @@ def _without_private_names(entry: Object, public: set[str]) -> None:
 def _signature(entry: Object) -> dict[str, tuple[Any, Any]]:
     """The annotation and the default of each parameter, or of each field of a dataclass."""
     if entry.is_class and "__init__" not in entry.members:
-        fields = (member for member in entry.members.values() if member.is_attribute)
+        # With those of the dataclasses that it is based on.
+        fields = (member for member in entry.all_members.values() if member.is_attribute)
         return {field.name: (field.annotation, _default(field.value)) for field in fields}
     function = entry.members["__init__"] if entry.is_class else entry
     parameters = getattr(function, "parameters", ())

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from tdecomp.afterwards.recompose import layer_of
 from tdecomp.calibration.calibrate import calibrate_layers, watchable
-from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches, batches_or_moments
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.cost import total

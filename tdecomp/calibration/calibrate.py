@@ -1,41 +1,35 @@
 """One pass over unlabelled batches, for the moments of the inputs of a model's layers."""
 
-import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdecomp.calibration.accumulator import Accumulator, Layers, OutputGradients, enough, sums_bytes
+from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.augment import Augment
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import PASSES, Batches, batches_for
 from tdecomp.calibration.held_patches import HeldPatches
 from tdecomp.calibration.held_sample import HeldSample
-from tdecomp.calibration.memory import free_memory
-from tdecomp.calibration.moments import LayerMoments, Moments
+from tdecomp.calibration.layer_inputs import Layers, shown_inputs
+from tdecomp.calibration.layer_moments import LayerMoments
+from tdecomp.calibration.memory_groups import memory_groups
+from tdecomp.calibration.moments import Moments
 from tdecomp.calibration.opening import opened_for
+from tdecomp.calibration.output_gradients import OutputGradients
+from tdecomp.calibration.passes import Batches, batches_for
 from tdecomp.calibration.row_counts import RowCounts
 from tdecomp.calibration.shared_sums import SharedSums
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.model.sites import Site, find_sites
-from tdecomp.model.trace import OddUses, is_transformed
-from tdecomp.runtime.torch_state import (
-    evaluating,
-    exact_passes,
-    hooks,
-    no_inference_mode,
-    restoring,
-)
+from tdecomp.model.trace import OddUses
+from tdecomp.runtime.torch_state import evaluating, exact_passes, no_inference_mode, restoring
 
 _GRADIENT_SAMPLES = 128  # weighing layers needs output gradients of no more samples
 _ENOUGH = 16  # patches for each entry of a patch, with which no variants are needed
-_SHARE = 0.5  # of the free memory that sums take by default
 _MOST = 2**16  # patches of a layer that are summed up, as long as there are enough of them
 
 
@@ -156,7 +150,7 @@ def calibrate_layers(
     batches = batches.taken_by(model)
     # With the spec of a layer, or of the layer that a chain replaced.
     known = {n: (m, getattr(m, "replaced", None) or LayerSpec.of(m)) for n, m in layers.items()}
-    groups = _grouped(model, known, batches)
+    groups = memory_groups(model, known, batches)
     if batches.data.augment is not None:
         batches.require_several_passes("augment")
     moments, rows = Moments({}), CountedRows(batches)
@@ -198,13 +192,13 @@ def _add_pass(
         def keep(name: str, x: Tensor) -> None:
             held.add(name, x, lambda sample: sample.add(x, rows, samples))
 
-        with _shown(keep, layers), torch.no_grad(), uses:
+        with shown_inputs(keep, layers), torch.no_grad(), uses:
             batches.run(model, batch)
 
     def run(batch: Any, names: Iterable[str]) -> None:
         rows.begin(batch)
         sums.begin()
-        with _shown(add, {name: layers[name] for name in names}), torch.no_grad(), uses:
+        with shown_inputs(add, {name: layers[name] for name in names}), torch.no_grad(), uses:
             batches.run(model, batch)
         moments.peak_bytes = max(moments.peak_bytes, sum(s.nbytes for s in sums.sums()))
 
@@ -260,73 +254,6 @@ def _inputs_key(spec: LayerSpec) -> tuple[int, int] | None:
 def _useful(spec: LayerSpec) -> int:
     """The number of patches beyond which a fit hardly gains: their sums cost fan_in² each."""
     return min(enough(spec), max(_MOST, _ENOUGH * spec.fan_in))
-
-
-def _shown(show: Callable[[str, Tensor], None], layers: Layers) -> hooks:
-    """Inside, `show` gets the name and the input of each layer that is about to run."""
-
-    def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next(iter((*args, *kwargs.values())))
-        if not is_transformed(x):
-            with torch._C.DisableTorchFunction():  # no use of weights is to be seen in here
-                show(name, x)
-
-    return hooks(
-        partial(layer.register_forward_pre_hook, partial(before, name), with_kwargs=True)
-        for name, (layer, _) in layers.items()
-    )
-
-
-def _grouped(model: nn.Module, layers: Layers, batches: Batches) -> Sequence[Layers]:
-    """Layers in groups whose sums stay under max_memory, which may take a pass to count patches."""
-    limit = _limit(model, batches)
-    if limit is None:
-        return [layers]
-    most = sum(sums_bytes(spec, 0, _dtype(layer)) for layer, spec in layers.values())
-    if most <= limit:  # whatever the batches hold
-        return [layers]
-    passes = 1 if batches.data.augment is None else PASSES
-    patches = dict.fromkeys(layers, 0)
-
-    def count(name: str, x: Tensor) -> None:
-        spec = layers[name][1]
-        call = spec.call(x.shape)
-        patches[name] += passes * call.batch * math.prod(spec.output_size(call.size))
-
-    with evaluating(model), exact_passes(), _shown(count, layers), torch.no_grad():
-        for batch in batches.bar(device_of(model), "count patches"):
-            batches.run(model, batch)
-    groups: list[dict[str, tuple[nn.Module, LayerSpec]]] = []
-    free = 0
-    for name, (layer, spec) in layers.items():
-        need = sums_bytes(spec, patches[name], _dtype(layer))
-        if need > limit and batches.data.max_memory is not None:
-            raise ValueError(
-                f"calibrate: layer {name!r} ({spec}) alone needs {need:,} bytes; expected "
-                f"max_memory of at least that, got {limit:,}; fewer batches (max_batches) "
-                f"need less, as does a plan or decompose with exclude=[{name!r}]"
-            )
-        if not groups or need > free:
-            groups.append({})
-            free = limit
-        groups[-1][name] = layer, spec
-        free -= need
-    return groups
-
-
-def _limit(model: nn.Module, batches: Batches) -> int | None:
-    """The bytes that sums may take: by default a share of what is free, where this is known."""
-    given = batches.data.max_memory
-    if given is not None:
-        batches.require_several_passes("a max_memory")
-        return given
-    free = free_memory(device_of(model))
-    return None if free is None or batches.single_pass else int(_SHARE * free)
-
-
-def _dtype(layer: nn.Module) -> torch.dtype:
-    """The precision of the products of a layer's inputs."""
-    return torch.promote_types(next(layer.parameters()).dtype, torch.float32)
 
 
 def _check_finite(name: str, moments: LayerMoments) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.calibration.passes import BatchError, Batches
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import describe
 

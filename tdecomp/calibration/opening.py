@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches
 from tdecomp.model.batches import copied, device_of, moved
 from tdecomp.model.example import Example
 from tdecomp.model.opened.scope import opened

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tdecomp.linalg.leading_outputs import is_large_kernel
 
-_ROWS = 512  # of a large kernel that are converted at a time
+_ROWS, _ENTRIES = 512, 2**22  # of a large kernel that are converted at a time, at most
 
 
 def precision_of(weight: Tensor) -> torch.dtype:
@@ -27,4 +27,5 @@ def difference(weight: Tensor, approximation: Tensor, *, overwrite: bool = False
 
 def products(kernel: Tensor, mean: Tensor) -> Tensor:
     """``K m`` (out,) in float64, of which a large kernel gets no copy."""
-    return torch.cat([block.double() @ mean for block in kernel.split(_ROWS)])
+    rows = max(1, min(_ROWS, _ENTRIES // max(1, kernel.shape[1])))
+    return torch.cat([block.double() @ mean for block in kernel.split(rows)])

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec
 
 

@@ -1,12 +1,17 @@
 """What is refused, since it could not be loaded again, or is not there to be loaded."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdecomp.checkpoint.description import CONFIG
 from tdecomp.layers.chain import Chain
+from tdecomp.layers.lookup_chain import EmbeddingChain, HeadChain
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.weights import refuse_lazy
 from tdecomp.plans.plan import Plan
 
@@ -27,11 +32,7 @@ def refuse_changed(model: nn.Module, plan: Plan, *, resized: bool = False) -> No
                 "after fuse_batchnorm; a file is loaded into the architecture that was decomposed: "
                 "save first, and fuse what tdecomp.load returns"
             )
-        if not resized and _is_resized(chain):
-            raise ValueError(
-                f"layer {row.name!r}: its stages have other sizes than those of {row.layer}, as "
-                "after resize_token_embeddings; save first, and resize what tdecomp.load returns"
-            )
+        refuse_other_sizes(row.name, chain, resized=resized)
         if (chain.method, chain.rank) != (row.method, row.rank):
             raise ValueError(
                 f"layer {row.name!r} is decomposed by {chain.method} at rank {chain.rank}, in the "
@@ -46,6 +47,53 @@ def refuse_changed(model: nn.Module, plan: Plan, *, resized: bool = False) -> No
     refuse_lazy(model, "save")
 
 
+def refuse_other_sizes(
+    name: str, chain: Chain, *, resized: bool = False, state: Mapping[str, Any] | None = None
+) -> None:
+    """Raise a ValueError, with the remedy, unless the factors have the sizes of the chain's rank.
+
+    `resized` allows another vocabulary, where what loads the model knows its size. `state` has what
+    is saved in place of the parameters, by their names in the model.
+    """
+    spec = _with_rows_of(chain) if resized else chain.replaced
+    made = [s.build(torch.device("meta")) for s in chain.decomposer.stages(spec, chain.rank)]
+    wrong = [f"{len(chain)} stages, expected {len(made)}"] if len(chain) != len(made) else []
+    for at, (stage, new) in enumerate(zip(chain, made, strict=False)):
+        expected = {part: tuple(p.shape) for part, p in new.named_parameters()}
+        for part, size in ({"bias": None} | expected).items():
+            known = (state or {}).get(f"{name}.{at}.{part}")
+            got = _size(stage, part) if known is None else tuple(known.shape)
+            if got != size:
+                wrong.append(f"{at}.{part} is {got or 'not there'}, expected {size or 'none'}")
+    if wrong:
+        raise ValueError(
+            f"layer {name!r}: its stages have other sizes than those of {spec} by {chain.method} "
+            f"at rank {chain.rank}: {'; '.join(wrong)}. They could not be loaded: save first, and "
+            "resize a vocabulary (resize_token_embeddings) or quantize after loading; lower ranks "
+            "by tdecomp.reduce_ranks; of stages that were exchanged put chain.to_layer() in the "
+            "chain's place"
+        )
+
+
+def _with_rows_of(chain: Chain) -> LayerSpec | None:
+    """The layer that it stands for, with as many words as its table has by now."""
+    spec = chain.replaced
+    if spec is not None and isinstance(chain, EmbeddingChain):
+        return replace(spec, in_channels=chain.num_embeddings)
+    if spec is not None and isinstance(chain, HeadChain):
+        return replace(spec, out_channels=len(chain.weight))
+    return spec
+
+
+def _size(stage: nn.Module, part: str) -> tuple[int, ...] | None:
+    """That of a parameter, or of what stands for it, as adapters and masks have it."""
+    try:
+        found = attrgetter(part)(stage)
+    except AttributeError:
+        return None
+    return tuple(found.shape) if isinstance(found, Tensor) else None
+
+
 def refuse_other_factors(model: nn.Module, stored: Collection[str]) -> None:
     """Raise a ValueError if a weight would stay random, since chains and what is stored differ.
 
@@ -57,9 +105,9 @@ def refuse_other_factors(model: nn.Module, stored: Collection[str]) -> None:
     ]:
         raise ValueError(
             f"{CONFIG} says nothing of chains in the place of these layers, and only factors are "
-            f"stored for them: {', '.join(beside)}; as where layers were added or exchanged after "
-            "decomposing: save what has them by tdecomp.Decomposition(model, report, plan)"
-            ".save_pretrained(folder), with the report and the plan of the result"
+            f"stored for them: {', '.join(beside)}; as where a process that did nothing else with "
+            "tdecomp saved a model into which chains were put: save what has them after import "
+            "tdecomp.integrations.transformers (or diffusers)"
         )
     parts = (name.split(".") for name in stored)
     ends = {".".join(part[at:]) for part in parts for at in range(len(part))}
@@ -72,12 +120,3 @@ def refuse_other_factors(model: nn.Module, stored: Collection[str]) -> None:
             f"{CONFIG} says that these are factors of chains, and no file of weights has them: "
             f"{', '.join(lost)}; expected what tdecomp saved (adapters merged, no layer replaced)"
         )
-
-
-def _is_resized(chain: Chain) -> bool:
-    """Whether a parameter of it has another shape than its method gives it."""
-    stages = chain.decomposer.stages(chain.replaced, chain.rank)
-    built = [p for stage in stages for p in stage.build(torch.device("meta")).parameters()]
-    shapes = [[p.shape for p in parameters] for parameters in (built, chain.parameters())]
-    # Of what was quantized some are no parameters any more: that is refused in other words.
-    return len(shapes[0]) == len(shapes[1]) and shapes[0] != shapes[1]

@@ -16,6 +16,7 @@ from tdecomp.checkpoint.save import library_of
 from tdecomp.checkpoint.standing import decomposed_part
 from tdecomp.files.typed import typed
 from tdecomp.files.whole_file import named_in_errors
+from tdecomp.integrations.saving import teach_imported
 from tdecomp.model.sites import Site, find_sites
 from tdecomp.plans.plan import Plan
 from tdecomp.runtime.torch_state import no_inference_mode, restoring
@@ -49,11 +50,11 @@ def load(source: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Raises
     ------
     FileNotFoundError
-        If there is no such file or folder.
+        If there is no such file or folder, or files that the folder's index names are missing.
     ValueError
-        If a file is damaged or missing, of a newer format, or of another architecture; names the
-        tensors.
+        If a file is damaged, of a newer format, or of another architecture; names the tensors.
     """
+    teach_imported()  # `model` may be a part of another one
     with restoring(model), no_inference_mode():
         folder = Path(source)
         if folder.is_dir() and library_of(model) == "transformers":

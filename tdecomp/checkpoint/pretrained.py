@@ -6,14 +6,22 @@ refuses.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from tdecomp.checkpoint.description import KEY, description, is_description
-from tdecomp.checkpoint.standing import part_of, with_earlier
+from tdecomp.checkpoint.checks import refuse_other_sizes
+from tdecomp.checkpoint.description import KEY, description, is_description, plan_in
+from tdecomp.checkpoint.standing import (
+    chains_in,
+    part_of,
+    plan_of,
+    plan_of_chains,
+    tells_of,
+    with_earlier,
+)
 from tdecomp.plans.plan import Plan
 
 _METHOD = "save_pretrained"
@@ -69,6 +77,47 @@ def forget(model: nn.Module) -> Callable[[], None]:
                     undo.callback(partial(setattr, module, name, held[name]))
                     delattr(module, name)
         return undo.pop_all().close
+
+
+@contextmanager
+def saying_chains(model: nn.Module, state: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Let the model's configuration say, for so long, the chains that the model has by now.
+
+    A part of it may have been decomposed by itself, and said so to its own configuration only, or
+    to that of the whole by the names in the part. A ValueError is raised if what is saved could not
+    be loaded again; `state` is that where it is not the model's own state dict.
+    """
+    with ExitStack() as undo:
+        plan = _unsaid_plan(model, state)
+        if plan is not None:
+            undo.callback(remember(model, plan))
+            refused = vars(model).get(_METHOD)
+            if isinstance(refused, Refusal):
+                refused()
+        yield
+
+
+def _unsaid_plan(model: nn.Module, state: Mapping[str, Any] | None) -> Plan | None:
+    """The plan of the chains, unless the configuration says it; checked as `saying_chains` says."""
+    chains = {name: chain for name, (_, chain) in chains_in(model).items()}
+    if state is not None:  # without the layers that it names otherwise, or lacks
+        chains = {
+            name: chain for name, chain in chains.items()
+            if all(f"{name}.{part}" in state for part, _ in chain.named_parameters())
+        }  # fmt: skip
+    if not chains or getattr(model, "_hf_peft_config_loaded", False):  # then it saves adapters only
+        return None
+    for name, chain in chains.items():
+        refuse_other_sizes(name, chain, resized=True, state=state)
+    for refusal in (refusal_of(module) for _, module in _savable(model)):
+        if refusal is not None:
+            refusal()
+    entry = _said(model)
+    said = plan_in(entry) if isinstance(entry, Mapping) and is_description(entry) else None
+    if said is None or not all(tells_of(said, name, chain) for name, chain in chains.items()):
+        return plan_of_chains(model)
+    plan = plan_of(model, said)
+    return None if plan is said else plan
 
 
 def refuse_saving(model: nn.Module, changed: Collection[nn.Module], words: str) -> None:

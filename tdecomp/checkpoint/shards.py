@@ -8,8 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tdecomp.checkpoint.folder import BUFFERS, NAMES, shard_names
+from tdecomp.checkpoint.folder import BUFFERS
 from tdecomp.checkpoint.tensors import alone, buffers_beside
+from tdecomp.files.index import INDEX_SUFFIX, NAMES, shard_names
 from tdecomp.files.json_file import write_json
 from tdecomp.files.whole_file import whole_file
 
@@ -48,7 +49,7 @@ def replacing_weights(folder: Path) -> Iterator[None]:
     yield
     now = _written(folder)
     for name in NAMES:
-        pair = [found for found in (name, f"{name}.index.json") if found in now]
+        pair = [found for found in (name, f"{name}{INDEX_SUFFIX}") if found in now]
         new = [found for found in pair if now[found] != before.get(found)]
         if len(pair) == 2 and len(new) == 1:
             (folder / next(found for found in pair if found not in new)).unlink()
@@ -75,7 +76,7 @@ def _shards(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tenso
 
 def _write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
     stem = NAMES[0].removesuffix(".safetensors")
-    count, index = len(shards), folder / f"{NAMES[0]}.index.json"
+    count, index = len(shards), folder / f"{NAMES[0]}{INDEX_SUFFIX}"
     names = shard_names(NAMES[0], count) if count > 1 else NAMES[:count]
     files = dict(zip(names, shards, strict=True))
     for name, tensors in files.items():

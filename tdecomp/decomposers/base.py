@@ -41,9 +41,10 @@ class Decomposer(ABC):
         Whether fits run in float64. Normal equations square a condition number, so methods that
         solve them need it.
     fits_large_in_float32 : bool
-        Whether `fit_to` takes the kernels of large layers in float32, and computes in float64 only
-        what needs it, a part at a time: a copy would take most of the memory of a fit. The kernel
-        that its factors make shares no memory with them: it is overwritten by its error.
+        Whether `fit_to`, `lost_at_every_rank` and `best_ranks` take the kernels of large layers in
+        float32, and compute in float64 only what needs it, a part at a time: a copy would take most
+        of the memory of a fit. The kernel that its factors make shares no memory with them: it is
+        overwritten by its error.
     iterative : bool
         Whether the fit iterates. Only such a method is ever asked for a draft.
     takes_lookups : bool
@@ -132,6 +133,19 @@ class Decomposer(ABC):
         """
         return None
 
+    def plain_and_weighted_losses(
+        self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """`lost_at_every_rank` without an importance, and with it (None without).
+
+        Methods that find both at once override it, too.
+        """
+        plain = self.lost_at_every_rank(kernel, moment)
+        if plain is None or importance is None:
+            return None if plain is None else (plain, None)
+        weighted = self.lost_at_every_rank(kernel, moment, importance)
+        return None if weighted is None else (plain, weighted)
+
     def best_ranks(
         self,
         kernel: Tensor,
@@ -214,6 +228,11 @@ class Decomposer(ABC):
     def uses_moments(self) -> bool:
         """Whether `fit_to` is defined."""
         return type(self).fit_to is not Decomposer.fit_to
+
+    @property
+    def knows_losses(self) -> bool:
+        """Whether `lost_at_every_rank` is defined."""
+        return type(self).lost_at_every_rank is not Decomposer.lost_at_every_rank
 
     @property
     def knows_best_ranks(self) -> bool:

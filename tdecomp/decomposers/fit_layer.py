@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.estimate import Estimate
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.calibration.precision import difference
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization, Factors

@@ -13,8 +13,8 @@ from tdecomp.decomposers.factors import Factors, squared_norm_of_product
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.leading_outputs import leading_outputs
-from tdecomp.linalg.second_moment import SecondMoment, nested_losses
-from tdecomp.linalg.spectrum import tails
+from tdecomp.linalg.nested_losses import nested_losses
+from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.svd import svd, truncated_svd
 
 
@@ -143,11 +143,15 @@ class SVD(Decomposer):
     def lost_at_every_rank(
         self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None = None
     ) -> Tensor:
-        matrix = kernel.flatten(1)
-        if moment is None and importance is None:
-            return tails(matrix)
-        outputs = matrix @ matrix.T if moment is None else moment.between(matrix)
-        return nested_losses(outputs, min(matrix.shape), importance)
+        plain, weighted = nested_losses(kernel.flatten(1), moment, importance)
+        return plain if weighted is None else weighted
+
+    def plain_and_weighted_losses(
+        self, kernel: Tensor, moment: SecondMoment | None, importance: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        if type(self).lost_at_every_rank is not SVD.lost_at_every_rank:
+            return super().plain_and_weighted_losses(kernel, moment, importance)
+        return nested_losses(kernel.flatten(1), moment, importance)
 
     def factors_of(self, stage_weights: tuple[Tensor, ...]) -> LowRankFactors:
         first, second = stage_weights

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.cost import Cost, chain_cost
+from tdecomp.layers.geometry import Call
 from tdecomp.layers.lookup_chain import HeadChain
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.spec import LayerSpec
 
 Member = tuple[LayerSpec, tuple[Call, ...] | None]  # a layer, and its calls if they are known
 

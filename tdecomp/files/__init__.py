@@ -1,1 +1,1 @@
-"""What is saved: files written wholly or not at all, data of known types, tensors with a hash."""
+"""Files written wholly or not at all: data of known types, tensors with a hash, shards."""

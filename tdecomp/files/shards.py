@@ -27,6 +27,8 @@ _LENGTH = 8
 _LONGEST = 100_000_000  # bytes of a header, as in safetensors itself
 _ALIGNED = 8
 _CHUNK = 2**24  # bytes that are copied at a time
+# What is wrong with a file, and what helps.
+DAMAGED, ANEW = "damaged or no safetensors file", "copy or download it anew"
 
 
 @dataclass(frozen=True)
@@ -65,24 +67,21 @@ def read_header(folder: str | os.PathLike[str], file: str) -> tuple[bytes, dict[
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(_LENGTH), "little")
         if size < _LENGTH or not 0 < length <= min(_LONGEST, size - _LENGTH):
-            raise ValueError(f"{path}: {_DAMAGED} (its header is cut off); {_ANEW}")
+            raise ValueError(f"{path}: {DAMAGED} (its header is cut off); {ANEW}")
         header = opened.read(length)
     begin = _LENGTH + length
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         found = {name: _stored(file, entry, begin) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: {_DAMAGED} (no header: {error}); {_ANEW}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: {DAMAGED} (no header: {error}); {ANEW}") from error
     end = max((entry.begin + entry.nbytes for entry in found.values()), default=begin)
     if end != size:
         raise ValueError(
-            f"{path}: {_DAMAGED}: by its header {end:,} bytes, the file has {size:,}; {_ANEW}"
+            f"{path}: {DAMAGED}: by its header {end:,} bytes, the file has {size:,}; {ANEW}"
         )
     return header, found
-
-
-_DAMAGED, _ANEW = "damaged or no safetensors file", "copy or download it anew"
 
 
 def _stored(file: str, entry: Mapping[str, Any], begin: int) -> Stored:
@@ -114,7 +113,7 @@ def _read_into(opened: Any, buffer: memoryview) -> None:
     while done < len(buffer):
         got = opened.readinto(buffer[done : done + _CHUNK])
         if not got:
-            raise ValueError(f"{opened.name}: it became shorter while it was read; {_ANEW}")
+            raise ValueError(f"{opened.name}: it became shorter while it was read; {ANEW}")
         done += got
 
 
@@ -174,7 +173,7 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, runs: Iterable[tuple[int, int
         while left:
             chunk = source.read(min(_CHUNK, left))
             if not chunk:
-                raise ValueError(f"{source.name}: it became shorter while it was read; {_ANEW}")
+                raise ValueError(f"{source.name}: it became shorter while it was read; {ANEW}")
             target.write(chunk)
             left -= len(chunk)
 

@@ -1,1 +1,1 @@
-"""Other libraries taught to load what tdecomp saved; each file here is imported by its users."""
+"""Other libraries taught to save and load chains; what loads is imported by its users."""

@@ -18,6 +18,7 @@ from tdecomp.checkpoint.description import METHOD, plan_in
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
 from tdecomp.checkpoint.standing import decomposed_part, without_whole
+from tdecomp.integrations.saving import teach_imported
 from tdecomp.layers.chain import Chain
 from tdecomp.model.opened.base import close_unchanged
 from tdecomp.model.sites import find_sites
@@ -95,3 +96,4 @@ class ChainsQuantizer(DiffusersQuantizer):
 # Where diffusers looks for them; it has no function that registers.
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ChainsConfig
 AUTO_QUANTIZER_MAPPING[METHOD] = ChainsQuantizer
+teach_imported()

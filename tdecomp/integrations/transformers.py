@@ -2,7 +2,7 @@
 
 transformers asks the quantizer that is registered for a folder's `quantization_config` to change
 the model on the meta device, before weights are read. What was loaded is no quantized model: it is
-moved, converted, trained and saved as every other. It needs transformers 5.
+moved, converted, trained and saved as every other (`saving` says how). It needs transformers 5.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,11 +18,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tdecomp.calibration.opening import opened_for
 from tdecomp.checkpoint.checks import refuse_other_factors
 from tdecomp.checkpoint.description import KEY, METHOD, plan_in, read_config
-from tdecomp.checkpoint.folder import NAMES, indexed_files, names_in, refuse_shards_beside
+from tdecomp.checkpoint.folder import indexed_files, names_in, refuse_shards_beside
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
 from tdecomp.checkpoint.standing import renamed, without_whole
+from tdecomp.files.index import NAMES
 from tdecomp.files.whole_file import named_in_errors
+from tdecomp.integrations.saving import teach_imported
 from tdecomp.layers.chain import Chain, Described
 from tdecomp.layers.lookup_chain import EmbeddingChain
 from tdecomp.model.fused import with_parts
@@ -33,6 +35,7 @@ from tdecomp.plans.plan import Plan
 
 if int(__version__.partition(".")[0]) < 5:
     raise ImportError(f"tdecomp.integrations.transformers: got transformers {__version__}, needs 5")
+teach_imported()
 
 
 @register_quantization_config(METHOD)

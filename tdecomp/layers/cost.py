@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdecomp.layers.spec import Call
+from tdecomp.layers.geometry import Call
 from tdecomp.layers.stage import Stage
 
 

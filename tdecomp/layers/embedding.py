@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.layers.chain import Chain
+from tdecomp.layers.geometry import Call
 from tdecomp.layers.lookup_chain import BagChain, EmbeddingChain
-from tdecomp.layers.spec import Call, LayerKind, LayerSpec
+from tdecomp.layers.spec import LayerKind, LayerSpec
 
 
 class _Lookup(LayerKind):

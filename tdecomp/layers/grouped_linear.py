@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdecomp.layers.chain import Chain
-from tdecomp.layers.spec import Call, LayerKind, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerKind, LayerSpec
 
 _OF_CPU = (torch.float32, torch.float16)  # that torch's kernel takes there, bfloat16 aside
 

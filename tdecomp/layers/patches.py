@@ -130,3 +130,15 @@ def to_kernel_order(values: Tensor, spec: LayerSpec, dims: tuple[int, ...]) -> T
     for dim in sorted(dims, reverse=True):
         values = values.unflatten(dim, (spec.kernel_volume, spec.group_in)).transpose(dim, dim + 1)
     return values.reshape(shape)
+
+
+def each_output(spec: LayerSpec) -> LayerSpec:
+    """The layer whose patches are the outputs of `spec`, one by one."""
+    return replace(spec.pointwise(spec.out_channels, spec.out_channels), groups=1)
+
+
+def output_rows(y: Tensor, spec: LayerSpec) -> Tensor:
+    """A layer's output as rows (positions, out_channels), in the order of `patches`."""
+    if spec.ndim:
+        y = (y if y.dim() == spec.ndim + 2 else y[None]).movedim(1, -1)
+    return y.reshape(-1, spec.out_channels)

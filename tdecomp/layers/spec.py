@@ -1,20 +1,17 @@
 """What a layer is, apart from its weights, and what a kind of layers is; `kinds` lists them."""
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tdecomp.files.typed import typed
+from tdecomp.layers.geometry import Call, Geometry, all_whole
 
-# What has one entry for each dimension, and the least that each may be.
-_LEAST = {"kernel_size": 0, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 # What else a module is made with, by name.
 Options = tuple[tuple[str, int | str | bool | None], ...]
 # Shown in the text of a convolution where they differ from torch's defaults.
@@ -22,15 +19,7 @@ _SHOWN = ("stride", "padding", "dilation", "output_padding", "groups", "padding_
 
 
 @dataclass(frozen=True)
-class Call:
-    """The size of one call of a layer: `batch` maps of spatial `size`, or vectors for a Linear."""
-
-    batch: int
-    size: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class LayerSpec:
+class LayerSpec(Geometry):
     """A Linear (no spatial dimension) or a convolution, without its weights.
 
     >>> spec = LayerSpec.of(nn.Conv2d(16, 32, 3, stride=2, padding=1))
@@ -70,17 +59,6 @@ class LayerSpec:
         Linear, or the other sizes are those of no layer.
     """
 
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] | str = ()
-    dilation: tuple[int, ...] = ()
-    output_padding: tuple[int, ...] = ()
-    groups: int = 1
-    padding_mode: str = "zeros"
-    bias: bool = True
-    transposed: bool = False
     kind: str = ""
     options: Options = ()
     parts: tuple[int, ...] = field(default=(), compare=False)
@@ -89,20 +67,16 @@ class LayerSpec:
     later: ClassVar[tuple[str, ...]] = ("options", "parts")
 
     def __post_init__(self) -> None:
-        into, out, groups = self.in_channels, self.out_channels, self.groups
-        whole = type(into) is type(out) is type(groups) is int and min(into, out, groups - 1) >= 0
-        if not whole or into % groups or out % groups:
-            raise ValueError(f"expected multiples of groups={groups!r}, got {into!r}→{out!r}")
-        sizes = (self.kernel_size, self.stride, self.padding, self.dilation, self.output_padding)
-        _check_sizes(sizes, self.transposed)
-        if self.parts and (self.ndim or not _whole(self.parts, 1) or sum(self.parts) != out):
+        super().__post_init__()
+        out, parts = self.out_channels, self.parts
+        if parts and (self.ndim or not all_whole(parts, 1) or sum(parts) != out):
             raise ValueError(
                 f"expected parts to be sizes of at least 1 that sum to the {out} outputs of a "
-                f"Linear, got {self.parts!r}"
+                f"Linear, got {parts!r}"
             )
         if not self.kind:
             convolution = f"Conv{'Transpose' if self.transposed else ''}{self.ndim}d"
-            linear = "Linear" if groups == 1 else "GroupedLinear"
+            linear = "Linear" if self.groups == 1 else "GroupedLinear"
             object.__setattr__(self, "kind", convolution if self.ndim else linear)
 
     @classmethod
@@ -122,63 +96,9 @@ class LayerSpec:
         return self.kind in KINDS and KINDS[self.kind].lookup
 
     @property
-    def ndim(self) -> int:
-        """Spatial dimensions: 0 for a Linear."""
-        return len(self.kernel_size)
-
-    @property
-    def group_in(self) -> int:
-        return self.in_channels // self.groups
-
-    @property
-    def group_out(self) -> int:
-        return self.out_channels // self.groups
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether each of several filters sees a single channel."""
-        return self.groups > 1 and self.group_in == 1
-
-    @property
-    def kernel_volume(self) -> int:
-        return math.prod(self.kernel_size)
-
-    @property
-    def fan_in(self) -> int:
-        """Inputs that one output of a plain convolution sees: in / groups times the kernel."""
-        return self.group_in * self.kernel_volume
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """(out, in / groups, *kernel): the shape of the weight in the forward layout."""
-        return (self.out_channels, self.group_in, *self.kernel_size)
-
-    @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the weight as the layer stores it."""
         return tuple(self.from_forward_layout(torch.empty(self.kernel_shape, device="meta")).shape)
-
-    @property
-    def params(self) -> int:
-        return math.prod(self.kernel_shape) + (self.out_channels if self.bias else 0)
-
-    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Spatial size of the output for inputs of spatial `size`."""
-        if self.padding == "same":
-            return size
-        padding = (0,) * self.ndim if isinstance(self.padding, str) else self.padding
-        along = zip(size, self.kernel_size, self.stride, padding, self.dilation, strict=True)
-        if self.transposed:
-            least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in along]
-            return tuple(map(operator.add, least, self.output_padding))
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
-
-    def takes(self, call: Call) -> bool:
-        """Whether there can be such a call."""
-        sizes = (call.batch, *call.size)
-        if len(call.size) != self.ndim or not _whole(sizes, 0):
-            return False
-        return _whole(self.output_size(call.size), 0)
 
     def call(self, input_shape: Iterable[int]) -> Call:
         """The `Call` that an input of this shape (batched or not) makes."""
@@ -293,22 +213,6 @@ class LayerSpec:
         """The inverse of `to_dict`, also after a round trip through JSON."""
         spec: LayerSpec = typed(cls, {"kind": "", **data}, "layer")
         return spec
-
-
-@lru_cache(1024)  # chains of all ranks have few geometries
-def _check_sizes(sizes: tuple[Any, ...], transposed: bool) -> None:
-    for (name, least), given in zip(_LEAST.items(), sizes, strict=True):
-        if name == "padding" and given in ("same", "valid") and not transposed:
-            continue
-        if not (isinstance(given, tuple) and len(given) == len(sizes[0]) and _whole(given, least)):
-            raise ValueError(
-                f"expected {name} to have a whole number of at least {least} for each dimension of "
-                f"the kernel, got {given!r}"
-            )
-
-
-def _whole(numbers: Iterable[Any], least: int) -> bool:
-    return all(isinstance(number, int) and number >= least for number in numbers)
 
 
 class LayerKind(ABC):

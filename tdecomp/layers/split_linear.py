@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 
 
 class SplitLinear(nn.Module):

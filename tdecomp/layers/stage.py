@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 
 
 class Stage(Protocol):

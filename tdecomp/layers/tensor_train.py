@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tdecomp.layers.spec import Call
+from tdecomp.layers.geometry import Call
 
 Shape = tuple[int, ...]
 # An axis of the tensor between two steps: of the batch, of the inputs or outputs of one core, or

@@ -7,8 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdecomp.linalg.column_space import in_column_spaces
+from tdecomp.linalg.leading_outputs import outputs_moment
+from tdecomp.linalg.nested_losses import nested_losses
 from tdecomp.linalg.second_moment import SecondMoment
-from tdecomp.linalg.spectrum import tails
+from tdecomp.linalg.spectrum import tails_of
 
 Ranks = tuple[int, ...]
 
@@ -49,26 +52,31 @@ def best_ranks(
 
     Each is cut by itself to its leading principal outputs. A rank more of one costs ``in + out_i``;
     the next is always that which loses least for its cost. `importance` (out, out) is that of all
-    outputs; ranks are multiples of the part's entry of `steps`.
+    outputs; ranks are multiples of the part's entry of `steps`. Large parts may be float32.
     """
     prices = [sum(part.shape) for part in parts]
     if importance is None:
-        alone = tuple(_losses(part, moment) for part in parts)
+        alone = tuple(nested_losses(part, moment)[0] for part in parts)
         return BestRanks(_by_gain(alone, prices, steps), alone)
-    outputs = _between(torch.cat([*parts]), moment)  # (out, out)
-    sizes, largest = [len(part) for part in parts], [min(part.shape) for part in parts]
-    pairs = zip(diagonal_blocks(outputs, sizes), largest, strict=True)
-    leading = [_leading(own, most) for own, most in pairs]
-    alone = tuple(_tails(values) for values, _ in leading)
-    counts = zip(leading, diagonal_blocks(importance, sizes), strict=True)
-    gains = [_tails(v * ((h @ u) * u).sum(dim=0).clamp_min(0.0)) for (v, u), h in counts]
-    ranks = _by_gain(gains, prices, steps)
+    inner, importance = in_column_spaces(parts, importance)
+    assert importance is not None
+    outputs = outputs_moment(torch.cat(inner), moment)  # (components, components)
+    outputs = outputs.tril_().add_(outputs.tril(-1).T)
+    sizes = [len(part) for part in inner]  # the largest useful ranks
+    del inner
+    leading = [torch.linalg.eigh(own) for own in diagonal_blocks(outputs, sizes)]
+    values = [found.eigenvalues.flip(0).clamp_min(0.0) for found in leading]
     # In the directions of all parts' leading outputs: errors of one are errors of others, too.
-    bases = [basis for _, basis in leading]
-    products = _rotated(importance, bases) * _rotated(outputs, bases)
-    order = _order(ranks, largest)
+    bases = [found.eigenvectors.flip(1) for found in leading]
+    del leading
+    products = _rotated(importance, bases)
+    counts = zip(values, products.diagonal().split(sizes), strict=True)
+    gains = [tails_of(own * count.clamp_min(0.0)) for own, count in counts]
+    ranks = _by_gain(gains, prices, steps)
+    products *= _rotated(outputs, bases)
+    order = _order(ranks, sizes)
     weighted = _lost_from(products[order][:, order])[[sum(rank) for rank in ranks]]
-    return BestRanks(ranks, alone, weighted)
+    return BestRanks(ranks, tuple(map(tails_of, values)), weighted)
 
 
 def diagonal_blocks(matrix: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -84,30 +92,6 @@ def _rotated(matrix: Tensor, bases: Sequence[Tensor]) -> Tensor:
     right = torch.cat([block @ basis for block, basis in columns], dim=1)
     rows = zip(bases, right.split(sizes), strict=True)
     return torch.cat([basis.T @ block for basis, block in rows])
-
-
-def _leading(outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues (rank,) and their eigenvectors (out, rank)."""
-    values, vectors = torch.linalg.eigh(outputs)
-    return values.flip(0)[:rank].clamp_min(0.0), vectors.flip(1)[:, :rank]
-
-
-def _losses(part: Tensor, moment: SecondMoment | None) -> Tensor:
-    """What is lost of a matrix's outputs at rank 0, 1, 2 and so on."""
-    if moment is None:
-        return tails(part)
-    values = torch.linalg.eigvalsh(moment.between(part)).flip(0)
-    return _tails(values[: min(part.shape)].clamp_min(0.0))
-
-
-def _between(matrix: Tensor, moment: SecondMoment | None) -> Tensor:
-    return matrix @ matrix.T if moment is None else moment.between(matrix)
-
-
-def _tails(values: Tensor) -> Tensor:
-    """The sums of all values but the first 0, 1, 2 and so on."""
-    sums = values.flip(0).cumsum(0).flip(0)  # smallest first: no small one is rounded away
-    return torch.cat([sums, sums.new_zeros(1)])
 
 
 def _by_gain(

@@ -45,15 +45,19 @@ def is_large_kernel(kernel: Tensor) -> bool:
     return min(len(kernel), kernel[0].numel()) >= LARGE
 
 
-def outputs_moment(kernel: Tensor, moment: SecondMoment, *, triangular: bool = False) -> Tensor:
+def outputs_moment(
+    kernel: Tensor, moment: SecondMoment | None, *, triangular: bool = False
+) -> Tensor:
     """The lower triangle of ``K G Kᵀ`` (out, out) in float64, with the moment's ridge.
 
     Of a kernel that is upper triangular the zeros are not multiplied.
     """
+    if moment is None:
+        return gram_matrix(kernel)
     out, ridge = len(kernel), moment.ridge
     zeros = range(0, out, _ROWS) if triangular else [0] * -(-out // _ROWS)  # before each block
     if moment.diagonal is not None:
-        return gram_matrix(kernel.double() * (moment.diagonal.double() + ridge).sqrt())
+        return gram_matrix(kernel, columns=(moment.diagonal.double() + ridge).sqrt())
     if moment.rows is not None:
         rows = moment.rows.double()
         seen = rows.new_empty(out, len(rows))

@@ -25,6 +25,7 @@ _LEAST = 1e-290
 _RIDGE_GROWTH = 4.0
 _WIDE = 512
 _BLOCK_ROWS = 512  # of a large kernel that are multiplied at a time
+_BLOCK_COLUMNS = 2048  # of a lookup's kernel, which has one for each of its rows
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,33 @@ class SecondMoment:
         """
         if difference.dtype == torch.float32 and self.diagonal is None:
             return self._lost_by_blocks(difference)
+        if self.diagonal is not None:
+            parts = (part.split(_BLOCK_COLUMNS, -1) for part in (difference, self.diagonal))
+            pairs = zip(*parts, strict=True)
+            return sum(float((d.to(self.diagonal.dtype).square() @ g).sum()) for d, g in pairs)
         difference = difference.to(self._held.dtype)
         if self.rows is not None:
             lost = (difference @ self.rows.T).square().sum()
             return float(lost + self.added * difference.square().sum())
-        if self.diagonal is not None:
-            return float((difference.square() @ self.diagonal).sum())
         # Round-off can make the loss of an exact fit slightly negative.
         return max(float(((difference @ self._matrix) * difference).sum()), 0.0)
+
+    def weighted_loss(self, difference: Tensor, importance: Tensor) -> float:
+        """``tr(H D G Dᵀ)`` with the importance H (out, out) of the outputs, some rows at a time.
+
+        Of H, which is symmetric, the entries above the diagonal are not read.
+        """
+        lost = 0.0
+        for at in range(0, len(difference), _BLOCK_ROWS):
+            applied = self.applied(difference[at : at + _BLOCK_ROWS].double())
+            stop = at + len(applied)
+            counts = importance[at:stop, :stop].tril(at)
+            counts.diagonal(at).mul_(0.5)
+            for some, others in zip(
+                counts.split(_BLOCK_ROWS, dim=1), difference[:stop].split(_BLOCK_ROWS), strict=True
+            ):
+                lost += 2 * float(((some @ others.double()) * applied).sum())
+        return lost
 
     def _lost_by_blocks(self, difference: Tensor) -> float:
         if self.rows is not None:
@@ -220,18 +240,3 @@ def _ridged(matrix: Tensor, ridge: float) -> Tensor:
 
 def _solution(definite: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(definite))
-
-
-def nested_losses(outputs: Tensor, ranks: int, importance: Tensor | None = None) -> Tensor:
-    """The losses when 0, 1, … `ranks` leading principal components of the outputs are kept.
-
-    `outputs` is the second moment (out, out) of the outputs. The loss of an error with second
-    moment E is its trace, or ``tr(H E)`` with an `importance` H (out, out).
-    """
-    values, vectors = torch.linalg.eigh(outputs)
-    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    if importance is not None:
-        values = values * ((importance @ vectors) * vectors).sum(dim=0).clamp_min(0.0)
-    kept = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    lost: Tensor = (values.sum() - kept)[: ranks + 1].clamp_min(0.0)
-    return lost

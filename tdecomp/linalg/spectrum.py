@@ -42,7 +42,12 @@ def spectra(unfoldings: Sequence[Sequence[Tensor]]) -> list[Spectrum]:
 
 def tails(matrix: Tensor) -> Tensor:
     """The squared errors of the best approximations of rank 0, 1, 2 and so on."""
-    squares = torch.from_numpy(_squared_singular_values(matrix, 1.0)).clamp_min(0.0)
+    return tails_of(torch.from_numpy(_squared_singular_values(matrix, 1.0)))
+
+
+def tails_of(squares: Tensor) -> Tensor:
+    """The sums of all but the first 0, 1, 2 and so on; round-off may have made some negative."""
+    squares = squares.clamp_min(0.0)
     sums = squares.flip(0).cumsum(0).flip(0)  # smallest first: no small one is rounded away
     return torch.cat([sums, sums.new_zeros(1)])
 

@@ -105,16 +105,21 @@ def _gram_svd(matrix: Tensor, rank: int, randomized: Sketch) -> tuple[Tensor, Te
     return u, s, projected.div_(torch.where(s > 0, s, 1.0)[:, None])
 
 
-def gram_matrix(matrix: Tensor, scale: float = 1.0) -> Tensor:
+def gram_matrix(matrix: Tensor, scale: float = 1.0, *, columns: Tensor | None = None) -> Tensor:
     """The lower triangle of ``matrix @ matrix.T / scale²`` in float64, some columns at a time.
 
-    `eigh` and `eigvalsh` do not read the upper triangle, which would cost as much again.
+    `eigh` and `eigvalsh` do not read the upper triangle, which would cost as much again. `columns`
+    are numbers that the columns are multiplied by.
     """
     rows = matrix.shape[0]
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
-    columns = min(_GRAM_CHUNK, max(_GRAM_LEAST, _GRAM_ENTRIES // max(rows, 1)))
-    for chunk in matrix.split(columns, dim=1):
-        block = chunk.double() if scale == 1.0 else chunk.double() / scale
+    count = min(_GRAM_CHUNK, max(_GRAM_LEAST, _GRAM_ENTRIES // max(rows, 1)))
+    for at in range(0, matrix.shape[1], count):
+        block = matrix[:, at : at + count].double()
+        if scale != 1.0:
+            block = block / scale
+        if columns is not None:
+            block = block * columns[at : at + count]
         for start in range(0, rows, _GRAM_ROWS):
             stop = start + _GRAM_ROWS
             gram[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)

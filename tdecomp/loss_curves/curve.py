@@ -11,7 +11,8 @@ from scipy.interpolate import PchipInterpolator
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
-from tdecomp.loss_curves.losses import LayerLosses, Lost, only_rank
+from tdecomp.loss_curves.losses import LayerLosses, only_rank
+from tdecomp.loss_curves.measured import Lost
 from tdecomp.ranks.base import Option, as_tuple, spread
 from tdecomp.ranks.grid import ANY_RANK, Rounding, rank_steps, steps_along
 

@@ -1,7 +1,7 @@
 """What one rank of one method loses on one layer: by singular values, or by a draft."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -11,49 +11,28 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.fit_cache import LayerFits
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import (
     FittedLayer,
     fit_layer,
     fit_size,
+    fit_to_dtype,
     group_kernels,
     spectra_of,
 )
 from tdecomp.decomposers.tied import Member, group_cost
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
-from tdecomp.layers.spec import Call, LayerSpec
-from tdecomp.linalg.best_ranks import BestRanks
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 from tdecomp.linalg.spectrum import Spectrum
+from tdecomp.loss_curves.measured import KnownRanks, Lost, Measured
 from tdecomp.ranks.base import as_tuple
 from tdecomp.runtime.torch_state import full_precision
 
 Value = TypeVar("Value")
-# The loss weighted by gradients (None where they are not known), and the layer's own share of its
-# output's variance or of its squared weights.
-Measured = tuple[float | None, float]
-Lost = tuple[float, float]  # the loss, comparable from layer to layer, and the same share
-
-
-@dataclass(frozen=True)
-class KnownRanks:
-    """The ranks that lose least together, with losses that need no fit."""
-
-    best: BestRanks
-    variance: float  # of the output, or the sum of the squared weights
-
-    def share(self, rank: Rank) -> float:
-        """The lost share of any ranks."""
-        return self.best.lost(as_tuple(rank)) / self.variance
-
-    @property
-    def measured(self) -> dict[Rank, Measured]:
-        """By each of the ranks, ascending, what it loses."""
-        ranks, weighted = self.best.ranks, self.best.weighted
-        losses = [None] * len(ranks) if weighted is None else weighted.tolist()
-        return {r: (loss, self.share(r)) for r, loss in zip(ranks, losses, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -107,10 +86,9 @@ class LayerLosses:
         Else a bound or a draft's; or None. With moments the lost share of the output's variance, on
         held-out samples where there are some; without the relative weight error.
         """
-        fit = self._closest_fit(method, rank) if self.fits_to_data(method) else None
-        error = None if fit is None else fit.held_out_error(self.weight, self.moments)
+        error = self._error_of_fit(method, rank) if self.fits_to_data(method) else None
         if error is not None:
-            return error.value
+            return error
         nested, several = self.nested(method), self._known_ranks(method)
         if nested is not None:
             return self.row_error(method, nested[only_rank(rank)][1])
@@ -120,14 +98,32 @@ class LayerLosses:
         # De Lathauwer et al. 2000, "A multilinear singular value decomposition", property 10.
         return None if outside is None else math.sqrt(min(sum(outside), 1.0))
 
-    def _closest_fit(self, method: Decomposer, rank: Rank) -> FittedLayer | None:
-        """The fit, or the draft, that is known; the fit of a nested method is made now."""
-        if self.nested(method) is not None:
-            return self.fit(method, rank, draft=False)
-        for draft in (False, True):
+    def _error_of_fit(self, method: Decomposer, rank: Rank) -> float | None:
+        """Of the fit, or the draft, that is known; else of one made now and not kept.
+
+        The fits of many layers take as much memory as these. None for methods of one rank of which
+        no fit is exact.
+        """
+
+        def error_of(fit: FittedLayer | None) -> float | None:
+            error = None if fit is None else fit.held_out_error(self.weight, self.moments)
+            return None if error is None else error.value
+
+        exact = self._is_exact(method)
+        for draft in (False,) if exact else (False, True):
             if (fit := self.known_fit(method, rank, draft=draft)) is not None:
-                return fit
-        return self.fit(method, rank, draft=True) if isinstance(rank, tuple) else None
+                return error_of(fit)
+        if not exact and not isinstance(rank, tuple):
+            return None
+        return self._cached(
+            method, ("error", rank), lambda: error_of(self._fit_now(method, rank, draft=not exact))
+        )
+
+    def _is_exact(self, method: Decomposer) -> bool:
+        """Whether one fit, which is no draft, tells what there is to know of a rank."""
+        if not method.knows_losses:
+            return False
+        return not method.iterative or self.nested(method) is not None
 
     def least(self, method: Decomposer, rank: Rank) -> float | None:
         """A lower bound on the loss of any fit of these ranks, from singular values; or None."""
@@ -211,14 +207,14 @@ class LayerLosses:
 
     def fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit itself, or None if it fails; only methods that iterate have drafts."""
+        key = rank, draft and method.iterative
+        return self._cached(method, key, lambda: self._fit_now(method, rank, draft=draft))
 
-        def compute() -> FittedLayer | None:
-            try:
-                return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
-            except (ValueError, torch.linalg.LinAlgError):
-                return None
-
-        return self._cached(method, (rank, draft and method.iterative), compute)
+    def _fit_now(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
+        try:
+            return fit_layer(self.weight, self.spec, method, rank, self.moments, draft=draft)
+        except (ValueError, torch.linalg.LinAlgError):
+            return None
 
     def known_fit(self, method: Decomposer, rank: Rank, *, draft: bool) -> FittedLayer | None:
         """The fit, or the draft, at this rank if one was made."""
@@ -232,39 +228,49 @@ class LayerLosses:
 
     def _known_ranks_now(self, method: Decomposer, steps: Sequence[int]) -> KnownRanks | None:
         method = method.for_layer(self.spec)
-        moments = self.moments if self.fits_to_data(method) else None
         with full_precision(self.weight.device):
-            (kernel,) = group_kernels(self.weight.detach().double(), self.spec)
-            second = importance = None
-            if moments is not None:
-                (second,), blocks = moments.second_moments(), moments.gradient_blocks()
-                importance = None if blocks is None else blocks[0]
+            variance = self._variance(method)
+            (kernel,), (second,), (importance,) = self._norms(method)
             best = method.best_ranks(kernel, second, importance, steps)
             if best is None:
                 return None
-            whole = best.lost((0,) * len(steps))
-            variance = whole if moments is None else moments.output_variance(self.weight)
-            return KnownRanks(best, variance or 1.0)
+            whole = best.lost((0,) * len(steps)) if variance is None else variance
+            return KnownRanks(best, whole or 1.0)
 
     def _nested_now(self, method: Decomposer) -> list[Measured] | None:
         method = method.for_layer(self.spec)
-        moments = self.moments if self.fits_to_data(method) else None
         with full_precision(self.weight.device):
-            kernels = group_kernels(self.weight.detach().double(), self.spec)
-            second: Sequence[SecondMoment | None] = [None] * len(kernels)
-            blocks = None
-            if moments is not None:
-                second, blocks = moments.second_moments(), moments.gradient_blocks()
-            plain = _total(map(method.lost_at_every_rank, kernels, second))
-            if plain is None:
-                return None
-            variance = float(plain[0]) if moments is None else moments.output_variance(self.weight)
-            shares = (plain / (variance or 1.0)).tolist()
-            if blocks is None:
-                return [(None, share) for share in shares]
-            weighted = _total(map(method.lost_at_every_rank, kernels, second, blocks))
-            assert weighted is not None
-            return list(zip(weighted.tolist(), shares, strict=True))
+            variance = self._variance(method)
+            plain: Tensor | None = None
+            weighted: Tensor | None = None
+            for kernel, second, importance in zip(*self._norms(method), strict=True):
+                found = method.plain_and_weighted_losses(kernel, second, importance)
+                if found is None:
+                    return None
+                plain, weighted = _sum(plain, found[0]), _sum(weighted, found[1])
+            assert plain is not None
+            whole = float(plain[0]) if variance is None else variance
+            shares = (plain / (whole or 1.0)).tolist()
+            losses = [None] * len(shares) if weighted is None else weighted.tolist()
+            return list(zip(losses, shares, strict=True))
+
+    def _norms(
+        self, method: Decomposer
+    ) -> tuple[Sequence[Tensor], Sequence[SecondMoment | None], Sequence[Tensor | None]]:
+        """Each group's kernel, and by what its losses are measured: moments and importance."""
+        dtype = fit_to_dtype(method, self.weight, self.spec)
+        kernels = group_kernels(self.weight.detach().to(dtype), self.spec)
+        unknown = [None] * len(kernels)
+        if self.moments is None or not self.fits_to_data(method):
+            return kernels, unknown, unknown
+        blocks = self.moments.gradient_blocks()
+        return kernels, self.moments.second_moments(), unknown if blocks is None else blocks
+
+    def _variance(self, method: Decomposer) -> float | None:
+        """Of the layer's outputs; None where losses are those of the weights."""
+        if self.moments is None or not self.fits_to_data(method):
+            return None
+        return self.moments.output_variance(self.weight)
 
 
 def key_of(method: Decomposer, what: Hashable) -> Hashable:
@@ -273,24 +279,16 @@ def key_of(method: Decomposer, what: Hashable) -> Hashable:
     return type(method), method.name, repr(method), what
 
 
-def _total(groups: Iterable[Tensor | None]) -> Tensor | None:
-    """The sum over the groups, or None where a group has none."""
-    total: Tensor | None = None
-    for group in groups:
-        if group is None:
-            return None
-        total = group if total is None else total + group
-    return total
+def _sum(total: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if total is None or other is None else total + other
 
 
 def whole_loss(weight: Tensor, moments: LayerMoments) -> float | None:
     """The loss of a layer's whole output, or None where its gradients are not known."""
-    blocks = moments.gradient_blocks()
-    if blocks is None:
+    if moments.gradient is None:
         return None
     with full_precision(weight.device):
-        groups = zip(blocks, moments.second_moments(), moments.kernels(weight), strict=True)
-        return sum(float((block * moment.between(k)).sum()) for block, moment, k in groups)
+        return moments.weighted_loss(weight, moments.second_moments())
 
 
 def only_rank(rank: Rank) -> int:

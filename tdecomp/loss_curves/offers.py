@@ -98,7 +98,9 @@ def offer_ranks(
 
     With `held_out` the errors of curves are those on samples that are held out, if there are any.
     """
-    losses = layer_losses([site for site, _ in able], moments)
+    losses = layer_losses(
+        [site for site, _ in able], moments, in_unit=curves and _needs_unit(able, moments)
+    )
     drawn: list[dict[str, LossCurve]] = [{}] * len(able)
     if curves:
         drawing = curves_on_held_out if held_out else layer_curves
@@ -128,10 +130,22 @@ def offers_of(
     return offers
 
 
-def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLosses]:
-    """For each site the losses of its ranks, in one unit for all sites.
+def _needs_unit(able: Sequence[Able], moments: Moments | None) -> bool:
+    """Whether some losses are weighted by gradients and others, to be compared with them, not."""
+    if moments is None:
+        return False
+    known = [moments.layers.get(site.name) for site, _ in able]
+    weighted = [seen is not None and seen.gradient is not None for seen in known]
+    by_data = all(method.uses_moments for _, methods in able for method in methods)
+    return any(weighted) and not (all(weighted) and by_data)
 
-    A layer whose gradients are not known counts as much as the others do on average.
+
+def layer_losses(
+    sites: Sequence[Site], moments: Moments | None, *, in_unit: bool = True
+) -> list[LayerLosses]:
+    """For each site the losses of its ranks; with `in_unit` in one unit for all sites.
+
+    A layer whose gradients are not known then counts as much as the others do on average.
     """
     cache = FitCache() if moments is None else moments.fits
     found, wholes = [], []
@@ -143,7 +157,7 @@ def layer_losses(sites: Sequence[Site], moments: Moments | None) -> list[LayerLo
         known = cache.of(site.name if moments is None else (site.name, _digest(weight)))
         if seen is not None:
             seen = seen.to(weight.device)
-            wholes.append(whole_loss(weight, seen))
+            wholes.append(whole_loss(weight, seen) if in_unit else None)
         members = [(mine.spec, mine.calls) for mine in site.group if mine.spec is not None]
         found.append(LayerLosses(
             weight.detach(), spec, seen, site.calls, cache=known, group=tuple(members)

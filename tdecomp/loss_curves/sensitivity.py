@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tdecomp.calibration.calibrate import site_moments
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.cost import Cost
 from tdecomp.layers.spec import LayerSpec

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdecomp.layers.spec import KINDS, Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import KINDS, LayerSpec
 from tdecomp.model.filters import Filters
 from tdecomp.model.fused import with_parts
 from tdecomp.model.reasons import Reasons

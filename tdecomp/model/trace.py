@@ -11,7 +11,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.model.macs import MacCounter
 from tdecomp.model.operators import OperatorMode

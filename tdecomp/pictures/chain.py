@@ -9,7 +9,8 @@ from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.chain import Chain, Rank
 from tdecomp.layers.cost import chain_cost, count_in_words
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.layers.stage import Stage
 from tdecomp.pictures.drawing import Box, Drawing, Strip, drawn
 from tdecomp.ranks.base import checked_rank

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tdecomp.calibration.calibrate import unwatched
 from tdecomp.calibration.estimate import Estimate
-from tdecomp.calibration.moments import LayerMoments, Moments
+from tdecomp.calibration.layer_moments import LayerMoments
+from tdecomp.calibration.moments import Moments
 from tdecomp.decomposers.assemble import assemble
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.factors import Factorization

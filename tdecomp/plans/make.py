@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tdecomp.calibration.calibrate import site_moments
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import FittedLayer
 from tdecomp.layers.cost import Cost, total

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from tdecomp.files.typed import typed
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 
 
 @dataclass(frozen=True)

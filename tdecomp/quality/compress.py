@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from tdecomp.calibration.data import Batches, batches_or_moments
 from tdecomp.calibration.moments import Moments
 from tdecomp.calibration.opening import opened_for
+from tdecomp.calibration.passes import Batches, batches_or_moments
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.model.example import Example

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches
 from tdecomp.layers.chain import Rank
 from tdecomp.pipeline import carry_out
 from tdecomp.plans.make import Planned, Request, make_plan

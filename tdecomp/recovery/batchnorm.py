@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.calibration.passes import BatchError, Batches
 from tdecomp.model.batches import Forward, count_samples, device_of
 from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.estimate import helps
+from tdecomp.calibration.passes import Batches
 from tdecomp.model.batches import copied, in_parts, tensors_of
 from tdecomp.recovery.adam import Adam, Coordinates
 from tdecomp.recovery.blocks import Block

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdecomp.calibration.accumulator import each_output, spread, wide
-from tdecomp.layers.patches import count_patches, patches_at, to_kernel_order
+from tdecomp.calibration.accumulator import spread, wide
+from tdecomp.layers.patches import count_patches, each_output, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 
 # About so many patches are kept of each layer's, and so many numbers in them, but a few hundred.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.passes import Batches
 from tdecomp.model.batches import Forward
 from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.estimate import Estimate, lost_share
+from tdecomp.calibration.passes import Batches
 from tdecomp.model.batches import copied, count_samples, device_of, tensors_of
 from tdecomp.runtime.torch_state import evaluating, exact_passes
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from tdecomp.runtime.parallel import OneThread
 from tdecomp.runtime.scope import Scope, interrupts_deferred
-from tdecomp.runtime.torch_state import give_one_thread, hooks, thread_count
+from tdecomp.runtime.threads import give_one_thread, thread_count
+from tdecomp.runtime.torch_state import hooks
 
 Place = TypeVar("Place")
 # What is taken of the arguments, and of the named ones, that a module is called with.

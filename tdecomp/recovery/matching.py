@@ -12,7 +12,7 @@ from torch import Tensor
 from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.estimate import helps
-from tdecomp.calibration.moments import LayerMoments, is_widest
+from tdecomp.calibration.layer_moments import LayerMoments, is_widest
 from tdecomp.decomposers.assemble import write_factors
 from tdecomp.decomposers.factors import Factorization
 from tdecomp.decomposers.fit_layer import factorize

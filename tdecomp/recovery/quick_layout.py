@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdecomp.calibration.data import BatchError, Batches
+from tdecomp.calibration.passes import BatchError, Batches
 from tdecomp.model.batches import tensors_of
 from tdecomp.model.example import images_in_layout
 

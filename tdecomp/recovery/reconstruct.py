@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tdecomp.calibration.augment import Augment, flip_and_shift
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.passes import Batches
 from tdecomp.model.batches import Forward, device_of
 from tdecomp.model.example import images_in_layout
 from tdecomp.recovery.attempt import Attempt, errors_so_far, left_note

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tdecomp.calibration.data import Batches, batches_for
 from tdecomp.calibration.opening import opened_for
+from tdecomp.calibration.passes import Batches, batches_for
 from tdecomp.model.surgery import adopt, copy_with
 from tdecomp.recovery.held_out import HeldOut
 from tdecomp.runtime.torch_state import restoring

@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdecomp.calibration.accumulator import OutputGradients, is_large
+from tdecomp.calibration.accumulator import is_large
 from tdecomp.calibration.augment import Augment, flip_and_shift
 from tdecomp.calibration.calibrate import unwatched
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.memory import freed_at_once
+from tdecomp.calibration.output_gradients import OutputGradients
+from tdecomp.calibration.passes import Batches
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.layers.chain import Chain
 from tdecomp.layers.lookup_chain import HeadChain

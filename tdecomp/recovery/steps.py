@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.moments import Moments
+from tdecomp.calibration.passes import Batches
 from tdecomp.recovery.batchnorm import RecalibrateBatchnorm
 from tdecomp.recovery.distill import Distill
 from tdecomp.recovery.held_out import HeldOut

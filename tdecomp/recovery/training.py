@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdecomp.calibration.augment import paste
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.passes import Batches
 from tdecomp.layers.chain import Chain
 from tdecomp.model.batches import copied, device_of, tensors_of
 from tdecomp.model.example import images_in_layout

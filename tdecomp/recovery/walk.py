@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import enough
-from tdecomp.calibration.data import Batches
 from tdecomp.calibration.memory import free_memory
+from tdecomp.calibration.passes import Batches
 from tdecomp.layers.patches import count_patches, dense
 from tdecomp.model.batches import copied, count_samples, in_parts
 from tdecomp.recovery.lockstep import (
@@ -28,7 +28,7 @@ from tdecomp.recovery.lockstep import (
     take_turns,
 )
 from tdecomp.recovery.replaced import ReplacedLayer
-from tdecomp.runtime.torch_state import thread_count
+from tdecomp.runtime.threads import thread_count
 
 # Layers are fitted to at least this many samples, if there are so many.
 _SAMPLES = 512

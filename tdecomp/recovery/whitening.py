@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdecomp.calibration.accumulator import Accumulator, enough
 from tdecomp.calibration.calibrate import watchable
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec, kind_of
 from tdecomp.model.batches import count_samples
 from tdecomp.runtime.torch_state import hooks

@@ -17,7 +17,7 @@ from torch import Tensor
 from tdecomp.runtime.executors import is_lost, most_ahead, submit
 from tdecomp.runtime.parcel import Parcel
 from tdecomp.runtime.scope import Scope, interrupts_deferred, raise_pending_interrupt
-from tdecomp.runtime.torch_state import give_one_thread, thread_count
+from tdecomp.runtime.threads import give_one_thread, thread_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from tdecomp.runtime.torch_state import thread_count
+from tdecomp.runtime.threads import thread_count
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from tdecomp.layers.cost import Cost, LookupCost
 from tdecomp.linalg.best_ranks import BestRanks
 from tdecomp.linalg.spectrum import Spectrum
 from tdecomp.loss_curves.curve import LossCurve
-from tdecomp.loss_curves.losses import KnownRanks, key_of
+from tdecomp.loss_curves.losses import key_of
+from tdecomp.loss_curves.measured import KnownRanks
 from tdecomp.ranks.base import Option
 
 _SPECTRA, _NESTED, _BEST = "spectra", "nested", "best ranks"

@@ -1,7 +1,6 @@
 """A folder of safetensors as it is published: which tensors it has, and where they lie."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tdecomp.checkpoint.description import CONFIG, KEY, METHOD, read_config
-from tdecomp.checkpoint.folder import NAMES
-from tdecomp.files.shards import Stored, read_header
-from tdecomp.files.typed import typed
-from tdecomp.files.whole_file import named_in_errors
+from tdecomp.files.index import INDEX_SUFFIX, NAMES, Headers, read_headers, read_index
+from tdecomp.files.shards import Stored
 from tdecomp.plans.table import FORMAT
 
-_SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+_SUFFIX = ".safetensors"
 # Files with the same weights again, in other forms.
 _SAME_WEIGHTS = (
     "*.safetensors", "*.index.json", "pytorch_model*.bin", "consolidated*", "tf_model*.h5",
@@ -95,20 +92,12 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
             f"no such folder: {root}; expected one with *.safetensors and config.json, as "
             "huggingface_hub.snapshot_download(...) returns it"
         )
-    shards, said = _shards(root)
-    tensors: dict[str, Stored] = {}
+    headers = _headers(root)
     marks: dict[str, list[Any]] = {}
-    for file in shards:
-        header, found = read_header(root, file)
-        if twice := tensors.keys() & found.keys():
-            name = min(twice)
-            raise ValueError(f"{root / file}: it has {name!r}, as {tensors[name].file} has already")
-        tensors |= found
+    for file, text in headers.texts.items():
         stat = (root / file).stat()
-        marks[file] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
-    _check_index(root, said, tensors)
-    config = config_in(root)
-    return Source(root, config, tensors, shards, marks)
+        marks[file] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(text).hexdigest()]
+    return Source(root, config_in(root), headers.tensors, tuple(marks), marks)
 
 
 def folder_at(path: str | os.PathLike[str], argument: str) -> Path:
@@ -124,34 +113,24 @@ def folder_at(path: str | os.PathLike[str], argument: str) -> Path:
         raise FileNotFoundError(f"{argument}: no such folder: {path} ({error})") from error
 
 
-def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    """The names of the files with weights, and what an index says of each tensor."""
-    indices = sorted(path.name for path in root.glob(f"*{_INDEX_SUFFIX}"))
-    names = sorted(path.name for path in root.glob(f"*{_SUFFIX}"))
+def _headers(root: Path) -> Headers:
+    """Those of the files with weights, as an index names them, or of the only one."""
+    indices = sorted(path.name for path in root.glob(f"*{_SUFFIX}{INDEX_SUFFIX}"))
     if len(indices) > 1:
         raise ValueError(
             f"{root}: it has several indices, {', '.join(indices)}; expected the files of one model"
         )
     if indices:
-        with named_in_errors(root / indices[0]):
-            said = _index(root / indices[0])
-            listed = tuple(dict.fromkeys(sorted(said.values())))
-            if odd := [name for name in listed if Path(name).name != name]:
-                raise ValueError(f"expected names of files beside it, got {', '.join(odd)}")
-        if missing := [name for name in listed if name not in names]:
-            raise FileNotFoundError(
-                f"{root}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, of "
-                f"the {len(listed)} files that {indices[0]} names; download the folder again"
-            )
-        return listed, said
+        return read_index(root / indices[0])
+    names = sorted(path.name for path in root.glob(f"*{_SUFFIX}"))
     # Beside a file of such a name the others hold what is no state, or the same once more.
     single = [name for name in NAMES if name in names] or (names if len(names) == 1 else [])
     if single:
-        return (single[0],), None
+        return read_headers(root, single[:1])
     if names:
         raise ValueError(
-            f"{root}: {len(names)} files of safetensors without {NAMES[0]}.index.json, which says "
-            "where each tensor lies; download it, too, or keep one of the files in the folder"
+            f"{root}: {len(names)} files of safetensors without {NAMES[0]}{INDEX_SUFFIX}, which "
+            "says where each tensor lies; download it, too, or keep one of the files in the folder"
         )
     pickled = sorted(path.name for path in root.iterdir() if path.suffix in PICKLED)
     if pickled:
@@ -162,27 +141,6 @@ def _shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     inner = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
     words = f"one of its folders: {', '.join(inner)}" if inner else "a folder with weights"
     raise FileNotFoundError(f"{root}: no *.safetensors; expected {words}")
-
-
-def _index(path: Path) -> dict[str, str]:
-    data: dict[str, Any] = typed(dict[str, Any], json.loads(path.read_text("utf-8")), "index")
-    found: dict[str, str] = typed(dict[str, str], data.get("weight_map"), "weight_map")
-    return found
-
-
-def _check_index(root: Path, said: Mapping[str, str] | None, tensors: Mapping[str, Stored]) -> None:
-    """Refuse an index that does not speak of the tensors that the files have."""
-    if said is None:
-        return
-    found = {name: stored.file for name, stored in tensors.items()}
-    wrong = sorted(name for name in {*said, *found} if said.get(name) != found.get(name))
-    if wrong:
-        name, more = wrong[0], f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{root}: the index has {name!r} in {said.get(name, 'no file')}, it is in "
-            f"{found.get(name, 'no file')}{more}; expected the index of these files: download both "
-            "again"
-        )
 
 
 def config_in(folder: Path) -> dict[str, Any]:

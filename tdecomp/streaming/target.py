@@ -18,6 +18,7 @@ try:
 except ImportError:  # of Windows: nothing there tells whether another process is at work
     fcntl = None  # type: ignore[assignment]
 
+from tdecomp.files.index import INDEX_SUFFIX
 from tdecomp.files.json_file import read_json, write_json
 from tdecomp.files.shards import Layout
 from tdecomp.layers.cost import count_in_words
@@ -130,7 +131,7 @@ def index_of(work: Work) -> dict[str, Any]:
 def write_index(target: Path, work: Work, whole: str) -> None:
     """Write the index, unless there is one file, of the name of a whole one."""
     if list(work.layouts) != [whole]:
-        write_json(target / f"{whole}.index.json", index_of(work))
+        write_json(target / f"{whole}{INDEX_SUFFIX}", index_of(work))
 
 
 def check_room(nbytes: int, work_folder: WorkFolder) -> None:

@@ -7,9 +7,9 @@ from math import prod
 
 import torch
 
-from tdecomp.checkpoint.folder import shard_names
 from tdecomp.decomposers.assemble import empty_chain
 from tdecomp.decomposers.tied import tied_chains
+from tdecomp.files.index import shard_names
 from tdecomp.files.shards import Layout, Stored, layout_of, name_of
 from tdecomp.plans.plan import Plan
 from tdecomp.plans.row import Row

@@ -12,7 +12,8 @@ from tdecomp.calibration.opening import opened_for
 from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.registry import Methods, listed_methods
 from tdecomp.layers.cost import chain_cost
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import Forward
 from tdecomp.model.example import LAYOUTS, Example, layout_of
 from tdecomp.model.opened.scope import closed

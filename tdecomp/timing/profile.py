@@ -16,7 +16,8 @@ from tdecomp.files.typed import parsed, typed
 from tdecomp.files.whole_file import named_in_errors, whole_file
 from tdecomp.layers.chain import Rank
 from tdecomp.layers.cost import Cost, chain_cost
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.layers.stage import StageId, id_of
 from tdecomp.model.example import LAYOUTS, Example
 from tdecomp.ranks.grid import Rounding, rank_steps

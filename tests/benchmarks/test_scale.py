@@ -1,6 +1,5 @@
 """The command runs, part by part, and its table says what is within its bound."""
 
-import mmap
 import re
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from benchmarks.scale.__main__ import main, table
 from benchmarks.scale.generation import Speed, in_words
 from benchmarks.scale.row import ScaleRow
-from benchmarks.support.fresh_process import PrivatePeak
 
 
 def test_large_layers(capsys):
@@ -45,11 +43,3 @@ def test_what_bounds_generation_follows_from_the_numbers():
     assert "bound by the products' arithmetic, in 80%" in in_words(whole, half)
     fast = Speed(0.5, 0.21, 0.2, 2 * 10**9)
     assert "bound by memory, in 42%" in in_words(whole, fast)
-
-
-def test_the_peak_of_private_memory():
-    # Of a bytearray the memory may be what an earlier test freed, and the process still held.
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    with PrivatePeak(every=0.001) as watched, mmap.mmap(-1, 2**26, flags=private) as block:
-        block[::4096] = b"1" * (2**26 // 4096)
-    assert 2**26 <= watched.extra < 2**27

@@ -1,71 +1,24 @@
 """One pass over batches: what is seen, how the model is called, and that it is left as it was."""
 
 import contextlib
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdecomp
-from tdecomp.calibration.accumulator import Accumulator, OutputGradients
+from tdecomp.calibration.accumulator import Accumulator
 from tdecomp.calibration.calibrate import calibrate
-from tdecomp.calibration.data import batches_for
 from tdecomp.calibration.moments import Moments
-from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.batches import call_model
 from tdecomp.model.opened.scope import opened
 from tdecomp.model.sites import find_sites
-from tdecomp.runtime.torch_state import exact_passes, no_inference_mode
-from tests.decomposers.oracle import distance
+from tdecomp.runtime.torch_state import exact_passes
+from tests.calibration.small_model import Example, check_same, images, small, taken, whole
 from tests.models import MODELS, TwoInputs
 from tests.unchanged import unchanged
-
-
-def whole(batches, **limits):
-    """Batches of which nothing is held out."""
-    return tdecomp.Data(batches, held_out=0, **limits)
-
-
-def taken(model, batches, *, max_batches=None, max_memory=None, **options):
-    data = whole(batches, max_batches=max_batches, max_memory=max_memory)
-    return calibrate(model, data, progress=False, **options)
-
-
-def images(count=8, seed=0):
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def small(seed=0):
-    """Two convolutions and a Linear, which sees fewer samples than it has inputs."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(6, 5, 3, bias=False),
-            nn.AvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(20, 5),
-        )
-
-
-def check_same(one, other, bound=1e-6):
-    """That two moments are of the same inputs, up to rounding."""
-    assert one.layers.keys() == other.layers.keys()
-    assert one.unreached == other.unreached
-    for name in one:
-        mine, others = one[name], other[name]
-        assert (mine.spec, mine.count, mine.sizes) == (others.spec, others.count, others.sizes)
-        for part in ("mean", "matrix", "rows", "gradient"):
-            a, b = getattr(mine, part), getattr(others, part)
-            assert (a is None) == (b is None), (name, part)
-            if a is not None:
-                assert distance(a, b) < bound, (name, part)
-
 
 # What is seen ------------------------------------------------------------------------------------
 
@@ -119,11 +72,6 @@ def test_words_on_the_moments():
 
 
 # How the model is called -------------------------------------------------------------------------
-
-
-@dataclass
-class Example:
-    image: torch.Tensor
 
 
 @pytest.mark.parametrize(
@@ -271,335 +219,6 @@ def test_batches_are_left_alone():
     assert not x.requires_grad
 
 
-# Bad input ---------------------------------------------------------------------------------------
-
-
-def test_rejected_batch_names_what_the_model_said():
-    with pytest.raises(ValueError, match=r"calibrate: the model rejected a batch .*\(2, 7\)"):
-        taken(small(), [torch.ones(2, 7)])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("count", [1, 8])
-def test_nan_and_infinity_name_the_layer(value, count):
-    class Poisoned(nn.Module):
-        def forward(self, x):
-            return x * value
-
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), Poisoned(), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 2, 3))
-    with pytest.raises(ValueError, match=r"layer '2' .*hold NaN or infinities"):
-        taken(model, [images(count)])
-
-
-def test_model_without_layers_and_data_that_are_none():
-    with pytest.raises(ValueError, match="no Linear or convolution"):
-        taken(nn.ReLU(), [images()])
-    with pytest.raises(TypeError, match="data: expected batches"):
-        taken(small(), 3)
-
-
-# Memory ------------------------------------------------------------------------------------------
-
-
-def test_layers_in_groups_see_the_same(capsys):
-    batches = list(images(12).split(4))
-    plain = taken(small(), batches)
-    limit = 8 * 54 * 55
-    calls = []
-
-    def counted(model, batch):
-        calls.append(len(batch))
-        return model(batch)
-
-    with unchanged(model := small()):
-        grouped = calibrate(model, whole(batches, max_memory=limit), forward=counted)
-    assert "calibrate 3/3" in capsys.readouterr().err
-    # Once to count patches, then with and without gradients.
-    assert len(calls) == 3 + 3 * 2 * 3
-    check_same(grouped, plain, bound=1e-12)
-    assert grouped.samples == plain.samples == 12
-    assert grouped.peak_bytes < plain.peak_bytes
-    assert grouped.peak_bytes <= limit
-
-
-@pytest.mark.parametrize("sizes", [(1, 2000, 3), (2000, 1), (1, 1, 1, 1), (300, 299)])
-@pytest.mark.parametrize("limit", [10**5, 10**6, 3 * 10**6, 10**7])
-def test_the_limit_is_kept_whatever_batch_comes_first(sizes, limit):
-    model = nn.Sequential(nn.Linear(600, 4), nn.Linear(4, 500), nn.Linear(500, 3))
-    batches = [torch.randn(size, 600) for size in sizes]
-    count = sum(sizes)
-    largest = 600 * (8 + (4 * count if count < 600 else 8 * 600))
-    if largest > limit:
-        with pytest.raises(ValueError, match=f"layer '0' .*alone needs {largest:,} bytes"):
-            taken(model, batches, max_memory=limit, gradients=False)
-    else:
-        assert taken(model, batches, max_memory=limit, gradients=False).peak_bytes <= limit
-
-
-def test_enough_memory_takes_one_pass(capsys):
-    calibrate(small(), whole([images()], max_memory=10**6))
-    assert "calibrate: 100%" in capsys.readouterr().err
-
-
-def test_rows_need_less_than_a_matrix():
-    model, x = nn.Linear(1000, 4), torch.ones(10, 1000)
-    assert taken(model, [x, x], max_memory=100_000)[""].count == 20
-    with pytest.raises(ValueError, match=r"layer '' .*alone needs 8,008,000 bytes"):
-        taken(model, [torch.ones(1000, 1000)], max_memory=100_000)
-    with pytest.raises(ValueError, match=r"layer '' .*alone needs 168,000 bytes"):
-        taken(model.double(), [x.double(), x.double()], max_memory=100_000)
-
-
-def test_too_little_memory_says_how_much_is_needed():
-    with pytest.raises(ValueError, match=r"layer '2' .*needs 23,760 bytes; .*got 10,000"):
-        taken(small(), [images()], max_memory=10_000)
-
-
-def test_groups_need_batches_that_can_be_gone_through_again():
-    with pytest.raises(ValueError, match="max_memory goes through the batches more than once"):
-        taken(small(), (x for x in [images()]), max_memory=10**6)
-
-
-# Merged, saved -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5])
-def test_two_parts_give_the_same_as_the_whole(share):
-    # 36 images are more than the 20 inputs of the Linear, the parts of 18 (or 9) are not.
-    x = images(36)
-    first = int(36 * share)
-    parts = [taken(small(), [part], gradients=False) for part in (x[:first], x[first:])]
-    merged, whole = parts[0] + parts[1], taken(small(), [x], gradients=False)
-    assert parts[0]["5"].few
-    assert not merged["5"].few
-    assert merged.samples == merged["5"].samples == 36
-    check_same(merged, whole)
-    few = taken(small(), [x[:5]], gradients=False) + taken(small(), [x[5:12]], gradients=False)
-    check_same(few, taken(small(), [x[:12]], gradients=False))
-    assert few["5"].rows is not None
-
-
-def test_merged_gradients_are_weighed_by_samples():
-    parts = [taken(small(), [images(n, seed=n)]) for n in (10, 30)]
-    merged = (parts[0] + parts[1])["0"].gradient
-    assert distance(merged, 0.25 * parts[0]["0"].gradient + 0.75 * parts[1]["0"].gradient) < 1e-12
-
-
-def test_layer_reached_by_either_part_is_reached():
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
-    a, b = (taken(model, [torch.ones(9, 4)], forward=lambda m, x, k=k: m[k](x)) for k in "ab")
-    assert sorted(a + b) == ["a", "b"]
-    assert (a + b).unreached == ("c",)
-
-
-def test_moments_of_other_layers_cannot_be_merged():
-    one, other = taken(nn.Linear(4, 3), torch.ones(9, 4)), taken(nn.Linear(4, 2), torch.ones(9, 4))
-    with pytest.raises(
-        ValueError, match=r"layer '': moments of Linear\(4→3\) and of Linear\(4→2\)"
-    ):
-        one + other
-    with pytest.raises(TypeError):
-        one + 3
-
-
-def test_saved_moments_come_back(tmp_path):
-    model = nn.ModuleDict({"net": small(), "spare": nn.Linear(4, 4)})
-    moments = taken(model, [images()], forward=lambda m, x: m["net"](x))
-    moments.save(tmp_path / "moments.safetensors")
-    loaded = Moments.load(tmp_path / "moments.safetensors")
-    check_same(loaded, moments, bound=1e-15)
-    assert loaded.unreached == ("spare",)
-    assert (loaded.samples, loaded.peak_bytes) == (moments.samples, moments.peak_bytes)
-    assert loaded["net.5"].samples == moments.samples
-    assert loaded["net.5"].rows.dtype == torch.float32
-    assert loaded["net.0"].spec.kernel_size == (3, 3)
-    check_same(loaded + moments, moments + loaded, bound=1e-15)
-
-
-def test_file_that_holds_no_moments(tmp_path):
-    file = tmp_path / "other.safetensors"
-    file.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"other\.safetensors: damaged or no safetensors file"):
-        Moments.load(file)
-    save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="no moments"):
-        Moments.load(file)
-    for header in ("{}", "[1]", "nonsense", '{"format": 1, "layers": {"0": {}}}'):
-        save_file({"x": torch.zeros(1)}, file, {"tdecomp_moments": header})
-        with pytest.raises(ValueError, match=r"other\.safetensors: "):
-            Moments.load(file)
-    save_file({"x": torch.zeros(1)}, file, {"tdecomp_moments": '{"format": 99}'})
-    with pytest.raises(ValueError, match=r"moments format 99, .*this version reads format 2"):
-        Moments.load(file)
-    with pytest.raises(FileNotFoundError):
-        Moments.load(tmp_path / "nowhere.safetensors")
-
-
-@pytest.mark.parametrize("part", ["mean", "matrix"])
-def test_damaged_file_names_the_tensor_that_it_lacks(tmp_path, part):
-    file = tmp_path / "moments.safetensors"
-    moments = taken(small(), [images()])
-    object.__setattr__(moments["2"], part, None)
-    moments.save(file)
-    with pytest.raises(ValueError, match=f"lacks .*'2/{part}"):
-        Moments.load(file)
-
-
-# Gradients ---------------------------------------------------------------------------------------
-
-
-def jacobian_moments(model, x):
-    """``E[JᵀJ]`` of each layer by torch's own Jacobians, one sample at a time."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-            continue
-        total = 0.0
-        for sample in x:
-
-            def outputs(delta, layer=layer, sample=sample):
-                handle = layer.register_forward_hook(lambda _, __, y: y + delta)
-                with contextlib.closing(_Handle(handle)):
-                    return model(sample[None]).flatten()
-
-            shape = []
-            handle = layer.register_forward_hook(
-                lambda _, __, y, shape=shape: shape.append(y.shape)
-            )
-            model(sample[None])
-            handle.remove()
-            jacobian = torch.autograd.functional.jacobian(outputs, torch.zeros(shape[0]))
-            by_position = jacobian.flatten(3).transpose(1, 2) if jacobian.dim() > 3 else jacobian
-            rows = by_position.reshape(
-                len(jacobian), shape[0][1], -1
-            ).double()  # (z, out, positions)
-            total = total + torch.einsum("zip,zjp->ij", rows, rows)
-        found[name] = total / len(x)
-    return found
-
-
-class _Handle:
-    def __init__(self, handle):
-        self.close = handle.remove
-
-
-def tiny():
-    """A convolution, something in place behind it, and a Linear."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(2, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 4)
-        )
-
-
-@pytest.mark.parametrize("frozen", ["none", "first", "all"])
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_gradients_are_those_of_the_jacobians(frozen, mode):
-    model = tiny()
-    if frozen == "all":
-        model.requires_grad_(False)
-    elif frozen == "first":
-        model[0].requires_grad_(False)
-    x = torch.randn(24, 2, 3, 3, generator=torch.Generator().manual_seed(1))
-    with mode(), unchanged(model):
-        # Many draws of the mixture on the same images.
-        layers = {name: (model[int(name)], LayerSpec.of(model[int(name)])) for name in "03"}
-        slopes = OutputGradients(layers, batches_for("test", [x], progress=False))
-        with no_inference_mode():
-            slopes.add(model, x.repeat(60, 1, 1, 1), 1440)
-        found = slopes.finish()
-    expected = jacobian_moments(model, x)
-    for name, gradient in expected.items():
-        assert distance(found[name], gradient) < 0.1, name
-    assert torch.equal(found["3"], found["3"].T)
-
-
-def test_gradients_are_of_the_first_samples_only():
-    calls = []
-
-    def counted(model, batch):
-        calls.append(torch.is_grad_enabled())
-        return model(batch)
-
-    taken(small(), [images(100)] * 4, forward=counted)
-    # Sixteen samples at a time, up to 128.
-    assert calls == [False] + [True] * 7 + [False] + [True] * 2 + [False] * 2
-    calls.clear()
-    taken(small(), [images(16)] * 10, forward=counted)
-    assert calls == [False, True] * 8 + [False] * 2
-    calls.clear()
-    taken(small(), [images(100)] * 2, forward=counted, gradients=False)
-    assert calls == [False, False]
-
-
-class Sequence(nn.Module):
-    """Takes one sequence of 40 vectors, each of which acts on all."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.layer(x.reshape(40, 6)).cumsum(0)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda x: x, lambda x: (x, "label"), Example], ids=["tensor", "labels", "own"]
-)
-def test_batch_that_cannot_be_cut_is_taken_whole(wrap):
-    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    forward = (lambda m, b: m(b.image)) if wrap is Example else None
-    moments = taken(Sequence(), [wrap(x)], forward=forward)
-    assert moments["layer"].count == 40
-    assert moments["layer"].gradient is not None
-
-
-def test_gradients_are_the_same_every_time():
-    one, other = taken(small(), [images()]), taken(small(), [images()])
-    assert torch.equal(one["0"].gradient, other["0"].gradient)
-
-
-class OnlyForwards(nn.Module):
-    """A model that works but cannot be differentiated."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-        self.layer = nn.Linear(20, 6)
-
-    def forward(self, x):
-        y = self.layer(x)
-        if self.kind == "in place":
-            y = torch.sigmoid(y)
-            y += 1
-        elif self.kind == "numpy":
-            y = torch.from_numpy(2 * y.numpy())
-        elif self.kind == "inference":
-            with torch.inference_mode():
-                y = torch.relu_(self.layer(x))
-        elif self.kind == "detached":
-            y = y.detach()
-        elif self.kind == "words":
-            y = {"label": "cat", "scores": None}
-        return y
-
-
-@pytest.mark.parametrize("kind", ["in place", "numpy"])
-def test_model_that_cannot_be_differentiated_is_calibrated_without_gradients(kind):
-    model, x = OnlyForwards(kind), torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning, match="no gradients can be taken"):
-        moments = taken(model, [x, x])
-    assert moments["layer"].gradient is None
-    check_same(moments, taken(model, [x, x], gradients=False))
-
-
-@pytest.mark.parametrize("kind", ["inference", "detached", "words"])
-def test_output_that_no_gradient_reaches(kind):
-    moments = taken(OnlyForwards(kind), [torch.ones(50, 20)])
-    assert moments["layer"].gradient is None
-
-
 @pytest.mark.parametrize("where", ["model", "batch", "all"])
 def test_inference_tensors_are_taken(where):
     with torch.inference_mode():
@@ -631,32 +250,34 @@ def test_autocast_of_the_caller_rounds_no_sums():
     )
 
 
+# Bad input ---------------------------------------------------------------------------------------
+
+
+def test_rejected_batch_names_what_the_model_said():
+    with pytest.raises(ValueError, match=r"calibrate: the model rejected a batch .*\(2, 7\)"):
+        taken(small(), [torch.ones(2, 7)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("count", [1, 8])
+def test_nan_and_infinity_name_the_layer(value, count):
+    class Poisoned(nn.Module):
+        def forward(self, x):
+            return x * value
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Poisoned(), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 2, 3))
+    with pytest.raises(ValueError, match=r"layer '2' .*hold NaN or infinities"):
+        taken(model, [images(count)])
+
+
+def test_model_without_layers_and_data_that_are_none():
+    with pytest.raises(ValueError, match="no Linear or convolution"):
+        taken(nn.ReLU(), [images()])
+    with pytest.raises(TypeError, match="data: expected batches"):
+        taken(small(), 3)
+
+
 # Used by a plan ----------------------------------------------------------------------------------
-
-
-def test_moments_of_another_model_are_refused():
-    moments = taken(small(), [images()])
-    other = small()
-    other[2] = nn.Conv2d(6, 5, 3, stride=2, bias=False)
-    with pytest.raises(ValueError, match=r"layer '2': the moments .*, the model has .*stride=2"):
-        tdecomp.plan(other, "lowrank", rank=2, data=moments, progress=False)
-    with pytest.raises(ValueError, match="no such layer"):
-        tdecomp.plan(nn.Linear(4, 4), "svd", rank=2, data=moments, progress=False)
-
-
-def test_moments_of_another_input_size_are_refused():
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3))
-    moments = taken(model, [images()])
-    with pytest.raises(ValueError, match=r"layer '0': .*inputs of size 8×8.*give it 9×7"):
-        tdecomp.plan(
-            model,
-            "lowrank",
-            rank=2,
-            data=moments,
-            example_inputs=torch.ones(1, 3, 9, 7),
-            progress=False,
-        )
-    tdecomp.plan(model, "lowrank", rank=2, data=moments, example_inputs=images(1), progress=False)
 
 
 def test_moments_are_no_batches():

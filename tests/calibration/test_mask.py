@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tdecomp import Data, calibrate, decompose, refit
-from tdecomp.calibration.accumulator import OutputGradients
-from tdecomp.calibration.data import batches_for
+from tdecomp.calibration.output_gradients import OutputGradients
+from tdecomp.calibration.passes import batches_for
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import distance
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tdecomp
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec
 from tdecomp.linalg.second_moment import SecondMoment
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import tdecomp
 from tdecomp import Data
-from tdecomp.calibration.data import Batches
+from tdecomp.calibration.passes import Batches
 
 CPU = torch.device("cpu")
 

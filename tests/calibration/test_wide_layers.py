@@ -7,8 +7,8 @@ from torch import nn
 
 import tdecomp
 from tdecomp.calibration.accumulator import Accumulator, sums_bytes
+from tdecomp.calibration.layer_moments import sample_size
 from tdecomp.calibration.memory import free_memory
-from tdecomp.calibration.moments import sample_size
 from tdecomp.decomposers.fit_layer import fit_layer
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec

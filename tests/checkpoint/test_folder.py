@@ -260,7 +260,7 @@ def test_folder_of_an_ordinary_model_is_refused(folder):
 def test_missing_shard_is_named(folder):
     gone = shards_of(folder)[1]
     gone.unlink()
-    refused(folder, "missing shards", INDEX, gone.name)
+    refused(folder, f"{gone.name} is missing", INDEX, error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
@@ -273,7 +273,7 @@ def test_truncated_shard_is_named(folder, share):
 
 def test_index_that_names_tensors_which_no_shard_has(folder):
     edit(folder / INDEX, lambda index: index["weight_map"].update(ghost=shards_of(folder)[0].name))
-    refused(folder, INDEX, "disagrees with its shards", "not there: ghost in model-00001")
+    refused(folder, f"the index has 'ghost' in {shards_of(folder)[0].name}, it is in no file")
 
 
 def test_index_that_lacks_tensors_or_has_them_elsewhere(folder):
@@ -290,7 +290,8 @@ def test_index_that_lacks_tensors_or_has_them_elsewhere(folder):
     content = json.loads((folder / INDEX).read_text())
     moved, lost = change(content)
     (folder / INDEX).write_text(json.dumps(content))
-    refused(folder, f"{moved} in {second}", f"not in the index: {moved} in {first}", lost)
+    words = f"{moved!r} in {second}, it is in {first}", f"{lost!r} in no file, it is in {second}"
+    refused(folder, folder / INDEX, *words)
 
 
 @pytest.mark.parametrize("text", ["", "{junk", "[]", "{}", '{"weight_map": 3}'])
@@ -301,7 +302,7 @@ def test_junk_index(folder, text):
 
 def test_index_that_leads_out_of_the_folder(folder):
     edit(folder / INDEX, lambda index: index["weight_map"].update(ghost="../other.safetensors"))
-    refused(folder, "outside of its folder", "../other.safetensors")
+    refused(folder, INDEX, "expected names of files beside it, got ../other.safetensors")
 
 
 def test_folder_without_weights_or_without_a_configuration(folder, tmp_path):

@@ -3,7 +3,7 @@
 from torch import nn
 
 import tdecomp
-from tdecomp.checkpoint.standing import without_whole
+from tdecomp.checkpoint.standing import plan_of, without_whole
 
 
 class Heads(nn.Module):
@@ -30,3 +30,11 @@ def test_those_that_shared_factors_with_a_whole_layer_go_on_sharing_theirs():
     assert without_whole(result.plan, result.model.state_dict()) is result.plan
     ordinary = without_whole(result.plan, {"table.weight"})  # which stores the one weight once
     assert {row.method for row in ordinary} == {None}
+
+
+def test_so_they_do_where_one_was_put_back_by_hand():
+    result = tdecomp.decompose(Heads(), "svd", rank=4, progress=False)
+    result.model.table = result.model.table.to_layer()
+    plan = tdecomp.Plan.from_json(plan_of(result.model, result.plan).to_json())
+    rows = [(row.name, row.method, row.tied_to) for row in plan]
+    assert rows == [("table", None, None), ("first", "svd", None), ("second", "svd", "first")]

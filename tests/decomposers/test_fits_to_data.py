@@ -10,7 +10,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.calibration.calibrate import calibrate
-from tdecomp.calibration.moments import LayerMoments
+from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.decomposers.fit_layer import fit_layer
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.spec import LayerSpec

@@ -10,7 +10,8 @@ from torch import nn
 
 import tdecomp
 from tdecomp.decomposers.tt import TT
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.layers.tensor_train import TTLinear
 from tests.decomposers.oracle import distance
 

@@ -72,3 +72,10 @@ def test_bytes_are_copied_and_compared(tmp_path):
     assert copied[60:96] == torch.ones(9).numpy().tobytes()
     assert same_bytes(tmp_path, found["a"], found["a"])
     assert not same_bytes(tmp_path, found["a"], found["b"])
+
+
+def test_a_header_that_is_nested_too_deeply_is_damaged(tmp_path):
+    text = b"[" * 10**5
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        read_header(tmp_path, "a.safetensors")

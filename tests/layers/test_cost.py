@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdecomp.decomposers.assemble import empty_chain
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.cost import Cost, chain_cost
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tests.geometries import DEPTHWISE, GEOMETRIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
+from tdecomp.layers.geometry import Call
 from tdecomp.layers.grouped_linear import GroupedChain, GroupedLinear
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.macs import MacCounter
 
 # The second has no rows, and the last row has no group.

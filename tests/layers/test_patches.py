@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tdecomp.calibration.accumulator import output_rows
-from tdecomp.layers.patches import count_patches, patches, patches_at, to_kernel_order
+from tdecomp.layers.patches import count_patches, output_rows, patches, patches_at, to_kernel_order
 from tdecomp.layers.spec import LayerSpec
 from tests.decomposers.oracle import SAME_PADDING_OF_EVEN_KERNELS, distance
 from tests.geometries import DEPTHWISE, GEOMETRIES, case, geometries

@@ -11,7 +11,8 @@ from hypothesis import given
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tests.geometries import DEPTHWISE, GEOMETRIES, geometries
 
 # torch warns, once, that an even kernel with padding="same" pads a copy of the input.

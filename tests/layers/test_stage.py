@@ -11,7 +11,8 @@ from torch import nn
 
 import tdecomp
 from tdecomp.layers.cost import chain_cost
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.layers.stage import id_of
 from tdecomp.linalg.svd import truncated_svd
 from tdecomp.timing.profile import key_of

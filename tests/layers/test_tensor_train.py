@@ -13,7 +13,7 @@ from tensorly.tt_matrix import tt_matrix_to_matrix
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdecomp.layers.spec import Call
+from tdecomp.layers.geometry import Call
 from tdecomp.layers.stage import id_of
 from tdecomp.layers.tensor_train import TTStage, cheapest_contraction
 from tests.decomposers.oracle import distance

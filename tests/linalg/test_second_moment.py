@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tdecomp.linalg.leading_outputs import leading_outputs
-from tdecomp.linalg.second_moment import SecondMoment, nested_losses
+from tdecomp.linalg.second_moment import SecondMoment
 from tests.decomposers.oracle import distance
 
 
@@ -136,22 +136,12 @@ def test_leading_outputs_are_the_whitened_truncation(out):
     assert distance(outputs @ outputs.T @ kernel, expected) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_nested_losses_are_the_explicit_ones(kind, weighted):
-    rows, kernel = inputs(kind), gaussian(7, 12)
-    root = gaussian(7, 7, seed=4)
-    importance = root @ root.T if weighted else None
-    moment = SecondMoment(rows=rows)
-    losses = nested_losses(moment.between(kernel), 7, importance)
-    assert losses.shape == (8,)
-    weights = torch.eye(7).double() if importance is None else importance
-    whole = losses[0].item()
-    for rank in range(8):
-        outputs = leading_outputs(kernel, moment, rank)
-        error = rows @ (kernel - outputs @ outputs.T @ kernel).T  # (samples, out)
-        explicit = (weights @ error.T @ error).trace().item()
-        # Errors along several principal components are uncorrelated, so that their losses add up.
-        assert losses[rank].item() == pytest.approx(explicit, rel=1e-6, abs=1e-8 * whole)
-    assert bool((losses.diff() <= 0).all())
-    assert torch.equal(nested_losses(moment.between(kernel), 3, importance), losses[:4])
+@pytest.mark.parametrize("out", [7, 600])
+def test_weighted_losses_are_the_explicit_ones(out):
+    kernel, root = gaussian(out, 12), gaussian(out, out, seed=4)
+    importance = root @ root.T
+    for moment in both_ways(40, 12):
+        explicit = (importance * moment.between(kernel)).sum().item()
+        assert moment.weighted_loss(kernel, importance) == pytest.approx(explicit, rel=1e-9)
+        below = importance.tril()
+        assert moment.weighted_loss(kernel, below) == pytest.approx(explicit, rel=1e-9)

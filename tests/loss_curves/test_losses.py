@@ -2,19 +2,23 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import tdecomp
+from tdecomp.calibration.moments import LayerMoments
+from tdecomp.decomposers.base import Decomposer
 from tdecomp.decomposers.fit_layer import factorize
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.loss_curves.curve import layer_curves
-from tdecomp.loss_curves.losses import LayerLosses
-from tdecomp.loss_curves.offers import OfferedLayer, candidate, layer_losses
+from tdecomp.loss_curves.losses import LayerLosses, whole_loss
+from tdecomp.loss_curves.offers import OfferedLayer, candidate, layer_losses, offer_ranks
 from tdecomp.model.filters import Filters
 from tdecomp.model.sites import find_sites
+from tests.linalg.recorded import Recorded
 from tests.recovery.networks import QUIET, convnet, images, mlp, vectors, whole
 
 
@@ -67,6 +71,56 @@ def test_losses_are_the_errors_of_the_outputs_in_the_norm_of_their_gradients():
         assert fitted[1] >= error * (1 - 1e-6) - 1e-12  # at full rank both are round-off
         # Where nothing is held out:
         assert losses.expected_error(decomposer, rank) == pytest.approx(fitted[1], rel=1e-6)
+
+
+def test_one_decomposition_of_the_smaller_side_tells_what_every_rank_loses():
+    model = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 8))
+    moments = tdecomp.calibrate(model, vectors(), **QUIET)
+    for name, size in (("0", 16), ("2", 8)):
+        losses = losses_of(model, name, moments)
+        with Recorded() as seen:
+            losses.nested(get_decomposer("svd"))
+        assert moments[name].gradient is not None
+        assert seen.decomposed == [size]
+
+
+def test_nothing_as_large_as_a_table_is_made_in_float64():
+    table = nn.Embedding(4200, 1024)
+    (site,) = find_sites(table).values()
+    often = torch.arange(4200.0).double()[None] / sum(range(4200))
+    seen = LayerMoments(site.spec, 10**6, often)
+    losses = LayerLosses(table.weight.detach(), site.spec, seen)
+    with Recorded() as made:
+        curves = layer_curves(losses, methods_of("svd"))
+    assert made.largest < table.weight.numel()
+    about = table.weight.detach().double() - often @ table.weight.detach().double()
+    variance = (often @ about.square()).sum().item()
+    assert seen.output_variance(table.weight) == pytest.approx(variance, rel=1e-9)
+    assert curves["svd"].points
+
+
+class ByWeights(tdecomp.SVD):
+    """Knows nothing of data."""
+
+    name = "by-weights"
+    fit_to = Decomposer.fit_to
+
+
+@pytest.mark.parametrize("gradients, method", [(True, ByWeights()), (False, tdecomp.SVD())])
+def test_losses_that_no_gradients_weight_are_in_the_unit_of_those_that_some_do(gradients, method):
+    model = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 8))
+    moments = tdecomp.calibrate(model, vectors(), **QUIET)
+    if not gradients:
+        moments.layers["2"] = replace(moments["2"], gradient=None)
+    methods = [tdecomp.SVD()], [method]
+    able = [*zip(find_sites(model).values(), methods, strict=True)]
+    offers = offer_ranks(able, moments, curves=True)
+    wholes = [whole_loss(o.site.module.weight, moments[o.site.name]) for o in offers]
+    known = [whole for whole in wholes if whole is not None]
+    assert offers[1].losses.unit == pytest.approx(sum(known) / len(known))
+    point = offers[1].curves[method.name].points[0]
+    share = point.error if not gradients else point.error**2
+    assert point.loss == pytest.approx(share * offers[1].losses.unit)
 
 
 def test_without_data_they_are_those_of_the_weights():
@@ -319,3 +373,26 @@ def test_what_is_expected_is_the_error_of_samples_that_are_held_out(method, rank
     real = tdecomp.apply(model, plans[0], data=moments, **QUIET).report[row.name].output_error
     assert row.expected_error == pytest.approx(real, rel=1e-4 if method == "svd" else 0.1)
     assert row.expected_error != pytest.approx(plans[1][row.name].expected_error, rel=1e-3)
+
+
+def test_of_a_fit_that_tells_an_error_the_error_is_kept():
+    fits = []
+
+    class Plain(tdecomp.SVD):
+        name = "plain"
+
+        def fit_to(self, kernel, rank, moment):
+            fits.append(rank)
+            return super().fit_to(kernel, rank, moment)
+
+    model, method = mlp(), Plain()
+    losses = losses_of(model, "2", tdecomp.calibrate(model, vectors(), **QUIET))
+    with Recorded() as seen:
+        error = losses.expected_error(method, 3)
+    assert len(seen.decomposed) == 1  # of the fit itself
+    assert losses.expected_error(method, 3) == error
+    assert losses.known_fit(method, 3, draft=False) is None
+    assert fits == [3]
+    fit = losses.fit(method, 3, draft=False)
+    assert losses.expected_error(method, 3) == error
+    assert fit.held_out_error(losses.weight, losses.moments).value == error

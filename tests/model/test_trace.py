@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdecomp
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.layers.stock import STOCK_LAYERS
 from tdecomp.model.example import Example
 from tdecomp.model.sites import trace

@@ -11,7 +11,8 @@ from torch import nn
 import tdecomp
 from tdecomp.decomposers.registry import get_decomposer
 from tdecomp.layers.cost import chain_cost, count_in_words
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tests.models import MODELS
 
 SVG = "{http://www.w3.org/2000/svg}"

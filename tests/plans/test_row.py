@@ -9,7 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import SVD
-from tdecomp.layers.spec import Call
+from tdecomp.layers.geometry import Call
 from tdecomp.plans.row import Row
 from tests.recovery.networks import QUIET, mlp, vectors
 

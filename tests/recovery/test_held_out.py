@@ -8,7 +8,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import Data
-from tdecomp.calibration.data import batches_for
+from tdecomp.calibration.passes import batches_for
 from tdecomp.recovery.attempt import Attempt
 from tdecomp.recovery.held_out import HeldOut
 from tests.recovery.networks import QUIET, mlp, vectors, whole

@@ -10,7 +10,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import refit
-from tdecomp.calibration.data import batches_for
+from tdecomp.calibration.passes import batches_for
 from tdecomp.recovery.lockstep import Passes, meetings, take_turns
 from tdecomp.recovery.replaced import replaced_layers
 from tdecomp.recovery.walk import Walk

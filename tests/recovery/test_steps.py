@@ -9,7 +9,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp import Data, Distill, RecalibrateBatchnorm, Refit
-from tdecomp.calibration.data import batches_or_moments
+from tdecomp.calibration.passes import batches_or_moments
 from tdecomp.recovery.recovery import Recovery, RecoveryStep
 from tdecomp.recovery.steps import check_data, recovery_steps, run_steps, use_variants
 from tests.recovery.networks import QUIET, convnet, decomposed, images, mlp, vectors

@@ -6,7 +6,7 @@ from torch import nn
 
 import tdecomp
 from tdecomp.calibration.counted_rows import CountedRows
-from tdecomp.calibration.data import batches_for
+from tdecomp.calibration.passes import batches_for
 from tdecomp.layers.grouped_linear import GroupedLinear
 from tdecomp.recovery.whitening import bases_of
 

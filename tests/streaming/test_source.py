@@ -69,12 +69,40 @@ def test_an_index_that_disagrees(source):
 
 def test_an_index_that_is_none(source):
     (source / INDEX).write_text("[]")
-    with pytest.raises(ValueError, match=f"{INDEX}: index: expected an object"):
+    with pytest.raises(ValueError, match=f"{INDEX}: damaged: index: expected an object"):
         stream(source)
     edit_map = {"weight_map": {"0.weight": "../elsewhere.safetensors"}}
     (source / INDEX).write_text(json.dumps(edit_map))
     with pytest.raises(ValueError, match="expected names of files beside it"):
         stream(source)
+
+
+def lose(folder, shard):
+    (folder / shard).unlink()
+
+
+def cut(folder, shard):
+    (folder / shard).write_bytes((folder / shard).read_bytes()[:-1])
+
+
+def disagree(folder, shard):
+    names = [f"made.up.{number}" for number in range(5)]
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    edit(folder / INDEX, weight_map=places | dict.fromkeys(names, shard))
+
+
+@pytest.mark.parametrize("damage", [lose, cut, disagree])
+def test_load_refuses_damaged_folders_in_the_same_words(tmp_path, damage):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    result = tdecomp.decompose(model, "svd", rank=8, progress=False)
+    result.save_pretrained(tmp_path, max_shard_size="4KB")
+    shard = sorted(path.name for path in tmp_path.glob("model-*"))[1]
+    damage(tmp_path, shard)
+    with pytest.raises((ValueError, FileNotFoundError), match=shard) as streamed:
+        stream(tmp_path)
+    with pytest.raises(streamed.type) as loaded:
+        tdecomp.load(tmp_path, model)
+    assert str(loaded.value) == str(streamed.value)
 
 
 def test_several_files_without_an_index(source):

@@ -8,7 +8,8 @@ from torch import nn
 
 import tdecomp
 from tdecomp.decomposers.registry import get_decomposer
-from tdecomp.layers.spec import Call, LayerSpec
+from tdecomp.layers.geometry import Call
+from tdecomp.layers.spec import LayerSpec
 from tdecomp.model.example import Example
 from tdecomp.timing.profile import timed_ranks
 from tdecomp.timing.stopwatch import THIS_MACHINE
