@@ -104,7 +104,7 @@ def _shared_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str
 
 
 def _buffers_beside_the_same(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """Each buffer that is in no state dict, but is there by another name: where it is, that name."""
+    """Where each buffer is that the state dict has by another name only, with that name."""
     state = model.state_dict(keep_vars=True).items()
     names = {id(value): name for name, value in state if not isinstance(value, nn.Parameter)}
     return [
