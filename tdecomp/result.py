@@ -79,8 +79,14 @@ class Decomposition:
         ------
         ValueError
             With the remedy, if what would be written could not be loaded again: adapters that are
-            not merged, batch norm that was folded in, methods that are not registered.
+            not merged, batch norm that was folded in, weights that were quantized, methods that are
+            not registered.
+        TypeError
+            If the tokenizer has no `save_pretrained`, or the model none that takes the options.
         """
+        if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+            words = "expected a tokenizer or processor, which has a save_pretrained"
+            raise TypeError(f"tokenizer: {words}, got {type(tokenizer).__name__}")
         save_pretrained(self.model, self.plan, folder, max_shard_size, options)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -44,7 +44,9 @@ def fuse_batchnorm(
     the batch norm. A batch norm is folded only where its input is always the output of one and the
     same layer, and nobody else reads that output; others stay as they are, and `batchnorm_folds`
     says why. A model with nothing to fold comes back as it is. Save a decomposed model before it is
-    fused: a file is loaded into the architecture that was decomposed.
+    fused: a file is loaded into the architecture that was decomposed. The `save_pretrained` of a
+    model of transformers or diffusers, decomposed or not, refuses what `from_pretrained` could not
+    load.
 
     Parameters
     ----------
@@ -84,7 +86,7 @@ def fuse_batchnorm(
         if isinstance(chain, Chain):
             chain.add_bias()
     if folds:
-        refuse_saving(fused, _SAVE_FIRST)
+        refuse_saving(fused, [*replacements.values()], _SAVE_FIRST)
     return fused
 
 

@@ -3,12 +3,15 @@
 The tensor that a call gets tells: layers share as long as each call of one gets the very tensor,
 unchanged since, that the same call of the others gets. As soon as one does not, it goes on alone,
 from a copy of what was summed up before that call, so that every layer has the sum of its inputs.
+torch counts its own changes of a tensor, but none by way of `.data`, of NumPy or of kernels that
+others wrote: sums of the values show those.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Generic, Protocol, Self, TypeVar
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor
 
 
@@ -31,15 +34,16 @@ class _Group(Generic[Summed]):
         self.calls = 0
         self.members = {name}
         self.arrived: set[str] = set()  # members that have made the latest call
-        self._seen: tuple[ReferenceType[Tensor], int] | None = None
+        self._seen: tuple[ReferenceType[Tensor], int, list[Tensor]] | None = None
 
     def add(self, x: Tensor, add: Callable[[Summed], Any]) -> None:
         """The next call of the first member that makes it."""
         # One that is alone is not left behind; at its first call others may still join it.
         shared = len(self.members) > 1 or (not self.calls and self.key is not None)
         self.before = self.total.copied() if shared else None
-        # What happens to a tensor of inference mode cannot be seen.
-        self._seen = None if x.is_inference() else (ref(x), x._version)
+        # What happens to a tensor of inference mode is not counted.
+        told = shared and not x.is_inference() and not x.is_nested
+        self._seen = (ref(x), x._version, _sums_of_values(x)) if told else None
         self.calls += 1
         add(self.total)
 
@@ -51,8 +55,17 @@ class _Group(Generic[Summed]):
         """Whether the latest call got this very tensor, unchanged since."""
         if self._seen is None:
             return False
-        tensor, version = self._seen
-        return tensor() is x and x._version == version
+        tensor, version, sums = self._seen
+        if tensor() is not x or x._version != version:
+            return False
+        return all(map(torch.equal, sums, _sums_of_values(x)))
+
+
+def _sums_of_values(x: Tensor) -> list[Tensor]:
+    """Those of each row, and of each column over all rows: few numbers, which most changes move."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    *before, last = range(x.dim())
+    return [x.sum(dim=dims, dtype=dtype) for dims in ((last,), (*before,)) if dims]
 
 
 class SharedSums(Generic[Summed]):

@@ -42,7 +42,7 @@ def plan_in(described: Any) -> Plan:
     if described is None:
         raise ValueError(
             f"{CONFIG} has no {KEY}, so that nothing is decomposed there; expected a folder that "
-            "tdecomp saved. Any other is loaded as it was before"
+            "tdecomp saved: others are loaded by their library alone"
         )
     data = typed(dict[str, Any], described, KEY)
     if data.get("quant_method") != METHOD:

@@ -5,7 +5,7 @@ called, it writes a folder that can be loaded again. A model whose configuration
 refuses.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -120,10 +120,10 @@ def _unsaid_plan(model: nn.Module, state: Mapping[str, Any] | None) -> Plan | No
     return None if plan is said else plan
 
 
-def refuse_saving(model: nn.Module, words: str) -> None:
-    """Let a decomposed model of a library refuse for good to be saved, in these words."""
+def refuse_saving(model: nn.Module, changed: Collection[nn.Module], words: str) -> None:
+    """Let models that have these layers refuse for good to be saved, in these words."""
     for _, module in _savable(model):
-        if is_description(_said(module)) or chains_in(module):
+        if not {*changed}.isdisjoint(module.modules()):
             _refuse(module, words, lasting=True)
 
 

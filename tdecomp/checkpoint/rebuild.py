@@ -78,7 +78,10 @@ def rebuilt(plan: Plan, stored: Stored, model: nn.Module, sites: Mapping[str, Si
     shared = _shared_in(twin, stored.tensors) if stored.shared is None else stored.shared
     stored = stored._replace(shared=shared)
     _check(stored.tensors | {key: stored.tensors[o] for key, o in shared.items()}, twin)
+    same = _buffers_beside_the_same(twin)
     twin.load_state_dict(_state(stored, shared, twin), assign=True)
+    for module, part, name in same:
+        module._buffers[part] = twin.get_buffer(name)
     for chain in (module for module in twin.modules() if isinstance(module, Chain)):
         chain.mirror_weight()
     _fill_buffers(twin, stored.buffers)
@@ -98,6 +101,17 @@ def _shared_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str
     there = {id(value): name for name, value in held.items() if name in tensors}
     missing = {name: value for name, value in held.items() if name not in tensors}
     return {name: there[id(value)] for name, value in missing.items() if id(value) in there}
+
+
+def _buffers_beside_the_same(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Where each buffer is that the state dict has by another name only, with that name."""
+    state = model.state_dict(keep_vars=True).items()
+    names = {id(value): name for name, value in state if not isinstance(value, nn.Parameter)}
+    return [
+        (module, part, names[id(buffer)])
+        for module in model.modules() for part, buffer in module._buffers.items()
+        if part in module._non_persistent_buffers_set and id(buffer) in names
+    ]  # fmt: skip
 
 
 def _fill_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -50,6 +50,9 @@ def save_pretrained(
     refuse_changed(model, plan, resized=library == "transformers")
     described = description(plan)  # refuses methods that cannot be read back
     if own:
+        # Offloaded weights, which have no values here, are for the library.
+        held = model.state_dict().items()
+        refuse_odd({name: value for name, value in held if not getattr(value, "is_meta", False)})
         remember(model, plan)
         place.mkdir(parents=True, exist_ok=True)
         write_readme(place, readme(type(model).__name__, library))

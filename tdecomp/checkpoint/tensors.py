@@ -14,7 +14,10 @@ def refuse_odd(state: Mapping[str, Any]) -> None:
     """Raise a ValueError for what safetensors cannot hold, by its name."""
     for key, value in state.items():
         if found := unsaved(value):
-            words = "only tensors can be saved, plain and dense and with values"
+            words = (
+                "only tensors can be saved, plain and dense and with values: save the model before "
+                "it is quantized or sharded"
+            )
             raise ValueError(f"{key!r} of the state dict is a {found}; {words}")
 
 

@@ -80,18 +80,21 @@ class BlockTraining:
             count = len(cut[0])
             alike = all(len(each) == count for each in cut)
             if alike and count > 1 and not checked:
-                alike = checked = self._alike(given, cut[1])
+                alike = checked = self._alike(given, *cut[1:])
             if not alike:
                 return [*calls]
             items = [Item(batch, item.held, item.number) for batch in cut[0]]
             parts += zip(items, *cut[1:], strict=True)
         return parts
 
-    def _alike(self, given: Any, parts: Sequence[Any]) -> bool:
-        """Whether the block gives the same for the parts as for the whole."""
+    def _alike(self, given: Any, parts: Sequence[Any], wanted: Sequence[Any]) -> bool:
+        """Whether the block gives the same for the parts as for the whole, and as is wanted."""
         try:
             pieces = [tensors_of(self._run(part)) for part in parts]
         except Exception:  # what is cut was no sample
+            return False
+        shapes = [[y.shape for y in tensors_of(part)] for part in wanted]
+        if shapes != [[y.shape for y in piece] for piece in pieces]:  # an output was not cut
             return False
         together = map(torch.cat, zip(*pieces, strict=True))
         whole = tensors_of(self._run(given))
@@ -133,6 +136,9 @@ class BlockTraining:
                 squares = squares * mask.reshape(*mask.shape, *[1] * (mine.dim() - mask.dim()))
             # Not flattened, which would copy images channels last.
             total.append(squares[..., None].mean(dim=tuple(range(1, squares.dim() + 1))))
+        if len({*map(len, total)}) > 1:  # as a router's scores, which are those of tokens
+            count = item.samples
+            total = [each if len(each) == count else each.mean().expand(count) for each in total]
         return torch.stack(total).sum(dim=0)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tdecomp.calibration.accumulator import Accumulator, enough
+from tdecomp.calibration.calibrate import watchable
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.layer_moments import LayerMoments
 from tdecomp.layers.spec import LayerSpec, kind_of
@@ -86,7 +87,7 @@ def bases_of(
             continue
         # About zero and not about the mean: a step may well change the mean output.
         spec = replace(LayerSpec.of(layer), bias=False)
-        if spec.transposed or spec.lookup or spec.fan_in > _MOST_INPUTS:
+        if not watchable(spec) or spec.lookup or spec.fan_in > _MOST_INPUTS:
             continue
         sums[weight] = Accumulator(spec, enough(spec))
         marks.append(partial(layer.register_forward_hook, partial(add, weight)))

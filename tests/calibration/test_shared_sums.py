@@ -55,6 +55,19 @@ def changed_in_place(model, x, _):
     return model.on(model.v, x.add_(1.0)) + q.sum()
 
 
+def changed_uncounted(model, x, number):
+    """In ways that torch does not count."""
+    x = x + 0
+    q = model.on(model.q, x)
+    if number % 3 == 0:
+        x.data.add_(1.0)
+    elif number % 3 == 1:
+        x.numpy()[0, 0, 0] = 5.0
+    else:
+        x.data = x.data.flip(0)
+    return model.on(model.v, x) + q.sum()
+
+
 def several_calls(model, x, number):
     for step in range(3):
         y = x + step
@@ -76,6 +89,7 @@ CALLS = [
     first_called_later,
     at_times_left_out,
     changed_in_place,
+    changed_uncounted,
     several_calls,
 ]
 

@@ -254,6 +254,21 @@ def test_meta_model_gets_buffers_that_are_not_in_the_state_dict(file):
     assert torch.equal(tdecomp.load(file, unsaved("cpu")).offset, torch.ones(16))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_buffer_that_is_in_the_state_dict_by_another_name_is_the_same_again(file, device):
+    def model(device, value):
+        made = unsaved(device)
+        with torch.device(device):
+            made.layer.register_buffer("kept", torch.full((2,), value))
+        made.register_buffer("same", made.layer.kept, persistent=False)
+        return made
+
+    tdecomp.decompose(model("cpu", 3.0), "svd", rank=4, progress=False).save(file)
+    loaded = tdecomp.load(file, model(device, 1.0))
+    assert loaded.same is loaded.layer.kept
+    assert torch.equal(loaded.same, torch.full((2,), 3.0))
+
+
 def test_meta_model_with_a_buffer_that_the_file_lacks_is_refused_with_the_remedy(file):
     tdecomp.decompose(unsaved("cpu"), "svd", rank=4, progress=False).save(file)
 

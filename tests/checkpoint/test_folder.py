@@ -235,6 +235,12 @@ def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path):
     not_saved(result, tmp_path, "'odd' of the state dict is a .*only tensors can be saved")
 
 
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"tokenizer: expected a tokenizer .*got str"):
+        decomposed().save_pretrained(tmp_path / "small", tokenizer="small")
+    assert not (tmp_path / "small").exists()
+
+
 def test_file_in_the_place_of_the_folder_and_unknown_options_are_refused(tmp_path):
     (tmp_path / "file").write_text("here")
     with pytest.raises(NotADirectoryError, match="is a file; expected the name of a folder"):
@@ -244,6 +250,11 @@ def test_file_in_the_place_of_the_folder_and_unknown_options_are_refused(tmp_pat
 
 
 # -- folders that do not fit --------------------------------------------------------------------
+
+
+def test_folder_of_an_ordinary_model_is_refused(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    refused(folder, "config.json has no quantization_config", "a folder that tdecomp saved")
 
 
 def test_missing_shard_is_named(folder):

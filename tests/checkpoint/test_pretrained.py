@@ -299,3 +299,25 @@ def test_folded_batchnorm_refuses(tmp_path, inplace):
     assert not (tmp_path / "small").exists()
     if not inplace:
         comes_back(result.model, tmp_path / "before")
+
+
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_batchnorm_folded_before_decomposing_refuses_but_for_parts_that_have_none(tmp_path, base):
+    ordinary = tdecomp.fuse_batchnorm(network(base), torch.ones(2, 16))
+    result = decomposed(ordinary)
+    for saved in (ordinary, result.model, result):
+        with pytest.raises(ValueError, match=r"batch norm was folded in.*save the model first"):
+            saved.save_pretrained(tmp_path / "small")
+    is_ordinary(ordinary.encoder, tmp_path / "part")
+    result.model.encoder.save_pretrained(tmp_path / "chains")
+    assert KEY in written(tmp_path / "chains")
+
+
+@pytest.mark.parametrize("base", [WithConfig, WithMapping])
+def test_tensors_that_safetensors_cannot_hold_are_refused_by_name(tmp_path, base):
+    result = decomposed(network(base))
+    result.model.head.register_buffer("odd", torch.eye(3).to_sparse())
+    words = r"'head\.odd' of the state dict is a .*only tensors .*before it is quantized"
+    with pytest.raises(ValueError, match=words):
+        result.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small").exists()

@@ -131,6 +131,29 @@ def test_rows_that_do_not_count_teach_nothing():
     )
 
 
+class Routed(nn.Module):
+    """A block that returns a row for each token, too, as a mixture of experts may."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.net = nn.Linear(16, 4), mlp()
+
+    def forward(self, x):
+        scores = self.router(x.flatten(0, 1)).softmax(dim=-1)
+        return self.net(x) * scores.max(dim=-1).values.view(*x.shape[:2], 1), scores
+
+
+def test_block_of_which_an_output_has_a_row_for_each_token():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        original = nn.Sequential(Routed())
+    batches = [torch.randn(64, 5, 16, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    model = decomposed(original, rank=3)
+    recovery = reconstruct(model, original, whole(batches), epochs=4, **QUIET)
+    before, after = recovery.layers["0"]
+    assert 0 < after < before
+
+
 def test_what_cannot_take_turns_stays():
     class Counting(nn.Module):
         def __init__(self):

@@ -7,6 +7,7 @@ from torch import nn
 import tdecomp
 from tdecomp.calibration.counted_rows import CountedRows
 from tdecomp.calibration.passes import batches_for
+from tdecomp.layers.grouped_linear import GroupedLinear
 from tdecomp.recovery.whitening import bases_of
 
 LAYERS = {
@@ -78,9 +79,10 @@ def test_rows_that_do_not_count_shape_no_basis():
     assert torch.equal(*(bases[layer.weight].inward for bases in found))
 
 
-def test_layers_with_many_inputs_and_frozen_ones_have_none():
+def test_layers_with_many_inputs_experts_and_frozen_ones_have_none():
     wide = nn.Linear(2000, 2)
     assert not basis_of(wide, torch.randn(4, 2000))
+    assert not basis_of(GroupedLinear(2, 6, 4), skewed(16, 6))
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), skewed(16, 6)
     batches = batches_for("test", tdecomp.Data([x], held_out=0), progress=False)
     trained = [*model[1].parameters()]

@@ -19,7 +19,12 @@ KINDS = {
     # Biases, weights stored the other way round, and a gate of its own.
     "gpt_oss": lambda: hf.GptOssForCausalLM(
         hf.GptOssConfig(
-            **_SMALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8, intermediate_size=24
+            **_SMALL,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            intermediate_size=24,
         )
     ).eval(),
 }
@@ -71,3 +76,18 @@ def test_experts_of_an_unknown_class_have_a_row_with_the_reason():
     plan = tdecomp.plan(Experts(), "svd", rank=2, example_inputs=torch.ones(2, 16), progress=False)
     assert plan["up"].reason == "no layer of a known kind: Experts(4×16×16)"
     assert plan["out"].method == "svd"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_chains_are_trained_to_the_original(kind):
+    batches = [hf.BatchEncoding({"input_ids": torch.randint(3, 50, (4, 6))}) for _ in range(2)]
+    options = {"data": tdecomp.Data(batches, held_out=0), "progress": False}
+    recover = [tdecomp.Reconstruct(epochs=8), tdecomp.Distill(steps=8)]
+    fitted, trained = (
+        tdecomp.decompose(KINDS[kind](), "svd", rank=4, recover=steps, **options).model
+        for steps in ([], recover)
+    )
+    factors = [n for n, _ in fitted.named_parameters() if "experts.down_proj." in n]
+    assert factors
+    for name in factors:
+        assert not torch.equal(fitted.get_parameter(name), trained.get_parameter(name))

@@ -256,6 +256,23 @@ def test_code_for_first_values_finds_what_moved_into_layers(tmp_path):
     assert "in_proj_bias" not in vars(attention)
 
 
+def test_code_for_first_values_passes_routers(tmp_path):
+    """That of Qwen3-Next gives the weight of its routers first values, also where loaded."""
+    config = hf.Qwen3NextConfig(
+        **_WIDE, **_TEXT, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    result = tdecomp.decompose(
+        hf.Qwen3NextForCausalLM(config), "svd", rank=2, include="*gate.projection", progress=False
+    )
+    result.save_pretrained(tmp_path)
+    loaded = hf.Qwen3NextForCausalLM.from_pretrained(tmp_path)
+    assert_same(loaded, result.model)
+    assert isinstance(loaded.model.layers[0].mlp.gate.projection, tdecomp.Chain)
+
+
 def test_what_is_done_after_loading(folder_of, tmp_path):
     model = from_pretrained("llama", folder_of("llama"))
     for size in (104, 88):  # the vocabulary grows, and shrinks
@@ -532,6 +549,12 @@ def test_newer_version(folder):
     config[KEY] |= {"format": 3, "version": "9.8.7"}
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, "format 3, written by tdecomp 9.8.7", "update tdecomp")
+
+
+def test_ordinary_folder(tmp_path):
+    CASES["bert"].build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: .*nothing is decomposed there"):
+        tdecomp.load(tmp_path, CASES["bert"].build())
 
 
 def test_another_architecture(folder_of):

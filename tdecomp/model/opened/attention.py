@@ -50,6 +50,7 @@ class OpenAttention(Opened, nn.MultiheadAttention):
     def _hold(self, layers: Mapping[str, tuple[Any, Any]]) -> None:
         for name, (weight, bias) in layers.items():
             self.add_module(name, linear_of(weight, bias).train(self.training))
+        self.closed_out = type(self.out_proj)
         self._modules["out_proj"] = self._modules.pop("out_proj")  # it comes last
 
     def _take(self, values: Mapping[str, nn.Parameter | None]) -> None:
@@ -59,6 +60,9 @@ class OpenAttention(Opened, nn.MultiheadAttention):
         held.clear()
         held.update(dict.fromkeys((_PACKED, *_SEPARATE)))
         held.update({**before, **values})
+        out, kind = self.out_proj, vars(self).pop("closed_out")
+        if type(out) is nn.Linear and issubclass(kind, nn.Linear):  # made of a chain since
+            out.__class__ = kind  # torch's own, whose weight is read and must not be quantized
 
     def forward(
         self,

@@ -71,6 +71,8 @@ class _Operand:
     torch asks what is given to its functions for `__torch_function__`, of tensors or not.
     """
 
+    _is_hf_initialized = True  # transformers then gives it no values when it loads a model
+
     def __init__(self, layer: nn.Module, value: Tensor) -> None:
         self.layer = layer
         self.shape, self.dtype, self.ndim = value.shape, value.dtype, value.ndim

@@ -139,6 +139,19 @@ def test_one_projection_alone_may_be_decomposed():
     assert all(p.grad is not None for p in result.model.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 8}])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_made_whole_again_it_has_torchs_own_layers(options, inplace):
+    layer = attention(**options)
+    model = nn.ModuleDict({"attention": layer})
+    kinds = [type(module) for module in model.modules()]
+    small = tdecomp.decompose(model, "svd", rank=2, **QUIET).model
+    assert isinstance(small["attention"].out_proj, Chain)
+    whole = tdecomp.recompose(small, inplace=inplace)
+    assert [type(module) for module in whole.modules()] == kinds
+    assert vars(whole["attention"]).keys() == vars(layer).keys()
+
+
 def test_nothing_chosen_leaves_the_very_class():
     layer = attention(batch_first=True)
     x = inputs(layer)
