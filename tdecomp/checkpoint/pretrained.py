@@ -5,6 +5,7 @@ called, it writes a folder that can be loaded again. A model whose configuration
 refuses.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,6 +27,8 @@ from tdecomp.plans.plan import Plan
 
 _METHOD = "save_pretrained"
 _CONVERSIONS = "_weight_conversions"  # to the names of tensors that transformers saves
+# What a configuration says for so long must not change while another thread writes it.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Refusal:
@@ -84,10 +87,17 @@ def saying_chains(model: nn.Module, state: Mapping[str, Any] | None = None) -> I
     """Let the model's configuration say, for so long, the chains that the model has by now.
 
     A part of it may have been decomposed by itself, and said so to its own configuration only, or
-    to that of the whole by the names in the part. A ValueError is raised if what is saved could not
+    to that of the whole by the names in the part. A model without chains says nothing of those of
+    another one that has the same configuration. A ValueError is raised if what is saved could not
     be loaded again; `state` is that where it is not the model's own state dict.
     """
     with ExitStack() as undo:
+        if chains_in(model) or is_description(_said(model)):
+            undo.enter_context(_ONE_AT_A_TIME)
+        if not chains_in(model):
+            for _, module in _savable(model):
+                if is_description(_said(module)):
+                    undo.callback(_say(module, None))
         plan = _unsaid_plan(model, state)
         if plan is not None:
             undo.callback(remember(model, plan))
