@@ -4,7 +4,6 @@ import inspect
 import itertools
 import json
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -59,10 +58,6 @@ def encoder_in_place(model):
 
 def head(model):
     model.head = decomposed(model.head).model
-
-
-def head_in_place(model):
-    tdecomp.decompose(model, "svd", include="head", inplace=True, **OPTIONS)
 
 
 def head_in_place_within_the_encoder(model):
@@ -150,61 +145,6 @@ def test_saving_that_fails_leaves_the_model_as_it_was(tmp_path, base):
     with pytest.raises(OSError, match="file"):
         whole.save_pretrained(tmp_path / "file")
     assert said(whole) == before
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_models_without_chains_say_nothing_of_those_of_others(tmp_path, base):
-    """Of a model, and of another model, that have the same configuration."""
-    whole, other = network(base), network(base)
-    if base is OfConfig:  # nothing can change the other kind
-        other.config = other.encoder.config = whole.config
-    head_in_place(whole)
-    before = said(whole), said(other)
-    for name, model in (("encoder", whole.encoder), ("other", other)):
-        model.save_pretrained(tmp_path / name)
-        assert KEY not in written(tmp_path / name)
-    assert (said(whole), said(other)) == before
-    comes_back(whole, tmp_path, lambda: network(base))
-
-
-class Slow(Plain):
-    """Its first configuration is written while another thread begins to save the model."""
-
-    def __init__(self):
-        super().__init__()
-        self.begun, self.ended = threading.Event(), threading.Event()
-        self.other = None
-
-    def save_pretrained(self, folder):
-        if self.other is None:
-            self.other = threading.Thread(
-                target=self.save_pretrained, args=[folder / "other"], daemon=True
-            )
-            self.other.start()
-            self.begun.wait(0.2)
-        else:
-            self.begun.set()
-            self.ended.wait()
-        super().save_pretrained(folder)
-
-
-class Locked(Slow):
-    """A class of its own, to be taught."""
-
-
-teach(Locked)
-
-
-def test_threads_that_save_one_model_all_write_its_chains(tmp_path):
-    torch.manual_seed(0)
-    whole = Locked()
-    head(whole)
-    whole.save_pretrained(tmp_path)
-    whole.ended.set()
-    whole.other.join()
-    for folder in (tmp_path, tmp_path / "other"):
-        assert written(folder)[KEY]["plan"]["rows"][0]["name"] == "head"
-    assert KEY not in vars(whole.config)
 
 
 def refused(saved, folder, words):
