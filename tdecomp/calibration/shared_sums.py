@@ -41,8 +41,9 @@ class _Group(Generic[Summed]):
         # One that is alone is not left behind; at its first call others may still join it.
         shared = len(self.members) > 1 or (not self.calls and self.key is not None)
         self.before = self.total.copied() if shared else None
-        # What happens to a tensor of inference mode is not counted.
-        told = shared and not x.is_inference() and not x.is_nested
+        # What happens to a tensor of inference mode is not counted, nor are sparse ones summed up.
+        dense = x.layout == torch.strided and not x.is_nested
+        told = shared and dense and not x.is_inference()
         self._seen = (ref(x), x._version, _sums_of_values(x)) if told else None
         self.calls += 1
         add(self.total)

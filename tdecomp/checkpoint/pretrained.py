@@ -5,6 +5,7 @@ called, it writes a folder that can be loaded again. A model whose configuration
 refuses.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,6 +27,10 @@ from tdecomp.plans.plan import Plan
 
 _METHOD = "save_pretrained"
 _CONVERSIONS = "_weight_conversions"  # to the names of tensors that transformers saves
+# Modules of torch around others, whose names no state dict has.
+_WRAPPED = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# What a configuration says for so long must not change while another thread writes it.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Refusal:
@@ -84,10 +89,17 @@ def saying_chains(model: nn.Module, state: Mapping[str, Any] | None = None) -> I
     """Let the model's configuration say, for so long, the chains that the model has by now.
 
     A part of it may have been decomposed by itself, and said so to its own configuration only, or
-    to that of the whole by the names in the part. A ValueError is raised if what is saved could not
+    to that of the whole by the names in the part. A model without chains says nothing of those of
+    another one that has the same configuration. A ValueError is raised if what is saved could not
     be loaded again; `state` is that where it is not the model's own state dict.
     """
     with ExitStack() as undo:
+        if chains_in(model) or is_description(_said(model)):
+            undo.enter_context(_ONE_AT_A_TIME)
+        if not chains_in(model):
+            for _, module in _savable(model):
+                if is_description(_said(module)):
+                    undo.callback(_say(module, None))
         plan = _unsaid_plan(model, state)
         if plan is not None:
             undo.callback(remember(model, plan))
@@ -99,7 +111,9 @@ def saying_chains(model: nn.Module, state: Mapping[str, Any] | None = None) -> I
 
 def _unsaid_plan(model: nn.Module, state: Mapping[str, Any] | None) -> Plan | None:
     """The plan of the chains, unless the configuration says it; checked as `saying_chains` says."""
-    chains = {name: chain for name, (_, chain) in chains_in(model).items()}
+    found = chains_in(model)
+    own_names = {_stored_name(name): name for name in found}
+    chains = {stored: found[name][1] for stored, name in own_names.items()}
     if state is not None:  # without the layers that it names otherwise, or lacks
         chains = {
             name: chain for name, chain in chains.items()
@@ -114,10 +128,24 @@ def _unsaid_plan(model: nn.Module, state: Mapping[str, Any] | None) -> Plan | No
             refusal()
     entry = _said(model)
     said = plan_in(entry) if isinstance(entry, Mapping) and is_description(entry) else None
-    if said is None or not all(tells_of(said, name, chain) for name, chain in chains.items()):
+    told = said is not None and all(tells_of(said, name, chain) for name, chain in chains.items())
+    wrapped = [own_names[name] for name in chains if own_names[name] != name]
+    if wrapped and told:
+        return None
+    if wrapped:
+        raise ValueError(
+            f"save_pretrained: layer {wrapped[0]!r} is inside of a wrapper, and the model's "
+            "configuration does not say its chain; expected the model without wrappers"
+        )
+    if said is None or not told:
         return plan_of_chains(model)
     plan = plan_of(model, said)
     return None if plan is said else plan
+
+
+def _stored_name(name: str) -> str:
+    """The name that a module has in the state dict."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def refuse_saving(model: nn.Module, changed: Collection[nn.Module], words: str) -> None:

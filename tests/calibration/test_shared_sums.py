@@ -83,6 +83,13 @@ def first_called_later(model, x, number):
     return model.on(model.q, x) + (model.on(model.k, x).sum() if number > 1 else 0.0)
 
 
+def sparse(model, x, number):
+    """As bags of words may be given."""
+    x = (x * (x > 1)).flatten(0, 1)
+    x = x.to_sparse() if number % 2 else x.to_sparse_csr()
+    return torch.cat([model.on(layer, x) for layer in (model.q, model.k)], dim=1)
+
+
 CALLS = [
     attention,
     later_apart,
@@ -91,6 +98,7 @@ CALLS = [
     changed_in_place,
     changed_uncounted,
     several_calls,
+    pytest.param(sparse, marks=pytest.mark.filterwarnings("ignore:Sparse CSR")),
 ]
 
 
