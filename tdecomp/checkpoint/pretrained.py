@@ -29,6 +29,8 @@ _METHOD = "save_pretrained"
 _CONVERSIONS = "_weight_conversions"  # to the names of tensors that transformers saves
 # Modules of torch around others, whose names no state dict has.
 _WRAPPED = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# torch.compile(layer) gives one whose names its state dict has, and no fresh model.
+_COMPILED = "_orig_mod"
 # What a configuration says for so long must not change while another thread writes it.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -114,6 +116,13 @@ def _unsaid_plan(model: nn.Module, state: Mapping[str, Any] | None) -> Plan | No
     found = chains_in(model)
     own_names = {_stored_name(name): name for name in found}
     chains = {stored: found[name][1] for stored, name in own_names.items()}
+    compiled = [name for name in found if _COMPILED in name.split(".")]
+    if compiled:
+        raise ValueError(
+            f"save_pretrained: layer {compiled[0]!r} would be stored by this name, which a fresh "
+            "model does not have; expected layers compiled in place, layer.compile() instead of "
+            "torch.compile(layer)"
+        )
     if state is not None:  # without the layers that it names otherwise, or lacks
         chains = {
             name: chain for name, chain in chains.items()

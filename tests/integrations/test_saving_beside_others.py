@@ -63,6 +63,17 @@ def test_names_in_the_state_dict_are_those_without_wrappers(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_layers_in_a_compiled_wrapper_are_refused(tmp_path):
+    model = decomposed(network(OfConfig)).model
+    model.encoder.compile(backend="eager")
+    comes_back(model, tmp_path, lambda: network(OfConfig))
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    words = r"layer 'encoder\._orig_mod\.first' .* layer\.compile\(\)"
+    with pytest.raises(ValueError, match=words):
+        model.save_pretrained(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 class Slow(Plain):
     """Its first configuration is written while another thread begins to save the model."""
 
