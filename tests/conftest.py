@@ -27,15 +27,25 @@ def interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def one_thread():
-    """Torch has one thread, as most workers have."""
+def _threads(count):
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """Torch has one thread, as most workers have."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    """Torch has two, so that layers are fitted side by side."""
+    yield from _threads(2)
 
 
 @pytest.fixture

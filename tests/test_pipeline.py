@@ -250,14 +250,6 @@ def wide():
     )
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("rank", [2, "vbmf", tdecomp.Budget(params=0.6)], ids=str)
 def test_layers_side_by_side_are_those_one_by_one(rank):

@@ -23,6 +23,7 @@ from tdecomp.checkpoint.standing import (
     tells_of,
     with_earlier,
 )
+from tdecomp.layers.chain import Chain
 from tdecomp.plans.plan import Plan
 
 _METHOD = "save_pretrained"
@@ -96,13 +97,14 @@ def saying_chains(model: nn.Module, state: Mapping[str, Any] | None = None) -> I
     be loaded again; `state` is that where it is not the model's own state dict.
     """
     with ExitStack() as undo:
-        if chains_in(model) or is_description(_said(model)):
+        found = chains_in(model)
+        if found or is_description(_said(model)):
             undo.enter_context(_ONE_AT_A_TIME)
-        if not chains_in(model):
+        if not found:
             for _, module in _savable(model):
                 if is_description(_said(module)):
                     undo.callback(_say(module, None))
-        plan = _unsaid_plan(model, state)
+        plan = _unsaid_plan(model, found, state)
         if plan is not None:
             undo.callback(remember(model, plan))
             refused = vars(model).get(_METHOD)
@@ -111,9 +113,10 @@ def saying_chains(model: nn.Module, state: Mapping[str, Any] | None = None) -> I
         yield
 
 
-def _unsaid_plan(model: nn.Module, state: Mapping[str, Any] | None) -> Plan | None:
+def _unsaid_plan(
+    model: nn.Module, found: Mapping[str, tuple[list[str], Chain]], state: Mapping[str, Any] | None
+) -> Plan | None:
     """The plan of the chains, unless the configuration says it; checked as `saying_chains` says."""
-    found = chains_in(model)
     own_names = {_stored_name(name): name for name in found}
     chains = {stored: found[name][1] for stored, name in own_names.items()}
     compiled = [name for name in found if _COMPILED in name.split(".")]
@@ -139,9 +142,9 @@ def _unsaid_plan(model: nn.Module, state: Mapping[str, Any] | None) -> Plan | No
     said = plan_in(entry) if isinstance(entry, Mapping) and is_description(entry) else None
     told = said is not None and all(tells_of(said, name, chain) for name, chain in chains.items())
     wrapped = [own_names[name] for name in chains if own_names[name] != name]
-    if wrapped and told:
-        return None
     if wrapped:
+        if told:
+            return None
         raise ValueError(
             f"save_pretrained: layer {wrapped[0]!r} is inside of a wrapper, and the model's "
             "configuration does not say its chain; expected the model without wrappers"

@@ -22,7 +22,7 @@ from tdecomp.checkpoint.folder import indexed_files, names_in, refuse_shards_bes
 from tdecomp.checkpoint.pretrained import remember
 from tdecomp.checkpoint.rebuild import empty_chains
 from tdecomp.checkpoint.standing import renamed, without_whole
-from tdecomp.files.index import NAMES
+from tdecomp.files.index import INDEX_SUFFIX, NAMES
 from tdecomp.files.whole_file import named_in_errors
 from tdecomp.integrations.saving import teach_imported
 from tdecomp.layers.chain import Chain, Described
@@ -222,7 +222,7 @@ def _check_ties(model: Any) -> None:
 
 def _stored(model: Any, files: Sequence[Path]) -> set[str]:
     """The names of the tensors in files, also as those of a base model, or of one with a head."""
-    index = files[0].parent / f"{NAMES[0]}.index.json"
+    index = files[0].parent / f"{NAMES[0]}{INDEX_SUFFIX}"
     if len(files) > 1 and index.is_file():
         names = {*indexed_files(index)}
     else:
